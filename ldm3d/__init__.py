@@ -1,0 +1,1 @@
+"""ldm3d: latent diffusion for 3D brain MRI."""

@@ -1,0 +1,34 @@
+"""What happens when the input, not the program, is at fault."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """The user gave something that cannot be used; the message gives the value, the rule and the way out."""
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Make a command print what is wrong with its input, without a traceback, and exit with code 2.
+
+    Anything that is not the user's doing still ends in a traceback and exit code 1.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except InputError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+                raise
+            message = f"{error.strerror}: {error.filename or 'while writing'}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message += "; free some space and run the same command again, it goes on where it stopped"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapped
