@@ -1,0 +1,337 @@
+"""One strict YAML file per experiment.
+
+Every key is checked when the file is read: an unknown one, a wrong type or two settings that contradict each other end
+in an `InputError` that says where and what to write instead. Relative paths start at the current directory.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the file: no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class GridConfig(Section):
+    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`."""
+
+    shape: tuple[Positive, Positive, Positive]
+    spacing_mm: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _isotropic(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("spacing_mm"), int | float | str):
+            values = {**values, "spacing_mm": [values["spacing_mm"]] * 3}
+        return values
+
+
+class SplitConfig(Section):
+    """Share of the subjects held out; the rest trains."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _leaves_training(self):
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave no subject to train on")
+        return self
+
+
+class DataConfig(Section):
+    """Where the scans and covariates are: a BIDS dataset (`bids`), or any CSV or TSV with a column of paths (`table`)."""
+
+    bids: Path | None = None
+    table: Path | None = None
+    root: Path | None = None  # what relative paths in `table` start from; default: the table's folder
+    suffix: str = "T1w"  # of the BIDS files
+    path_column: str = "path"
+    subject_column: str = "participant_id"
+    session_column: str = "session_id"
+    grid: GridConfig
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
+    splits: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.bids is None) == (self.table is None):
+            raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
+        if self.percentiles[0] >= self.percentiles[1]:
+            raise ValueError(f"percentiles {self.percentiles} must rise")
+        return self
+
+
+class CovariateConfig(Section):
+    """One covariate and the column of the table that holds it (default: the column of its name)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    column: str | None = None
+    kind: Literal["continuous", "categorical"]
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    categories: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
+
+
+class TrainingConfig(Section):
+    """What both training loops share. Batch sizes are global: over all processes and accumulated gradients."""
+
+    steps: Positive
+    batch_size: Positive
+    accumulation: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Fraction = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    log_every: Positive = 10
+    validate_every: Positive = 100
+    preview_every: Positive = 500
+    checkpoint_every: Positive = 500
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that read data ahead; 0 reads in the training process
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class AutoencoderNetworkConfig(Section):
+    """Arguments of `ldm3d.models.autoencoder.Autoencoder`."""
+
+    latent_channels: Positive
+    downsampling: Positive
+    channels: tuple[Positive, ...]
+    blocks: Annotated[int, Field(ge=0)] = 2
+    attention: bool = False
+    linear_path: bool = True
+
+
+class PerceptualConfig(Section):
+    """MONAI's perceptual loss on MedicalNet features; `weights` is a safetensors file of the ResNet-10."""
+
+    weight: Annotated[float, Field(gt=0)]
+    weights: Path
+
+
+class AdversarialConfig(Section):
+    """MONAI's patch discriminator, from step `start` on."""
+
+    weight: Annotated[float, Field(gt=0)]
+    start: Annotated[int, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    channels: Positive = 32
+    layers: Positive = 3
+
+
+class AutoencoderConfig(Section):
+    """Stage 1."""
+
+    network: AutoencoderNetworkConfig
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    kl: Annotated[float, Field(ge=0)] = 1e-6
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    training: TrainingConfig
+
+
+class ProcessConfig(Section):
+    """The diffusion process; the betas belong to vp-linear and vp-scaled-linear."""
+
+    kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear"] = "flow"
+    beta_start: float | None = None
+    beta_end: float | None = None
+
+
+class TimeSamplingConfig(Section):
+    """How training times are drawn; location and scale belong to logit-normal."""
+
+    kind: Literal["uniform", "logit-normal"] = "logit-normal"
+    location: float = 0.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+
+class UNetConfig(Section):
+    """Arguments of `ldm3d.models.unet.UNet`, beside those that follow from the data."""
+
+    channels: tuple[Positive, ...]
+    blocks: Positive = 1
+    attention: tuple[bool, ...]
+    head_channels: Positive = 32
+    context_dim: Positive = 64
+    tokens_per_covariate: Positive = 1
+    covariates_in_time_embedding: bool = True
+    activation_checkpointing: bool = False
+    attention_backend: Literal["auto", "sdpa", "xformers", "math"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_flag_a_level(self):
+        if len(self.attention) != len(self.channels):
+            raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
+        return self
+
+
+class DiffusionConfig(Section):
+    """Stage 2."""
+
+    process: ProcessConfig = ProcessConfig()
+    target: Literal["noise", "v", "data", "velocity"] = "velocity"
+    time_sampling: TimeSamplingConfig = TimeSamplingConfig()
+    loss_weight: Literal["none", "min-snr"] = "none"
+    drop_covariates: Fraction = 0.15
+    network: UNetConfig
+    training: TrainingConfig
+
+
+class GenerationConfig(Section):
+    """What generation does unless it is asked otherwise; saved with the pipeline."""
+
+    sampler: str = "heun"
+    steps: Positive = 20
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    spacing: str | None = None  # of the sampling times; None: the sampler's own
+
+
+class Config(Section):
+    """The whole file."""
+
+    name: str
+    output: Path  # everything an experiment makes lies below this folder
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    covariates: tuple[CovariateConfig, ...]
+    autoencoder: AutoencoderConfig
+    diffusion: DiffusionConfig
+    generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _grid_fits(self):
+        shape, factor = self.data.grid.shape, self.autoencoder.network.downsampling
+        if any(n % factor for n in shape):
+            down, up = (tuple(r * factor for r in rows) for rows in zip(*[(n // factor, -(-n // factor)) for n in shape]))
+            raise ValueError(
+                f"data.grid.shape {shape} must be divisible by autoencoder.network.downsampling {factor}; "
+                f"crop to {down} or pad to {up}"
+            )
+        return self
+
+    def schema(self) -> CovariateSchema:
+        """The covariates, not yet fitted to a training split."""
+        return CovariateSchema(tuple(Covariate(**c.model_dump(exclude={"column"})) for c in self.covariates))
+
+    # Where the parts of an experiment lie; nobody else joins these names.
+    @property
+    def prepared_folder(self) -> Path:
+        return self.output / "prepared"
+
+    @property
+    def latents_folder(self) -> Path:
+        return self.output / "latents"
+
+    @property
+    def autoencoder_run(self) -> Path:
+        return self.output / "autoencoder-training"
+
+    @property
+    def autoencoder_folder(self) -> Path:
+        return self.output / "autoencoder"
+
+    @property
+    def diffusion_run(self) -> Path:
+        return self.output / "diffusion-training"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.output / "model"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | None = None) -> Config:
+    """Read and check an experiment's YAML file.
+
+    Args:
+        path: the file.
+        overrides: "key.subkey=value" each; the value is read as YAML.
+        section: a training stage's own section ("autoencoder", "diffusion"), in which an override's key is looked up
+            when the top of the file has no such key: `training.steps=500` is then enough.
+
+    Raises:
+        InputError: file missing or no YAML, unknown key (the nearest valid one is named), wrong type, contradiction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no config file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings; a config starts with `name:` and `output:`")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {override!r}: write --set key.subkey=value")
+        keys = key.split(".")
+        if section and keys[0] not in Config.model_fields:
+            keys = [section, *keys]
+        try:
+            _set(values, keys, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _set(values: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(problem: dict) -> str:
+    """One of pydantic's errors as a sentence with the key's full name."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        fields = _fields_at(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields)}"
+        return f"unknown key {where!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("missing", "value_error"):
+        return f"{where}: {message}" if where else message
+    return f"{where} is {problem['input']!r}: {message}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Valid keys of the section at `location`."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return list(section.model_fields)

@@ -1,0 +1,202 @@
+"""Covariates: what a volume is asked to show, and how tables become tensors.
+
+A schema is an ordered list of covariates. Its tensor form, the `context` that a U-Net reads, has one token a covariate:
+(N, K, 2), where [..., 0] is the value (standardised, or the index of the category) and [..., 1] is 1 where the value is
+given and 0 where it is left open. Open values serve a missing cell of the table, a covariate left out of a request and
+classifier-free guidance alike.
+"""
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm3d.errors import InputError
+
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Covariate:
+    """One column of the user's table.
+
+    Args:
+        name: how requests and columns of written tables call it.
+        kind: "continuous" or "categorical".
+        unit: of a continuous one, for labels and messages; "" if it has none.
+        range: (lowest, highest) value that makes sense, in `unit`; None for no limits. Continuous only.
+        categories: the values a categorical one can take, as strings.
+        mean, std: of a continuous one over the training split; set by `CovariateSchema.fit`.
+        seen: (lowest, highest) over the training split; a request beyond it draws a warning.
+    """
+
+    name: str
+    kind: str
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    categories: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    seen: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("continuous", "categorical"):
+            raise InputError(f"covariate {self.name!r}: kind is {self.kind!r}; use continuous or categorical")
+        if (self.kind == "categorical") != bool(self.categories):
+            raise InputError(f"covariate {self.name!r} ({self.kind}): `categories` goes with categorical, and only there")
+
+    @property
+    def label(self) -> str:
+        """Name with its unit, for axes and tables."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    def parse(self, value: Any) -> Value:
+        """A cell of a table or an argument of a request as float or category; None if it is left open.
+
+        Raises:
+            InputError: not a number, beyond `range`, or none of the categories.
+        """
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        text = str(value).strip()
+        if text.lower() in ("", "n/a", "na", "nan", "none", "null"):
+            return None
+        if self.kind == "categorical":
+            return self._parse_category(text)
+        try:
+            number = float(text)
+        except ValueError:
+            raise InputError(f"{self.name}: {text!r} is not a number (expected {self.unit or 'a number'})") from None
+        if not math.isfinite(number):
+            raise InputError(f"{self.name}: {text} is not finite; leave the cell empty for a missing value")
+        if self.range and not self.range[0] <= number <= self.range[1]:
+            low, high = self.range
+            raise InputError(f"{self.name}: {number:g} is outside its range {low:g} to {high:g} {self.unit}".rstrip())
+        return number
+
+    def _parse_category(self, text: str) -> str:
+        for category in self.categories:
+            if text.lower() == category.lower():
+                return category
+        # A column of 0/1 codes with a gap in it is read as 0.0/1.0
+        if text.endswith(".0") and text[:-2] in self.categories:
+            return text[:-2]
+        raise InputError(f"{self.name}: {text!r} is not one of {', '.join(self.categories)}")
+
+    def encode(self, value: Value) -> tuple[float, float]:
+        """(standardised value or category index, 1.0), or (0.0, 0.0) for None."""
+        if value is None:
+            return 0.0, 0.0
+        if self.kind == "categorical":
+            return float(self.categories.index(value)), 1.0
+        return (value - self.mean) / self.std, 1.0
+
+
+@dataclass(frozen=True)
+class CovariateSchema:
+    """The covariates of an experiment, in the order of their tokens."""
+
+    covariates: tuple[Covariate, ...]
+
+    def __post_init__(self):
+        if len(set(self.names)) != len(self.names):
+            raise InputError(f"covariates must have different names, got {', '.join(self.names)}")
+
+    def __iter__(self):
+        return iter(self.covariates)
+
+    def __len__(self) -> int:
+        return len(self.covariates)
+
+    def __getitem__(self, name: str) -> Covariate:
+        for covariate in self.covariates:
+            if covariate.name == name:
+                return covariate
+        close = difflib.get_close_matches(name, self.names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"unknown covariate {name!r}{hint} This model knows {', '.join(self.names) or 'none'}")
+
+    @property
+    def names(self) -> list[str]:
+        return [covariate.name for covariate in self.covariates]
+
+    @property
+    def num_categories(self) -> list[int]:
+        """Number of categories of each covariate, 0 for continuous ones: what a U-Net needs to know of the schema."""
+        return [len(covariate.categories) for covariate in self.covariates]
+
+    def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
+        """One value (or None) for every covariate; a key that is no covariate is an InputError."""
+        for name in row:
+            self[name]  # raises with the nearest name
+        return {covariate.name: covariate.parse(row.get(covariate.name)) for covariate in self.covariates}
+
+    def fit(self, rows: Sequence[Mapping[str, Any]]) -> "CovariateSchema":
+        """The same schema with mean, std and seen range of `rows`, the training split."""
+        fitted = []
+        for covariate in self.covariates:
+            values = [v for row in rows if (v := covariate.parse(row.get(covariate.name))) is not None]
+            if not values:
+                raise InputError(f"covariate {covariate.name!r} has no value in the training split; drop it from the config")
+            if covariate.kind == "continuous":
+                numbers = torch.tensor(values, dtype=torch.float64)
+                std = float(numbers.std(correction=0))
+                if std == 0:
+                    raise InputError(
+                        f"covariate {covariate.name!r} is {values[0]:g} for every training subject, so nothing can be "
+                        "learnt from it; drop it from the config"
+                    )
+                covariate = replace(covariate, mean=float(numbers.mean()), std=std, seen=(min(values), max(values)))
+            fitted.append(covariate)
+        return CovariateSchema(tuple(fitted))
+
+    def warn_beyond_seen(self, rows: Iterable[Mapping[str, Value]]) -> None:
+        """Warn once for every covariate that is asked beyond what the training split held."""
+        rows = list(rows)
+        for covariate in self.covariates:
+            if not covariate.seen:
+                continue
+            low, high = covariate.seen
+            beyond = {v for row in rows if (v := row.get(covariate.name)) is not None and not low <= v <= high}
+            if beyond:
+                asked = ", ".join(f"{v:g}" for v in sorted(beyond)[:5])
+                warnings.warn(
+                    f"{covariate.name} {asked} {covariate.unit}: training saw {low:g} to {high:g} only; "
+                    "what is generated there is extrapolation",
+                    stacklevel=3,
+                )
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Context tensor (N, K, 2) of rows of raw values; see the top of this file."""
+        encoded = [[self[name].encode(value) for name, value in self.parse(row).items()] for row in rows]
+        return torch.tensor(encoded, dtype=torch.float32).reshape(len(rows), len(self), 2)
+
+    def to_dict(self) -> list[dict]:
+        return [asdict(covariate) for covariate in self.covariates]
+
+    @classmethod
+    def from_dict(cls, items: Sequence[Mapping[str, Any]]) -> "CovariateSchema":
+        def tuples(item):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}
+
+        return cls(tuple(Covariate(**tuples(item)) for item in items))
+
+
+def drop_covariates(context: Tensor, uniform: Tensor, probability: float) -> Tensor:
+    """Leave covariates open at random, each on its own and per sample (Ho & Salimans 2022, section 3.2).
+
+    With half of the probability all covariates of a sample are dropped together: guidance asks for exactly that case,
+    which independent drops would almost never show to the network.
+
+    Args:
+        context: (N, K, 2).
+        uniform: (N, K + 1) in [0, 1); column 0 decides for the whole sample.
+        probability: that one covariate is dropped.
+    """
+    dropped = (uniform[:, 1:] < probability / 2) | (uniform[:, :1] < probability / 2)
+    return context * ~dropped[..., None]
