@@ -1,0 +1,88 @@
+"""What every training step reads: which samples, in which order, with which random numbers.
+
+All of it follows from (seed, step) alone. A run that is resumed at step s, or split over more processes, reads what an
+uninterrupted run on one process reads.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm3d.errors import InputError
+
+
+def generator(*position: int) -> torch.Generator:
+    """A CPU generator for one position in the experiment, for example (seed, step, row); different ones are independent."""
+    state = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class TrainingBatches(Dataset):
+    """Item m is this process's part of micro-batch m: step m // accumulation, part m % accumulation.
+
+    Args:
+        read: (sample, generator) -> tensors of one sample by name; every random number comes from the generator.
+        num_samples: samples in the training split. Each epoch is one permutation of them; a batch may span two epochs.
+        batch_size: global, over all processes and accumulated parts.
+        accumulation: parts of a batch.
+        seed: of order and random numbers.
+        rank, world: this process and how many there are.
+
+    A batch is a dict of the stacked tensors, and `quantile` (N,): uniform in [0, 1), stratified over the global batch
+    (the low-discrepancy times of Kingma et al. 2021, appendix I.1).
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, torch.Generator], dict[str, Tensor]],
+        num_samples: int,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if batch_size % (accumulation * world):
+            raise InputError(
+                f"batch_size {batch_size} must be divisible by accumulation {accumulation} times {world} processes; "
+                f"try {-(-batch_size // (accumulation * world)) * accumulation * world}"
+            )
+        self.read, self.num_samples, self.batch_size = read, num_samples, batch_size
+        self.accumulation, self.seed, self.rank, self.world = accumulation, seed, rank, world
+        self._epoch, self._order = -1, None
+
+    def __getitem__(self, micro: int) -> dict[str, Tensor]:
+        step, part = divmod(micro, self.accumulation)
+        size = self.batch_size // (self.accumulation * self.world)
+        first = (part * self.world + self.rank) * size
+        rows = range(first, first + size)
+        samples = [self.read(self._sample(step * self.batch_size + row), generator(self.seed, step, row)) for row in rows]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        offset = torch.rand((), generator=generator(self.seed, step, self.batch_size))
+        batch["quantile"] = (torch.tensor(rows) / self.batch_size + offset) % 1
+        return batch
+
+    def _sample(self, position: int) -> int:
+        """The sample at a position in the endless sequence of epochs."""
+        epoch, place = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            # Behind any step number, so that no step's generator is used twice
+            order = torch.randperm(self.num_samples, generator=generator(self.seed, 2**40 + epoch))
+            self._epoch, self._order = epoch, order
+        return int(self._order[place])
+
+    def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> DataLoader:
+        """Batches of steps first_step to last_step - 1, read ahead by `workers` processes."""
+        micro_batches = range(first_step * self.accumulation, last_step * self.accumulation)
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=micro_batches,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            multiprocessing_context="spawn" if workers else None,
+        )

@@ -1,0 +1,116 @@
+"""Attention behind one function, whatever kernel computes it.
+
+softmax(q k^T / sqrt(D)) v, with q (N, H, Q, D) and k, v (N, H, K, D): N samples, H heads, Q queries, K keys, D channels
+a head. Nothing here keeps state but the memory of which kernels have been seen to work.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm3d.errors import InputError
+
+BACKENDS = ("auto", "sdpa", "xformers", "math")
+FLASH_HEAD_CHANNELS = 256  # the widest head of SDPA's FlashAttention kernel
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        q: queries, (N, H, Q, D).
+        k, v: keys and values, (N, H, K, D).
+        backend: "sdpa" PyTorch's kernels, "xformers" its memory-efficient ones, "math" plain matrix products (Q x K in
+            memory), "auto" the first two by device and shape.
+
+    Returns:
+        (N, H, Q, D), in q's dtype.
+
+    Raises:
+        InputError: unknown backend, or xformers asked for where it has no kernel.
+    """
+    if backend == "auto":
+        backend = choose_backend(q)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    if backend == "xformers":
+        return _xformers(q, k, v)
+    if backend == "math":
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+        return weights @ v
+    raise InputError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+
+
+def choose_backend(q: Tensor) -> str:
+    """What "auto" means for queries like `q`.
+
+    SDPA runs everywhere and is FlashAttention on CUDA for half-precision heads of up to 256 channels. Beyond those it
+    falls back to slower or memory-hungry kernels: there xformers is taken, where it proves to have a kernel.
+    """
+    flash = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= FLASH_HEAD_CHANNELS
+    if q.device.type != "cuda" or flash or torch.compiler.is_compiling():
+        return "sdpa"
+    return "xformers" if xformers_works(q.device, q.dtype, q.shape[-1]) else "sdpa"
+
+
+@functools.cache
+def xformers_works(device: torch.device, dtype: torch.dtype, head_channels: int) -> bool:
+    """Whether xformers computes attention, forward and backward, for such heads: it is tried, not assumed."""
+    try:
+        q = torch.zeros(1, 1, 8, head_channels, device=device, dtype=dtype, requires_grad=True)
+        with torch.enable_grad():
+            _xformers(q, q, q).sum().backward()
+    except (InputError, RuntimeError):
+        return False
+    return True
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise InputError(f"attention backend xformers cannot be imported ({error}); use auto or sdpa") from None
+    try:
+        # xformers keeps the heads behind the tokens: (N, tokens, H, D)
+        out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    except NotImplementedError:
+        raise InputError(
+            f"xformers has no attention kernel for {q.dtype} heads of {q.shape[-1]} channels on {q.device.type}; "
+            "use attention_backend auto or sdpa"
+        ) from None
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to a context, or to themselves.
+
+    Args:
+        channels: of the tokens that ask.
+        context_channels: of the tokens that answer; None for self-attention.
+        head_channels: D; must divide `channels`.
+        backend: see `attention`.
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_channels: int | None = None, backend: str = "auto"):
+        super().__init__()
+        if channels % head_channels:
+            raise InputError(
+                f"attention over {channels} channels cannot have heads of {head_channels}; use a divisor of {channels}"
+            )
+        self.heads, self.backend = channels // head_channels, backend
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key_value = nn.Linear(context_channels or channels, 2 * channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (N, Q, channels), context (N, K, context_channels) -> (N, Q, channels)."""
+        q = self.query(x)  # (N, Q, H D)
+        k, v = self.key_value(x if context is None else context).chunk(2, dim=-1)  # (N, K, H D) each
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (N, H, Q or K, D)
+        out = attention(q, k, v, self.backend)
+        return self.out(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,199 @@
+"""The autoencoder: volumes to a small latent grid and back.
+
+Two findings shape it. Work at full resolution is what costs, so a space-to-depth stem and a depth-to-space head keep every
+convolution at half resolution or below. And a linear code of small blocks is already a usable autoencoder, so it is there
+from the first step (`fit_linear_path`), and the networks only learn what it leaves over.
+
+Volumes are (N, C, X, Y, Z) in [0, 1]; latents (N, c, X/f, Y/f, Z/f); moments hold the posterior's mean and log-variance,
+(N, 2c, X/f, Y/f, Z/f) (Kingma & Welling 2014, here as in Rombach et al. 2022).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm3d.errors import InputError
+from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, depth_to_space, space_to_depth, zero
+from ldm3d.models.pretrained import Pretrained
+
+# Starting with unit-variance noise the decoder would learn the mean image; exp(-6) is a twentieth of a latent's deviation.
+START_LOG_VARIANCE = -6.0
+
+
+class Autoencoder(Pretrained):
+    """KL-regularised autoencoder that owns the scale of its latents.
+
+    Args:
+        latent_channels: c.
+        downsampling: f, a power of two.
+        channels: width at 1/2, 1/4, ... 1/f of the resolution; log2(f) numbers (one for f = 1).
+        blocks: residual blocks a level, in the encoder and in the decoder.
+        attention: self-attention at the coarsest level. Tiles of a volume then no longer decode alike.
+        linear_path: the linear code beside the networks.
+        in_channels: C, modalities in a volume.
+
+    Buffers `latent_mean` and `latent_std`, (c,), are the latents' statistics over the training split.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        downsampling: int,
+        channels: Sequence[int],
+        blocks: int = 2,
+        attention: bool = False,
+        linear_path: bool = True,
+        in_channels: int = 1,
+    ):
+        super().__init__()
+        levels = max(1, int(math.log2(downsampling)))
+        if downsampling & (downsampling - 1) or len(channels) != levels:
+            raise InputError(
+                f"downsampling {downsampling} with channels {list(channels)}: downsampling must be a power of two, 2^k, "
+                f"with k numbers of channels (one at each of 1/2, 1/4, ... of the resolution)"
+            )
+        self.arguments = {
+            "latent_channels": latent_channels,
+            "downsampling": downsampling,
+            "channels": list(channels),
+            "blocks": blocks,
+            "attention": attention,
+            "linear_path": linear_path,
+            "in_channels": in_channels,
+        }
+        self.downsampling, self.latent_channels, self.in_channels = downsampling, latent_channels, in_channels
+        self.stem = min(2, downsampling)
+        voxels = in_channels * self.stem**3
+
+        def level(width: int, coarsest: bool) -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(width, width) for _ in range(blocks)]
+            if coarsest and attention:
+                layers.append(TransformerBlock(width, head_channels=min(width, 32)))
+            return layers
+
+        encoder: list[nn.Module] = [nn.Conv3d(voxels, channels[0], 3, padding=1)]
+        decoder: list[nn.Module] = [nn.Conv3d(latent_channels, channels[-1], 3, padding=1)]
+        for i, width in enumerate(channels):
+            if i > 0:
+                encoder.append(nn.Conv3d(channels[i - 1], width, 2, stride=2))
+            encoder += level(width, coarsest=i == levels - 1)
+        for i, width in reversed(list(enumerate(channels))):
+            decoder += level(width, coarsest=i == levels - 1)
+            if i > 0:
+                decoder.append(nn.ConvTranspose3d(width, channels[i - 1], 2, stride=2))
+        self.encoder = nn.Sequential(*encoder, ChannelNorm(channels[-1]))
+        self.decoder = nn.Sequential(*decoder, ChannelNorm(channels[0]))
+        self.to_moments = nn.Conv3d(channels[-1], 2 * latent_channels, 3, padding=1)
+        self.to_voxels = nn.Conv3d(channels[0], voxels, 3, padding=1)
+        self.analysis = self.synthesis = None
+        if linear_path:
+            patch = in_channels * downsampling**3
+            self.analysis = nn.Conv3d(in_channels, latent_channels, downsampling, stride=downsampling)
+            self.synthesis = nn.Conv3d(latent_channels, patch, 3, padding=1)
+            # The networks start as no correction at all to the linear path
+            zero(self.to_moments)
+            zero(self.to_voxels)
+        with torch.no_grad():
+            self.to_moments.bias[latent_channels:] = START_LOG_VARIANCE
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_std", torch.ones(latent_channels))
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One training pass: (reconstruction, moments) of x, with the posterior sampled by `noise` (shape of a latent)."""
+        moments = self.encode(x)
+        return self.decode(self.sample(moments, noise)), moments
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (N, C, X, Y, Z) in [0, 1] -> moments (N, 2c, X/f, Y/f, Z/f).
+
+        Raises:
+            InputError: a side that f does not divide.
+        """
+        if any(n % self.downsampling for n in x.shape[2:]):
+            raise InputError(
+                f"volume of shape {tuple(x.shape[2:])} must be divisible by the downsampling {self.downsampling}; "
+                "crop or pad it (the data.grid of the config does)"
+            )
+        h = self.encoder(space_to_depth(x, self.stem))  # (N, channels[-1], X/f, Y/f, Z/f)
+        mean, log_variance = self.to_moments(h).chunk(2, dim=1)
+        if self.analysis is not None:
+            mean = mean + self.analysis(x)
+        return torch.cat([mean, log_variance.clamp(-30, 20)], dim=1)
+
+    @staticmethod
+    def sample(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A latent (N, c, ...) from its posterior: mean + std * noise, or the mean if noise is None."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean if noise is None else mean + torch.exp(log_variance / 2) * noise
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
+        volume = depth_to_space(self.to_voxels(self.decoder(z)), self.stem)
+        if self.synthesis is not None:
+            volume = volume + depth_to_space(self.synthesis(z), self.downsampling)
+        return volume
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(c, X/f, Y/f, Z/f) of a volume of `shape` (X, Y, Z)."""
+        return self.latent_channels, *(n // self.downsampling for n in shape)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latents to zero mean and unit variance over the training split."""
+        return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
+
+    # The names under which MONAI's LatentDiffusionInferer calls an autoencoder; what it sees is normalised.
+    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
+        return self.normalise(self.sample(self.encode(x)))
+
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        return self.decode(self.denormalise(z))
+
+    @torch.no_grad()
+    def fit_linear_path(self, volumes: Tensor, ridge: float = 1e-3) -> None:
+        """Set the linear path from data: principal components in, ridge regression back.
+
+        `analysis` projects each block of f^3 voxels on its c leading principal components, scaled to unit variance.
+        `synthesis` predicts a block from the latents of the block and its 26 neighbours: the least-squares answer, so that
+        blocks join without the edges that inverse principal components would leave.
+
+        Args:
+            volumes: some training volumes, (N, C, X, Y, Z).
+            ridge: added to the diagonal of the regression's normal equations, relative to its mean.
+        """
+        f, c = self.downsampling, self.latent_channels
+        patch = self.in_channels * f**3
+        blocks = space_to_depth(volumes.float(), f)  # (N, C f^3, X/f, Y/f, Z/f)
+        rows = blocks.transpose(0, 1).flatten(1).double()  # (C f^3, all blocks)
+        mean = rows.mean(dim=1, keepdim=True)
+        covariance = (rows - mean) @ (rows - mean).T / rows.shape[1]
+        variance, components = torch.linalg.eigh(covariance)  # ascending
+        variance, components = variance.flip(0)[:c], components.flip(1)[:, :c]
+        if len(variance) < c:  # more latent channels than voxels in a block (f = 1): the rest stays silent
+            components = torch.cat([components, components.new_zeros(patch, c - len(variance))], dim=1)
+            variance = torch.cat([variance, variance.new_ones(c - len(variance))])
+        # A sign that data does not fix: make it reproducible
+        components = components * torch.where(components.sum(dim=0) < 0, -1.0, 1.0)
+        kernel = (components / variance.clamp_min(1e-12).sqrt()).T  # (c, C f^3)
+        self.analysis.weight.copy_(kernel.reshape(c, self.in_channels, f, f, f))
+        self.analysis.bias.copy_(-(kernel @ mean)[:, 0])
+
+        gram, moment = 0.0, 0.0  # normal equations, summed volume by volume
+        for block in blocks:
+            z = self.analysis(depth_to_space(block[None], f))  # (1, c, x, y, z)
+            near = nn.functional.pad(z, (1, 1, 1, 1, 1, 1))
+            near = near.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)[0]  # (c, x, y, z, 3, 3, 3)
+            near = near.permute(0, 4, 5, 6, 1, 2, 3).reshape(27 * c, -1).double()
+            near = torch.cat([near, near.new_ones(1, near.shape[1])])
+            gram = gram + near @ near.T
+            moment = moment + near @ block.flatten(1).T.double()
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, moment)  # (27 c + 1, C f^3)
+        self.synthesis.weight.copy_(solution[:-1].T.reshape(patch, c, 3, 3, 3))
+        self.synthesis.bias.copy_(solution[-1])

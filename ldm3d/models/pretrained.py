@@ -1,0 +1,91 @@
+"""Networks as folders: config.json says how to build one, model.safetensors holds its weights. No pickle."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ldm3d.errors import InputError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Pretrained(nn.Module):
+    """A module that can be saved to and loaded from a folder.
+
+    A subclass leaves the arguments of its constructor in `self.arguments`, all of them JSON values.
+    """
+
+    arguments: ClassVar[dict[str, Any]]
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors, in the parameters' own dtype."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {"class": type(self).__name__, "arguments": self.arguments}
+        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+        """The network in evaluation mode.
+
+        Args:
+            folder: written by `save_pretrained`.
+            device, dtype: where and in what precision; None keeps the dtype of the file.
+
+        Raises:
+            InputError: not such a folder, another class's, or weights that do not fit the configuration.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} holds no {cls.__name__}: {name} is missing")
+        try:
+            description = json.loads((folder / CONFIG).read_text())
+            found, arguments = description["class"], description["arguments"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`") from None
+        if found != cls.__name__:
+            raise InputError(f"{folder} holds a {found}, not a {cls.__name__}")
+        try:
+            network = cls(**arguments)
+        except TypeError as error:
+            raise InputError(f"{folder / CONFIG} was written by another version of ldm3d: {error}") from None
+        try:
+            weights = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from None
+        load_weights(network, weights, folder / WEIGHTS)
+        return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
+    """Copy weights into a network; every name and shape must match, and what does not is listed."""
+    own = network.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"{source} is of another configuration: {'; '.join(sorted(problems)[:5])}{more}")
+    network.load_state_dict(weights)
+
+
+def weights_hash(*folders: Path | str) -> str:
+    """16 hex digits that change with any weight or setting of the networks in `folders`."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for name in (CONFIG, WEIGHTS):
+            with open(Path(folder) / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""The U-Net that predicts a diffusion target on the latent grid, told of time and covariates.
+
+Latents are (N, C, X, Y, Z) of any size: an odd side is padded by one where it is halved and cut again on the way up.
+Covariates come as the context of `ldm3d.covariates`: (N, K, 2), value and presence.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm3d.errors import InputError
+from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, sinusoidal_embedding, zero
+from ldm3d.models.pretrained import Pretrained
+
+# Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
+FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
+
+
+class CovariateTokens(nn.Module):
+    """Tokens for cross-attention: Fourier features of a continuous value, an embedding of a category, a null token for none.
+
+    Args:
+        num_categories: of each covariate; 0 for a continuous one.
+        dim: channels of a token.
+        tokens_per_covariate: tokens that each covariate becomes.
+    """
+
+    def __init__(self, num_categories: Sequence[int], dim: int, tokens_per_covariate: int = 1):
+        super().__init__()
+        self.num_categories, self.dim = tuple(num_categories), dim
+        width = dim * tokens_per_covariate
+        features = 1 + 2 * len(FOURIER_FREQUENCIES)
+        self.embed = nn.ModuleList(
+            nn.Embedding(n, width) if n else nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+            for n in num_categories
+        )
+        self.null = nn.Parameter(torch.randn(len(self.num_categories), width) * 0.02)
+        self.register_buffer("frequencies", torch.tensor(FOURIER_FREQUENCIES), persistent=False)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """context (N, K, 2) -> tokens (N, K * tokens_per_covariate, dim)."""
+        tokens = []
+        for k, embed in enumerate(self.embed):
+            value, present = context[:, k, 0], context[:, k, 1, None] > 0.5  # (N,), (N, 1)
+            if self.num_categories[k]:
+                token = embed(value.long())
+            else:
+                angles = value[:, None] * self.frequencies
+                token = embed(torch.cat([value[:, None], angles.sin(), angles.cos()], dim=1))
+            tokens.append(torch.where(present, token, self.null[k].to(token.dtype)))
+        return torch.stack(tokens, dim=1).unflatten(-1, (-1, self.dim)).flatten(1, 2)
+
+
+class Level(nn.Module):
+    """A residual block, then self- and cross-attention if the level has them."""
+
+    def __init__(self, residual: ResBlock, transformer: TransformerBlock | None):
+        super().__init__()
+        self.residual, self.transformer = residual, transformer
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        x = self.residual(x, embedding)
+        return x if self.transformer is None else self.transformer(x, tokens)
+
+
+class UNet(Pretrained):
+    """U-Net (Ronneberger et al. 2015) in the form of Dhariwal & Nichol 2021 and Rombach et al. 2022.
+
+    Args:
+        in_channels: of the noisy latent, plus those of image conditions stacked behind it.
+        out_channels: of the prediction.
+        num_categories: one number a covariate, 0 for continuous; [] for an unconditional model.
+        channels: width of each level; each halves the grid of the one before.
+        blocks: residual blocks a level on the way down; one more on the way up.
+        attention: for each level, whether its blocks attend to each other and to the covariates.
+        head_channels: channels of an attention head.
+        context_dim, tokens_per_covariate: see `CovariateTokens`.
+        covariates_in_time_embedding: let covariates scale and shift the residual blocks, too.
+        activation_checkpointing: recompute blocks in the backward pass; less memory, a third more time.
+        attention_backend: see `ldm3d.models.attention.attention`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_categories: Sequence[int],
+        channels: Sequence[int],
+        blocks: int,
+        attention: Sequence[bool],
+        head_channels: int = 32,
+        context_dim: int = 64,
+        tokens_per_covariate: int = 1,
+        covariates_in_time_embedding: bool = True,
+        activation_checkpointing: bool = False,
+        attention_backend: str = "auto",
+    ):
+        super().__init__()
+        if len(attention) != len(channels):
+            raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
+        self.arguments = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_categories": list(num_categories),
+            "channels": list(channels),
+            "blocks": blocks,
+            "attention": list(attention),
+            "head_channels": head_channels,
+            "context_dim": context_dim,
+            "tokens_per_covariate": tokens_per_covariate,
+            "covariates_in_time_embedding": covariates_in_time_embedding,
+            "activation_checkpointing": activation_checkpointing,
+            "attention_backend": attention_backend,
+        }
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.num_covariates, self.activation_checkpointing = len(num_categories), activation_checkpointing
+        self.time_dim, embedding_dim = channels[0], 4 * channels[0]
+        self.time_mlp = nn.Sequential(
+            nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.tokens = self.pooled = None
+        if self.num_covariates:
+            self.tokens = CovariateTokens(num_categories, context_dim, tokens_per_covariate)
+            if covariates_in_time_embedding:
+                self.pooled = nn.Linear(self.num_covariates * tokens_per_covariate * context_dim, embedding_dim)
+
+        def level(width_in: int, width: int, attend: bool) -> Level:
+            cross = context_dim if self.num_covariates else None
+            transformer = TransformerBlock(width, head_channels, cross, attention_backend) if attend else None
+            return Level(ResBlock(width_in, width, embedding_dim), transformer)
+
+        self.conv_in = nn.Conv3d(in_channels, channels[0], 3, padding=1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        skips, width = [channels[0]], channels[0]
+        for i, (out, attend) in enumerate(zip(channels, attention)):
+            for _ in range(blocks):
+                self.down.append(level(width, out, attend))
+                width = out
+                skips.append(width)
+            if i < len(channels) - 1:
+                self.downsample.append(nn.Conv3d(width, width, 2, stride=2))
+                skips.append(width)
+        self.middle = nn.ModuleList([level(width, width, attention[-1]), level(width, width, False)])
+        for i, (out, attend) in reversed(list(enumerate(zip(channels, attention)))):
+            for _ in range(blocks + 1):
+                self.up.append(level(width + skips.pop(), out, attend))
+                width = out
+            if i > 0:
+                self.upsample.append(nn.ConvTranspose3d(width, width, 2, stride=2))
+        self.blocks = blocks
+        self.norm_out = ChannelNorm(width)
+        self.conv_out = zero(nn.Conv3d(width, out_channels, 3, padding=1))
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict the target of a noisy latent.
+
+        Args:
+            x: (N, in_channels, X, Y, Z).
+            timesteps: (N,), time in [0, 1]; integers 0 to 999, as MONAI's schedulers give them, are read as thousandths.
+            context: (N, K, 2), see `ldm3d.covariates`; None leaves all covariates open.
+
+        Returns:
+            (N, out_channels, X, Y, Z).
+        """
+        # (N, embedding_dim)
+        milli = timesteps if not timesteps.is_floating_point() else timesteps * 1000
+        embedding = self.time_mlp(sinusoidal_embedding(milli, self.time_dim).to(self.conv_in.weight.dtype))
+        tokens = None
+        if self.tokens is not None:
+            if context is None:
+                context = x.new_zeros(len(x), self.num_covariates, 2)
+            tokens = self.tokens(context.to(self.conv_in.weight.dtype))  # (N, tokens, context_dim)
+            if self.pooled is not None:
+                embedding = embedding + self.pooled(tokens.flatten(1))
+        embedding = nn.functional.silu(embedding)
+
+        h = self.conv_in(x)  # (N, channels[0], X, Y, Z)
+        skips = [h]
+        down, downsample = iter(self.down), iter(self.downsample)
+        for _ in range(len(self.downsample) + 1):
+            for _ in range(self.blocks):
+                h = self._run(next(down), h, embedding, tokens)
+                skips.append(h)
+            if (layer := next(downsample, None)) is not None:
+                h = layer(pad_to_even(h))  # half of every side, rounded up
+                skips.append(h)
+        for block in self.middle:
+            h = self._run(block, h, embedding, tokens)
+        up, upsample = iter(self.up), iter(self.upsample)
+        for _ in range(len(self.upsample) + 1):
+            for _ in range(self.blocks + 1):
+                h = self._run(next(up), torch.cat([h, skips.pop()], dim=1), embedding, tokens)
+            if (layer := next(upsample, None)) is not None:
+                x_, y_, z_ = skips[-1].shape[2:]
+                h = layer(h)[..., :x_, :y_, :z_]
+        return self.conv_out(nn.functional.silu(self.norm_out(h)))
+
+    def _run(self, block: Level, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, embedding, tokens, use_reentrant=False)
+        return block(h, embedding, tokens)
+
+
+def pad_to_even(x: Tensor) -> Tensor:
+    """(N, C, X, Y, Z) with the last plane of every odd side doubled."""
+    padding = [side for n in reversed(x.shape[2:]) for side in (0, n % 2)]
+    return nn.functional.pad(x, padding, mode="replicate") if any(padding) else x

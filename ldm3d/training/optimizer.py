@@ -1,0 +1,100 @@
+"""Optimisers and the learning rate of each step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ldm3d.config import TrainingConfig
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are orthogonalised (Jordan et al. 2024), with AdamW for everything that is no matrix.
+
+    A convolution's weight is a matrix of (out channels, in channels times kernel). The update is scaled by
+    0.2 sqrt(max(rows, columns)) so that its size is AdamW's (Liu et al. 2025, "Muon is scalable", eq. 4): one learning rate
+    then fits both. PyTorch's own Muon takes two-dimensional weights only.
+
+    Args:
+        matrices, others: parameters by treatment.
+        lr: learning rate.
+        weight_decay: decoupled, for matrices only.
+        momentum: of the matrices, with Nesterov's correction.
+        betas, eps: AdamW's, for the others.
+    """
+
+    def __init__(self, matrices, others, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99), eps=1e-8):
+        groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            update = self._orthogonal_update if group["orthogonal"] else self._adam_update
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(update(parameter, group), alpha=-group["lr"])
+        return loss
+
+    def _orthogonal_update(self, parameter: Tensor, group: dict) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+        direction = parameter.grad.lerp(state["momentum"], group["momentum"])
+        matrix = direction.flatten(1)
+        size = 0.2 * math.sqrt(max(matrix.shape))
+        return size * orthogonalise(matrix).view_as(parameter) + group["weight_decay"] * parameter
+
+    def _adam_update(self, parameter: Tensor, group: dict) -> Tensor:
+        """Kingma & Ba 2015, algorithm 1."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        step, (beta1, beta2) = state["step"].item(), group["betas"]
+        state["mean"].lerp_(parameter.grad, 1 - beta1)
+        state["square"].lerp_(parameter.grad.square(), 1 - beta2)
+        mean, square = state["mean"] / (1 - beta1**step), state["square"] / (1 - beta2**step)
+        return mean / (square.sqrt() + group["eps"])
+
+
+def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
+
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T and Jordan's coefficients, in bfloat16 as published.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
+    """The optimiser of the config over a network's parameters; norms, biases and tokens are not decayed."""
+    matrices = [p for p in network.parameters() if p.ndim >= 2 and min(p.flatten(1).shape) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in network.parameters() if id(p) not in chosen]
+    if training.optimizer == "muon":
+        return Muon(matrices, others, training.learning_rate, training.weight_decay)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    fused = any(p.is_cuda for p in matrices)
+    return AdamW(groups, training.learning_rate, (0.9, 0.99), weight_decay=training.weight_decay, fused=fused)
+
+
+def learning_rate(step: int, training: TrainingConfig) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant or a cosine to 1% at the end."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    return training.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
