@@ -99,7 +99,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Fraction = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware multiplies it
     log_every: Positive = 10
     validate_every: Positive = 100
     preview_every: Positive = 500

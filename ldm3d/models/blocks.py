@@ -85,7 +85,10 @@ class TransformerBlock(nn.Module):
             self.cross_norm = nn.LayerNorm(channels)
             self.cross_attention = Attention(channels, head_channels, context_dim, backend)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.SiLU(), zero(nn.Linear(2 * channels, channels))
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 2 * channels),
+            nn.SiLU(),
+            zero(nn.Linear(2 * channels, channels)),
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -1,0 +1,84 @@
+"""The latent cache: raw posterior moments of every prepared scan, written once and read by stage 2 alone.
+
+FOLDER/moments.npy    float32 (scans, 2c, x, y, z), rows in the order of scans.tsv
+FOLDER/scans.tsv      the table of prepared scans, with splits and covariates
+FOLDER/latents.json   what the cache was made from; another origin is a stale cache
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ldm3d.errors import InputError
+
+MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
+
+
+def write_latents(
+    folder: Path,
+    scans: pd.DataFrame,
+    load: Callable[[str], NDArray],
+    encode: Callable[[NDArray], NDArray],
+    origin: Mapping[str, str],
+    batch_size: int = 8,
+) -> None:
+    """Encode all scans and write the cache; latents.json comes last, so a half-written cache is never taken for one.
+
+    Args:
+        folder: of the cache; what it held is replaced.
+        scans: prepared scans, with the column `key`.
+        load: key -> volume (X, Y, Z).
+        encode: volumes (N, 1, X, Y, Z) -> moments (N, 2c, x, y, z), float32.
+        origin: name -> fingerprint of everything the moments follow from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ORIGIN).unlink(missing_ok=True)
+    array = None
+    keys = list(scans["key"])
+    for first in tqdm(range(0, len(keys), batch_size), desc="encode", unit="batch"):
+        moments = encode(np.stack([load(key) for key in keys[first : first + batch_size]])[:, None])
+        if array is None:
+            shape = (len(keys), *moments.shape[1:])
+            array = np.lib.format.open_memmap(folder / MOMENTS, mode="w+", dtype=np.float32, shape=shape)
+        array[first : first + len(moments)] = moments
+    array.flush()
+    scans.to_csv(folder / SCANS, sep="\t", index=False, na_rep="n/a")
+    partial = folder / f"{ORIGIN}.partial"
+    partial.write_text(json.dumps(dict(origin), indent=2) + "\n")
+    os.replace(partial, folder / ORIGIN)
+
+
+def check_latents(folder: Path, origin: Mapping[str, str]) -> None:
+    """Raise InputError unless the cache is there and of this origin; the message says what has changed."""
+    if not (folder / ORIGIN).is_file():
+        raise InputError(f"no latent cache in {folder}; run `ldm3d encode CONFIG` first")
+    found = json.loads((folder / ORIGIN).read_text())
+    changed = [name for name in origin if found.get(name) != origin[name]]
+    if changed:
+        raise InputError(
+            f"the latent cache in {folder} is stale: the {' and the '.join(changed)} changed since it was written; "
+            "run `ldm3d encode CONFIG` again"
+        )
+
+
+def is_fresh(folder: Path, origin: Mapping[str, str]) -> bool:
+    """Whether `check_latents` would pass."""
+    try:
+        check_latents(folder, origin)
+    except InputError:
+        return False
+    return True
+
+
+def read_latents(folder: Path, origin: Mapping[str, str]) -> tuple[NDArray, pd.DataFrame]:
+    """(moments as a read-only memory map, scans) of a cache that is fresh; see `check_latents`."""
+    check_latents(folder, origin)
+    dtype = {"subject": str, "session": str, "key": str}
+    scans = pd.read_csv(folder / SCANS, sep="\t", dtype=dtype, keep_default_na=False, na_values=["n/a"])
+    return np.load(folder / MOMENTS, mmap_mode="r"), scans

@@ -1,0 +1,136 @@
+"""Pictures: slices of volumes, curves and scatter plots. The one user of matplotlib.
+
+Volumes are (X, Y, Z) in [0, 1], RAS+. Slices are drawn as a neurologist holds them: the patient's left on the left, front
+and top up.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
+
+
+def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
+    """Middle axial, coronal and sagittal slice side by side, as one image (rows, columns) in true proportions."""
+    x, y, z = (n // 2 for n in volume.shape)
+    sx, sy, sz = spacing_mm
+    # The sagittal slice lies a little off the middle: in it there is only the fissure
+    planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
+    fine = min(spacing_mm)
+    images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
+    height = max(image.shape[0] for image in images)
+    padded = []
+    for image in images:
+        missing = height - image.shape[0]
+        padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
+    return np.concatenate(padded, axis=1)
+
+
+def _stretch(plane: NDArray, across: float, up: float) -> NDArray:
+    """Nearest-neighbour stretch of a plane to square pixels."""
+    rows = (np.arange(round(plane.shape[0] * across)) / across).astype(int)
+    columns = (np.arange(round(plane.shape[1] * up)) / up).astype(int)
+    return plane[rows][:, columns]
+
+
+def mosaic(
+    volumes: Sequence[NDArray], titles: Sequence[str], spacing_mm: Sequence[float], columns: int = 4, heading: str = ""
+) -> Figure:
+    """Three slices of every volume, `columns` volumes a row, each under its title."""
+    rows = -(-len(volumes) // columns)
+    images = [np.clip(np.nan_to_num(slices(np.asarray(v, np.float32), spacing_mm)), 0, 1) for v in volumes]
+    height, width = images[0].shape
+    cell = 3.6
+    top = 0.45 if heading else 0.1
+    tall = cell * height / width + 0.28
+    figure = Figure(figsize=(columns * cell, rows * tall + top), facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, title in zip(axes, images, titles):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+        axis.set_title(title, fontsize=9, color=INK, pad=3)
+    if heading:
+        figure.suptitle(heading, fontsize=11, color=INK, y=1 - 0.15 / figure.get_figheight())
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - (top + 0.2) / figure.get_figheight(), 0.03, 0.14)
+    return figure
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Every figure of metrics.jsonl against the step, one panel each."""
+    names = sorted({key for row in rows for key in row if key != "step"}) or ["loss"]
+    figure = Figure(figsize=(4 * min(3, len(names)), 2.6 * -(-len(names) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).ravel()
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes, names):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points), color=ACCENT, linewidth=1.2, marker="." if len(points) < 30 else None)
+            values = np.array([value for _, value in points])
+            if (values > 0).all() and values.max() > 30 * values.min():
+                axis.set_yscale("log")
+        _plain(axis, "step", name)
+    return figure
+
+
+def scatter(asked: NDArray, measured: NDArray, label: str, title: str, measured_name: str = "measured") -> Figure:
+    """Measured against asked, with the identity and the fitted line."""
+    figure = Figure(figsize=(3.8, 3.6), layout="constrained")
+    axis = figure.subplots()
+    low, high = min(asked.min(), measured.min()), max(asked.max(), measured.max())
+    margin = 0.04 * (high - low + 1e-9)
+    ends = np.array([low - margin, high + margin])
+    axis.plot(ends, ends, color=MUTED, linewidth=1, linestyle="--", label="identity")
+    if len(asked) > 1 and np.ptp(asked) > 0:
+        slope, offset = np.polyfit(asked, measured, 1)
+        axis.plot(ends, slope * ends + offset, color=ACCENT, linewidth=1.2, label=f"fit, slope {slope:.2f}")
+    axis.scatter(asked, measured, s=14, color=INK, alpha=0.65, linewidths=0)
+    axis.set(xlim=ends, ylim=ends)
+    axis.set_title(title, fontsize=9, color=INK)
+    axis.legend(fontsize=7, frameon=False)
+    _plain(axis, f"asked {label}", f"{measured_name} {label}")
+    return figure
+
+
+def lines(x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label: str, title: str) -> Figure:
+    """Several curves over x; every series is (len(x), repeats), drawn as its mean with its range."""
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    colours = [ACCENT, INK, MUTED, "#2a7f62"]
+    for colour, (name, values) in zip(colours, series.items()):
+        values = np.asarray(values, dtype=float).reshape(len(x), -1)
+        axis.plot(x, values.mean(axis=1), color=colour, marker="o", markersize=3, label=name)
+        axis.fill_between(x, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    axis.set_title(title, fontsize=9, color=INK)
+    if len(series) > 1:
+        axis.legend(fontsize=7, frameon=False)
+    _plain(axis, x_label, y_label)
+    return figure
+
+
+def _plain(axis, x_label: str, y_label: str) -> None:
+    axis.set_xlabel(x_label, fontsize=8, color=INK)
+    axis.set_ylabel(y_label, fontsize=8, color=INK)
+    axis.tick_params(labelsize=7, colors=MUTED)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write as PNG."""
+    figure.savefig(path, dpi=130)
+
+
+def to_data_uri(figure: Figure) -> str:
+    """The figure as a data: URI, to stand inside an HTML page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

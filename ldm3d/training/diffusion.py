@@ -1,0 +1,223 @@
+"""Stage 2: train the U-Net on cached latents.
+
+    accelerate launch -m ldm3d.training.diffusion CONFIG [--set key=value ...]
+
+Reads OUTPUT/autoencoder and OUTPUT/latents, writes OUTPUT/diffusion-training (checkpoints, metrics.jsonl, previews,
+TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command it goes on.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldm3d import figures
+from ldm3d.config import Config
+from ldm3d.covariates import CovariateSchema, drop_covariates
+from ldm3d.data.latents import read_latents
+from ldm3d.data.loading import TrainingBatches, generator
+from ldm3d.data.preprocess import fingerprint
+from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
+from ldm3d.errors import InputError, exit_on_input_error
+from ldm3d.geometry import Grid
+from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.models.pretrained import load_weights, weights_hash
+from ldm3d.models.unet import UNet
+from ldm3d.pipeline import Pipeline, Sampling, describe
+from ldm3d.training import checkpoint
+from ldm3d.training.ema import EMA
+from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.run import Metrics, parse_command_line, progress_bar, start_accelerator
+
+VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
+
+
+def latents_origin(config: Config) -> dict[str, str]:
+    """What a latent cache of this experiment follows from: a cache of anything else is stale."""
+    return {
+        "autoencoder": weights_hash(config.autoencoder_folder),
+        "prepared data": fingerprint(config),
+    }
+
+
+def train(config: Config) -> None:
+    """Run, or go on with, the training that the config describes."""
+    settings, training, run = config.diffusion, config.diffusion.training, config.diffusion_run
+    autoencoder = Autoencoder.from_pretrained(config.autoencoder_folder)
+    moments, scans = read_latents(config.latents_folder, latents_origin(config))
+    rows = scans[[c.name for c in config.covariates]].to_dict("records")
+    split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
+    if not split["train"]:
+        raise InputError("no scan in the training split; lower data.splits and run `ldm3d prepare` again")
+    schema = config.schema().fit([rows[i] for i in split["train"]])
+    contexts = schema.encode(rows)  # (scans, K, 2)
+    process = make_process(**settings.process.model_dump(exclude_none=True))
+
+    accelerator = start_accelerator(training, run, config.seed)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    autoencoder.to(accelerator.device)
+    channels = autoencoder.latent_channels
+    model = UNet(channels, channels, schema.num_categories, **settings.network.model_dump()).to(accelerator.device)
+    ema = EMA(model, training.ema)
+    optimizer = make_optimizer(model, training)
+    networks, optimizers = {"model": model, "ema": ema.network}, {"optimizer": (model, optimizer)}
+
+    described = {
+        "diffusion": settings.model_dump(mode="json"),
+        "covariates": schema.to_dict(),
+        "latents": latents_origin(config),
+        "seed": config.seed,
+    }
+    state = checkpoint.restore(run, networks, optimizers, as_json(described))
+    step, best = (state["step"], state["best"]) if state else (0, None)
+
+    def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
+        index = split["train"][sample]
+        posterior = torch.from_numpy(moments[index].copy())  # (2c, x, y, z)
+        return {
+            "moments": posterior,
+            "context": contexts[index],
+            "posterior_noise": torch.randn(posterior[:channels].shape, generator=rng),
+            "noise": torch.randn(posterior[:channels].shape, generator=rng),
+            "drop": torch.rand(len(schema) + 1, generator=rng),
+        }
+
+    batches = TrainingBatches(read, len(split["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
+    network = model  # the bare one, for its parameters and for checkpoints
+    model, optimizer = accelerator.prepare(network, optimizer)
+    metrics = Metrics(run, accelerator, step)
+    bar = progress_bar(accelerator, "diffusion", step, training.steps)
+
+    loader = batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
+    for micro, batch in enumerate(loader, start=step * training.accumulation):
+        step = micro // training.accumulation
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, training)
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        # x (n, c, x, y, z)
+        x = autoencoder.normalise(autoencoder.sample(batch["moments"], batch["posterior_noise"]))
+        context = drop_covariates(batch["context"], batch["drop"], settings.drop_covariates)
+        time = settings.time_sampling
+        t = times_from_quantiles(time.kind, batch["quantile"].clamp(1e-5, 1 - 1e-5), time.location, time.scale)
+        with accelerator.accumulate(model):
+            loss = diffusion_loss(model, process, settings, x, batch["noise"], t, context, accelerator)
+            accelerator.backward(loss)
+            gradient_norm = None
+            if accelerator.sync_gradients:
+                gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        ema.update(network, step)
+        step += 1  # steps done
+        last = step == training.steps
+        bar.update()
+        row = {}
+        if step % training.log_every == 0 or last:
+            values = {"loss": loss.detach(), "gradient_norm": gradient_norm}
+            row = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
+            row["learning_rate"] = learning_rate(step - 1, training)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if split["validation"] and (step % training.validate_every == 0 or last):
+            held_out = split["validation"]
+            row["validation_loss"] = validate(
+                ema.network, process, settings, autoencoder, moments[held_out], contexts[held_out], accelerator
+            )
+            if best is None or row["validation_loss"] < best["validation_loss"]:
+                best = {"step": step, "validation_loss": row["validation_loss"]}
+        if row:
+            metrics.add(step, row)
+        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
+            pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
+            draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
+            metrics.draw()
+        if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
+            if accelerator.is_main_process:
+                state = {"best": best, "settings": as_json(described)}
+                checkpoint.save_checkpoint(run, step, networks, optimizers, state, best and best["step"])
+            accelerator.wait_for_everyone()
+    bar.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        if best:
+            tensors, _ = checkpoint.load_checkpoint(run, best["step"])
+            load_weights(ema.network, tensors["ema"], run)
+        make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
+        chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
+        print(f"model written to {config.model_folder}{chosen}")
+    accelerator.wait_for_everyone()
+
+
+def diffusion_loss(
+    unet, process: Process, settings, x: Tensor, noise: Tensor, t: Tensor, context: Tensor, accelerator: Accelerator
+) -> Tensor:
+    """Weighted mean squared error of the predicted target, E w(t) |net(z_t, t, context) - target|^2.
+
+    x, noise (N, c, x, y, z); t (N,); context (N, K, 2).
+    """
+    z = process.add_noise(x, noise, t)
+    with accelerator.autocast():
+        output = unet(z, t, context)
+    error = (output.float() - process.target(settings.target, x, noise, t)).square().flatten(1).mean(dim=1)
+    return (process.loss_weight(settings.loss_weight, settings.target, t) * error).mean()
+
+
+@torch.no_grad()
+def validate(
+    unet, process: Process, settings, autoencoder: Autoencoder, moments, contexts: Tensor, accelerator: Accelerator
+) -> float:
+    """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare."""
+    device, total, batch_size = accelerator.device, 0.0, 16
+    mean = autoencoder.normalise(autoencoder.sample(torch.from_numpy(moments.copy()).to(device)))
+    numbers = range(accelerator.process_index, len(mean) * VALIDATION_REPEATS, accelerator.num_processes)
+    for first in range(0, len(numbers), batch_size):
+        chosen = torch.tensor(numbers[first : first + batch_size])
+        sample = chosen % len(mean)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator(0, int(n))) for n in chosen]).to(device)
+        # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
+        u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
+        t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)
+        context = contexts[sample].to(device)
+        loss = diffusion_loss(unet, process, settings, mean[sample.to(device)], noise, t.to(device), context, accelerator)
+        total += loss.item() * len(chosen)
+    total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
+    return total / (len(mean) * VALIDATION_REPEATS)
+
+
+def make_pipeline(config: Config, autoencoder: Autoencoder, unet: UNet, schema: CovariateSchema, process: Process) -> Pipeline:
+    """The pipeline of these networks with the config's defaults for generation."""
+    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    sampling = Sampling(**config.generation.model_dump())
+    return Pipeline(autoencoder, unet, schema, grid, process, config.diffusion.target, sampling)
+
+
+def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:
+    """One sample over the seen range of the first continuous covariate, the others left open, as a picture."""
+    swept = next((c for c in pipeline.schema if c.seen), None)
+    rows = [{}] * columns
+    if swept:
+        low, high = swept.seen
+        rows = [{swept.name: low + (high - low) * i / (columns - 1)} for i in range(columns)]
+    requests = pipeline.parse(rows)
+    with accelerator.autocast():
+        # Number 0 for all: the same noise, so that what differs is the covariate's doing
+        volumes = [next(pipeline.volumes([row], pipeline.sampling)) for row in requests]
+    titles = [describe(row) for row in requests]
+    figures.save(figures.mosaic(volumes, titles, pipeline.grid.spacing_mm, columns=3), path)
+
+
+def as_json(values):
+    """Tuples as lists, as they come back from a JSON file."""
+    if isinstance(values, dict):
+        return {key: as_json(value) for key, value in values.items()}
+    return [as_json(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+@exit_on_input_error
+def main() -> None:
+    train(parse_command_line("Train the diffusion model of an experiment (stage 2).", "diffusion"))
+
+
+if __name__ == "__main__":
+    main()
