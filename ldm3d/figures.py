@@ -81,7 +81,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def scatter(asked: NDArray, measured: NDArray, label: str, title: str, measured_name: str = "measured") -> Figure:
+def scatter(asked: NDArray, measured: NDArray, asked_label: str, measured_label: str, title: str) -> Figure:
     """Measured against asked, with the identity and the fitted line."""
     figure = Figure(figsize=(3.8, 3.6), layout="constrained")
     axis = figure.subplots()
@@ -96,7 +96,7 @@ def scatter(asked: NDArray, measured: NDArray, label: str, title: str, measured_
     axis.set(xlim=ends, ylim=ends)
     axis.set_title(title, fontsize=9, color=INK)
     axis.legend(fontsize=7, frameon=False)
-    _plain(axis, f"asked {label}", f"{measured_name} {label}")
+    _plain(axis, asked_label, measured_label)
     return figure
 
 

@@ -15,11 +15,12 @@ from ldm3d.config import Config
 from ldm3d.data.loading import TrainingBatches
 from ldm3d.data.preprocess import load_prepared, read_scan_table
 from ldm3d.errors import InputError, exit_on_input_error
+from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.pretrained import load_weights
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
-from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence, psnr
+from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
 from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.run import Metrics, parse_command_line, progress_bar, start_accelerator
 

@@ -15,12 +15,12 @@ from ldm3d.config import Config
 from ldm3d.covariates import CovariateSchema, drop_covariates
 from ldm3d.data.latents import read_latents
 from ldm3d.data.loading import TrainingBatches, generator
-from ldm3d.data.preprocess import fingerprint
 from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
 from ldm3d.errors import InputError, exit_on_input_error
+from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.pretrained import load_weights, weights_hash
+from ldm3d.models.pretrained import load_weights
 from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline, Sampling, describe
 from ldm3d.training import checkpoint
@@ -31,19 +31,12 @@ from ldm3d.training.run import Metrics, parse_command_line, progress_bar, start_
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 
 
-def latents_origin(config: Config) -> dict[str, str]:
-    """What a latent cache of this experiment follows from: a cache of anything else is stale."""
-    return {
-        "autoencoder": weights_hash(config.autoencoder_folder),
-        "prepared data": fingerprint(config),
-    }
-
-
 def train(config: Config) -> None:
     """Run, or go on with, the training that the config describes."""
     settings, training, run = config.diffusion, config.diffusion.training, config.diffusion_run
+    origin = latents_origin(config)
     autoencoder = Autoencoder.from_pretrained(config.autoencoder_folder)
-    moments, scans = read_latents(config.latents_folder, latents_origin(config))
+    moments, scans = read_latents(config.latents_folder, origin)
     rows = scans[[c.name for c in config.covariates]].to_dict("records")
     split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
     if not split["train"]:
@@ -64,7 +57,7 @@ def train(config: Config) -> None:
     described = {
         "diffusion": settings.model_dump(mode="json"),
         "covariates": schema.to_dict(),
-        "latents": latents_origin(config),
+        "latents": origin,
         "seed": config.seed,
     }
     state = checkpoint.restore(run, networks, optimizers, as_json(described))
@@ -144,6 +137,7 @@ def train(config: Config) -> None:
             tensors, _ = checkpoint.load_checkpoint(run, best["step"])
             load_weights(ema.network, tensors["ema"], run)
         make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
+        save_experiment(config, config.model_folder)
         chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
         print(f"model written to {config.model_folder}{chosen}")
     accelerator.wait_for_everyone()

@@ -79,9 +79,3 @@ class Adversary(nn.Module):
         on_fake = self.criterion(self.discriminator(fake.detach())[-1], target_is_real=False, for_discriminator=True)
         on_real = self.criterion(self.discriminator(real)[-1], target_is_real=True, for_discriminator=True)
         return (on_fake + on_real) / 2
-
-
-def psnr(volume: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each sample in dB, -10 log10(mean squared error), for a peak of 1: (N,)."""
-    error = (volume.float().clamp(0, 1) - reference.float()).square().flatten(1).mean(dim=1)
-    return -10 * torch.log10(error.clamp_min(1e-12))

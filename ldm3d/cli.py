@@ -1,0 +1,221 @@
+"""The command line: ldm3d phantoms | prepare | encode | generate | evaluate | demo.
+
+Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm3d.errors import InputError, exit_on_input_error
+
+app = typer.Typer(
+    help="Latent diffusion for 3D brain MRI. Train with: accelerate launch -m ldm3d.training.autoencoder CONFIG, "
+    "ldm3d encode CONFIG, accelerate launch -m ldm3d.training.diffusion CONFIG.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
+Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16 (faster on GPUs and recent CPUs).")]
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="Where to write; must be empty or absent.", show_default=False)],
+    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels to the right, front and top.")] = (40, 48, 40),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+) -> None:
+    """Make a BIDS dataset of toy brains with exactly known covariates."""
+    from ldm3d.data.phantoms import write_dataset
+
+    write_dataset(folder, subjects, shape, seed, workers=workers)
+    print(f"{subjects} phantoms written to {folder}")
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    override: Override = [],  # noqa: B006 (typer reads it, nobody changes it)
+    strict: Annotated[bool, typer.Option(help="Stop if any scan cannot be used.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+) -> None:
+    """Bring every scan to the config's grid; only what is new or has changed."""
+    from ldm3d.config import load_config
+    from ldm3d.data.preprocess import prepare
+
+    settings = load_config(config, override)
+    done = prepare(settings, workers=workers, strict=strict)
+    splits = ", ".join(f"{count} {split}" for split, count in done.table["split"].value_counts().items())
+    print(
+        f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
+        f"{splits}; written to {settings.prepared_folder}"
+    )
+
+
+@app.command()
+def encode(
+    config: ConfigPath,
+    override: Override = [],  # noqa: B006
+    device: Device = None,
+    precision: Precision = "float32",
+    force: Annotated[bool, typer.Option(help="Encode even if the cache is up to date.")] = False,
+) -> None:
+    """Write the latents of all prepared scans with the trained autoencoder: what stage 2 reads."""
+    import torch
+
+    from ldm3d.config import load_config
+    from ldm3d.data.latents import is_fresh, write_latents
+    from ldm3d.data.preprocess import load_prepared, read_scan_table
+    from ldm3d.experiment import latents_origin
+    from ldm3d.models.autoencoder import Autoencoder
+
+    settings = load_config(config, override)
+    scans = read_scan_table(settings)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(precision)
+    autoencoder = Autoencoder.from_pretrained(settings.autoencoder_folder, device, dtype)
+    origin = latents_origin(settings)
+    if is_fresh(settings.latents_folder, origin) and not force:
+        print(f"the latents in {settings.latents_folder} are up to date")
+        return
+
+    @torch.no_grad()
+    def moments(volumes):
+        return autoencoder.encode(torch.from_numpy(volumes).to(device, dtype)).float().cpu().numpy()
+
+    write_latents(settings.latents_folder, scans, lambda key: load_prepared(settings, key), moments, origin)
+    print(f"latents of {len(scans)} scans written to {settings.latents_folder}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def generate(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write; must be empty or absent.", show_default=False)],
+    num: Annotated[int, typer.Option(min=1, help="Volumes of one request.")] = 1,
+    table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m or unipc.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes at a time; does not change them.")] = 8,
+    device: Device = None,
+    precision: Precision = "float32",
+) -> None:
+    """Generate volumes for asked covariates, as a BIDS derivative.
+
+    Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45. Those left out are left open.
+    """
+    from tqdm import tqdm
+
+    from ldm3d.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
+    asked = _covariates(context.args)
+    if table is not None and asked:
+        raise InputError("give either --table or covariates, not both")
+    rows = pipeline.parse(_requests(table) if table is not None else [asked] * num)
+    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    with tqdm(total=len(rows), desc="generate", unit="volume") as bar:
+        volumes = pipeline.volumes(rows, sampling, batch_size)
+        pipeline.write(out, volumes, rows, sampling, progress=lambda _: bar.update())
+    print(f"{len(rows)} synthetic volumes written to {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
+    out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
+    num: Annotated[int, typer.Option(min=3, help="Volumes to generate for held-out subjects' covariates.")] = 64,
+    measure: Annotated[
+        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
+    ] = "ldm3d.evaluation.volumetry:measure_volumes",
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0)] = None,
+    sampler: Annotated[str | None, typer.Option()] = None,
+    device: Device = None,
+    precision: Precision = "float32",
+) -> None:
+    """Measure reconstruction and how generated volumes follow their covariates; writes one HTML page."""
+    from ldm3d.data.preprocess import load_prepared
+    from ldm3d.evaluation.fidelity import evaluate
+    from ldm3d.evaluation.volumetry import load_measure
+    from ldm3d.experiment import held_out_scans
+    from ldm3d.pipeline import Pipeline
+    from ldm3d.report import summary, write_report
+
+    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
+    function = load_measure(measure)
+    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    config, scans = held_out_scans(model, data, out / "work")
+    subjects = scans[pipeline.schema.names].to_dict("records")
+    found = evaluate(pipeline, subjects, lambda i: load_prepared(config, scans["key"][i]), function, sampling, num)
+    page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
+    print(summary(found))
+    print(f"page written to {page}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    config: Annotated[Path, typer.Option(help="The toy experiment.")] = Path("configs/toy.yaml"),
+) -> None:
+    """The whole path on toy brains, from phantoms to an HTML page, in a few minutes on two cores."""
+    from ldm3d.demo import run_demo
+
+    run_demo(out, config)
+
+
+def _dtype(name: str):
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise InputError(f"--precision {name}: use float32 or bfloat16")
+    return known[name]
+
+
+def _covariates(arguments: list[str]) -> dict[str, str]:
+    """["--age", "72", "--sex=F"] -> {"age": "72", "sex": "F"}."""
+    asked, rest = {}, list(arguments)
+    while rest:
+        name, separator, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise InputError(f"{name!r} stands alone; ask for a covariate as --name value")
+        if not separator:
+            if not rest:
+                raise InputError(f"{name} needs a value")
+            value = rest.pop(0)
+        asked[name.removeprefix("--").replace("-", "_")] = value
+    return asked
+
+
+def _requests(table: Path) -> list[dict]:
+    """Rows of a table of requests; identifiers in it are not covariates."""
+    from ldm3d.data.bids import read_table
+
+    frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
+    if frame.empty:
+        raise InputError(f"{table} has no rows; write one for each volume")
+    return frame.to_dict("records")
+
+
+@exit_on_input_error
+def main() -> None:
+    """Entry point of the console script."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", flush=True)
+    app()
+
+
+if __name__ == "__main__":
+    main()

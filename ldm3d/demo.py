@@ -1,0 +1,87 @@
+"""The whole path on toy brains: phantoms, both training stages, generation, evaluation; says what it reached."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm3d.config import load_config
+from ldm3d.data.preprocess import load_prepared
+from ldm3d.evaluation.fidelity import Evaluation, evaluate
+from ldm3d.evaluation.volumetry import measure_volumes
+from ldm3d.experiment import held_out_scans
+from ldm3d.pipeline import Pipeline
+from ldm3d.report import Goal, summary, write_report
+
+SUBJECTS = 1000
+AGES, VENTRICLES_ML = (25, 40, 55, 70, 85), (15, 35, 55, 75)
+
+
+def run_demo(out: Path, config_path: Path) -> None:
+    """Everything below `out`; a demo that was interrupted goes on where it stopped."""
+    started = time.monotonic()
+    data, output = out / "data", out / "run"
+    overrides = ["--set", f"data.bids={data}", "--set", f"output={output}"]
+    config = load_config(config_path, overrides[1::2])
+    if not (data / "participants.tsv").is_file():
+        shape = [str(n) for n in config.data.grid.shape]
+        _step("toy brains", "ldm3d.cli", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape)
+    experiment = [config_path, *overrides]
+    _step("prepare", "ldm3d.cli", "prepare", *experiment)
+    launch = ["accelerate.commands.launch", "--quiet", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "-m"]
+    _step("train the autoencoder", *launch, "ldm3d.training.autoencoder", *experiment)
+    _step("encode", "ldm3d.cli", "encode", *experiment)
+    _step("train the diffusion model", *launch, "ldm3d.training.diffusion", *experiment)
+
+    pipeline = Pipeline.from_pretrained(config.model_folder, dtype=torch.bfloat16)
+    sweep = out / "generated"
+    if not (sweep / "participants.tsv").is_file():
+        _say("generate a sweep of ages and ventricular volumes")
+        rows = pipeline.parse([{"age": a, "ventricular_volume_ml": v} for a in AGES for v in VENTRICLES_ML])
+        # Number 0 for all: the same noise, so that what differs is what was asked
+        volumes = (next(pipeline.volumes([row], pipeline.sampling)) for row in rows)
+        pipeline.write(sweep, volumes, rows, pipeline.sampling)
+    _say("evaluate")
+    config, scans = held_out_scans(config.model_folder, data, out / "work")
+    subjects = scans[pipeline.schema.names].to_dict("records")
+    found = evaluate(pipeline, subjects, lambda i: load_prepared(config, scans["key"][i]), measure_volumes, pipeline.sampling)
+    goals = demo_goals(found)
+    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals)
+    print(summary(found))
+    print()
+    for goal in goals:
+        verdict = "reached" if goal.reached else "NOT REACHED"
+        print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes\nvolumes and mosaic: {sweep}\npage: {page}")
+
+
+def demo_goals(found: Evaluation) -> list[Goal]:
+    """What the toy experiment should reach."""
+    ventricles = found.find("ventricular_volume_ml", "generated").agreement
+    brain = found.find("brain_volume_ml", "generated").agreement
+    kept = found.find("ventricular_volume_ml", "reconstructed").agreement
+    by_age = next(s for s in found.sweeps if s.covariate == "age").rank_correlation["ventricular_volume_ml"]
+    return [
+        Goal("Reconstruction of held-out phantoms, PSNR", float(np.mean(found.psnr_db)), low=28, unit="dB"),
+        Goal("Ventricular volume, reconstructed against true, r", kept.r, low=0.95),
+        Goal("Ventricular volume, generated against asked, r", ventricles.r, low=0.95),
+        Goal("Ventricular volume, generated against asked, slope", ventricles.slope, low=0.8, high=1.2),
+        Goal("Brain volume, generated against asked, r", brain.r, low=0.9),
+        Goal("Ventricles ordered by age where only age is asked, rank correlation", by_age, low=1.0),
+    ]
+
+
+def _say(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def _step(title: str, *command) -> None:
+    """Run a module as a user would; what it prints is shown."""
+    _say(title)
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)

@@ -1,0 +1,75 @@
+"""What belongs to which: latents to their autoencoder and data, a trained model to the settings and scans it was made with.
+
+MODEL/experiment.json lets `evaluate` prepare other scans in the same way and keep to those that the model never saw. Scans
+are named by a hash of their content, so the model folder carries no subject's identifier.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ldm3d.config import Config
+from ldm3d.data.preprocess import fingerprint, prepare, read_scan_table
+from ldm3d.errors import InputError
+from ldm3d.models.pretrained import weights_hash
+
+EXPERIMENT = "experiment.json"
+
+
+def latents_origin(config: Config) -> dict[str, str]:
+    """What a latent cache of this experiment follows from: a cache of anything else is stale.
+
+    Raises:
+        InputError: no autoencoder yet, or nothing prepared.
+    """
+    if not config.autoencoder_folder.is_dir():
+        raise InputError(
+            f"no autoencoder in {config.autoencoder_folder}; train it with `accelerate launch -m "
+            "ldm3d.training.autoencoder CONFIG` first"
+        )
+    return {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
+
+
+def save_experiment(config: Config, folder: Path) -> None:
+    """Write experiment.json beside a model of this config."""
+    scans = read_scan_table(config)
+    seen = sorted(scans.loc[scans["split"] != "test", "key"])
+    values = {"config": config.model_dump(mode="json"), "seen": seen}
+    (folder / EXPERIMENT).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def held_out_scans(model: Path, data: Path, work: Path) -> tuple[Config, pd.DataFrame]:
+    """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
+
+    Args:
+        model: pipeline folder.
+        data: BIDS folder, or table with a path column.
+        work: where to put prepared volumes, unless it is the experiment's own data, prepared already.
+
+    Returns:
+        (config whose prepared folder holds the scans, rows of its scan table).
+
+    Raises:
+        InputError: no experiment.json, no such data, or nothing held out in it.
+    """
+    try:
+        values = json.loads((model / EXPERIMENT).read_text())
+        config, seen = Config.model_validate(values["config"]), set(values["seen"])
+    except FileNotFoundError:
+        raise InputError(f"{model} has no {EXPERIMENT}: it is no model that training stage 2 wrote") from None
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {error}") from None
+    if not data.exists():
+        raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
+    own = config.data.bids or config.data.table
+    if own.resolve() != data.resolve() or not config.prepared_folder.is_dir():
+        source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data, "root": None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=source), "output": work})
+    prepare(config)
+    scans = read_scan_table(config)
+    known = set(scans.loc[scans["key"].isin(seen), "subject"])
+    held_out = scans[~scans["subject"].isin(known)].reset_index(drop=True)
+    if held_out.empty:
+        raise InputError(f"all {len(scans)} scans of {data} are of subjects that the model was trained on; give others")
+    return config, held_out

@@ -1,0 +1,173 @@
+"""Where voxels lie: the experiment's Grid, and the way from a scan onto it and back.
+
+Legend: an affine is a 4x4 matrix from voxel indices (centres of voxels at whole numbers) to millimetres in RAS+: x to
+the right, y to the front (anterior), z to the top (superior) of the patient, as in NIfTI. A volume is (X, Y, Z).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+# How far (in voxels) a voxel may lie from a whole position of the source and still be copied rather than interpolated:
+# far above the rounding of float32 affines in NIfTI headers, far below anything visible.
+_ALIGNED = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The one grid of an experiment: every volume a network sees or makes has its shape and spacing.
+
+    Args:
+        shape: voxels to the right, to the front and to the top.
+        spacing_mm: side lengths of a voxel in the same order.
+        affine: (4, 4) voxel to RAS+ mm, for volumes that come from no scan.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    affine: NDArray
+
+    def __post_init__(self):
+        shape, spacing = tuple(int(n) for n in self.shape), tuple(float(s) for s in self.spacing_mm)
+        if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or not all(0 < s < math.inf for s in spacing):
+            raise ValueError(f"a grid has 3 sides of at least 1 voxel and 3 spacings > 0 mm, got {shape}, {spacing}")
+        affine = np.array(self.affine, dtype=np.float64).reshape(4, 4)
+        affine.flags.writeable = False  # frozen for good: many volumes share this array
+        for name, value in (("shape", shape), ("spacing_mm", spacing), ("affine", affine)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def centred(cls, shape: Sequence[int], spacing_mm: Sequence[float]) -> "Grid":
+        """The grid along the axes of RAS+ whose centre is at world (0, 0, 0)."""
+        affine = np.diag([*spacing_mm, 1.0])
+        affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+        return cls(tuple(shape), tuple(spacing_mm), affine)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return math.prod(self.spacing_mm) / 1000
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "spacing_mm": list(self.spacing_mm), "affine": self.affine.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Grid":
+        return cls(tuple(values["shape"]), tuple(values["spacing_mm"]), np.array(values["affine"]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.spacing_mm))
+
+
+def spacing_of(affine: NDArray) -> NDArray:
+    """Side lengths in mm of a voxel along each axis of the array, (3,)."""
+    return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
+
+
+def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid) -> NDArray:
+    """Lay the Grid's box over a scan, with nothing rotated.
+
+    The box takes the axes of the scan in their closest RAS+ order (axes are swapped and flipped, an oblique scan stays
+    oblique). A sheared affine gives the closest axes that are perpendicular. Where the scan's spacing is the Grid's,
+    the box moves by less than a voxel onto whole voxels, so that `resample` copies them unblurred.
+
+    Args:
+        source_shape: of the scan, (X, Y, Z).
+        source_affine: of the scan, (4, 4).
+        centre_voxel: the position in the scan, in its voxels, that becomes the Grid's centre; None for its middle.
+        grid: gives shape and spacing; its own affine plays no part.
+
+    Returns:
+        (4, 4) from voxels of the placed Grid to the scan's world.
+    """
+    source_affine = np.asarray(source_affine, dtype=np.float64)
+    if centre_voxel is None:
+        centre_voxel = (np.array(source_shape) - 1) / 2
+    directions = source_affine[:3, :3] / spacing_of(source_affine)
+    axes, signs = _closest_axes(directions)
+    left, _, right = np.linalg.svd(directions[:, axes] * signs)
+    affine = np.eye(4)
+    affine[:3, :3] = (left @ right) * grid.spacing_mm  # the closest rotation (polar decomposition), then mm per voxel
+    to_middle = (np.array(grid.shape) - 1) / 2
+    affine[:3, 3] = (source_affine @ [*centre_voxel, 1])[:3] - affine[:3, :3] @ to_middle
+
+    first = np.linalg.solve(source_affine, affine[:, 3])[:3]  # the Grid's voxel (0, 0, 0), in voxels of the scan
+    ratio = np.array(grid.spacing_mm) / spacing_of(source_affine)[axes]
+    same = axes[np.abs(ratio - 1) * grid.shape < _ALIGNED]
+    first[same] = np.round(first[same])
+    affine[:, 3] = source_affine @ [*first, 1]
+    return affine
+
+
+def resample(
+    volume: NDArray,
+    source_affine: NDArray,
+    target_affine: NDArray,
+    target_shape: Sequence[int],
+    order: str = "linear",
+) -> NDArray:
+    """Reorient, resample and crop or pad a volume in one interpolation; with the affines swapped it is the way back.
+
+    A target that lies on whole voxels of the source gets exactly these voxels. Where the target is coarser, the source
+    is smoothed first, by the Gaussian that takes a point spread as wide as the source's voxel to one as wide as the
+    target's (full width at half maximum; Cardoso et al. 2015, Scale factor point spread function matching):
+    sigma = sqrt((out^2 - in^2) / (8 ln 2)), for each axis alone.
+
+    SciPy and not MONAI's SpatialResample, which gives the same numbers (a test holds this): 0.2 s against 0.7 s for a
+    1 mm head on one core, and its GaussianSmooth takes eighteen times SciPy's 0.1 s; reading a dataset is mostly this.
+
+    Args:
+        volume: (X, Y, Z).
+        source_affine, target_affine: (4, 4), into the same world.
+        target_shape: (X', Y', Z').
+        order: "linear", or "nearest" for label maps, which are never smoothed.
+
+    Returns:
+        (X', Y', Z'), 0 outside of the source; float32, or the type of `volume` with "nearest".
+    """
+    if order not in ("linear", "nearest"):
+        raise ValueError(f"order is {order!r}; use 'linear' or 'nearest'")
+    if volume.ndim != 3:
+        raise ValueError(f"resample takes one volume (X, Y, Z), got shape {volume.shape}")
+    matrix = np.linalg.solve(np.asarray(source_affine, np.float64), np.asarray(target_affine, np.float64))
+    corners = np.array([*itertools.product(*[(0, n - 1) for n in target_shape])])  # (8, 3)
+    whole = np.round(matrix)
+    if np.abs((matrix - whole)[:3] @ np.c_[corners, np.ones(8)].T).max() < _ALIGNED:
+        matrix = whole
+    if order == "nearest":
+        output, spline = volume.dtype, 0
+    else:
+        output, spline = np.float32, 1
+        volume = _smooth(volume.astype(np.float32, copy=False), source_affine, target_affine)
+    # "grid-constant" fades to 0 beyond the outermost voxels' centres; "constant" would cut half a voxel off every face
+    return ndimage.affine_transform(
+        volume, matrix[:3, :3], matrix[:3, 3], tuple(target_shape), output, spline, "grid-constant", prefilter=False
+    )
+
+
+def _smooth(volume: NDArray, source_affine: NDArray, target_affine: NDArray) -> NDArray:
+    """The smoothing of `resample`; volume unchanged where the target is as fine."""
+    given, wanted = spacing_of(source_affine), spacing_of(target_affine)
+    # axes[i]: the axis of the source along which the target's axis i runs, as nearly as they do
+    axes, _ = _closest_axes(np.linalg.solve(source_affine[:3, :3] / given, target_affine[:3, :3] / wanted).T)
+    variance = np.zeros(3)
+    variance[axes] = (wanted**2 - given[axes] ** 2) / (8 * math.log(2))
+    sigma = np.sqrt(variance.clip(0)) / given
+    sigma[sigma < 0.05] = 0  # spacings that differ in their last digits: such a kernel is 1 at its centre, 0 around it
+    # "nearest": with zeros outside, anatomy that touches the border (a neck) would darken there
+    return ndimage.gaussian_filter(volume, sigma, mode="nearest") if sigma.any() else volume
+
+
+def _closest_axes(directions: NDArray) -> tuple[NDArray, NDArray]:
+    """Which column runs along which row's axis: (columns in the order of the rows, their signs)."""
+    axes = max(itertools.permutations(range(3)), key=lambda p: sum(abs(directions[i, p[i]]) for i in range(3)))
+    return np.array(axes), np.array([1.0 if directions[i, a] >= 0 else -1.0 for i, a in enumerate(axes)])
