@@ -44,6 +44,7 @@ class SplitConfig(Section):
 
     validation: Fraction = 0.1
     test: Fraction = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0  # apart from the experiment's, so that repeats with other seeds share the split
 
     @model_validator(mode="after")
     def _leaves_training(self):
@@ -59,6 +60,7 @@ class DataConfig(Section):
     table: Path | None = None
     root: Path | None = None  # what relative paths in `table` start from; default: the table's folder
     suffix: str = "T1w"  # of the BIDS files
+    skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"
     session_column: str = "session_id"

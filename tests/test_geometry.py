@@ -98,7 +98,10 @@ def test_sheared_affine_gives_perpendicular_axes():
 @pytest.mark.parametrize("order, mode", [("linear", "bilinear"), ("nearest", "nearest")])
 def test_agrees_with_monai(order, mode):
     volume = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
-    source, target = affine_of(np.diag([-1, 1, 1])), affine_of(TURN @ TILT, (0.7, 0.8, 0.9), (-20.0, 11.0, 2.0))
+    source, target = (
+        affine_of(np.diag([-1, 1, 1])),
+        affine_of(TURN @ TILT, (0.7, 0.8, 0.9), (-20.0312, 11.01357, 2.02711)),
+    )
     image = MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(source))
     expected = SpatialResample(mode, padding_mode="zeros", align_corners=False, dtype=torch.float64)(
         image, dst_affine=torch.from_numpy(target), spatial_size=(20, 20, 16)
@@ -119,7 +122,7 @@ def test_smoothing_has_the_width_of_cardoso_along_the_right_axis(directions):
     centre = affine[:3, :3] @ (size[axes] // 2)
     response = []
     for x_mm in range(-12, 13):
-        target = affine_of(np.eye(3), coarse, origin=centre + (x_mm, 0, 0))
+        target = affine_of(np.eye(3), coarse, origin=centre + np.array((x_mm, 0, 0)))
         response.append(resample(volume, affine, target, (1, 1, 1)).item())
     assert sum(response) == pytest.approx(1, abs=1e-3)  # nothing is lost across the other two axes
     variance = np.average(np.arange(-12, 13) ** 2, weights=response)

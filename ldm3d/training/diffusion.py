@@ -183,7 +183,8 @@ def make_pipeline(config: Config, autoencoder: Autoencoder, unet: UNet, schema: 
     """The pipeline of these networks with the config's defaults for generation."""
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())
-    return Pipeline(autoencoder, unet, schema, grid, process, config.diffusion.target, sampling)
+    target, stripped = config.diffusion.target, config.data.skull_stripped
+    return Pipeline(autoencoder, unet, schema, grid, process, target, sampling, stripped)
 
 
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:

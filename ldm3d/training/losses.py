@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from monai.losses import PatchAdversarialLoss
 from monai.losses.perceptual import MedicalNetPerceptualSimilarity
 from monai.networks.nets import PatchDiscriminator, ResNetFeatures

@@ -46,6 +46,9 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
             f"training.batch_size {training.batch_size} must be divisible by accumulation {training.accumulation} times "
             f"{accelerator.num_processes} processes"
         )
+    if accelerator.device.type == "cpu":
+        # accelerate launch leaves one thread to a process unless it is told otherwise
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     set_seed(seed)
     accelerator.init_trackers("tensorboard")
     accelerator.print(

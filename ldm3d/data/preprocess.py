@@ -1,0 +1,396 @@
+"""Scans as they come -> volumes on the experiment's Grid, float in [0, 1]; and the way back.
+
+Below `config.prepared_folder`:
+    volumes/<key>.npy   float16 (X, Y, Z); <key>.json what the way back needs, and what was odd
+    scans.tsv           subject, session, path, key, split and the covariates of every scan that could be prepared
+    splits.tsv          the split of every subject
+    settings.json       what the rest was made with
+    failed.tsv          scans that could not be prepared, and why; only if there are any
+
+A key is a hash of the scan's content and of the settings that shape the volume, so nothing is prepared twice and
+nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import ndimage
+from tqdm import tqdm
+
+from ldm3d.config import Config
+from ldm3d.data.bids import assign_splits, read_scans, read_table, write_table
+from ldm3d.data.nifti import read_volume
+from ldm3d.errors import InputError
+from ldm3d.geometry import Grid, place, resample, spacing_of
+
+VERSION = 1  # raise it when the numbers that this file makes change: every volume is then prepared again
+
+_BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
+_FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did."""
+
+    table: pd.DataFrame  # as in scans.tsv
+    prepared: int  # scans made anew
+    cached: int  # scans that were there already
+    failed: pd.DataFrame  # subject, session, path, reason
+    seconds: float
+
+
+def prepare(config: Config, *, workers: int | None = None, strict: bool = False) -> Prepared:
+    """Bring every scan of the config to the Grid, in parallel; only those that are new or changed.
+
+    A scan that cannot be used is named with its reason and left out; the others go on.
+
+    Args:
+        config: the experiment.
+        workers: processes; None for one per available core, 1 for none beside this one.
+        strict: one bad scan is an error, and no table is written.
+
+    Raises:
+        InputError: what `read_scans` raises; no scan could be prepared; with `strict` any could not.
+    """
+    started = time.monotonic()
+    folder = config.prepared_folder
+    (folder / "volumes").mkdir(parents=True, exist_ok=True)
+    scans = read_scans(config.data, config.covariates)
+    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    arguments = [(path, folder / "volumes", grid, config.data.percentiles) for path in scans["path"]]
+    results: list[dict] = [{}] * len(scans)
+    with tqdm(total=len(scans), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
+        for i, result in _run(arguments, min(workers or _cores(), len(scans))):
+            results[i] = result
+            bar.update()
+
+    reasons = pd.Series([result.get("reason") for result in results], index=scans.index, dtype=object)
+    bad = reasons.notna()
+    failed = scans.loc[bad, ["subject", "session", "path"]].assign(reason=reasons[bad])
+    if bad.any():
+        write_table(folder / "failed.tsv", failed)
+        report = f"{len(failed)} of {len(scans)} scans could not be prepared:\n" + "\n".join(
+            f"  {_who(row)}: {row.reason}" for row in failed.itertuples()
+        )
+        if strict or bad.all():
+            raise InputError(report)
+        print(report)
+    else:
+        (folder / "failed.tsv").unlink(missing_ok=True)
+
+    good = [result for result in results if "reason" not in result]
+    table = scans[~bad].reset_index(drop=True)
+    splits = assign_splits(table["subject"], config.data.splits)
+    table.insert(3, "key", [result["key"] for result in good])
+    table.insert(4, "split", table["subject"].map(splits))
+    _warn(table, good, grid)
+    write_table(folder / "scans.tsv", table)
+    write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
+    _write(folder / "settings.json", json.dumps(_settings(config), indent=2).encode())
+    cached = sum(result["cached"] for result in good)
+    return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
+
+
+def read_scan_table(config: Config) -> pd.DataFrame:
+    """scans.tsv with the types of `read_scans`: what training and evaluation take scans, keys and splits from.
+
+    Raises:
+        InputError: nothing is prepared yet, or with other settings than the config's.
+    """
+    folder = config.prepared_folder
+    if not (folder / "settings.json").is_file() or not (folder / "scans.tsv").is_file():
+        raise InputError(f"no prepared scans in {folder}; run `ldm3d prepare` with this config first")
+    before, now = json.loads((folder / "settings.json").read_text(encoding="utf-8")), _settings(config)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys]
+    if changed:
+        raise InputError(f"{folder} was prepared with other settings: {'; '.join(changed)}; run `ldm3d prepare` again")
+    table = read_table(folder / "scans.tsv").reset_index(drop=True)
+    for covariate in config.schema():
+        kind = float if covariate.kind == "continuous" else object
+        values = [covariate.parse(value) for value in table[covariate.name]]
+        table[covariate.name] = pd.Series(values, dtype=kind)
+    return table
+
+
+def load_prepared(config: Config, key: str) -> NDArray:
+    """The prepared volume of a key as float32 (X, Y, Z) in [0, 1]."""
+    path = config.prepared_folder / "volumes" / f"{key}.npy"
+    if not path.is_file():
+        raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
+    return np.load(path).astype(np.float32)
+
+
+def load_info(config: Config, key: str) -> dict[str, Any]:
+    """What is known of a key's scan: the `info` of `to_grid`."""
+    path = config.prepared_folder / "volumes" / f"{key}.json"
+    if not path.is_file():
+        raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits that change with any prepared volume, covariate, subject or split, but not with where files lie."""
+    table = read_scan_table(config).drop(columns="path")
+    table = table.sort_values(["subject", "session", "key"]).to_csv(index=False, lineterminator="\n")
+    return hashlib.sha256(table.encode()).hexdigest()[:16]
+
+
+def to_grid(
+    volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[float, float]
+) -> tuple[NDArray, dict[str, Any]]:
+    """One scan on the Grid with intensities in [0, 1].
+
+    The Grid is centred on the foreground's box. A head that is higher than the Grid loses its neck, not its crown.
+    The lower percentile is taken over all voxels of the placed Grid and becomes 0, so the background does. The upper
+    one is taken over the foreground alone and becomes 1: over all voxels it would depend on how much of the Grid a
+    brain fills, and small brains would come out in another brightness than large ones. What lies beyond is clipped.
+
+    Args:
+        volume: (X, Y, Z) in any orientation; a skull-stripped or a whole head.
+        affine: (4, 4) of `volume`, to RAS+ mm.
+        grid: to bring it to.
+        percentiles: (lower, upper), 0 to 100.
+
+    Returns:
+        float32 (X, Y, Z) on the Grid; and the info that `restore` needs, plain JSON: shape and affine of the source,
+        affine of the placed Grid, the intensities `low` and `high` that became 0 and 1, and cut_mm, the most that the
+        Grid cuts off the foreground on any side.
+
+    Raises:
+        InputError: both percentiles are the same intensity.
+    """
+    affine = np.asarray(affine, dtype=np.float64)
+    volume, background, threshold = _level_background(volume)
+    placed, cut_mm = _place_on_foreground(_foreground_box(volume, background + threshold, affine), volume, affine, grid)
+    # `resample` is 0 outside of the scan; after this subtraction so is the background
+    on_grid = resample(volume - background, affine, placed, grid.shape)
+    foreground = on_grid[on_grid > threshold]
+    low = float(np.percentile(on_grid, percentiles[0]))
+    high = float(np.percentile(foreground, percentiles[1])) if foreground.size else low
+    if not high > low:
+        raise InputError(
+            f"percentiles {percentiles[0]:g} and {percentiles[1]:g} of its intensities are both {low + background:g}; "
+            "look at the scan, or move data.percentiles apart"
+        )
+    info = {
+        "source_shape": list(volume.shape),
+        "source_affine": affine.tolist(),
+        "grid_affine": placed.tolist(),
+        "low": low + background,
+        "high": high + background,
+        "cut_mm": round(cut_mm, 1),
+    }
+    return ((on_grid - low) / (high - low)).clip(0, 1), info
+
+
+def restore(volume: NDArray, info: Mapping[str, Any]) -> tuple[NDArray, NDArray]:
+    """The way back from the Grid to the scan's own voxels and intensities; what the Grid cut off becomes background.
+
+    Args:
+        volume: (X, Y, Z) on the Grid, in [0, 1].
+        info: of `to_grid`.
+
+    Returns:
+        float32 (X, Y, Z) in the scan's shape, and the scan's affine.
+    """
+    affine = np.array(info["source_affine"])
+    back = resample(volume, np.array(info["grid_affine"]), affine, info["source_shape"])
+    return back * np.float32(info["high"] - info["low"]) + np.float32(info["low"]), affine
+
+
+def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
+    """A scan whose background is its lowest intensity; that intensity; and how far above it the foreground begins.
+
+    Three kinds of background: air, with noise in it; one constant around a skull-stripped brain or a defaced head; and
+    that constant in the midst of the range, where a stripped brain was standardised to mean 0. The last is put
+    below the brain's darkest voxels, for nothing could tell it from grey matter otherwise.
+    """
+    faces = np.concatenate([volume[[0, -1]].ravel(), volume[:, [0, -1]].ravel(), volume[:, :, [0, -1]].ravel()])
+    values, counts = np.unique(faces, return_counts=True)
+    constant = values[counts.argmax()] if 2 * counts.max() > faces.size else None
+    rest = volume.ravel() if constant is None else volume[volume != constant]
+    darkest, brightest = np.percentile(rest[:: 1 + rest.size // 10**6], (0.5, 98))  # a million voxels tell enough
+    if constant is None:
+        background = darkest
+    elif darkest < constant - _FOREGROUND * (brightest - darkest):
+        volume, background = np.where(volume == constant, np.float32(darkest), volume), darkest
+    else:
+        background = constant
+    return np.maximum(volume, np.float32(background)), float(background), float(_FOREGROUND * (brightest - background))
+
+
+def _foreground_box(volume: NDArray, threshold: float, affine: NDArray) -> tuple[NDArray, NDArray]:
+    """First and last voxel of the largest connected part brighter than `threshold`, (3,) each; to within _BLOCK_MM."""
+    block = np.clip(np.round(_BLOCK_MM / spacing_of(affine)).astype(int), 1, volume.shape)
+    padded = np.pad(volume, [(0, -n % b) for n, b in zip(volume.shape, block)], mode="edge")
+    n = np.array(padded.shape) // block
+    means = padded.reshape(n[0], block[0], n[1], block[1], n[2], block[2]).mean((1, 3, 5))
+    parts, count = ndimage.label(means > threshold)
+    if not count:  # nothing but scattered bright voxels; then all of it
+        return np.zeros(3), np.array(volume.shape) - 1.0
+    largest = np.bincount(parts.ravel())[1:].argmax()
+    slices = ndimage.find_objects(parts)[largest]
+    first, stop = np.array([[s.start, s.stop] for s in slices]).T * block
+    return first.astype(float), np.minimum(stop, volume.shape) - 1.0
+
+
+def _place_on_foreground(
+    box: tuple[NDArray, NDArray], volume: NDArray, affine: NDArray, grid: Grid
+) -> tuple[NDArray, float]:
+    """Affine of the Grid laid over a foreground box; and how many mm of the box stick out, on the worst side."""
+    first, last = box
+    placed = place(volume.shape, affine, (first + last) / 2, grid)
+    corners = np.array(
+        [np.where(end, last + 0.5, first - 0.5) for end in np.ndindex(2, 2, 2)]
+    )  # (8, 3), faces of voxels
+    corners = np.linalg.solve(placed, affine @ np.c_[corners, np.ones(8)].T)[:3].T + 0.5  # from the Grid's own faces
+    above = corners[:, 2].max() - grid.shape[2]
+    if above > 0:
+        # Whole voxels, so that an aligned Grid stays aligned
+        placed[:3, 3] += placed[:3, 2] * np.ceil(above)
+        corners[:, 2] -= np.ceil(above)
+    out = np.maximum(-corners.min(0), corners.max(0) - grid.shape).clip(0) * grid.spacing_mm
+    return placed, float(out.max())
+
+
+def _prepare_scan(path: str, folder: Path, grid: Grid, percentiles: tuple[float, float]) -> dict[str, Any]:
+    """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
+    try:
+        key = _key(Path(path), grid, percentiles)
+        volume_path, info_path = folder / f"{key}.npy", folder / f"{key}.json"
+        cached = volume_path.is_file() and info_path.is_file()
+        if cached:
+            info = json.loads(info_path.read_text(encoding="utf-8"))
+        else:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                volume, info = to_grid(*read_volume(path), grid, percentiles)
+            info["notes"] = [str(warning.message) for warning in caught]
+            buffer = io.BytesIO()
+            np.save(buffer, volume.astype(np.float16))
+            _write(volume_path, buffer.getvalue())
+            _write(info_path, json.dumps(info).encode())  # last: it says that the volume is there
+        return {"key": key, "cached": cached, "cut_mm": info["cut_mm"], "notes": info["notes"]}
+    except InputError as error:
+        return {"reason": str(error)}
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise  # no scan's fault; going on would only blame all the others too
+        return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _key(path: Path, grid: Grid, percentiles: tuple[float, float]) -> str:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    settings = {"version": VERSION, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:20]
+
+
+def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(i, _prepare_scan(*arguments[i])) for all i, as they get done.
+
+    A scan that kills its worker (memory, a crash in a library) takes the whole pool with it. The rest is then tried
+    again with half as many workers; if a single one dies, it is known which scan did it.
+    """
+    if workers == 1:
+        yield from ((i, _prepare_scan(*each)) for i, each in enumerate(arguments))
+        return
+    waiting, now = dict(enumerate(arguments)), workers
+    while waiting:
+        pool = ProcessPoolExecutor(min(now, len(waiting)), multiprocessing.get_context("spawn"))
+        try:
+            futures = {pool.submit(_prepare_scan, *each): i for i, each in waiting.items()}
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    yield futures[future], future.result()
+                    del waiting[futures[future]]
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for a thousand scans
+        if not waiting:
+            return
+        if now == 1:
+            if len(waiting) == len(arguments):
+                raise RuntimeError(
+                    "worker processes do not start; call prepare below `if __name__ == '__main__':` or with workers=1"
+                )
+            culprit = min(waiting)  # one worker takes them in order
+            del waiting[culprit]
+            yield culprit, {"reason": "its worker process died; out of memory? Try it with workers=1"}
+        now = max(now // 2, 1) if now > 1 else workers
+
+
+def _warn(table: pd.DataFrame, results: Sequence[Mapping], grid: Grid) -> None:
+    """One warning for each kind of oddity, not one for each scan."""
+
+    def say(what: str, scans: Sequence[str]) -> None:
+        more = f"\n  and {len(scans) - 5} more" if len(scans) > 5 else ""
+        warnings.warn(f"{len(scans)} {what}:\n  " + "\n  ".join(scans[:5]) + more, stacklevel=4)
+
+    rows = [*table.itertuples()]
+    tolerance = max(_BLOCK_MM, *grid.spacing_mm)
+    cut = sorted([(result["cut_mm"], _who(row)) for row, result in zip(rows, results)], reverse=True)
+    cut = [f"{who}: {mm:g} mm" for mm, who in cut if mm > tolerance]
+    if cut:
+        say(
+            "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape)",
+            cut,
+        )
+    notes = [note for result in results for note in result["notes"]]
+    if notes:
+        say("scans were read with a guess", notes)
+    twins = [
+        f"{', '.join(map(_who, group.itertuples()))}: {group['path'].iloc[0]}"
+        for _, group in table.groupby("key")
+        if group["subject"].nunique() > 1
+    ]
+    if twins:
+        say("files are scans of different subjects, so that splits may share them", twins)
+
+
+def _who(row: Any) -> str:
+    return f"sub-{row.subject}" + (f" ses-{row.session}" if row.session else "")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the prepared folder depends on, by its name in the config."""
+    data = config.data.model_dump(mode="json")
+    settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
+    settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
+    settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
+    return {"version": VERSION, **settings}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
