@@ -11,18 +11,23 @@ Volumes are (X, Y, Z), X to the right, Y anterior, Z superior; coordinates and d
 import functools
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy import ndarray
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+import ldm3d
+from ldm3d.data.bids import BIDS_VERSION, write_table
+from ldm3d.data.nifti import write_volume
 from ldm3d.errors import InputError
+from ldm3d.geometry import Grid
 
 BACKGROUND, HEAD, SKULL, CSF, GREY, WHITE, LEFT_VENTRICLE, RIGHT_VENTRICLE = range(8)
 LABELS = {
@@ -108,7 +113,7 @@ def make_phantom(
     labels[(labels == LEFT_VENTRICLE) & (x >= 0)] = RIGHT_VENTRICLE
 
     image = gaussian_filter(image, BLUR_VOXELS)
-    bias = _waves(_coordinates(shape, spacing_mm), *_random_waves(rng, 4, 260.0))[0] / 4
+    bias = _waves(_coordinates(shape, spacing_mm), *_random_waves(rng, 4, 260.0)) / 4
     image *= 1 + 0.2 * bias
     noise = NOISE * rng.standard_normal((2, *shape), dtype=np.float32)
     image = np.hypot(image + noise[0], noise[1])  # Rician: the magnitude of a complex signal
@@ -142,7 +147,7 @@ def _layers(
 ) -> Iterator[tuple[int, ndarray, ndarray, float | ndarray]]:
     """Yield (label, signed depth in mm, covered part of each voxel, intensity), from the skin to the ventricles."""
     points = _coordinates(shape, spacing_mm)
-    warp = [_waves(points, *_random_waves(rng, 3, 150.0))[0] for _ in range(3)]
+    warp = [_waves(points, *_random_waves(rng, 3, 150.0)) for _ in range(3)]
     x, y, z = ((p + 0.9 * w) / person.size for p, w in zip(points, warp))
     z = z - 6.0  # the middle of the head lies below the middle of the brain
     y = y - 4.0 * x / 66  # torque: the right hemisphere lies further forward, the left one further back
@@ -194,7 +199,7 @@ def _sulci(side, y, z, x, depth, to_ventricle, atrophy_mm) -> Iterator[tuple[nda
     """
     half_width = 0.9 + atrophy_mm
     keep_off = to_ventricle - 8
-    value, slope = _waves((side, y, z), _FOLD_VECTORS, _FOLD_PHASES)
+    value, slope = _waves_and_slope((side, y, z), _FOLD_VECTORS, _FOLD_PHASES)
     # |f| / |grad f| is the distance to the zero level set, to first order.
     yield np.abs(value) / (slope + 0.05), np.minimum(np.minimum(half_width, 0.5 * (SULCUS_DEPTH_MM - depth)), keep_off)
 
@@ -212,7 +217,7 @@ def _ventricles(side, y, z, left, person: Person, spacing_mm: float) -> ndarray:
     ratio = np.full(side.shape, np.inf, np.float32)  # distance to the centreline in units of the radius there
     radius = np.ones(side.shape, np.float32)
     for chain in (_BODY, _TEMPORAL_HORN):
-        for start, end in zip(chain[:-1], chain[1:]):
+        for start, end in pairwise(chain):
             (px, py, pz, r0), (qx, qy, qz, r1) = start, end
             dx, dy, dz = qx - px, qy - py, qz - pz
             along = ((side - px) * dx + (y - py) * dy + (z - pz) * dz) / (dx * dx + dy * dy + dz * dz)
@@ -237,14 +242,19 @@ def _ellipsoid(x, y, z, axes) -> ndarray:
     return r * (1 - r) / (slope + 1e-6)
 
 
-def _waves(points, vectors, phases) -> tuple[ndarray, ndarray]:
-    """Sum of plane waves sin(k . p + phase) and the length of its gradient."""
+def _waves(points, vectors, phases) -> ndarray:
+    """Sum of plane waves sin(k . p + phase)."""
+    return sum(np.sin(v[0] * points[0] + v[1] * points[1] + v[2] * points[2] + p) for v, p in zip(vectors, phases))
+
+
+def _waves_and_slope(points, vectors, phases) -> tuple[ndarray, ndarray]:
+    """The same sum, and the length of its gradient."""
     value, gradient = 0.0, [0.0, 0.0, 0.0]
     for vector, phase in zip(vectors, phases):
         angle = vector[0] * points[0] + vector[1] * points[1] + vector[2] * points[2] + phase
         value = value + np.sin(angle)
-        angle = np.cos(angle)
-        gradient = [g + k * angle for g, k in zip(gradient, vector)]
+        cosine = np.cos(angle)
+        gradient = [g + k * cosine for g, k in zip(gradient, vector)]
     return value, np.sqrt(sum(g * g for g in gradient))
 
 
@@ -274,3 +284,78 @@ def _checked(shape: Sequence[int], spacing_mm: float | None) -> tuple[tuple, flo
             f"phantom spacing {spacing_mm} mm must be positive; leave it out for {default_spacing(shape):.3g} mm"
         )
     return shape, spacing_mm
+
+
+def write_dataset(
+    root: Path | str,
+    subjects: int,
+    shape: Sequence[int],
+    seed: int = 0,
+    spacing_mm: float | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Write phantoms as a BIDS dataset, with their label maps as a derivative.
+
+    Args:
+        root: must be empty or absent.
+        subjects: how many; subject i is `make_phantom(..., seed, i)`.
+        shape, spacing_mm, seed: see `make_phantom`.
+        workers: processes; None for one per available core, 1 for none beside this one.
+
+    Returns:
+        `root`, with participants.tsv, sub-XXXX/anat/sub-XXXX_T1w.nii.gz and derivatives/labels.
+
+    Raises:
+        InputError: `root` holds something already, or what `make_phantom` raises.
+    """
+    root, (shape, spacing_mm) = Path(root), _checked(shape, spacing_mm)
+    readme = "Toy brains made by ldm3d: synthetic anatomy, not measured on anyone. Volumes are counted on the label maps."
+    _start(root, {"Name": "Toy brains (SYNTHETIC)", "DatasetType": "raw", "License": "CC0"}, readme)
+    labels = root / "derivatives" / "labels"
+    origin = [{"Name": "ldm3d phantoms", "Version": ldm3d.__version__}]
+    _start(labels, {"Name": "Labels", "DatasetType": "derivative", "GeneratedBy": origin}, readme)
+    write_table(labels / "dseg.tsv", pd.DataFrame({"index": LABELS.keys(), "name": LABELS.values()}))
+
+    jobs = [(root, i, shape, spacing_mm, seed) for i in range(subjects)]
+    bar = tqdm(total=subjects, desc="phantoms", unit="subject", disable=None)
+    rows = []
+    if workers == 1:
+        for job in jobs:
+            rows.append(_write_subject(job))
+            bar.update()
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for row in pool.map(_write_subject, jobs, chunksize=8):
+                rows.append(row)
+                bar.update()
+    bar.close()
+    write_table(root / "participants.tsv", pd.DataFrame(rows))
+    columns = {
+        "age": {"Description": "age", "Units": "years"},
+        "sex": {"Description": "sex", "Levels": {"F": "female", "M": "male"}},
+        "ventricular_volume_ml": {"Description": "volume of both lateral ventricles", "Units": "mL"},
+        "brain_volume_ml": {"Description": "volume of grey and white matter", "Units": "mL"},
+    }
+    (root / "participants.json").write_text(json.dumps(columns, indent=2) + "\n")
+    return root
+
+
+def _start(folder: Path, description: dict, readme: str) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose another folder, or delete what is in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"BIDSVersion": BIDS_VERSION, **description}
+    (folder / "dataset_description.json").write_text(json.dumps(description, indent=2) + "\n")
+    (folder / "README").write_text(readme + "\n")
+
+
+def _write_subject(job: tuple) -> dict:
+    """Write one subject's image and label map; its row of participants.tsv."""
+    root, index, shape, spacing_mm, seed = job
+    image, labels, covariates = make_phantom(shape, spacing_mm, seed, index)
+    name, affine = f"sub-{index + 1:04d}", Grid.centred(shape, [spacing_mm] * 3).affine
+    image = np.round(image).astype(np.int16)
+    write_volume(root / name / "anat" / f"{name}_T1w.nii.gz", image, affine, "SYNTHETIC phantom")
+    maps = root / "derivatives" / "labels" / name / "anat"
+    write_volume(maps / f"{name}_dseg.nii.gz", labels, affine, "SYNTHETIC phantom")
+    return {"participant_id": name, **covariates}

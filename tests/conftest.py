@@ -1,0 +1,97 @@
+"""A tiny experiment, trained once for all tests that need a model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm3d import cli
+from ldm3d.data.phantoms import write_dataset
+
+torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
+
+SHAPE = (24, 28, 24)
+
+
+def tiny_settings(folder: Path) -> dict:
+    """An experiment that trains in seconds, and learns as much as that allows."""
+    training = {"batch_size": 4, "learning_rate": 1e-3, "mixed_precision": "no", "schedule": "constant", "warmup_steps": 2}
+    intervals = {"log_every": 2, "validate_every": 8, "preview_every": 8, "checkpoint_every": 4}
+    return {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "data": {
+            "bids": str(folder / "data"),
+            "grid": {"shape": list(SHAPE), "spacing_mm": 7.5},
+            "splits": {"validation": 0.2, "test": 0.25},
+        },
+        "covariates": [
+            {"name": "age", "kind": "continuous", "unit": "years", "range": [0, 120]},
+            {"name": "sex", "kind": "categorical", "categories": ["F", "M"]},
+            {"name": "ventricular_volume_ml", "kind": "continuous", "unit": "ml", "range": [0, 300]},
+        ],
+        "autoencoder": {
+            "network": {"latent_channels": 3, "downsampling": 4, "channels": [8, 16], "blocks": 1},
+            "training": {"steps": 8, "optimizer": "muon", **training, **intervals},
+        },
+        "diffusion": {
+            "network": {"channels": [16, 32], "attention": [False, True], "head_channels": 16, "context_dim": 16},
+            "training": {"steps": 8, **training, **intervals},
+        },
+        "generation": {"sampler": "heun", "steps": 2, "guidance": 1.5},
+    }
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory) -> Path:
+    """Folder with config.yaml, data/ and run/ of an experiment that has been through every command."""
+    folder = tmp_path_factory.mktemp("experiment")
+    write_dataset(folder / "data", subjects=20, shape=SHAPE, seed=3, workers=1)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_settings(folder)))
+    command_line("prepare", config, "--workers", 1)
+    launch("ldm3d.training.autoencoder", config)
+    command_line("encode", config)
+    launch("ldm3d.training.diffusion", config)
+    return folder
+
+
+def command_line(*arguments) -> None:
+    """`ldm3d ARGUMENTS` in this process; SystemExit if it fails."""
+    before, sys.argv = sys.argv, ["ldm3d", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as done:
+        if done.code not in (0, None):
+            raise
+    finally:
+        sys.argv = before
+
+
+def launch(module: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+    """`accelerate launch -m MODULE ARGUMENTS`, as a user starts it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", module]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must exit with code 2 and one clear message, which is returned."""
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            command_line(*arguments)
+        assert done.value.code == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    return run

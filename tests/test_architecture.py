@@ -1,0 +1,127 @@
+"""Which module may import which: the directions that keep networks free of files and generation free of training.
+
+Imports are read from the source, so that one inside a function counts like one at the top.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ldm3d"
+
+
+def imports(source: str) -> set[str]:
+    """Full names of what a module imports: `from a import b` is a.b, and `import a.b` is a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "ldm3d imports by full names"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                found.add(node.args[0].value)
+    return found
+
+
+MODULES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+IMPORTS = {name: imports(source) for name, source in MODULES.items()}
+
+
+def below(*folders: str) -> list[str]:
+    """Modules by path, or all of a folder."""
+    chosen = [name for name in MODULES if name.startswith(folders)]
+    assert chosen, f"no module in {folders}: the test looks at nothing"
+    return chosen
+
+
+def is_in(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def ours(module: str) -> set[str]:
+    return {name for name in IMPORTS[module] if is_in(name, ("ldm3d",))}
+
+
+def others(module: str) -> set[str]:
+    """What comes from neither ldm3d nor the standard library."""
+    return {name for name in IMPORTS[module] - ours(module) if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+def test_reader_sees_every_form_of_import():
+    source = "import a.b as c\nfrom d.e import f, g\ndef h():\n    import i\n    importlib.import_module('j.k')"
+    assert imports(source) == {"a.b", "d.e.f", "d.e.g", "i", "j.k"}
+
+
+@pytest.mark.parametrize(
+    "modules, allowed",
+    [
+        (["errors.py"], ()),
+        (["geometry.py", "covariates.py"], ("ldm3d.errors",)),
+        (["config.py"], ("ldm3d.errors", "ldm3d.covariates")),
+        (["models/"], ("ldm3d.errors", "ldm3d.models")),
+        (["diffusion/"], ("ldm3d.errors", "ldm3d.diffusion")),
+        (["data/"], ("ldm3d.errors", "ldm3d.geometry", "ldm3d.covariates", "ldm3d.config", "ldm3d.data")),
+    ],
+)
+def test_imports_of_ours_point_one_way(modules, allowed):
+    for module in below(*modules):
+        assert not {name for name in ours(module) if not is_in(name, allowed)}, module
+
+
+def test_networks_and_diffusion_know_torch_only():
+    extra = {"models/pretrained.py": "safetensors", "models/attention.py": "xformers", "models/monai.py": "monai"}
+    for module in below("models/", "diffusion/"):
+        allowed = ("torch", extra[module]) if module in extra else ("torch",)
+        assert not {name for name in others(module) if not is_in(name, allowed)}, module
+
+
+@pytest.mark.parametrize(
+    "package, users",
+    [("accelerate", ("training/",)), ("nibabel", ("data/nifti.py",)), ("matplotlib", ("figures.py", "report.py"))],
+)
+def test_one_part_alone_uses(package, users):
+    using = {module for module, names in IMPORTS.items() if any(is_in(name, (package,)) for name in names)}
+    assert using
+    assert using <= set(below(*users))
+
+
+def test_report_draws_nothing_itself():
+    """It names the type of the figures that it embeds; figures.py makes them."""
+    assert {name for name in IMPORTS["report.py"] if is_in(name, ("matplotlib",))} <= {"matplotlib.figure.Figure"}
+
+
+def test_pipeline_never_imports_training():
+    reached, waiting = set(), ["ldm3d.pipeline"]
+    while waiting:  # nor does anything that it imports
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        path = name.removeprefix("ldm3d.").replace(".", "/")
+        for module in (f"{path}.py", f"{path}/__init__.py"):
+            if module in MODULES:
+                waiting += sorted(ours(module))
+        waiting += [parent for parent in [name.rpartition(".")[0]] if parent.count(".")]  # from ldm3d.a.b import c
+    assert "ldm3d.geometry" in reached
+    assert not {name for name in reached if is_in(name, ("ldm3d.training", "ldm3d.cli"))}
+
+
+def test_nothing_imports_the_command_line():
+    for module in MODULES:
+        assert not {name for name in IMPORTS[module] if is_in(name, ("ldm3d.cli",))}, module
+
+
+def test_no_pickle():
+    """Weights and caches of strangers must not be able to run code."""
+    for module, source in MODULES.items():
+        banned = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+        assert not {name for name in IMPORTS[module] if is_in(name, (*banned, "torch.load", "torch.save"))}, module
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("torch.load", "torch.save", "torch.jit.load"), (module, node.lineno)
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", (module, node.lineno)

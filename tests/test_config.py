@@ -1,0 +1,293 @@
+"""The experiment file: shipped ones fit the networks, and every mistake is named with its way out."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from ldm3d.config import Config, load_config
+from ldm3d.errors import InputError
+from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.models.unet import UNet
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TOY = CONFIGS / "toy.yaml"
+
+
+def error(*overrides: str, section: str | None = None) -> str:
+    """What is said of the toy experiment with these overrides."""
+    with pytest.raises(InputError) as caught:
+        load_config(TOY, overrides, section)
+    return str(caught.value)
+
+
+def written(folder: Path, change) -> Path:
+    """The toy experiment in a file of its own, changed by `change(values)`."""
+    values = yaml.safe_load(TOY.read_text())
+    change(values)
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+# Shipped files
+
+
+LATENTS = {"brain-1mm": (8, 20, 28, 20), "brains-3mm": (8, 14, 18, 14), "toy": (4, 10, 12, 10)}
+
+
+def test_every_shipped_config_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(LATENTS)
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_shipped_config_builds_networks_that_fit(name):
+    """On the meta device shapes are computed and numbers are not, so 1 mm takes no longer than the toy."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    schema = config.schema()
+    with torch.device("meta"):
+        autoencoder = Autoencoder(**config.autoencoder.network.model_dump())
+        channels = autoencoder.latent_channels
+        unet = UNet(channels, channels, schema.num_categories, **config.diffusion.network.model_dump())
+        volume = torch.empty(1, 1, *config.data.grid.shape)
+        moments = autoencoder.encode(volume)
+        z = autoencoder.sample(moments, torch.empty(1, *LATENTS[name]))
+        predicted = unet(z, torch.empty(1), torch.empty(1, len(schema), 2))
+        decoded = autoencoder.decode(z)
+    assert tuple(z.shape[1:]) == autoencoder.latent_shape(config.data.grid.shape) == LATENTS[name]
+    assert predicted.shape == z.shape
+    assert decoded.shape == volume.shape
+    assert schema.names == ["age", "sex", "ventricular_volume_ml", "brain_volume_ml"]
+    assert schema.num_categories == [0, 2, 0, 0]
+    assert config.name == name
+    assert config.output == Path("runs") / name
+
+
+@pytest.mark.parametrize(
+    "name, kind, processes", [("cpu", "NO", 1), ("one-gpu", "NO", 1), ("gpus", "MULTI_GPU", 8), ("fsdp", "FSDP", 8)]
+)
+def test_accelerate_configs_load(name, kind, processes):
+    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type.value, config.num_processes) == (kind, processes)
+    assert config.use_cpu == (name == "cpu")
+    assert config.mixed_precision == "no"  # else it would overrule the experiment's
+    if name == "fsdp":
+        import ldm3d.models.blocks as blocks
+
+        wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+        assert all(hasattr(blocks, layer) for layer in wrapped)
+
+
+# What a file may say
+
+
+def test_values_arrive_as_written():
+    config = load_config(TOY)
+    assert config.data.grid.shape == (40, 48, 40)
+    assert config.data.grid.spacing_mm == (4.5, 4.5, 4.5)  # one number is isotropic
+    assert config.covariates[0].range == (0, 120)
+    assert config.covariates[1].categories == ("F", "M")
+    assert config.diffusion.network.attention == (False, True)  # YAML's no and yes
+    assert config.prepared_folder == Path("runs/toy/prepared")
+
+
+def test_exponents_are_numbers():
+    """YAML 1.1 reads 1e-3, without a point, as a string."""
+    assert yaml.safe_load("1e-3") == "1e-3"
+    config = load_config(CONFIGS / "brain-1mm.yaml")
+    assert config.autoencoder.kl == 1e-6
+    assert config.autoencoder.training.learning_rate == 1e-3
+    assert load_config(TOY, ["autoencoder.training.learning_rate=5e-4"]).autoencoder.training.learning_rate == 5e-4
+
+
+def test_spacing_of_each_axis(tmp_path):
+    path = written(tmp_path, lambda values: values["data"]["grid"].update(spacing_mm=[1, 2.5, "3e0"]))
+    assert load_config(path).data.grid.spacing_mm == (1.0, 2.5, 3.0)
+
+
+def test_codes_of_categories_become_strings(tmp_path):
+    path = written(tmp_path, lambda values: values["covariates"][1].update(categories=[0, 1]))
+    assert load_config(path).schema()["sex"].categories == ("0", "1")
+
+
+def test_config_cannot_be_changed_after_reading():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(TOY).seed = 1
+
+
+def test_config_survives_json():
+    """What a checkpoint and a model folder keep of it."""
+    config = load_config(TOY)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+# Overrides
+
+
+def test_override_replaces_and_adds():
+    before, after = (
+        load_config(TOY),
+        load_config(TOY, ["seed=7", "data.splits.test=0.3", "autoencoder.training.accumulation=2"]),
+    )
+    assert (after.seed, after.data.splits.test, after.autoencoder.training.accumulation) == (7, 0.3, 2)
+    assert after.data.splits.validation == before.data.splits.validation == 0.05
+    assert after.diffusion == before.diffusion
+
+
+def test_override_without_its_section_is_the_stage_s_own():
+    before = load_config(TOY)
+    autoencoder = load_config(TOY, ["training.steps=500"], section="autoencoder")
+    diffusion = load_config(TOY, ["training.steps=500"], section="diffusion")
+    assert (autoencoder.autoencoder.training.steps, autoencoder.diffusion) == (500, before.diffusion)
+    assert (diffusion.diffusion.training.steps, diffusion.autoencoder) == (500, before.autoencoder)
+    # A key that the top has is the top's, and a full name works in both
+    both = load_config(TOY, ["seed=3", "autoencoder.training.steps=9"], section="autoencoder")
+    assert (both.seed, both.autoencoder.training.steps) == (3, 9)
+    assert "unknown key 'training'" in error("training.steps=500")
+
+
+def test_override_opens_an_optional_section():
+    config = load_config(
+        TOY, ["adversarial={weight: 5e-3, start: 100}", "perceptual.weight=1", "perceptual.weights=w"], "autoencoder"
+    )
+    assert (config.autoencoder.adversarial.weight, config.autoencoder.adversarial.start) == (0.005, 100)
+    assert config.autoencoder.perceptual.weights == Path("w")
+
+
+def test_later_override_wins():
+    assert load_config(TOY, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", ""])
+def test_override_without_key_or_value(override):
+    assert f"--set {override!r}: write --set key.subkey=value" in error(override)
+
+
+def test_override_that_is_no_yaml():
+    assert "'[1' is not a YAML value" in error("seed=[1")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "override, key, meant",
+    [
+        ("sede=1", "sede", "seed"),
+        ("data.tabel=x.csv", "data.tabel", "table"),
+        ("data.grid.spacing=1", "data.grid.spacing", "spacing_mm"),
+        ("data.splits.validaton=0.2", "data.splits.validaton", "validation"),
+        ("autoencoder.training.batchsize=4", "autoencoder.training.batchsize", "batch_size"),
+        ("diffusion.network.tokens_per_covarate=2", "diffusion.network.tokens_per_covarate", "tokens_per_covariate"),
+        ("covariates=[{name: age, kind: continuous, ragne: [0, 1]}]", "covariates.0.ragne", "range"),
+        ("autoencoder.adversarial={weight: 1, start: 2, layer: 2}", "autoencoder.adversarial.layer", "layers"),
+        ("autoencoder.perceptual={weight: 1, weights: w, weihgt: 2}", "autoencoder.perceptual.weihgt", "weight"),
+        ("generation.guidence=2", "generation.guidence", "guidance"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, key, meant):
+    message = error(override)
+    assert f"unknown key {key!r}; did you mean {meant!r}?" in message
+    assert str(TOY) in message
+
+
+def test_unknown_key_like_none_lists_the_valid_ones():
+    message = error("covariates=[{name: a, kind: continuous}, {name: b, kind: continuous, qqqq: 1}]")
+    assert "unknown key 'covariates.1.qqqq'; valid keys here: name, column, kind, unit, range, categories" in message
+    assert "valid keys here: name, output, seed, data" in error("qqqq=1")
+
+
+def test_all_mistakes_are_told_at_once():
+    message = error("sede=1", "autoencoder.training.steps=0", "data.grid.shape=[40, 48]")
+    assert "'sede'" in message
+    assert "autoencoder.training.steps is 0" in message
+    assert "data.grid.shape" in message
+
+
+@pytest.mark.parametrize(
+    "override, where",
+    [
+        ("autoencoder.training.steps=many", "autoencoder.training.steps is 'many'"),
+        ("autoencoder.training.steps=2.5", "autoencoder.training.steps is 2.5"),
+        ("autoencoder.training.learning_rate=fast", "autoencoder.training.learning_rate is 'fast'"),
+        ("autoencoder.training.learning_rate=.nan", "autoencoder.training.learning_rate is nan"),
+        ("autoencoder.training.learning_rate=-1e-3", "autoencoder.training.learning_rate is '-1e-3'"),
+        ("autoencoder.training.optimizer=sgd", "autoencoder.training.optimizer is 'sgd': Input should be 'adamw' or 'muon'"),
+        ("autoencoder.network.channels=32", "autoencoder.network.channels is 32"),
+        ("autoencoder.training.ema=1", "autoencoder.training.ema is 1"),
+        ("data=3", "data is 3"),
+        ("data.grid.shape=[40, 48, 0]", "data.grid.shape.2 is 0"),
+        ("data.grid.spacing_mm=0", "data.grid.spacing_mm.0 is 0"),
+        ("covariates=[age]", "covariates.0 is 'age'"),
+        ("covariates=[{name: a}]", "covariates.0.kind: Field required"),
+        ("covariates=[{name: Brain volume, kind: continuous}]", "covariates.0.name is 'Brain volume'"),
+        ("diffusion.network.attention=[no, perhaps]", "diffusion.network.attention.1 is 'perhaps'"),
+        ("diffusion.process.kind=cosine", "diffusion.process.kind is 'cosine': Input should be 'flow', 'vp-cosine'"),
+        ("generation.guidance_rescale=1.5", "generation.guidance_rescale is 1.5"),
+    ],
+)
+def test_wrong_value_says_where_and_which(override, where):
+    assert where in error(override)
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["data.grid.shape=[41, 48, 43]"], ["(41, 48, 43)", "downsampling 4", "crop to (40, 48, 40)", "pad to (44, 48, 44)"]),
+        (["data.table=scans.csv"], ["either `bids: FOLDER` or `table: FILE.csv`"]),
+        (["data.bids=null"], ["either `bids: FOLDER` or `table: FILE.csv`"]),
+        (["data.splits.validation=0.6", "data.splits.test=0.4"], ["0.6", "0.4", "no subject to train on"]),
+        (["autoencoder.training.accumulation=3"], ["autoencoder.training", "batch_size 8", "multiple of accumulation 3"]),
+        (["data.percentiles=[99, 1]"], ["(99.0, 1.0)", "must rise"]),
+        (["diffusion.network.attention=[no, no, yes]"], ["one flag for each", "(48, 96)"]),
+    ],
+)
+def test_contradictions(overrides, told):
+    message = error(*overrides)
+    assert all(part in message for part in told), message
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["covariates=[{name: age, kind: continuous}, {name: age, kind: continuous}]"], "different names"),
+        (["covariates=[{name: sex, kind: categorical}]"], "categories"),
+        (["covariates=[{name: age, kind: continuous, categories: [young, old]}]"], "categories"),
+        (["autoencoder.network.channels=[32]"], "channels"),
+        (["diffusion.network.head_channels=36"], "36"),
+        (["generation.sampler=hoin"], "heun"),
+    ],
+)
+def test_contradictions_do_not_wait_for_stage_2(overrides, told):
+    """A setting that no network or sampler can be built from is told when the file is read, not after hours of training."""
+    assert told in error(*overrides)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=re.escape(f"no config file {tmp_path / 'none.yaml'}")):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="no config file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"name: [1", b"a: b: c", b"\x00\x01", b"name: \xff\xfe", b"\ttabs: 1"])
+def test_not_yaml(tmp_path, content):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(InputError, match="bad.yaml is not YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "just words", "- a\n- b"])
+def test_yaml_without_settings(tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(InputError, match="holds no settings"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_required_settings_are_asked_for(tmp_path):
+    path = written(tmp_path, lambda values: (values.pop("output"), values["diffusion"].pop("network")))
+    with pytest.raises(InputError, match=r"output: Field required.*diffusion.network: Field required"):
+        load_config(path)

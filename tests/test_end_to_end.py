@@ -1,0 +1,225 @@
+"""The main job: from a BIDS folder to volumes for asked covariates, by the commands that a user types."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import SHAPE, command_line, launch, tiny_settings
+from safetensors.torch import load_file
+
+import ldm3d
+from ldm3d.config import load_config
+from ldm3d.data.preprocess import load_prepared, read_scan_table
+from ldm3d.evaluation.metrics import psnr
+from ldm3d.training.checkpoint import checkpoints
+from ldm3d.training.run import read_metrics
+
+VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")
+
+
+@pytest.fixture
+def pipeline(experiment):
+    return ldm3d.Pipeline.from_pretrained(experiment / "run/model", device="cpu")
+
+
+def bids_errors(folder) -> list:
+    done = subprocess.run([VALIDATOR, folder, "--json"], capture_output=True, text=True)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    return [issue for issue in issues if issue["severity"] == "error"]
+
+
+def test_training_leaves_what_it_promises(experiment):
+    for run in ("autoencoder-training", "diffusion-training"):
+        folder = experiment / "run" / run
+        steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
+        assert steps == [2, 4, 6, 8]
+        assert (folder / "preview-00000008.png").stat().st_size > 10_000
+        assert (folder / "curves.png").is_file()
+        assert list(folder.rglob("events.out.tfevents*"))
+        assert [f.name for f in checkpoints(folder)] == ["step-00000008"]
+    assert not [p for p in experiment.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_the_autoencoder_knows_the_statistics_of_its_latents(experiment):
+    config = load_config(experiment / "config.yaml")
+    scans = read_scan_table(config)
+    autoencoder = ldm3d.Autoencoder.from_pretrained(config.autoencoder_folder)
+    volumes = [load_prepared(config, key) for key in scans.loc[scans["split"] == "train", "key"]]
+    moments = autoencoder.encode(torch.from_numpy(np.stack(volumes))[:, None])
+    generator = torch.Generator().manual_seed(0)
+    mean, _ = moments.chunk(2, dim=1)
+    z = autoencoder.normalise(autoencoder.sample(moments, torch.randn(mean.shape, generator=generator)))
+    torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(3), atol=0.01, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3, 4)), torch.ones(3), atol=0.01, rtol=0)
+
+
+def test_reconstruction_is_far_better_than_the_mean_image(experiment, pipeline):
+    config = load_config(experiment / "config.yaml")
+    scans = read_scan_table(config)
+    volumes = {name: [load_prepared(config, key) for key in rows["key"]] for name, rows in scans.groupby("split")}
+    test = torch.from_numpy(np.stack(volumes["test"]))[:, None]
+    mean = torch.from_numpy(np.mean(volumes["train"], axis=0)).expand_as(test)
+    assert (psnr(pipeline.reconstruct(test), test) > psnr(mean, test) + 3).all()
+
+
+def test_generated_volumes_lie_where_the_grid_says_and_are_marked(pipeline):
+    result = pipeline(age=72, sex="F", ventricular_volume_ml=45, num_volumes=2, steps=2, seed=1)
+    assert len(result.images) == 2
+    for image in result.images:
+        assert image.shape == SHAPE
+        assert image.header.get_xyzt_units()[0] == "mm"
+        np.testing.assert_allclose(image.header.get_zooms(), 7.5)
+        assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
+        np.testing.assert_allclose(image.affine @ [*(np.array(SHAPE) - 1) / 2, 1], [0, 0, 0, 1])
+        assert b"SYNTHETIC" in bytes(image.header["descrip"])
+        data = np.asarray(image.dataobj)
+        assert data.min() >= 0 and data.max() <= 1 and data.std() > 0.01
+
+
+@pytest.mark.parametrize("sampler", ["heun", "ddpm"])
+def test_a_volume_follows_from_seed_and_number_alone(pipeline, sampler):
+    rows = [{"age": 30 + 10 * i, "sex": "FM"[i % 2]} for i in range(5)]
+
+    def volumes(**options):
+        images = pipeline(rows=rows, sampler=sampler, steps=3, **options).images
+        return np.stack([np.asarray(image.dataobj) for image in images])
+
+    together, alone = volumes(seed=4, batch_size=5), volumes(seed=4, batch_size=1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, volumes(seed=4, batch_size=2), atol=1e-5)
+    assert np.abs(together - volumes(seed=5)).max() > 0.01
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_the_pipeline_runs_in_bfloat16(pipeline):
+    exact = np.asarray(pipeline(age=50, steps=2).images[0].dataobj)
+    rough = np.asarray(pipeline.to(dtype=torch.bfloat16)(age=50, steps=2).images[0].dataobj)
+    assert rough.dtype == np.float32
+    assert 0 < np.abs(exact - rough).mean() < 0.02
+
+
+def test_a_saved_pipeline_generates_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "copy")
+    again = ldm3d.Pipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    first, second = (np.asarray(p(age=60, steps=2).images[0].dataobj) for p in (pipeline, again))
+    np.testing.assert_array_equal(first, second)
+    assert again.model_hash == pipeline.model_hash
+    assert {p.suffix for p in (tmp_path / "copy").rglob("*") if p.is_file()} == {".json", ".safetensors"}
+
+
+def test_generate_writes_a_valid_bids_derivative(experiment, tmp_path):
+    out = tmp_path / "out"
+    asked = ["--age", "72", "--sex=f", "--ventricular-volume-ml", "45"]
+    command_line("generate", experiment / "run/model", *asked, "--num", 2, "--out", out, "--steps", 2, "--seed", 7)
+    volume = out / "sub-syn0001/anat/sub-syn0001_desc-synthetic_T1w.nii.gz"
+    image = nibabel.load(volume)
+    assert image.shape == SHAPE and b"SYNTHETIC" in bytes(image.header["descrip"])
+    sidecar = json.loads(Path(str(volume).replace(".nii.gz", ".json")).read_text())
+    assert sidecar["synthetic"] is True
+    assert (sidecar["seed"], sidecar["sampler"], sidecar["steps"], sidecar["guidance"]) == (7, "heun", 2, 1.5)
+    assert sidecar["covariates"] == {"age": 72.0, "sex": "F", "ventricular_volume_ml": 45.0}
+    assert len(sidecar["model_hash"]) == 16
+    table = pd.read_csv(out / "participants.tsv", sep="\t")
+    assert list(table["participant_id"]) == ["sub-syn0001", "sub-syn0002"] and (table["age"] == 72).all()
+    description = json.loads((out / "dataset_description.json").read_text())
+    assert description["DatasetType"] == "derivative" and description["GeneratedBy"][0]["Name"] == "ldm3d"
+    assert (out / "mosaic.png").stat().st_size > 10_000
+    assert bids_errors(out) == []
+
+
+def test_generate_reads_a_table_of_requests(experiment, tmp_path):
+    (tmp_path / "requests.tsv").write_text("participant_id\tage\tsex\nx1\t30\tM\nx2\tn/a\tF\n")
+    out = tmp_path / "out"
+    command_line("generate", experiment / "run/model", "--table", tmp_path / "requests.tsv", "--out", out, "--steps", 1)
+    table = pd.read_csv(out / "participants.tsv", sep="\t", keep_default_na=False)
+    assert list(table["age"]) == ["30.0", "n/a"] and list(table["sex"]) == ["M", "F"]
+    assert bids_errors(out) == []
+
+
+def test_python_api_saves_what_the_command_line_does(experiment, pipeline, tmp_path):
+    command_line("generate", experiment / "run/model", "--age", 40, "--out", tmp_path / "a", "--device", "cpu", "--seed", 2)
+    pipeline(age=40, seed=2).save(tmp_path / "b")
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file())
+    first, second = (nibabel.load(next((tmp_path / x).rglob("*.nii.gz"))).get_fdata() for x in "ab")
+    np.testing.assert_array_equal(first, second)
+
+
+def test_evaluate_judges_held_out_subjects_only(experiment, tmp_path, capsys):
+    command_line(
+        "evaluate", experiment / "run/model", "--data", experiment / "data", "--out", tmp_path, "--num", 6, "--steps", 1
+    )
+    assert "ventricular_volume_ml" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    scans = pd.read_csv(experiment / "run/prepared/scans.tsv", sep="\t")
+    assert metrics["reconstruction"]["volumes"] == (scans["split"] == "test").sum() == 5
+    kinds = {(row["covariate"], row["kind"], row["n"]) for row in metrics["fidelity"]}
+    assert kinds == {("ventricular_volume_ml", kind, n) for kind, n in (("real", 5), ("reconstructed", 5), ("generated", 6))}
+    assert [sweep["covariate"] for sweep in metrics["sweeps"]] == ["age", "ventricular_volume_ml"]
+    page = (tmp_path / "report.html").read_text()
+    assert "SYNTHETIC" in page and "data:image/png;base64," in page and "http" not in page
+
+
+def test_evaluate_takes_another_measure_and_other_data(experiment, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def brightness(volume, spacing_mm):\n    return {'age': 100 * float(volume.mean()), 'other': 1.0}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    scans = pd.read_csv(experiment / "run/prepared/scans.tsv", sep="\t", dtype=str)
+    kept = scans[scans["split"] == "test"]
+    table = kept.rename(columns={"subject": "participant_id"})
+    elsewhere.mkdir()
+    table.to_csv(elsewhere / "table.csv", index=False)
+    arguments = ["--data", elsewhere / "table.csv", "--measure", "mine:brightness", "--num", 4, "--steps", 1]
+    command_line("evaluate", experiment / "run/model", *arguments, "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {row["covariate"] for row in metrics["fidelity"]} == {"age"}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(experiment, tmp_path, stage):
+    """Both stages, stopped after 4 of 8 steps and started again, against the experiment's own run of 8."""
+    settings = tiny_settings(experiment) | {"output": str(tmp_path)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("prepared", "autoencoder", "latents"):
+        if name == "prepared" or stage == "diffusion":
+            shutil.copytree(experiment / "run" / name, tmp_path / name)
+    module = f"ldm3d.training.{stage}"
+    launch(module, tmp_path / "config.yaml", "--set", "training.steps=4")
+    launch(module, tmp_path / "config.yaml")
+    whole, resumed = (
+        load_file(folder / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors")
+        for folder in (experiment / "run", tmp_path)
+    )
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0, msg=name)
+    rows = [read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):
+    from monai.networks.nets import ResNetFeatures
+    from safetensors.torch import save_file
+
+    features = ResNetFeatures("resnet10", pretrained=False, spatial_dims=3, in_channels=1)
+    save_file(features.state_dict(), tmp_path / "resnet10.safetensors")
+    shutil.copytree(experiment / "run/prepared", tmp_path / "prepared")
+    launch(
+        "ldm3d.training.autoencoder",
+        experiment / "config.yaml",
+        *("--set", f"output={tmp_path}", "--set", "training.steps=4"),
+        *("--set", f"perceptual={{weight: 0.01, weights: {tmp_path / 'resnet10.safetensors'}}}"),
+        *("--set", "adversarial={weight: 0.01, start: 2, channels: 8, layers: 1}"),
+    )
+    rows = read_metrics(tmp_path / "autoencoder-training/metrics.jsonl")
+    assert "adversarial" not in rows[0] and rows[-1]["discriminator"] > 0
