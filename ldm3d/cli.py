@@ -81,8 +81,8 @@ def encode(
     scans = read_scan_table(settings)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(precision)
-    autoencoder = Autoencoder.from_pretrained(settings.autoencoder_folder, device, dtype)
     origin = latents_origin(settings)
+    autoencoder = Autoencoder.from_pretrained(settings.autoencoder_folder, device, dtype)
     if is_fresh(settings.latents_folder, origin) and not force:
         print(f"the latents in {settings.latents_folder} are up to date")
         return

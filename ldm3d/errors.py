@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
+
+
 class InputError(ValueError):
     """The user gave something that cannot be used; the message gives the value, the rule and the way out."""
 
@@ -23,10 +26,10 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             message = str(error)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+            if error.errno not in (*FULL, errno.EACCES, errno.EROFS, errno.ENOENT):
                 raise
             message = f"{error.strerror}: {error.filename or 'while writing'}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 message += "; free some space and run the same command again, it goes on where it stopped"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)

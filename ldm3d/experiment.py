@@ -35,7 +35,7 @@ def save_experiment(config: Config, folder: Path) -> None:
     """Write experiment.json beside a model of this config."""
     scans = read_scan_table(config)
     seen = sorted(scans.loc[scans["split"] != "test", "key"])
-    values = {"config": config.model_dump(mode="json"), "seen": seen}
+    values = {"config": config.model_dump(mode="json", exclude_unset=True), "seen": seen}
     (folder / EXPERIMENT).write_text(json.dumps(values, indent=1) + "\n")
 
 

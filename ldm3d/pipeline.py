@@ -338,6 +338,7 @@ class Pipeline:
             "participants.tsv holds the covariates that were asked for, not measured ones; n/a was left open."
         )
         start_derivative(folder, "Synthetic brain volumes", [origin], readme)
+        (folder / ".bidsignore").write_text("mosaic.png\n")
         table, shown = [], []
         for i, (volume, row) in enumerate(zip(volumes, rows)):
             path = synthetic_path(folder, i)

@@ -128,16 +128,16 @@ def train(config: Config) -> None:
                 best = {"step": step, "psnr_db": quality}
         if row:
             metrics.add(step, row)
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            shown = (keys["validation"] or keys["train"])[:4]
-            draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
-            metrics.draw()
         if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
             if accelerator.is_main_process:
                 checkpoint.save_checkpoint(
                     run, step, networks, optimizers, {"best": best, "settings": described}, best and best["step"]
                 )
             accelerator.wait_for_everyone()
+        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
+            shown = (keys["validation"] or keys["train"])[:4]
+            draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
+            metrics.draw()
     bar.close()
     accelerator.end_training()
     export(config, ema.network, keys["train"], best, accelerator)

@@ -121,15 +121,15 @@ def train(config: Config) -> None:
                 best = {"step": step, "validation_loss": row["validation_loss"]}
         if row:
             metrics.add(step, row)
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
-            draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
-            metrics.draw()
         if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
             if accelerator.is_main_process:
                 state = {"best": best, "settings": as_json(described)}
                 checkpoint.save_checkpoint(run, step, networks, optimizers, state, best and best["step"])
             accelerator.wait_for_everyone()
+        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
+            pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
+            draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
+            metrics.draw()
     bar.close()
     accelerator.end_training()
     if accelerator.is_main_process:
