@@ -5,7 +5,6 @@ import functools
 import sys
 from collections.abc import Callable
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
 
 

@@ -72,9 +72,10 @@ def command_line(*arguments) -> None:
         sys.argv = before
 
 
-def launch(module: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    """`accelerate launch -m MODULE ARGUMENTS`, as a user starts it."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", module]
+def launch(module: str, *arguments, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
+    """`accelerate launch --cpu -m MODULE ARGUMENTS`, as a user starts it."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [*launcher, "-m", module]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

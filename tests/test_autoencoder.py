@@ -311,7 +311,7 @@ def test_a_few_steps_lower_the_loss(linear_path):
     optimizer = torch.optim.AdamW(net.parameters(), 3e-4 if linear_path else 3e-3)  # the linear path is nearly there
     g = torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(12):
+    for _ in range(30):
         reconstruction, _ = net(volumes, torch.randn(4, 4, 4, 5, 3, generator=g))
         loss = (reconstruction - volumes).abs().mean()
         optimizer.zero_grad()

@@ -80,7 +80,7 @@ def test_covariates_hang_together_as_in_people():
     age = np.array([p.age_years for p in people])
     ventricles = np.array([p.ventricles_ml for p in people])
     assert 20 <= age.min() < 21 and 89 < age.max() <= 90
-    assert 8 <= ventricles.min() and ventricles.max() <= 110
+    assert ventricles.min() >= 8 and ventricles.max() <= 110
     assert 0.6 < np.corrcoef(age, ventricles)[0, 1] < 0.75  # age says much of the ventricles, not all
     decades = [ventricles[(age >= a) & (age < a + 10)].mean() for a in range(20, 90, 10)]
     assert np.all(np.diff(decades) > 0)
@@ -114,7 +114,7 @@ def test_image_is_t1_weighted(people):
     levels = {label: np.median(images[labels == label]) for label in LABELS}
     assert levels[WHITE] > levels[GREY] > levels[3] > levels[0]
     assert levels[GREY] > levels[LEFT_VENTRICLE] > levels[0]
-    assert 700 < levels[WHITE] < 900
+    assert 600 < levels[WHITE] < 900
     assert images.min() >= 0 and images.max() < 1200
 
 

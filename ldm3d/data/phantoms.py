@@ -10,6 +10,7 @@ Volumes are (X, Y, Z), X to the right, Y anterior, Z superior; coordinates and d
 
 import functools
 import json
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -136,10 +137,11 @@ def draw_person(rng: np.random.Generator) -> Person:
     age = round(float(rng.uniform(20, 90)), 1)
     sex = str(rng.choice(["F", "M"]))
     aged = (age - 20) / 70
-    size, ventricles, atrophy = np.clip(rng.standard_normal(3), -2, 2)
+    # Python floats, here and in Person: a float64 scalar of NumPy's would turn every float32 field into float64.
+    size, ventricles, atrophy = np.clip(rng.standard_normal(3), -2, 2).tolist()
     size = (1.033 if sex == "M" else 1.0) * (1 + 0.02 * size)  # 1.033 cubed: a tenth more volume
-    ventricles_ml = (14 + 40 * aged**1.8) * np.exp(0.38 * ventricles) * size**3
-    return Person(age, sex, size, float(np.clip(ventricles_ml, 8, 110)), 0.9 * aged**1.3 + 0.12 * atrophy)
+    ventricles_ml = (14 + 40 * aged**1.8) * math.exp(0.38 * ventricles) * size**3
+    return Person(age, sex, size, min(max(ventricles_ml, 8.0), 110.0), 0.9 * aged**1.3 + 0.12 * atrophy)
 
 
 def _layers(
@@ -159,7 +161,7 @@ def _layers(
 
     cerebellum = _ellipsoid(side - 20, y + 50, z + 39, (29, 27, 22))
     cerebrum = np.minimum(
-        _ellipsoid(x, y, z, (66 - 3 * np.clip(y / 60, 0, 1), 82, np.where(z > 0, 62, 44))), -2.5 - cerebellum
+        _ellipsoid(x, y, z, (66 - 3 * np.clip(y / 60, 0, 1), 82, np.where(z > 0, np.float32(62), np.float32(44)))), -2.5 - cerebellum
     )
     stem = 11 - np.hypot(np.hypot(x, y + 20 + 0.25 * -np.minimum(z, 0)), np.maximum(np.abs(z + 34) - 26, 0))
     inside = functools.reduce(np.maximum, (cerebrum, cerebellum, stem))

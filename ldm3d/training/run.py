@@ -41,6 +41,13 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         project_dir=run,
         dataloader_config=DataLoaderConfiguration(),
     )
+    # With --cpu and no MPI hostfile, accelerate launch starts one process however many it was asked for. All that it leaves
+    # behind of the wish is the address at which they should have met
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "accelerate launch was asked for several processes and started one; for several CPU processes use "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m ldm3d.training..."
+        )
     if training.batch_size % (training.accumulation * accelerator.num_processes):
         raise InputError(
             f"training.batch_size {training.batch_size} must be divisible by accumulation {training.accumulation} times "
