@@ -125,6 +125,16 @@ class AutoencoderNetworkConfig(Section):
     attention: bool = False
     linear_path: bool = True
 
+    @model_validator(mode="after")
+    def _power_of_two(self):
+        levels = max(1, self.downsampling.bit_length() - 1)
+        if self.downsampling & (self.downsampling - 1) or len(self.channels) != levels:
+            raise ValueError(
+                f"downsampling {self.downsampling} must be a power of two, 2^k, with k numbers of channels (one at each of "
+                f"1/2, 1/4, ... of the resolution), got channels {self.channels}"
+            )
+        return self
+
 
 class PerceptualConfig(Section):
     """MONAI's perceptual loss on MedicalNet features; `weights` is a safetensors file of the ResNet-10."""
@@ -162,6 +172,12 @@ class ProcessConfig(Section):
     beta_start: float | None = None
     beta_end: float | None = None
 
+    @model_validator(mode="after")
+    def _betas_belong(self):
+        if self.kind in ("flow", "vp-cosine") and (self.beta_start, self.beta_end) != (None, None):
+            raise ValueError(f"{self.kind} has no betas; drop beta_start and beta_end, or use vp-linear or vp-scaled-linear")
+        return self
+
 
 class TimeSamplingConfig(Section):
     """How training times are drawn; location and scale belong to logit-normal."""
@@ -188,6 +204,9 @@ class UNetConfig(Section):
     def _one_flag_a_level(self):
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
+        for width, attend in zip(self.channels, self.attention):
+            if attend and width % self.head_channels:
+                raise ValueError(f"head_channels {self.head_channels} must divide the {width} channels that attend")
         return self
 
 
@@ -206,12 +225,18 @@ class DiffusionConfig(Section):
 class GenerationConfig(Section):
     """What generation does unless it is asked otherwise; saved with the pipeline."""
 
-    sampler: str = "heun"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc"] = "heun"
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    spacing: str | None = None  # of the sampling times; None: the sampler's own
+    spacing: Literal["uniform", "quadratic", "lambda", "karras"] | None = None  # of the times; None: the sampler's own
+
+    @model_validator(mode="after")
+    def _interval_rises(self):
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {self.guidance_interval} must rise")
+        return self
 
 
 class Config(Section):
@@ -225,6 +250,11 @@ class Config(Section):
     autoencoder: AutoencoderConfig
     diffusion: DiffusionConfig
     generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _covariates_make_sense(self):
+        self.schema()  # raises what is wrong with them
+        return self
 
     @model_validator(mode="after")
     def _grid_fits(self):

@@ -49,6 +49,8 @@ class Covariate:
             raise InputError(f"covariate {self.name!r}: kind is {self.kind!r}; use continuous or categorical")
         if (self.kind == "categorical") != bool(self.categories):
             raise InputError(f"covariate {self.name!r} ({self.kind}): `categories` goes with categorical, and only there")
+        if self.range and self.range[0] >= self.range[1]:
+            raise InputError(f"covariate {self.name!r}: range {self.range[0]:g} to {self.range[1]:g} must rise")
 
     @property
     def label(self) -> str:
@@ -118,8 +120,8 @@ class CovariateSchema:
             if covariate.name == name:
                 return covariate
         close = difflib.get_close_matches(name, self.names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"unknown covariate {name!r}{hint} This model knows {', '.join(self.names) or 'none'}")
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise InputError(f"unknown covariate {name!r}{hint} this model knows {', '.join(self.names) or 'none'}")
 
     @property
     def names(self) -> list[str]:

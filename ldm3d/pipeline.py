@@ -30,7 +30,7 @@ from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.pretrained import weights_hash
-from ldm3d.models.unet import UNet
+from ldm3d.models.unet import TIMESTEPS, UNet
 
 DESCRIPTION = "pipeline.json"
 MOSAIC_VOLUMES = 16  # shown in the mosaic of a generated dataset
@@ -276,14 +276,14 @@ class Pipeline:
         context = self.schema.encode(requests).to(self.device)  # (N, K, 2)
         shape = self.autoencoder.latent_shape(self.grid.shape)
         # One generator a sample, asked in the order start, step 0, step 1, ...: batches have no influence
-        generators = [generator(sampling.seed, number) for number in numbers]
+        generators = [generator("sample", sampling.seed, number) for number in numbers]
 
         def fresh_noise(_step: int | None = None) -> Tensor:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
         def denoise(z: Tensor, t: float, context: Tensor) -> Tensor:
-            times = torch.full((len(z),), t, device=z.device)
-            output = self.unet(z.to(self.dtype), times, context.to(self.dtype)).float()
+            timesteps = torch.full((len(z),), TIMESTEPS * t, device=z.device)
+            output = self.unet(z.to(self.dtype), timesteps, context.to(self.dtype)).float()
             return self.process.to_data(self.target, output, z, t)
 
         denoiser = guided_denoiser(

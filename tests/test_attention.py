@@ -181,6 +181,17 @@ def test_probe_finds_a_kernel_without_a_backward_pass(monkeypatch):
         xformers_works.cache_clear()
 
 
+def test_probe_finds_a_kernel_that_works(monkeypatch):
+    monkeypatch.setattr(module, "_xformers", lambda q, k, v: q + k + v)
+    try:
+        for grad in (True, False):
+            xformers_works.cache_clear()
+            with torch.set_grad_enabled(grad):
+                assert xformers_works(CPU, torch.float32, 8)
+    finally:
+        xformers_works.cache_clear()
+
+
 # The layer
 
 

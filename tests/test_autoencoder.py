@@ -365,7 +365,7 @@ def test_saved_in_its_own_precision(saved, tmp_path):
 
 
 def test_other_class(saved):
-    with pytest.raises(InputError, match="holds a Autoencoder, not a UNet"):
+    with pytest.raises(InputError, match="holds weights of Autoencoder, not of UNet"):
         UNet.from_pretrained(saved[1])
 
 

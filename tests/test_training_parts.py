@@ -90,14 +90,14 @@ def test_quantiles_are_stratified(batch_size):
     """One in each of batch_size equal parts of [0, 1), up to a shift that all share."""
     several = batches(batch_size=batch_size)
     shifts = []
-    for step in range(40):
+    for step in range(200):
         quantile = several[step]["quantile"].double()
         assert quantile.shape == (batch_size,)
         assert 0 <= quantile.min() <= quantile.max() < 1
         ordered = quantile.sort().values
         torch.testing.assert_close(ordered.diff(), torch.full_like(ordered[1:], 1 / batch_size), atol=1e-6, rtol=0)
         shifts.append(ordered[0].item() * batch_size)
-    assert np.histogram(shifts, 4, (0, 1))[0].min() > 2, "the shift changes from step to step"
+    assert np.histogram(shifts, 4, (0, 1))[0].min() > 25, "the shift changes from step to step"
 
 
 def test_batch_that_does_not_divide():
@@ -237,7 +237,7 @@ def test_norms_biases_and_tokens_are_not_decayed():
     groups = make_optimizer(net, settings(weight_decay=0.3)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in net.named_parameters():
-        small = parameter.ndim < 2 or name == "tokens.null"
+        small = parameter.ndim < 2 or name in ("tokens.null", "tokens.embed.1.weight")
         assert decay[id(parameter)] == (0.0 if small else 0.3), name
 
 
@@ -607,8 +607,8 @@ def test_latent_cache_round_trip(tmp_path):
     assert (moments[:, 1] == -moments[:, 0]).all()
     assert again["key"].tolist() == scans["key"].tolist(), "keys keep their leading zeros"
     assert again["subject"].tolist() == scans["subject"].tolist()
-    assert again["age"].isna().tolist() == [False, True, False, False, False]
-    assert again["sex"].isna().tolist() == [True, False, False, False, False]
+    assert (again["age"] == "n/a").tolist() == [False, True, False, False, False]
+    assert (again["sex"] == "n/a").tolist() == [True, False, False, False, False]
     with pytest.raises(ValueError, match="read-only"):
         moments[0] = 0
 

@@ -179,11 +179,11 @@ def test_sinusoidal_embedding_by_hand():
 
 
 @pytest.mark.parametrize("k", [0, 1, 250, 999])
-def test_integer_times_are_thousandths(k):
+def test_whole_timesteps_may_be_integers(k):
     net = network()
     with torch.no_grad():
         whole = net(latent(), torch.tensor([k, k]), GIVEN)
-        part = net(latent(), torch.full((2,), k / 1000, dtype=torch.float64), GIVEN)
+        part = net(latent(), torch.full((2,), k, dtype=torch.float64), GIVEN)
     torch.testing.assert_close(whole, part, atol=1e-4, rtol=1e-4)
 
 
@@ -303,7 +303,7 @@ def test_monai_trains_our_networks(inferer, scheduler):
     assert predicted.shape == noise.shape
     z = autoencoder.normalise(autoencoder.sample(autoencoder.encode(volumes)))
     alpha = schedule.alphas_cumprod[times].reshape(2, 1, 1, 1, 1)
-    expected = unet(alpha.sqrt() * z + (1 - alpha).sqrt() * noise, times / 1000, given)
+    expected = unet(alpha.sqrt() * z + (1 - alpha).sqrt() * noise, times, given)
     torch.testing.assert_close(predicted, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -341,7 +341,7 @@ def test_monai_samples_from_our_networks(inferer, scheduler):
 
 
 def test_monai_samples_at_the_times_it_means(inferer):
-    """MONAI's training call gives integer timesteps, its `sample` the same numbers as floats: 750.0 is 0.75, not 750."""
+    """MONAI's training call gives integer timesteps, its `sample` the same numbers as floats."""
     autoencoder, unet = pair()
     recorder, schedule = Recorder(unet), DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     schedule.set_timesteps(num_inference_steps=4)

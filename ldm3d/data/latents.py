@@ -58,7 +58,10 @@ def check_latents(folder: Path, origin: Mapping[str, str]) -> None:
     """Raise InputError unless the cache is there and of this origin; the message says what has changed."""
     if not (folder / ORIGIN).is_file():
         raise InputError(f"no latent cache in {folder}; run `ldm3d encode CONFIG` first")
-    found = json.loads((folder / ORIGIN).read_text())
+    try:
+        found = json.loads((folder / ORIGIN).read_text())
+    except ValueError:
+        raise InputError(f"the latent cache in {folder} is damaged; run `ldm3d encode CONFIG` again") from None
     changed = [name for name in origin if found.get(name) != origin[name]]
     if changed:
         raise InputError(
@@ -68,17 +71,22 @@ def check_latents(folder: Path, origin: Mapping[str, str]) -> None:
 
 
 def is_fresh(folder: Path, origin: Mapping[str, str]) -> bool:
-    """Whether `check_latents` would pass."""
+    """Whether `read_latents` would succeed."""
     try:
-        check_latents(folder, origin)
+        read_latents(folder, origin)
     except InputError:
         return False
     return True
 
 
 def read_latents(folder: Path, origin: Mapping[str, str]) -> tuple[NDArray, pd.DataFrame]:
-    """(moments as a read-only memory map, scans) of a cache that is fresh; see `check_latents`."""
+    """(moments as a read-only memory map, scans as text) of a cache that is fresh; see `check_latents`."""
     check_latents(folder, origin)
-    dtype = {"subject": str, "session": str, "key": str}
-    scans = pd.read_csv(folder / SCANS, sep="\t", dtype=dtype, keep_default_na=False, na_values=["n/a"])
-    return np.load(folder / MOMENTS, mmap_mode="r"), scans
+    try:
+        scans = pd.read_csv(folder / SCANS, sep="\t", dtype=str, keep_default_na=False)
+        moments = np.load(folder / MOMENTS, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the latent cache in {folder} is damaged ({error}); run `ldm3d encode CONFIG --force`") from None
+    if len(moments) != len(scans):
+        raise InputError(f"the latent cache in {folder} is damaged; run `ldm3d encode CONFIG --force`")
+    return moments, scans

@@ -4,9 +4,9 @@ All of it follows from (seed, step) alone. A run that is resumed at step s, or s
 uninterrupted run on one process reads.
 """
 
+import hashlib
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from ldm3d.errors import InputError
 
 
-def generator(*position: int) -> torch.Generator:
+def generator(*position: int | str) -> torch.Generator:
     """A CPU generator for one position in the experiment, for example (seed, step, row); different ones are independent."""
-    state = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class TrainingBatches(Dataset):
@@ -69,8 +69,8 @@ class TrainingBatches(Dataset):
         """The sample at a position in the endless sequence of epochs."""
         epoch, place = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            # Behind any step number, so that no step's generator is used twice
-            order = torch.randperm(self.num_samples, generator=generator(self.seed, 2**40 + epoch))
+            # Two numbers, where the generators of steps have three: none is used twice
+            order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
             self._epoch, self._order = epoch, order
         return int(self._order[place])
 

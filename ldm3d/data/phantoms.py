@@ -60,9 +60,9 @@ _TEMPORAL_HORN = [(23, -36, 5, 5.0), (33, -22, -13, 3.4), (31, -4, -19, 2.6)]
 
 # The folding pattern is everybody's: random plane waves of one wavelength, whose zero level set is a labyrinth of sulci.
 _FOLDS = np.random.default_rng(12).standard_normal((18, 4))
-_FOLD_VECTORS = (
-    2 * np.pi / FOLD_WAVELENGTH_MM * _FOLDS[:, :3] / np.linalg.norm(_FOLDS[:, :3], axis=1, keepdims=True)
-).astype(np.float32)
+_FOLD_VECTORS = (2 * np.pi / FOLD_WAVELENGTH_MM * _FOLDS[:, :3] / np.linalg.norm(_FOLDS[:, :3], axis=1, keepdims=True)).astype(
+    np.float32
+)
 _FOLD_PHASES = (np.pi * _FOLDS[:, 3]).astype(np.float32)
 
 
@@ -121,12 +121,16 @@ def make_phantom(
 
     voxel_ml = spacing_mm**3 / 1000
     counts = np.bincount(labels.ravel(), minlength=len(LABELS))
-    return image, labels, {
-        "age": person.age_years,
-        "sex": person.sex,
-        "ventricular_volume_ml": round(float(counts[list(VENTRICLES)].sum() * voxel_ml), 2),
-        "brain_volume_ml": round(float(counts[list(BRAIN)].sum() * voxel_ml), 1),
-    }
+    return (
+        image,
+        labels,
+        {
+            "age": person.age_years,
+            "sex": person.sex,
+            "ventricular_volume_ml": round(float(counts[list(VENTRICLES)].sum() * voxel_ml), 2),
+            "brain_volume_ml": round(float(counts[list(BRAIN)].sum() * voxel_ml), 1),
+        },
+    )
 
 
 def draw_person(rng: np.random.Generator) -> Person:
@@ -161,7 +165,8 @@ def _layers(
 
     cerebellum = _ellipsoid(side - 20, y + 50, z + 39, (29, 27, 22))
     cerebrum = np.minimum(
-        _ellipsoid(x, y, z, (66 - 3 * np.clip(y / 60, 0, 1), 82, np.where(z > 0, np.float32(62), np.float32(44)))), -2.5 - cerebellum
+        _ellipsoid(x, y, z, (66 - 3 * np.clip(y / 60, 0, 1), 82, np.where(z > 0, np.float32(62), np.float32(44)))),
+        -2.5 - cerebellum,
     )
     stem = 11 - np.hypot(np.hypot(x, y + 20 + 0.25 * -np.minimum(z, 0)), np.maximum(np.abs(z + 34) - 26, 0))
     inside = functools.reduce(np.maximum, (cerebrum, cerebellum, stem))
@@ -282,9 +287,7 @@ def _checked(shape: Sequence[int], spacing_mm: float | None) -> tuple[tuple, flo
         )
     spacing_mm = default_spacing(shape) if spacing_mm is None else float(spacing_mm)
     if not 0 < spacing_mm < np.inf:
-        raise InputError(
-            f"phantom spacing {spacing_mm} mm must be positive; leave it out for {default_spacing(shape):.3g} mm"
-        )
+        raise InputError(f"phantom spacing {spacing_mm} mm must be positive; leave it out for {default_spacing(shape):.3g} mm")
     return shape, spacing_mm
 
 

@@ -2,10 +2,13 @@
 
 Meant for images whose contrast is known (phantoms, rendered or clean skull-stripped T1w brains) and for judging many volumes
 alike; not a segmentation for clinical scans. A function of the same form can take its place, see `load_measure`.
+
+Intensities are in units of the white matter around (1 = white matter), which removes bias field and brightness.
 """
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,91 +16,153 @@ from scipy import ndimage
 
 from ldm3d.errors import InputError
 
-# Of the white matter's intensity in T1w images: cortex, and the darkest that counts as tissue
-GREY_LEVEL, TISSUE_LEVEL = 0.68, 0.45
-# Where lateral ventricles lie, in standard deviations of the brain's voxels from its centre (right, front, top)
-VENTRICLE_SEED = ((-0.75, -1.0, -0.5), (0.75, 0.8, 0.9))
-VENTRICLE_REACH = ((-1.25, -1.55, -0.9), (1.25, 1.15, 1.0))
-VENTRICLE_DEPTH_MM = 9.0  # below the brain's surface; sulci that run into them are cut off here
+TISSUE_LEVEL = 0.5  # halfway from fluid to white matter and beyond: what is darker may hold fluid
+VENTRICLE_LEVEL, SEED_LEVEL = 0.6, 0.75  # below deep grey matter; on the centreline, where thin ventricles are less dark
+AIR_LEVEL, FLUID_LEVEL = 0.1, 0.25  # the second: between what T1w scans have (0.2 to 0.28)
+BIAS_FIELD_MM = 25.0  # standard deviation of the window in which white matter is averaged
+CLOSING_MM, DEPTH_MM = 15.0, 9.0  # sulci narrower than the first are closed; ventricles lie deeper than the second
+
+# The lateral ventricle's centreline in mm from the brain's centre (x from the midline), in a brain whose voxels have
+# these standard deviations; ventricles lie within VENTRICLE_REACH_MM of it and begin within VENTRICLE_SEED_MM.
+BRAIN_DEVIATION_MM = (28.6, 38.0, 27.3)
+BODY = ((15, 41, -4), (12, 27, 8), (11, 5, 14), (15, -15, 12), (23, -31, 2), (22, -55, -4))
+TEMPORAL_HORN = ((23, -31, 2), (33, -17, -16), (31, 1, -22))
+VENTRICLE_SEED_MM, VENTRICLE_REACH_MM = 7.0, 13.0
+NODS, SHIFTS_MM = np.deg2rad(np.arange(-12, 43, 6)), np.arange(-9, 10, 3)  # poses that are tried: chin up is positive
+BLUR_MM = 4.0
 
 
 def measure_volumes(volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Ventricular and brain volume of a T1w volume.
 
-    White matter is the brightest peak of the histogram. The brain is the largest connected part of what is brighter than
-    `TISSUE_LEVEL` of it; ventricles are what is dark, connected and in their place inside of it. Voxels count with the part
-    that their intensity says is tissue (or fluid), so that partial volume and blur do not bias the sum.
+    The bias field is divided out. The brain is the middle one of the bright parts. Ventricles are what is dark, deep below
+    the brain's surface and connected with the lateral ventricle's centreline. Voxels at their borders count with the part
+    that their intensity says is fluid (or tissue), so that partial volume, blur and noise hardly move the sums.
 
     Args:
         volume: (X, Y, Z) in [0, 1], RAS+; with or without skull.
         spacing_mm: of its voxels.
 
     Returns:
-        ventricular_volume_ml (both lateral ventricles, and the third where it joins them) and brain_volume_ml (grey and
-        white matter). NaN where no brain is found; 0 ventricles where nothing dark lies in their place.
+        ventricular_volume_ml (both lateral ventricles) and brain_volume_ml (grey and white matter). Both NaN where no
+        brain of 50 ml is found (nor three axes of finite values); 0 ventricles where nothing dark lies in
+        their place. Nothing is raised.
     """
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
     nothing = {"ventricular_volume_ml": float("nan"), "brain_volume_ml": float("nan")}
     volume = np.asarray(volume, dtype=np.float32)
-    if not np.isfinite(volume).all() or np.ptp(volume) < 1e-3:
+    if volume.ndim != 3 or not volume.size or not np.isfinite(volume).all() or np.ptp(volume) < 1e-3 or volume.max() <= 0:
         return nothing
-    white = _white_level(volume)
-    brain, others = _brain(volume > TISSUE_LEVEL * white, spacing_mm)
+    spacing_mm, voxel_ml = np.asarray(spacing_mm, dtype=float), float(np.prod(spacing_mm)) / 1000
+    volume = volume / _white_matter(volume, spacing_mm)
+    brain, scalp = _brain(volume > TISSUE_LEVEL)
     if brain.sum() * voxel_ml < 50:
         return nothing
-    inside = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(brain, 4), iterations=3))[4:-4, 4:-4, 4:-4]
-    depth_mm = ndimage.distance_transform_edt(np.pad(inside, 1), spacing_mm)[1:-1, 1:-1, 1:-1]
-    dark = inside & (volume < TISSUE_LEVEL * white)
-    fluid = float(np.percentile(volume[dark & (depth_mm > VENTRICLE_DEPTH_MM)], 10)) if dark.any() else 0.2 * white
+    ventricular = _fluid(volume, _ventricles(volume, brain, spacing_mm)) * voxel_ml
 
-    # Ventricles: what of the dark hangs together with their middle
-    place = _place(brain)
-    reach = _box(place, VENTRICLE_REACH) & (depth_mm > VENTRICLE_DEPTH_MM)
-    candidates = reach & (volume < (white + fluid) / 2)
-    ventricles = ndimage.binary_propagation(candidates & _box(place, VENTRICLE_SEED), mask=candidates)
-    rim = ndimage.binary_dilation(ventricles) & reach
-    part = ((white - volume) / max(white - fluid, 1e-3)).clip(0, 1)
-    ventricular = float(part[rim].sum()) * voxel_ml
-
-    # Brain: each voxel with its part of tissue, up to halfway to the scalp
-    near = ndimage.binary_dilation(brain, iterations=2) & ~ndimage.binary_dilation(others)
-    grey = GREY_LEVEL * white
-    tissue = ((volume - fluid) / max(grey - fluid, 1e-3)).clip(0, 1)
+    # Cortex as bright as it looks in this image: thin against the voxels, it takes from white matter
+    grey = np.percentile(volume[brain & (volume > 0.6)], 38)
+    near = ndimage.binary_dilation(brain, iterations=2) & ~ndimage.binary_dilation(scalp)
+    tissue = ((volume - FLUID_LEVEL) / (grey - FLUID_LEVEL)).clip(0, 1)
     return {"ventricular_volume_ml": ventricular, "brain_volume_ml": float(tissue[near].sum()) * voxel_ml}
 
 
-def _white_level(volume: NDArray) -> float:
-    """Intensity of white matter: the highest of the histogram's peaks among the brighter half of the range."""
-    top = float(np.percentile(volume[volume > 0.1 * volume.max()], 99))
-    counts, edges = np.histogram(volume, bins=64, range=(0.6 * top, 1.1 * top))
-    smooth = ndimage.gaussian_filter1d(counts.astype(float), 3)
-    return float((edges[:-1] + edges[1:])[smooth.argmax()] / 2)
+def _white_matter(volume: NDArray, spacing_mm: NDArray) -> NDArray:
+    """Local intensity of white matter, (X, Y, Z): normalised convolution (Knutsson and Westin 1993) of the brightest."""
+    top = np.percentile(volume[volume > 0.1 * volume.max()], 98)
+    white = np.full_like(volume, top)
+    for _ in range(3):
+        weight = (volume > 0.82 * white).astype(np.float32)
+        total, weight = (
+            ndimage.gaussian_filter(v, BIAS_FIELD_MM / spacing_mm, truncate=2) + 1e-3 * level
+            for v, level in ((volume * weight, top), (weight, 1))
+        )
+        white = total / weight
+    return np.maximum(white, 1e-6)
 
 
-def _brain(tissue: NDArray, spacing_mm: Sequence[float]) -> tuple[NDArray, NDArray]:
-    """The largest part of `tissue` after a bridge one voxel wide is cut, and all other tissue; (X, Y, Z) masks."""
-    core = ndimage.binary_erosion(tissue)
-    parts, count = ndimage.label(core)
+def _brain(tissue: NDArray) -> tuple[NDArray, NDArray]:
+    """The part of `tissue` in the middle after a bridge one voxel wide is cut, and all other tissue; (X, Y, Z) masks."""
+    parts, count = ndimage.label(ndimage.binary_erosion(tissue))
     if not count:
-        return tissue & False, tissue
+        return np.zeros_like(tissue), tissue
     # By distance to the middle as well as by size: a scalp may have more voxels than a brain
-    middle = np.exp(-(_place(tissue) ** 2).sum(axis=0) / 2)
+    middle = np.exp(-8 * sum(a**2 for a in np.ix_(*(np.linspace(-0.5, 0.5, n) for n in tissue.shape))))
     largest = 1 + int(np.argmax(ndimage.sum_labels(middle, parts, range(1, count + 1))))
     brain = ndimage.binary_dilation(parts == largest) & tissue
-    return brain, ndimage.binary_dilation((parts > 0) & (parts != largest)) & tissue & ~brain
+    sizes = np.bincount(parts.ravel())
+    other = sizes > 0.05 * sizes[largest]  # smaller parts are gyri that were cut off
+    other[[0, largest]] = False
+    return brain, ndimage.binary_dilation(other[parts]) & tissue & ~brain
 
 
-def _place(mask: NDArray) -> NDArray:
-    """Position of each voxel from the mask's centre in its standard deviations, (3, X, Y, Z)."""
-    points = np.argwhere(mask) if mask.any() else np.argwhere(np.ones_like(mask))
-    centre, deviation = points.mean(axis=0), points.std(axis=0) + 1e-6
-    grid = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) for n in mask.shape], indexing="ij"))
-    return (grid - centre[:, None, None, None]) / deviation[:, None, None, None]
+def _ventricles(volume: NDArray, brain: NDArray, spacing_mm: NDArray) -> NDArray:
+    """What is dark, deep and connected with the lateral ventricles' centreline; (X, Y, Z) mask."""
+    # Deep: inside of the closed brain, with brain on either side along every axis
+    n = max(round(CLOSING_MM / spacing_mm.max()), 1)
+    inside = ndimage.binary_closing(np.pad(brain, n + 1), iterations=n)[(slice(n + 1, -n - 1),) * 3]
+    for axis in range(3):
+        before, after = (np.maximum.accumulate(b, axis) for b in (inside, np.flip(inside, axis)))
+        inside = before & np.flip(after, axis)
+    deep = ndimage.distance_transform_edt(np.pad(inside, 1), spacing_mm)[1:-1, 1:-1, 1:-1] > DEPTH_MM
+
+    # In place: near the centreline, and off the midline wherever that may be a fissure or the third ventricle
+    fluid = deep & (volume > AIR_LEVEL)
+    dark = ((SEED_LEVEL - volume) / (SEED_LEVEL - FLUID_LEVEL)).clip(0, 1) * fluid
+    x, y, z = _place(brain, ndimage.gaussian_filter(dark, BLUR_MM / spacing_mm))
+    callosum = (((y + 1) / 50) ** 2 + ((z - 1) / 32) ** 2 < 1) & (z > -1)
+    distance_mm = _distance_to_centreline(np.abs(x), y, z)
+    seeded = distance_mm < VENTRICLE_SEED_MM
+    candidates = fluid & (volume < np.where(seeded, SEED_LEVEL, VENTRICLE_LEVEL))
+    candidates &= (distance_mm < VENTRICLE_REACH_MM) & ((np.abs(x) > 5) | callosum)
+    return ndimage.binary_propagation(candidates & seeded, mask=candidates)
 
 
-def _box(place: NDArray, corners: tuple) -> NDArray:
-    low, high = (np.array(corner)[:, None, None, None] for corner in corners)
-    return ((place > low) & (place < high)).all(axis=0)
+def _place(brain: NDArray, dark: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Coordinates x, y, z in mm of every voxel in the frame of the centreline.
+
+    Centre and size are the brain's; a nod of the head and a shift are those that put the centreline where it is darkest
+    (template matching by exhaustive search), with a quadratic price on both.
+    """
+    voxels = np.argwhere(brain)
+    centre, scale = voxels.mean(axis=0), (voxels.std(axis=0) + 1e-6) / BRAIN_DEVIATION_MM  # voxel = centre + scale * mm
+    line = np.array([(1 - t) * a + t * b for a, b in _segments() for t in np.arange(0, 1, 0.1)])
+    line = np.concatenate([line, line * (-1, 1, 1)])
+    poses = np.array([(a, dy, dz) for a in NODS for dy in SHIFTS_MM for dz in SHIFTS_MM])
+    cos, sin = np.cos(poses[:, :1]), np.sin(poses[:, :1])
+    y, z = (cos * line[:, 1] - sin * line[:, 2] + poses[:, 1:2], sin * line[:, 1] + cos * line[:, 2] + poses[:, 2:])
+    points = np.stack([np.broadcast_to(line[:, 0], y.shape), y, z], axis=-1)  # (poses, points, 3)
+    index = np.rint(centre + points * scale).astype(int).clip(0, np.array(brain.shape) - 1)
+    price = 0.1 * ((poses[:, 0] / 0.5) ** 2 + (poses[:, 1:] ** 2).sum(axis=1) / 81)
+    angle, dy, dz = poses[np.argmax(dark[tuple(np.moveaxis(index, -1, 0))].mean(axis=1) - price)]
+
+    x, y, z = np.ix_(*((np.arange(n) - c) / s for n, c, s in zip(brain.shape, centre, scale)))
+    y, z = y - dy, z - dz
+    return x, np.cos(angle) * y + np.sin(angle) * z, np.cos(angle) * z - np.sin(angle) * y
+
+
+def _segments() -> list[tuple[NDArray, NDArray]]:
+    return [(np.array(a), np.array(b)) for chain in (BODY, TEMPORAL_HORN) for a, b in pairwise(chain)]
+
+
+def _distance_to_centreline(x: NDArray, y: NDArray, z: NDArray) -> NDArray:
+    squared = np.inf
+    for start, end in _segments():
+        along = end - start
+        offset = [p - a for p, a in zip((x, y, z), start)]
+        t = np.clip(sum(o * a for o, a in zip(offset, along)) / (along @ along), 0, 1)
+        squared = np.minimum(squared, sum((o - t * a) ** 2 for o, a in zip(offset, along)))
+    return np.sqrt(squared)
+
+
+def _fluid(volume: NDArray, mask: NDArray) -> float:
+    """Voxels of fluid in and up to two voxels around the mask, against the tissue further out."""
+    if not mask.any():
+        return 0.0
+    rim = ndimage.binary_dilation(mask, iterations=2)
+    around = ndimage.binary_dilation(rim, iterations=2) & ~rim & (volume > VENTRICLE_LEVEL)
+    tissue = float(np.median(volume[around])) if around.any() else 1.0
+    rim &= mask | (volume > VENTRICLE_LEVEL)  # other fluid nearby is not theirs
+    return float(((tissue - volume) / (tissue - FLUID_LEVEL)).clip(0, 1)[rim].sum())
 
 
 def load_measure(name: str) -> Callable[[NDArray, Sequence[float]], Mapping[str, float]]:

@@ -8,7 +8,6 @@ Volumes are (N, C, X, Y, Z) in [0, 1]; latents (N, c, X/f, Y/f, Z/f); moments ho
 (N, 2c, X/f, Y/f, Z/f) (Kingma & Welling 2014, here as in Rombach et al. 2022).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +47,11 @@ class Autoencoder(Pretrained):
         in_channels: int = 1,
     ):
         super().__init__()
-        levels = max(1, int(math.log2(downsampling)))
-        if downsampling & (downsampling - 1) or len(channels) != levels:
+        levels = max(1, downsampling.bit_length() - 1)
+        if downsampling < 1 or downsampling & (downsampling - 1) or len(channels) != levels:
             raise InputError(
                 f"downsampling {downsampling} with channels {list(channels)}: downsampling must be a power of two, 2^k, "
-                f"with k numbers of channels (one at each of 1/2, 1/4, ... of the resolution)"
+                "with k numbers of channels (one at each of 1/2, 1/4, ... of the resolution)"
             )
         self.arguments = {
             "latent_channels": latent_channels,

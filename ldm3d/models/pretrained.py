@@ -52,7 +52,7 @@ class Pretrained(nn.Module):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`") from None
         if found != cls.__name__:
-            raise InputError(f"{folder} holds a {found}, not a {cls.__name__}")
+            raise InputError(f"{folder} holds weights of {found}, not of {cls.__name__}")
         try:
             network = cls(**arguments)
         except TypeError as error:
@@ -61,6 +61,7 @@ class Pretrained(nn.Module):
             weights = load_file(folder / WEIGHTS)
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from None
+        network.to(next(iter(weights.values())).dtype)
         load_weights(network, weights, folder / WEIGHTS)
         return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -14,6 +14,8 @@ from ldm3d.errors import InputError
 from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, sinusoidal_embedding, zero
 from ldm3d.models.pretrained import Pretrained
 
+TIMESTEPS = 1000  # what the time t = 1 is called when a U-Net is asked
+
 # Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
 FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 
@@ -160,15 +162,14 @@ class UNet(Pretrained):
 
         Args:
             x: (N, in_channels, X, Y, Z).
-            timesteps: (N,), time in [0, 1]; integers 0 to 999, as MONAI's schedulers give them, are read as thousandths.
+            timesteps: (N,), the diffusion time in thousandths: 0 (data) to 1000 (noise), whole or not, which is how MONAI's
+                schedulers and inferers count.
             context: (N, K, 2), see `ldm3d.covariates`; None leaves all covariates open.
 
         Returns:
             (N, out_channels, X, Y, Z).
         """
-        # (N, embedding_dim)
-        milli = timesteps if not timesteps.is_floating_point() else timesteps * 1000
-        embedding = self.time_mlp(sinusoidal_embedding(milli, self.time_dim).to(self.conv_in.weight.dtype))
+        embedding = self.time_mlp(sinusoidal_embedding(timesteps, self.time_dim).to(self.conv_in.weight.dtype))
         tokens = None
         if self.tokens is not None:
             if context is None:

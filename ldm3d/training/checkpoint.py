@@ -42,8 +42,10 @@ def load_optimizer_tensors(network: nn.Module, optimizer: Optimizer, tensors: Ma
     for name, value in tensors.items():
         name, _, key = name.rpartition("/")
         parameter = parameters[name]
-        if value.ndim:  # keep PyTorch's step counters where PyTorch put them: on the CPU
+        if value.ndim:
             value = value.to(parameter.device).contiguous(memory_format=_memory_format(parameter))
+        elif optimizer.defaults.get("fused"):  # the one kind of optimiser whose step counters lie beside the parameters
+            value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
 
 

@@ -21,7 +21,7 @@ from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.pretrained import load_weights
-from ldm3d.models.unet import UNet
+from ldm3d.models.unet import TIMESTEPS, UNet
 from ldm3d.pipeline import Pipeline, Sampling, describe
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
@@ -152,7 +152,7 @@ def diffusion_loss(
     """
     z = process.add_noise(x, noise, t)
     with accelerator.autocast():
-        output = unet(z, t, context)
+        output = unet(z, TIMESTEPS * t, context)
     error = (output.float() - process.target(settings.target, x, noise, t)).square().flatten(1).mean(dim=1)
     return (process.loss_weight(settings.loss_weight, settings.target, t) * error).mean()
 
@@ -168,7 +168,7 @@ def validate(
     for first in range(0, len(numbers), batch_size):
         chosen = torch.tensor(numbers[first : first + batch_size])
         sample = chosen % len(mean)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator(0, int(n))) for n in chosen]).to(device)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator("validation", int(n))) for n in chosen]).to(device)
         # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
         u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
         t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)

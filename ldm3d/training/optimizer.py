@@ -80,7 +80,15 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
     """The optimiser of the config over a network's parameters; norms, biases and tokens are not decayed."""
-    matrices = [p for p in network.parameters() if p.ndim >= 2 and min(p.flatten(1).shape) > 1]
+    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    matrices = [
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.ndim >= 2
+        and min(parameter.flatten(1).shape) > 1
+        and not name.endswith("null")
+        and id(parameter) not in embeddings
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in network.parameters() if id(p) not in chosen]
     if training.optimizer == "muon":
