@@ -217,7 +217,7 @@ class DiffusionConfig(Section):
     target: Literal["noise", "v", "data", "velocity"] = "velocity"
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr"] = "none"
-    drop_covariates: Fraction = 0.15
+    drop_covariates: Fraction = 0.3  # share of the samples that leave some covariates open, or all
     network: UNetConfig
     training: TrainingConfig
 

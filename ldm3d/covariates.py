@@ -190,15 +190,16 @@ class CovariateSchema:
 
 
 def drop_covariates(context: Tensor, uniform: Tensor, probability: float) -> Tensor:
-    """Leave covariates open at random, each on its own and per sample (Ho & Salimans 2022, section 3.2).
+    """Leave covariates open at random, per sample and each on its own.
 
-    With half of the probability all covariates of a sample are dropped together: guidance asks for exactly that case,
-    which independent drops would almost never show to the network.
+    A chosen sample draws a rate, and each of its covariates is dropped at that rate. Every number of open covariates from 0
+    to K is then equally likely: the network sees requests for one covariate alone and for none, which guidance needs
+    (Ho & Salimans 2022, section 3.2), and which independent drops at one low rate would almost never show.
 
     Args:
         context: (N, K, 2).
-        uniform: (N, K + 1) in [0, 1); column 0 decides for the whole sample.
-        probability: that one covariate is dropped.
+        uniform: (N, K + 2) in [0, 1): whether the sample is chosen, its rate, and one for each covariate.
+        probability: that a sample is chosen.
     """
-    dropped = (uniform[:, 1:] < probability / 2) | (uniform[:, :1] < probability / 2)
+    dropped = (uniform[:, 2:] < uniform[:, 1:2]) & (uniform[:, :1] < probability)
     return context * ~dropped[..., None]

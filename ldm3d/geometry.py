@@ -73,9 +73,7 @@ def spacing_of(affine: NDArray) -> NDArray:
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
 
-def place(
-    source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid
-) -> NDArray:
+def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid) -> NDArray:
     """Lay the Grid's box over a scan, with nothing rotated.
 
     The box takes the axes of the scan in their closest RAS+ order (axes are swapped and flipped, an oblique scan stays

@@ -232,9 +232,7 @@ def test_validator_accepts_a_derivative(tmp_path):
         path = synthetic_path(folder, i)
         write_volume(path, np.random.default_rng(i).random((8, 8, 8)), np.diag([2, 2, 2, 1]), "synthetic")
         path.with_name(path.name.replace(".nii.gz", ".json")).write_text('{"SkullStripped": true}')
-    participants = pd.DataFrame(
-        {"participant_id": ["sub-syn0001", "sub-syn0002"], "age": [50.5, None], "sex": ["F", None]}
-    )
+    participants = pd.DataFrame({"participant_id": ["sub-syn0001", "sub-syn0002"], "age": [50.5, None], "sex": ["F", None]})
     finish_derivative(
         folder,
         participants,

@@ -204,16 +204,16 @@ def test_warns_of_what_training_never_saw():
 
 def test_drop_is_decided_by_its_own_uniform_number():
     context = torch.tensor([[[1.5, 1.0], [1.0, 1.0], [-2.0, 1.0]]]).repeat(3, 1, 1)
-    # probability 0.2: dropped below 0.1; column 0 is the sample's
-    uniform = torch.tensor([[0.09, 0.9, 0.9, 0.9], [0.11, 0.09, 0.11, 0.0], [0.5, 0.1, 0.5, 0.5]])
+    # chosen below 0.2; then each covariate is dropped below the rate in column 1
+    uniform = torch.tensor([[0.1, 0.95, 0.9, 0.9, 0.9], [0.19, 0.4, 0.5, 0.39, 0.41], [0.21, 1.0, 0.5, 0.5, 0.5]])
     kept = drop_covariates(context, uniform, 0.2)[..., 1]
-    assert kept.tolist() == [[0, 0, 0], [0, 1, 0], [1, 1, 1]]
+    assert kept.tolist() == [[0, 0, 0], [1, 0, 1], [1, 1, 1]]
 
 
 def test_dropped_covariates_keep_neither_value_nor_presence():
     generator = torch.Generator().manual_seed(0)
     context = torch.stack([torch.randn(500, 4, generator=generator) + 5, torch.ones(500, 4)], dim=-1)
-    dropped = drop_covariates(context, torch.rand(500, 5, generator=generator), 0.5)
+    dropped = drop_covariates(context, torch.rand(500, 6, generator=generator), 0.5)
     gone = dropped[..., 1] == 0
     assert 0 < gone.sum() < gone.numel()
     assert (dropped[gone] == 0).all()
@@ -222,27 +222,25 @@ def test_dropped_covariates_keep_neither_value_nor_presence():
 
 def test_missing_covariates_stay_missing():
     context = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
-    assert torch.equal(drop_covariates(context, torch.full((1, 3), 0.99), 0.5), context)
+    assert torch.equal(drop_covariates(context, torch.full((1, 4), 0.99), 0.5), context)
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.5])
-def test_rates_of_dropping(probability):
-    """With h = p / 2: a whole sample goes with h, each covariate of the rest with h on its own; within five deviations."""
-    n, h = 100_000, probability / 2
-    uniform = torch.rand(n, 4, generator=torch.Generator().manual_seed(1))
+def test_every_number_of_open_covariates_is_equally_likely(probability):
+    """Of the chosen samples a quarter each has 0, 1, 2 or 3 of 3 open (the integral of the binomial over its rate)."""
+    n = 100_000
+    uniform = torch.rand(n, 5, generator=torch.Generator().manual_seed(1))
     gone = drop_covariates(torch.ones(n, 3, 2), uniform, probability)[..., 1] == 0  # (n, 3)
 
-    def close(rate, expected):
-        assert rate.float().mean().item() == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / n))
+    def close(happened, expected):
+        assert happened.float().mean().item() == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / n))
 
     for k in range(3):
-        close(gone[:, k], 1 - (1 - h) ** 2)
-    close(gone.all(dim=1), h + (1 - h) * h**3)
-    # All but independent: two at once, third kept
-    close(gone[:, 0] & gone[:, 1] & ~gone[:, 2], (1 - h) * h**2 * (1 - h))
-    close(gone[:, 0] & ~gone[:, 1] & ~gone[:, 2], (1 - h) * h * (1 - h) ** 2)
+        close(gone[:, k], probability / 2)
+        close(gone.sum(dim=1) == k + 1, probability / 4)
+    close(~gone[:, 0] & gone[:, 1] & gone[:, 2], probability / 12)  # the first one alone is asked
 
 
 def test_nothing_dropped_at_probability_0():
     context = torch.ones(50, 3, 2)
-    assert torch.equal(drop_covariates(context, torch.zeros(50, 4), 0.0), context)
+    assert torch.equal(drop_covariates(context, torch.zeros(50, 5), 0.0), context)

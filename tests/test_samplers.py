@@ -136,9 +136,7 @@ def test_ddim_with_eta_1_is_ddpm(process):
 def test_float32_is_enough(process):
     for name in SAMPLERS:
         double = sample(name, gaussian_denoiser(process), noise(0), process, 20, noise=noise)
-        single = sample(
-            name, gaussian_denoiser(process), noise(0).float(), process, 20, noise=lambda k: noise(k).float()
-        )
+        single = sample(name, gaussian_denoiser(process), noise(0).float(), process, 20, noise=lambda k: noise(k).float())
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
 

@@ -153,9 +153,7 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(table.encode()).hexdigest()[:16]
 
 
-def to_grid(
-    volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[float, float]
-) -> tuple[NDArray, dict[str, Any]]:
+def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[float, float]) -> tuple[NDArray, dict[str, Any]]:
     """One scan on the Grid with intensities in [0, 1].
 
     The Grid is centred on the foreground's box. A head that is higher than the Grid loses its neck, not its crown.
@@ -252,15 +250,11 @@ def _foreground_box(volume: NDArray, threshold: float, affine: NDArray) -> tuple
     return first.astype(float), np.minimum(stop, volume.shape) - 1.0
 
 
-def _place_on_foreground(
-    box: tuple[NDArray, NDArray], volume: NDArray, affine: NDArray, grid: Grid
-) -> tuple[NDArray, float]:
+def _place_on_foreground(box: tuple[NDArray, NDArray], volume: NDArray, affine: NDArray, grid: Grid) -> tuple[NDArray, float]:
     """Affine of the Grid laid over a foreground box; and how many mm of the box stick out, on the worst side."""
     first, last = box
     placed = place(volume.shape, affine, (first + last) / 2, grid)
-    corners = np.array(
-        [np.where(end, last + 0.5, first - 0.5) for end in np.ndindex(2, 2, 2)]
-    )  # (8, 3), faces of voxels
+    corners = np.array([np.where(end, last + 0.5, first - 0.5) for end in np.ndindex(2, 2, 2)])  # (8, 3), faces of voxels
     corners = np.linalg.solve(placed, affine @ np.c_[corners, np.ones(8)].T)[:3].T + 0.5  # from the Grid's own faces
     above = corners[:, 2].max() - grid.shape[2]
     if above > 0:

@@ -71,7 +71,7 @@ def train(config: Config) -> None:
             "context": contexts[index],
             "posterior_noise": torch.randn(posterior[:channels].shape, generator=rng),
             "noise": torch.randn(posterior[:channels].shape, generator=rng),
-            "drop": torch.rand(len(schema) + 1, generator=rng),
+            "drop": torch.rand(len(schema) + 2, generator=rng),
         }
 
     batches = TrainingBatches(read, len(split["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
@@ -168,7 +168,9 @@ def validate(
     for first in range(0, len(numbers), batch_size):
         chosen = torch.tensor(numbers[first : first + batch_size])
         sample = chosen % len(mean)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator("validation", int(n))) for n in chosen]).to(device)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator("validation", int(n))) for n in chosen]).to(
+            device
+        )
         # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
         u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
         t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)
