@@ -1,7 +1,9 @@
 """The main job: from a BIDS folder to volumes for asked covariates, by the commands that a user types."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +207,36 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(experiment, tmp_path, s
         torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0, msg=name)
     rows = [read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_two_processes_train_as_one(experiment, tmp_path, stage):
+    """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding."""
+    settings = tiny_settings(experiment) | {"output": str(tmp_path)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("prepared", "autoencoder", "latents"):
+        if name == "prepared" or stage == "diffusion":
+            shutil.copytree(experiment / "run" / name, tmp_path / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command += ["-m", f"ldm3d.training.{stage}", str(tmp_path / "config.yaml"), "--set", "training.accumulation=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path))
+    assert len(one) == len(two) == 4
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+    whole, shared = (
+        load_file(f / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors")
+        for f in (experiment / "run", tmp_path)
+    )
+    for name in whole:
+        if name.startswith("model/"):
+            torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):

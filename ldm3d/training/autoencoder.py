@@ -73,6 +73,7 @@ def train(config: Config) -> None:
     bar = progress_bar(accelerator, "autoencoder", step, training.steps)
 
     loader = batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
+    logged: dict[str, Tensor] = {}  # means over the parts of a batch
     for micro, batch in enumerate(loader, start=step * training.accumulation):
         step = micro // training.accumulation
         adversarial = adversary is not None and step >= settings.adversarial.start
@@ -106,6 +107,11 @@ def train(config: Config) -> None:
                 accelerator.backward(caught.float())
                 adversary_optimizer.step()
                 adversary_optimizer.zero_grad()
+        parts = {"loss": loss, "l1": l1, "kl_per_voxel": kl}
+        if adversarial:
+            parts |= {"adversarial": fooled, "discriminator": caught}
+        for name, value in parts.items():
+            logged[name] = logged.get(name, 0) + value.detach() / training.accumulation
         if not accelerator.sync_gradients:
             continue
 
@@ -115,12 +121,11 @@ def train(config: Config) -> None:
         bar.update()
         row = {}
         if step % training.log_every == 0 or last:
-            values = {"loss": loss, "l1": l1, "kl_per_voxel": kl, "gradient_norm": gradient_norm}
-            if adversarial:
-                values |= {"adversarial": fooled, "discriminator": caught}
-            values = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in values.items()}
-            bar.set_postfix(l1=f"{values['l1']:.4f}", refresh=False)
-            row |= values | {"learning_rate": learning_rate(step - 1, training)}
+            logged["gradient_norm"] = gradient_norm
+            row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
+            row["learning_rate"] = learning_rate(step - 1, training)
+            bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
+        logged = {}
         if keys["validation"] and (step % training.validate_every == 0 or last):
             quality = validate(ema.network, config, keys["validation"][:MAX_VALIDATION], accelerator)
             row["validation_psnr_db"] = quality

@@ -81,6 +81,7 @@ def train(config: Config) -> None:
     bar = progress_bar(accelerator, "diffusion", step, training.steps)
 
     loader = batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
+    logged = torch.zeros((), device=accelerator.device)  # mean loss over the parts of a batch
     for micro, batch in enumerate(loader, start=step * training.accumulation):
         step = micro // training.accumulation
         for group in optimizer.param_groups:
@@ -99,6 +100,7 @@ def train(config: Config) -> None:
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
+        logged += loss.detach() / training.accumulation
         if not accelerator.sync_gradients:
             continue
 
@@ -108,10 +110,11 @@ def train(config: Config) -> None:
         bar.update()
         row = {}
         if step % training.log_every == 0 or last:
-            values = {"loss": loss.detach(), "gradient_norm": gradient_norm}
+            values = {"loss": logged, "gradient_norm": gradient_norm}
             row = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
             row["learning_rate"] = learning_rate(step - 1, training)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
             held_out = split["validation"]
             row["validation_loss"] = validate(
@@ -174,8 +177,8 @@ def validate(
         # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
         u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
         t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)
-        context = contexts[sample].to(device)
-        loss = diffusion_loss(unet, process, settings, mean[sample.to(device)], noise, t.to(device), context, accelerator)
+        x, context = mean[sample.to(device)], contexts[sample].to(device)
+        loss = diffusion_loss(unet, process, settings, x, noise.to(device), t.to(device), context, accelerator)
         total += loss.item() * len(chosen)
     total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
     return total / (len(mean) * VALIDATION_REPEATS)
