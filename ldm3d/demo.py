@@ -17,7 +17,7 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.report import Goal, summary, write_report
 
 SUBJECTS = 1000
-AGES, VENTRICLES_ML = (25, 40, 55, 70, 85), (15, 35, 55, 75)
+AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
 
 
 def run_demo(out: Path, config_path: Path) -> None:

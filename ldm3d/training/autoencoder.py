@@ -144,8 +144,8 @@ def train(config: Config) -> None:
             draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
             metrics.draw()
     bar.close()
-    accelerator.end_training()
     export(config, ema.network, keys["train"], best, accelerator)
+    accelerator.end_training()
 
 
 def export(config: Config, network: Autoencoder, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
@@ -172,7 +172,6 @@ def export(config: Config, network: Autoencoder, keys: list[str], best: dict | N
         network.save_pretrained(config.autoencoder_folder)
         chosen = f" (best of validation, step {best['step']}: {best['psnr_db']:.2f} dB)" if best else ""
         print(f"autoencoder written to {config.autoencoder_folder}{chosen}")
-    accelerator.wait_for_everyone()
 
 
 def load_volume(config: Config, key: str) -> Tensor:

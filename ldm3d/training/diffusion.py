@@ -134,7 +134,6 @@ def train(config: Config) -> None:
             draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
             metrics.draw()
     bar.close()
-    accelerator.end_training()
     if accelerator.is_main_process:
         if best:
             tensors, _ = checkpoint.load_checkpoint(run, best["step"])
@@ -143,7 +142,7 @@ def train(config: Config) -> None:
         save_experiment(config, config.model_folder)
         chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
         print(f"model written to {config.model_folder}{chosen}")
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def diffusion_loss(

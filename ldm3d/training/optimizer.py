@@ -66,11 +66,12 @@ class Muon(Optimizer):
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
 
-    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T and Jordan's coefficients, in bfloat16 as published.
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T and Jordan's coefficients. In float32, where theirs is
+    in bfloat16: that would turn the rounding of another number of processes into a visibly different step.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = (matrix if wide else matrix.T).float()
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
