@@ -6,6 +6,7 @@ and top up.
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,21 @@ def mosaic(
     rows = -(-len(volumes) // columns)
     images = [np.clip(np.nan_to_num(slices(np.asarray(v, np.float32), spacing_mm)), 0, 1) for v in volumes]
     height, width = images[0].shape
-    cell = 3.6
-    top = 0.45 if heading else 0.1
-    tall = cell * height / width + 0.28
-    figure = Figure(figsize=(columns * cell, rows * tall + top), facecolor="white")
+    titles = ["\n".join(textwrap.wrap(title, 48)) for title in titles]
+    cell = 3.6  # inches across
+    image_tall, above = cell * height / width, 0.12 + 0.16 * (1 + max(title.count("\n") for title in titles))
+    top = 0.4 if heading else 0.05
+    figure = Figure(figsize=(columns * cell, rows * (image_tall + above) + top), facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, image, title in zip(axes, images, titles):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
         axis.set_title(title, fontsize=9, color=INK, pad=3)
+    tall = figure.get_figheight()
     if heading:
-        figure.suptitle(heading, fontsize=11, color=INK, y=1 - 0.15 / figure.get_figheight())
-    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - (top + 0.2) / figure.get_figheight(), 0.03, 0.14)
+        figure.suptitle(heading, fontsize=11, color=INK, y=1 - 0.1 / tall, va="top")
+    figure.subplots_adjust(0.005, 0.05 / tall, 0.995, 1 - (top + above) / tall, 0.03, above / image_tall)
     return figure
 
 

@@ -49,14 +49,14 @@ class Goal:
 
 @dataclass
 class Section:
-    """One heading of the page with a text, a table and pictures; `labels` columns of the table are text."""
+    """One heading of the page: a text, a table whose first `labels` columns are text, pictures, and plots side by side."""
 
     title: str
     text: str = ""
     table: dict[str, list] | None = None
     labels: int = 1
     pictures: list[dict[str, str]] = field(default_factory=list)
-    side_by_side: bool = False
+    plots: list[dict[str, str]] = field(default_factory=list)
 
 
 def write_report(
@@ -93,8 +93,9 @@ def write_report(
     sections = [
         Section(
             "Generated for the covariates of held-out subjects",
-            "Each volume was asked for the covariates of one held-out subject; measured values follow further down.",
-            pictures=[picture("generated", "Axial, coronal and sagittal slices. All of these brains are synthetic.")],
+            "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond "
+            "what was asked.",
+            pictures=[picture("generated", "Axial, coronal and sagittal slices.")],
         ),
         Section(
             "Covariates, asked and measured",
@@ -102,21 +103,18 @@ def write_report(
             "reconstructed what the autoencoder keeps; generated volumes are compared with what they were asked for.",
             table=_rounded(fidelity),
             labels=2,
-            pictures=[
+            plots=[
                 picture(f"scatter-{c.covariate}-{c.kind}", f"{c.covariate} on {c.kind} volumes")
                 for c in evaluation.comparisons
             ],
-            side_by_side=True,
         ),
         *(
             Section(
                 f"Only {sweep.covariate} asked",
                 "All other covariates are left open, and every column starts from the same noise. Lines are means over "
                 "noises, bands their range.",
-                pictures=[
-                    picture(f"sweep-{sweep.covariate}", f"The first noise at each {sweep.covariate}."),
-                    *(picture(f"curve-{sweep.covariate}-{name}", f"measured {name}") for name in sweep.measured),
-                ],
+                pictures=[picture(f"sweep-{sweep.covariate}", f"The first noise at each {sweep.covariate}. Synthetic.")],
+                plots=[picture(f"curve-{sweep.covariate}-{name}", f"measured {name}") for name in sweep.measured],
             )
             for sweep in evaluation.sweeps
         ),
@@ -168,10 +166,11 @@ def summary(found: Evaluation) -> str:
 def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, Figure]:
     """Every picture of the page, by name."""
     spacing = pipeline.grid.spacing_mm
-    titles = [describe(row) for row in evaluation.requests]
-    found = {"generated": figures.mosaic(evaluation.generated, titles, spacing, columns=3)}
-    qualities = [f"{quality:.1f} dB" for quality in evaluation.psnr_db]
     columns = min(3, len(evaluation.real))
+    titles = [f"{kind}: {describe(row)}" for kind in ("real", "synthetic") for row in evaluation.requests[:columns]]
+    shown = evaluation.real[:columns] + evaluation.generated[:columns]
+    found = {"generated": figures.mosaic(shown, titles, spacing, columns)}
+    qualities = [f"{quality:.1f} dB" for quality in evaluation.psnr_db]
     shown = evaluation.real[:columns] + evaluation.reconstructed[:columns]
     found["reconstructions"] = figures.mosaic(shown, ["original"] * columns + qualities[:columns], spacing, columns)
     for c in evaluation.comparisons:

@@ -113,7 +113,7 @@ def evaluate(
     num_generated: int = 64,
     sweep_values: int = 6,
     sweep_repeats: int = 4,
-    shown: int = 6,
+    shown: int = 3,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -186,7 +186,7 @@ def sweep(
     """
     known = pipeline.schema[covariate]
     low, high = (max(known.seen[0], known.mean - 1.64 * known.std), min(known.seen[1], known.mean + 1.64 * known.std))
-    values = np.linspace(low, high, num_values).round(3).tolist()
+    values = np.linspace(low, high, num_values).round(1).tolist()
     measured = {name: np.zeros((num_values, repeats)) for name in quantities}
     pictures = []
     for i, value in enumerate(tqdm(values, desc=f"sweep {covariate}", unit="value")):

@@ -95,8 +95,7 @@ def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
     if training.optimizer == "muon":
         return Muon(matrices, others, training.learning_rate, training.weight_decay)
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    fused = any(p.is_cuda for p in matrices)
-    return AdamW(groups, training.learning_rate, (0.9, 0.99), weight_decay=training.weight_decay, fused=fused)
+    return AdamW(groups, training.learning_rate, (0.9, 0.99), weight_decay=training.weight_decay, fused=True)
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
