@@ -34,7 +34,7 @@ covariates:
   - {{name: age_years, column: age, kind: continuous, unit: years, range: [0, 110]}}
   - {{name: sex, kind: categorical, categories: [F, M]}}
 autoencoder:
-  network: {{latent_channels: 2, downsampling: 4, channels: [8]}}
+  network: {{latent_channels: 2, downsampling: 4, channels: [8, 8]}}
   training: {{steps: 1, batch_size: 1, learning_rate: 0.001}}
 diffusion:
   network: {{channels: [8], attention: [false]}}
