@@ -1,6 +1,7 @@
 """A tiny experiment, trained once for all tests that need a model."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,12 @@ def launch(module: str, *arguments, check: bool = True, processes: int = 1) -> s
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import SHAPE, command_line, launch, tiny_settings
+from conftest import SHAPE, command_line, free_port, launch, tiny_settings
 from safetensors.torch import load_file
 
 import ldm3d
@@ -231,12 +230,6 @@ def test_two_processes_train_as_one(experiment, tmp_path, stage):
     for name in whole:
         if name.startswith("model/"):
             torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):

@@ -421,7 +421,12 @@ def save(run, step, net, ema, optimizer, best=None, described=SETTINGS):
 
 
 def restore(run, net, ema, optimizer, described=SETTINGS):
-    return checkpoint.restore(run, {"model": net, "ema": ema.network}, {"optimizer": (net, optimizer)}, described)
+    """As the training loops do: networks first, optimisers second; gives the state."""
+    restored = checkpoint.restore(run, {"model": net, "ema": ema.network}, described)
+    if restored is None:
+        return None
+    checkpoint.restore_optimizers(restored[0], {"optimizer": (net, optimizer)})
+    return restored[1]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

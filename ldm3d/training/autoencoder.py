@@ -22,7 +22,8 @@ from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
 from ldm3d.training.optimizer import learning_rate, make_optimizer
-from ldm3d.training.run import Metrics, parse_command_line, progress_bar, start_accelerator
+from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
+from ldm3d.training.sharding import whole
 
 MAX_VALIDATION = 64  # volumes; more would not change which checkpoint is best
 LINEAR_PATH_VOLUMES = 64  # enough blocks for their principal components: 64 volumes of 40x48x40 are 77,000 of 4^3
@@ -41,20 +42,19 @@ def train(config: Config) -> None:
     model = Autoencoder(**settings.network.model_dump()).to(accelerator.device)
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
-    networks, optimizers = {"model": model, "ema": ema.network}, {"optimizer": (model, optimizer)}
+    networks = {"model": model, "ema": ema.network}
     adversary = adversary_optimizer = None
     if settings.adversarial:
         adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
         adversary_optimizer = torch.optim.AdamW(adversary.parameters(), settings.adversarial.learning_rate, (0.5, 0.9))
         networks["adversary"] = adversary
-        optimizers["adversary_optimizer"] = (adversary, adversary_optimizer)
     perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device) if settings.perceptual else None
 
     described = {"autoencoder": settings.model_dump(mode="json"), "grid": config.data.grid.model_dump(mode="json")}
     described["seed"] = config.seed
-    state = checkpoint.restore(run, networks, optimizers, described)
-    step, best = (state["step"], state["best"]) if state else (0, None)
-    if state is None and settings.network.linear_path:
+    restored = checkpoint.restore(run, networks, described)
+    step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
+    if restored is None and settings.network.linear_path:
         chosen = keys["train"][:: max(1, len(keys["train"]) // LINEAR_PATH_VOLUMES)][:LINEAR_PATH_VOLUMES]
         model.fit_linear_path(torch.stack([load_volume(config, key) for key in chosen]))
         load_weights(ema.network, model.state_dict(), "the linear path")
@@ -65,10 +65,14 @@ def train(config: Config) -> None:
         return {"volume": load_volume(config, keys["train"][sample]), "noise": torch.randn(latent_shape, generator=rng)}
 
     batches = TrainingBatches(read, len(keys["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = model  # the bare one, for its parameters and for checkpoints
+    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
     model, optimizer = accelerator.prepare(network, optimizer)
+    optimizers = {"optimizer": (network, optimizer.optimizer)}
     if adversary:
+        optimizers["adversary_optimizer"] = (adversary, adversary_optimizer)
         adversary, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
+    if restored:
+        checkpoint.restore_optimizers(restored[0], optimizers)
     metrics = Metrics(run, accelerator, step)
     bar = progress_bar(accelerator, "autoencoder", step, training.steps)
 
@@ -121,7 +125,7 @@ def train(config: Config) -> None:
         bar.update()
         row = {}
         if step % training.log_every == 0 or last:
-            logged["gradient_norm"] = gradient_norm
+            logged["gradient_norm"] = whole(gradient_norm)
             row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
             row["learning_rate"] = learning_rate(step - 1, training)
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
@@ -134,10 +138,9 @@ def train(config: Config) -> None:
         if row:
             metrics.add(step, row)
         if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
-            if accelerator.is_main_process:
-                checkpoint.save_checkpoint(
-                    run, step, networks, optimizers, {"best": best, "settings": described}, best and best["step"]
-                )
+            state = {"best": best, "settings": described}
+            best_step = best and best["step"]
+            checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
         if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
             shown = (keys["validation"] or keys["train"])[:4]
@@ -172,6 +175,7 @@ def export(config: Config, network: Autoencoder, keys: list[str], best: dict | N
         network.save_pretrained(config.autoencoder_folder)
         chosen = f" (best of validation, step {best['step']}: {best['psnr_db']:.2f} dB)" if best else ""
         print(f"autoencoder written to {config.autoencoder_folder}{chosen}")
+    accelerator.wait_for_everyone()
 
 
 def load_volume(config: Config, key: str) -> Tensor:

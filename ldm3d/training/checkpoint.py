@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import load_weights
+from ldm3d.training.sharding import spread_like, whole
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -28,9 +29,9 @@ FREE_SETTINGS = ("steps", "log_every", "validate_every", "preview_every", "check
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as tensors named after the network's parameters."""
+    """An optimiser's state as whole tensors named after the network's parameters."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": whole(value)
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -42,15 +43,12 @@ def load_optimizer_tensors(network: nn.Module, optimizer: Optimizer, tensors: Ma
     for name, value in tensors.items():
         name, _, key = name.rpartition("/")
         parameter = parameters[name]
-        if value.ndim:
-            value = value.to(parameter.device).contiguous(memory_format=_memory_format(parameter))
+        if value.ndim:  # shaped like the parameter: to its device, memory format and processes
+            value = spread_like(value.to(parameter.device), parameter)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         elif optimizer.defaults.get("fused"):  # the one kind of optimiser whose step counters lie beside the parameters
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
-
-
-def _memory_format(parameter: Tensor) -> torch.memory_format:
-    return torch.channels_last_3d if parameter.ndim == 5 else torch.contiguous_format
 
 
 def save_checkpoint(
@@ -60,8 +58,11 @@ def save_checkpoint(
     optimizers: Mapping[str, tuple[nn.Module, Optimizer]],
     state: Mapping[str, Any],
     best_step: int | None,
+    is_writer: bool = True,
 ) -> None:
     """Write the checkpoint of `step`, then remove those that are neither it nor the best one.
+
+    Every process has to call this, for what is spread over processes is brought together first; one writes.
 
     Args:
         run: folder of the training run.
@@ -70,14 +71,17 @@ def save_checkpoint(
         optimizers: by name, each with the network whose parameters it moves.
         state: JSON values to be given back by `load_checkpoint`.
         best_step: the step of the best checkpoint so far; None if there is none.
+        is_writer: whether this process is the one that writes.
     """
+    tensors = {f"{name}/{key}": whole(value) for name, net in networks.items() for key, value in net.state_dict().items()}
+    for name, (network, optimizer) in optimizers.items():
+        tensors |= {f"{name}/{key}": value for key, value in optimizer_tensors(network, optimizer).items()}
+    if not is_writer:
+        return
     folder = _folder(run, step)
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
-    for name, (network, optimizer) in optimizers.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer_tensors(network, optimizer).items()}
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / TENSORS)
     except SafetensorError as error:  # what safetensors makes of a full disk
@@ -126,12 +130,9 @@ def load_checkpoint(run: Path, step: int | None = None) -> tuple[dict[str, dict[
 
 
 def restore(
-    run: Path,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, tuple[nn.Module, Optimizer]],
-    settings: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """Bring networks and optimisers to the last checkpoint and return its state; None for a new run.
+    run: Path, networks: Mapping[str, nn.Module], settings: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """Bring networks to the last checkpoint; its tensors by name, for `restore_optimizers`, and its state. None if new.
 
     Raises:
         InputError: the checkpoint was made with other settings; the message lists which.
@@ -148,9 +149,15 @@ def restore(
         )
     for name, network in networks.items():
         load_weights(network, tensors[name], run)
+    return tensors, state
+
+
+def restore_optimizers(
+    tensors: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]
+) -> None:
+    """The second half of `restore`, once the networks are on their devices and spread as they will be."""
     for name, (network, optimizer) in optimizers.items():
         load_optimizer_tensors(network, optimizer, tensors.get(name, {}))
-    return state
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

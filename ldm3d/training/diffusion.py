@@ -26,7 +26,8 @@ from ldm3d.pipeline import Pipeline, Sampling, describe
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import learning_rate, make_optimizer
-from ldm3d.training.run import Metrics, parse_command_line, progress_bar, start_accelerator
+from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
+from ldm3d.training.sharding import whole
 
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 
@@ -52,7 +53,7 @@ def train(config: Config) -> None:
     model = UNet(channels, channels, schema.num_categories, **settings.network.model_dump()).to(accelerator.device)
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
-    networks, optimizers = {"model": model, "ema": ema.network}, {"optimizer": (model, optimizer)}
+    networks = {"model": model, "ema": ema.network}
 
     described = {
         "diffusion": settings.model_dump(mode="json"),
@@ -60,8 +61,8 @@ def train(config: Config) -> None:
         "latents": origin,
         "seed": config.seed,
     }
-    state = checkpoint.restore(run, networks, optimizers, as_json(described))
-    step, best = (state["step"], state["best"]) if state else (0, None)
+    restored = checkpoint.restore(run, networks, as_json(described))
+    step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
 
     def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
         index = split["train"][sample]
@@ -75,8 +76,11 @@ def train(config: Config) -> None:
         }
 
     batches = TrainingBatches(read, len(split["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = model  # the bare one, for its parameters and for checkpoints
+    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
     model, optimizer = accelerator.prepare(network, optimizer)
+    optimizers = {"optimizer": (network, optimizer.optimizer)}
+    if restored:
+        checkpoint.restore_optimizers(restored[0], optimizers)
     metrics = Metrics(run, accelerator, step)
     bar = progress_bar(accelerator, "diffusion", step, training.steps)
 
@@ -110,7 +114,7 @@ def train(config: Config) -> None:
         bar.update()
         row = {}
         if step % training.log_every == 0 or last:
-            values = {"loss": logged, "gradient_norm": gradient_norm}
+            values = {"loss": logged, "gradient_norm": whole(gradient_norm)}
             row = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
             row["learning_rate"] = learning_rate(step - 1, training)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
@@ -125,9 +129,9 @@ def train(config: Config) -> None:
         if row:
             metrics.add(step, row)
         if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
-            if accelerator.is_main_process:
-                state = {"best": best, "settings": as_json(described)}
-                checkpoint.save_checkpoint(run, step, networks, optimizers, state, best and best["step"])
+            state = {"best": best, "settings": as_json(described)}
+            best_step = best and best["step"]
+            checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
         if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
             pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
@@ -142,6 +146,7 @@ def train(config: Config) -> None:
         save_experiment(config, config.model_folder)
         chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
         print(f"model written to {config.model_folder}{chosen}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

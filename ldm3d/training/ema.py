@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from ldm3d.training.sharding import whole
+
 
 class EMA:
     """A copy of `network` that follows it: average = decay * average + (1 - decay) * weights.
@@ -22,6 +24,6 @@ class EMA:
         """Follow the network after optimiser step number `step` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         own = list(self.network.parameters())
-        torch._foreach_lerp_(own, [p.detach() for p in network.parameters()], weight)
+        torch._foreach_lerp_(own, [whole(p.detach()) for p in network.parameters()], weight)
         for mine, theirs in zip(self.network.buffers(), network.buffers()):
             mine.copy_(theirs)

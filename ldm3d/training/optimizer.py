@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ldm3d.config import TrainingConfig
+from ldm3d.training.sharding import spread_like, whole
 
 
 class Muon(Optimizer):
@@ -45,9 +46,10 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         direction = parameter.grad.lerp(state["momentum"], group["momentum"])
-        matrix = direction.flatten(1)
+        matrix = whole(direction).flatten(1)
         size = 0.2 * math.sqrt(max(matrix.shape))
-        return size * orthogonalise(matrix).view_as(parameter) + group["weight_decay"] * parameter
+        update = spread_like(size * orthogonalise(matrix).view(parameter.shape), parameter)
+        return update + group["weight_decay"] * parameter
 
     def _adam_update(self, parameter: Tensor, group: dict) -> Tensor:
         """Kingma & Ba 2015, algorithm 1."""

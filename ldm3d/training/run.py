@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from torch import nn
 from tqdm import tqdm
 
 from ldm3d import figures
@@ -64,6 +65,13 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         f"precision {precision}, batch {training.batch_size}"
     )
     return accelerator
+
+
+def ready_to_spread(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network in the memory format that its distribution can take: FSDP2 spreads contiguous parameters only."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        network.to(memory_format=torch.contiguous_format)
+    return network
 
 
 def bf16_is_fast() -> bool:
