@@ -82,15 +82,31 @@ def write_report(
     pictures = draw(pipeline, evaluation)
     for name, figure in pictures.items():
         figures.save(figure, folder / f"{name}.png")
-    sources = {name: figures.to_data_uri(figure) for name, figure in pictures.items()}
-
-    def picture(name: str, caption: str) -> dict[str, str]:
-        return {"source": sources[name], "caption": caption}
-
     fidelity = pd.DataFrame(evaluation.to_dict()["fidelity"])
     fidelity.to_csv(folder / FIDELITY, sep="\t", index=False)
+    provenance = _provenance(pipeline, sampling)
+    metrics = evaluation.to_dict() | {"goals": [goal.to_dict() for goal in goals], "provenance": provenance}
+    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d", ""), autoescape=True)
+    page = environment.get_template("report.html").render(
+        title=title,
+        subtitle=f"ldm3d {ldm3d.__version__}, {provenance['made'][:10]}",
+        goals=[{**goal.to_dict(), "found": f"{goal.found:.3f} {goal.unit}".strip()} for goal in goals],
+        sections=_sections(evaluation, fidelity, pictures),
+        provenance=provenance,
+    )
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    return folder / PAGE
+
+
+def _sections(evaluation: Evaluation, fidelity: pd.DataFrame, pictures: dict[str, Figure]) -> list[Section]:
+    """What the page says, in its order."""
+
+    def picture(name: str, caption: str) -> dict[str, str]:
+        return {"source": figures.to_data_uri(pictures[name]), "caption": caption}
+
     mean, deviation = evaluation.psnr_db.mean(), evaluation.psnr_db.std()
-    sections = [
+    return [
         Section(
             "Generated for the covariates of held-out subjects",
             "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond "
@@ -125,7 +141,11 @@ def write_report(
             pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
         ),
     ]
-    provenance = {
+
+
+def _provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
+    """How it was made."""
+    return {
         "model": pipeline.model_hash,
         "grid": f"{' x '.join(map(str, pipeline.grid.shape))} voxels of {pipeline.grid.spacing_mm} mm",
         "diffusion": f"{pipeline.process.kind}, target {pipeline.target}",
@@ -136,19 +156,6 @@ def write_report(
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    metrics = evaluation.to_dict() | {"goals": [goal.to_dict() for goal in goals], "provenance": provenance}
-    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d", ""), autoescape=True)
-    summary = [{**goal.to_dict(), "found": f"{goal.found:.3f} {goal.unit}".strip()} for goal in goals]
-    page = environment.get_template("report.html").render(
-        title=title,
-        subtitle=f"ldm3d {ldm3d.__version__}, {provenance['made'][:10]}",
-        goals=summary,
-        sections=sections,
-        provenance=provenance,
-    )
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    return folder / PAGE
 
 
 def summary(found: Evaluation) -> str:

@@ -186,17 +186,23 @@ def test_evaluate_takes_another_measure_and_other_data(experiment, tmp_path, mon
     assert {row["covariate"] for row in metrics["fidelity"]} == {"age"}
 
 
+def another_run(experiment, folder, stage) -> Path:
+    """The config of the experiment with its output elsewhere, and there all that `stage` starts from."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_settings(experiment) | {"output": str(folder)}))
+    for name in ("prepared", "autoencoder", "latents"):
+        if name == "prepared" or stage == "diffusion":
+            shutil.copytree(experiment / "run" / name, folder / name)
+    return config
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(experiment, tmp_path, stage):
     """Both stages, stopped after 4 of 8 steps and started again, against the experiment's own run of 8."""
-    settings = tiny_settings(experiment) | {"output": str(tmp_path)}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    for name in ("prepared", "autoencoder", "latents"):
-        if name == "prepared" or stage == "diffusion":
-            shutil.copytree(experiment / "run" / name, tmp_path / name)
+    config = another_run(experiment, tmp_path, stage)
     module = f"ldm3d.training.{stage}"
-    launch(module, tmp_path / "config.yaml", "--set", "training.steps=4")
-    launch(module, tmp_path / "config.yaml")
+    launch(module, config, "--set", "training.steps=4")
+    launch(module, config)
     whole, resumed = (
         load_file(folder / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors")
         for folder in (experiment / "run", tmp_path)
@@ -211,13 +217,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(experiment, tmp_path, s
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_two_processes_train_as_one(experiment, tmp_path, stage):
     """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding."""
-    settings = tiny_settings(experiment) | {"output": str(tmp_path)}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    for name in ("prepared", "autoencoder", "latents"):
-        if name == "prepared" or stage == "diffusion":
-            shutil.copytree(experiment / "run" / name, tmp_path / name)
+    config = another_run(experiment, tmp_path, stage)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += ["-m", f"ldm3d.training.{stage}", str(tmp_path / "config.yaml"), "--set", "training.accumulation=2"]
+    command += ["-m", f"ldm3d.training.{stage}", str(config), "--set", "training.accumulation=2"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path))

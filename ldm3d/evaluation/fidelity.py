@@ -4,6 +4,7 @@ Everything is measured on images, by a function that can be replaced: `measure(v
 covariate of the schema is judged if the function measures something of its name.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,8 +162,11 @@ def evaluate(
     for name in judged:
         for kind, references, measured in (*places, ("generated", result.requests, on_generated)):
             pairs = [(row[name], m[name]) for row, m in zip(references, measured) if row[name] is not None]
-            reference, values = np.array(pairs, dtype=float).T
-            result.comparisons.append(Comparison(name, kind, reference, values, agreement(reference, values)))
+            reference, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+            try:
+                result.comparisons.append(Comparison(name, kind, reference, values, agreement(reference, values)))
+            except InputError as error:  # the other figures are worth having
+                warnings.warn(f"{name} on {kind} volumes is not judged: {error}", stacklevel=2)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
             result.sweeps.append(sweep(pipeline, covariate.name, measure, sampling, judged, sweep_values, sweep_repeats))
