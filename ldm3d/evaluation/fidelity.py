@@ -190,7 +190,7 @@ def sweep(
     """
     known = pipeline.schema[covariate]
     low, high = (max(known.seen[0], known.mean - 1.64 * known.std), min(known.seen[1], known.mean + 1.64 * known.std))
-    values = np.linspace(low, high, num_values).round(1).tolist()
+    values = np.clip(np.linspace(low, high, num_values).round(1), *known.seen).tolist()
     measured = {name: np.zeros((num_values, repeats)) for name in quantities}
     pictures = []
     for i, value in enumerate(tqdm(values, desc=f"sweep {covariate}", unit="value")):
