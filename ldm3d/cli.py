@@ -100,7 +100,7 @@ def generate(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where to write; must be empty or absent.", show_default=False)],
-    num: Annotated[int, typer.Option(min=1, help="Volumes of one request.")] = 1,
+    num: Annotated[int | None, typer.Option(min=1, help="Volumes of one request; 1 if not given.")] = None,
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
@@ -120,9 +120,9 @@ def generate(
 
     pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
     asked = _covariates(context.args)
-    if table is not None and asked:
-        raise InputError("give either --table or covariates, not both")
-    rows = pipeline.parse(_requests(table) if table is not None else [asked] * num)
+    if table is not None and (asked or num is not None):
+        raise InputError("give either --table, with one row a volume, or covariates and --num")
+    rows = pipeline.parse(_requests(table) if table is not None else [asked] * (num or 1))
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     with tqdm(total=len(rows), desc="generate", unit="volume") as bar:
         volumes = pipeline.volumes(rows, sampling, batch_size)

@@ -24,8 +24,8 @@ from ldm3d.data.bids import finish_derivative, start_derivative, synthetic_path
 from ldm3d.data.loading import generator
 from ldm3d.data.nifti import to_image, write_volume
 from ldm3d.diffusion.guidance import guided_denoiser
-from ldm3d.diffusion.process import Process, make_process
-from ldm3d.diffusion.samplers import sample
+from ldm3d.diffusion.process import Process, choose, make_process
+from ldm3d.diffusion.samplers import SAMPLERS, sample
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
@@ -59,6 +59,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        choose("sampler", self.sampler, SAMPLERS)  # before anything is written, not when the first volume is drawn
         if self.steps < 1 or self.guidance < 0 or self.seed < 0:
             raise InputError(
                 f"steps {self.steps}, guidance {self.guidance}, seed {self.seed}: steps must be at least 1, the others >= 0"

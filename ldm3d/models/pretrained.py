@@ -43,6 +43,11 @@ class Pretrained(nn.Module):
             InputError: not such a folder, another class's, or weights that do not fit the configuration.
         """
         folder = Path(folder)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device {str(device)!r} cannot be used here ({reason}); try cpu or cuda") from None
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no {cls.__name__}: {name} is missing")
