@@ -50,8 +50,8 @@ def choose_backend(q: Tensor, k: Tensor) -> str:
 
     SDPA runs everywhere and is FlashAttention on CUDA for half-precision heads of up to 256 channels. Beyond those it
     falls back to slower or memory-hungry kernels: there xformers is taken, where it proves to have a kernel. On a CPU, the
-    backward pass of SDPA in half precision is slow for few keys: forward and backward of 96 heads of 150 tokens take
-    25 ms, as matrix products 7 ms (two cores, bfloat16); from about a thousand keys on it is the other way round.
+    backward pass of SDPA in half precision is slow for few keys: at 150 of them matrix products take half of its time,
+    at 1,024 almost three times as long (two cores, bfloat16; benchmarks/attention.py).
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cpu" and half and q.requires_grad and k.shape[-2] <= CPU_FEW_KEYS:
