@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long bench lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -17,6 +17,20 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# What two cores can do in a quarter of an hour; MODEL is a trained pipeline, such as the demo's
+MODEL ?= demo/run/model
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/linear_path.py
+	$(BIN)/python benchmarks/phantoms.py
+	$(BIN)/python benchmarks/attention.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
+	$(BIN)/python benchmarks/full_size.py --quick
+	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 1
+	$(BIN)/python benchmarks/diffusion_quality.py --minutes 1 --autoencoder-minutes 1
+	if [ -d $(MODEL) ]; then $(BIN)/python benchmarks/sampling.py $(MODEL) --quick; \
+	else echo "sampling: skipped, there is no model in $(MODEL); run make demo first, or give MODEL=FOLDER"; fi
+	$(BIN)/python benchmarks/plots.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix ldm3d tests benchmarks

@@ -1,4 +1,4 @@
-"""The command line: ldm3d phantoms | prepare | encode | generate | evaluate | demo.
+"""The command line: ldm3d phantoms | prepare | encode | generate | evaluate | import-monai | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
@@ -75,14 +75,14 @@ def encode(
     from ldm3d.data.latents import is_fresh, write_latents
     from ldm3d.data.preprocess import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
-    from ldm3d.models.autoencoder import Autoencoder
+    from ldm3d.models.autoencoder import LatentSpace
 
     settings = load_config(config, override)
     scans = read_scan_table(settings)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(precision)
     origin = latents_origin(settings)
-    autoencoder = Autoencoder.from_pretrained(settings.autoencoder_folder, device, dtype)
+    autoencoder = LatentSpace.from_pretrained(settings.autoencoder_folder, device, dtype)
     if is_fresh(settings.latents_folder, origin) and not force:
         print(f"the latents in {settings.latents_folder} are up to date")
         return
@@ -163,6 +163,20 @@ def evaluate(
     page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
     print(summary(found))
     print(f"page written to {page}")
+
+
+@app.command("import-monai")
+def import_monai(
+    folder: Annotated[Path, typer.Argument(help="Of a published model's files; see docs/monai.md.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Pipeline folder to write; must be empty or absent.", show_default=False)],
+    library: Annotated[str, typer.Option(help="Whose networks: monai (MONAI core) or monai-generative (0.2.3).")] = "monai",
+    settings: Annotated[Path | None, typer.Option(help="YAML with what the files leave unsaid; FOLDER/import.yaml.")] = None,
+) -> None:
+    """Make a pipeline of a model that was trained with MONAI and published as PyTorch checkpoints."""
+    from ldm3d.published import import_model
+
+    pipeline = import_model(folder, out, library, settings)
+    print(f"{', '.join(pipeline.schema.names)} can be asked of the model written to {out}")
 
 
 @app.command()

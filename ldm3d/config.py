@@ -7,10 +7,10 @@ in an `InputError` that says where and what to write instead. Relative paths sta
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError
@@ -115,9 +115,30 @@ class TrainingConfig(Section):
         return self
 
 
+MonaiLibrary = Literal["monai", "monai-generative"]  # MONAI core, and the package its networks were published with
+
+
+def _network_tag(network: Any) -> str:
+    """Which section a `network:` is checked as, by its `kind`."""
+    kind = network.get("kind", "ldm3d") if isinstance(network, dict) else getattr(network, "kind", "ldm3d")
+    return "monai" if kind in get_args(MonaiLibrary) else str(kind)
+
+
+NETWORK_KIND = Discriminator(_network_tag)
+
+
+def _check_groups(channels: Sequence[int], norm_num_groups: int) -> None:
+    if any(width % norm_num_groups for width in channels):
+        raise ValueError(
+            f"norm_num_groups {norm_num_groups} must divide every width of the channels {tuple(channels)}; "
+            f"use multiples of {norm_num_groups}, or fewer groups"
+        )
+
+
 class AutoencoderNetworkConfig(Section):
     """Arguments of `ldm3d.models.autoencoder.Autoencoder`."""
 
+    kind: Literal["ldm3d"] = "ldm3d"
     latent_channels: Positive
     downsampling: Positive
     channels: tuple[Positive, ...]
@@ -134,6 +155,38 @@ class AutoencoderNetworkConfig(Section):
                 f"1/2, 1/4, ... of the resolution), got channels {self.channels}"
             )
         return self
+
+
+class MonaiAutoencoderConfig(Section):
+    """Arguments of `ldm3d.models.monai.MonaiAutoencoder`; `channels` begin at the volume's own resolution."""
+
+    linear_path: ClassVar[bool] = False
+
+    kind: MonaiLibrary
+    latent_channels: Positive
+    channels: tuple[Positive, ...]
+    blocks: Positive = 2
+    attention: tuple[bool, ...] = ()
+    middle_attention: bool = False
+    norm_num_groups: Positive = 32
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    flash_attention: bool = True
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+    @model_validator(mode="after")
+    def _levels_agree(self):
+        if not self.channels or len(self.attention) not in (0, len(self.channels)):
+            raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}, or none")
+        _check_groups(self.channels, self.norm_num_groups)
+        return self
+
+
+AutoencoderNetwork = Annotated[
+    Annotated[AutoencoderNetworkConfig, Tag("ldm3d")] | Annotated[MonaiAutoencoderConfig, Tag("monai")], NETWORK_KIND
+]
 
 
 class PerceptualConfig(Section):
@@ -156,7 +209,7 @@ class AdversarialConfig(Section):
 class AutoencoderConfig(Section):
     """Stage 1."""
 
-    network: AutoencoderNetworkConfig
+    network: AutoencoderNetwork
     l1: Annotated[float, Field(ge=0)] = 1.0
     l2: Annotated[float, Field(ge=0)] = 0.0
     kl: Annotated[float, Field(ge=0)] = 1e-6
@@ -190,6 +243,7 @@ class TimeSamplingConfig(Section):
 class UNetConfig(Section):
     """Arguments of `ldm3d.models.unet.UNet`, beside those that follow from the data."""
 
+    kind: Literal["ldm3d"] = "ldm3d"
     channels: tuple[Positive, ...]
     blocks: Positive = 1
     attention: tuple[bool, ...]
@@ -210,6 +264,49 @@ class UNetConfig(Section):
         return self
 
 
+class MonaiUNetConfig(Section):
+    """Arguments of `ldm3d.models.monai.MonaiUNet`, beside those that follow from the data."""
+
+    kind: MonaiLibrary
+    channels: tuple[Positive, ...]
+    blocks: Positive = 2
+    attention: tuple[bool, ...]
+    head_channels: tuple[Annotated[int, Field(ge=0)], ...] = (32,)  # a number for each level, or one for all
+    context_dim: Positive = 64
+    tokens_per_covariate: Positive = 1
+    transformer_layers: Positive = 1
+    resblock_updown: bool = False
+    norm_num_groups: Positive = 32
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    upcast_attention: bool = False
+    flash_attention: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_of_every_level(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("head_channels"), int):
+            values = {**values, "head_channels": [values["head_channels"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _levels_agree(self):
+        if not self.channels or len(self.attention) != len(self.channels):
+            raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
+        if len(self.head_channels) not in (1, len(self.channels)):
+            raise ValueError(f"head_channels {self.head_channels} must be one number, or one for each of {self.channels}")
+        heads = self.head_channels * (len(self.channels) if len(self.head_channels) == 1 else 1)
+        for width, head, attend in zip(self.channels, heads, (*self.attention[:-1], True)):  # the middle attends, too
+            if attend and (head == 0 or width % head):
+                raise ValueError(f"head_channels {head} must divide the {width} channels that attend")
+        if self.upcast_attention and self.kind == "monai":
+            raise ValueError("upcast_attention stops MONAI core's network in half precision; use monai-generative or drop it")
+        _check_groups(self.channels, self.norm_num_groups)
+        return self
+
+
+UNetNetwork = Annotated[Annotated[UNetConfig, Tag("ldm3d")] | Annotated[MonaiUNetConfig, Tag("monai")], NETWORK_KIND]
+
+
 class DiffusionConfig(Section):
     """Stage 2."""
 
@@ -218,7 +315,7 @@ class DiffusionConfig(Section):
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples that leave some covariates open, or all
-    network: UNetConfig
+    network: UNetNetwork
     training: TrainingConfig
 
 
@@ -230,7 +327,8 @@ class GenerationConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    spacing: Literal["uniform", "quadratic", "lambda", "karras"] | None = None  # of the times; None: the sampler's own
+    # Of the times; None: the sampler's own
+    spacing: Literal["uniform", "quadratic", "lambda", "karras", "leading"] | None = None
 
     @model_validator(mode="after")
     def _interval_rises(self):
@@ -264,6 +362,16 @@ class Config(Section):
             raise ValueError(
                 f"data.grid.shape {shape} must be divisible by autoencoder.network.downsampling {factor}; "
                 f"crop to {down} or pad to {up}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spacing_fits(self):
+        kind = self.diffusion.process.kind
+        if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine"):
+            raise ValueError(
+                f"generation.spacing leading counts the steps of a DDPM's chain, which diffusion.process.kind {kind} has "
+                "not; use vp-linear or vp-scaled-linear, or another spacing"
             )
         return self
 
@@ -332,7 +440,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | 
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+        raise InputError(f"{path}: {explain(error)}") from None
+
+
+def explain(error: ValidationError, root: type[Section] = Config) -> str:
+    """All that is wrong with the values of a section, in words."""
+    return "; ".join(_explain(problem, root) for problem in error.errors())
 
 
 def _set(values: dict, keys: list[str], value: Any) -> None:
@@ -343,27 +456,43 @@ def _set(values: dict, keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(problem: dict) -> str:
+def _explain(problem: dict, root: type[Section]) -> str:
     """One of pydantic's errors as a sentence with the key's full name."""
-    where = ".".join(str(part) for part in problem["loc"])
+    location, section = _resolve(problem["loc"], root)
+    where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        fields = _fields_at(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0.5)
+        fields = list(section.model_fields)
+        close = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields)}"
         return f"unknown key {where!r}; {hint}"
+    if problem["type"] == "union_tag_invalid":
+        known = ", ".join(("ldm3d", *get_args(MonaiLibrary)))
+        return f"{where}.kind is {problem['ctx']['tag']!r}: use one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where} is {problem['input']!r}: {message}"
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
-    """Valid keys of the section at `location`."""
-    section: Any = Config
+def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], type[Section]]:
+    """(the keys of pydantic's `location`, as they stand in the file; the section that the last of them is in)."""
+    keys, section, choices = [], root, {}
     for part in location:
-        if isinstance(part, int):
+        if part in choices:  # which of several kinds of section was meant: no key of the file
+            section, choices = choices[part], {}
             continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return list(section.model_fields)
+        keys.append(str(part))
+        if part in section.model_fields and part != location[-1]:
+            section, choices = _sections(section.model_fields[part].annotation, section)
+    return keys, section
+
+
+def _sections(annotation: Any, default: type[Section]) -> tuple[type[Section], dict[str, type[Section]]]:
+    """The section that a field holds (`default` if none), and all of them by tag where a `kind` decides."""
+    found, choices = default, {}
+    for candidate in (annotation, *get_args(annotation)):
+        plain, *extra = get_args(candidate) if get_args(candidate) else (candidate,)
+        if isinstance(plain, type) and issubclass(plain, Section):
+            found = plain
+            choices |= {tag.tag: plain for tag in extra if isinstance(tag, Tag)}
+    return found, choices

@@ -33,6 +33,7 @@ class Covariate:
         categories: the values a categorical one can take, as strings.
         mean, std: of a continuous one over the training split; set by `CovariateSchema.fit`.
         seen: (lowest, highest) over the training split; a request beyond it draws a warning.
+        required: whether it cannot be left open: a model that was trained without open values has no answer to them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Covariate:
     mean: float = 0.0
     std: float = 1.0
     seen: tuple[float, float] | None = None
+    required: bool = False
 
     def __post_init__(self):
         if self.kind not in ("continuous", "categorical"):
@@ -61,12 +63,12 @@ class Covariate:
         """A cell of a table or an argument of a request as float or category; None if it is left open.
 
         Raises:
-            InputError: not a number, beyond `range`, or none of the categories.
+            InputError: not a number, beyond `range`, none of the categories, or left open though `required`.
         """
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return None
-        text = str(value).strip()
+        text = "" if value is None else str(value).strip()
         if text.lower() in ("", "n/a", "na", "nan", "none", "null"):
+            if self.required:
+                raise InputError(f"{self.name}: a value must be given; this model was trained with none of them left open")
             return None
         if self.kind == "categorical":
             return self._parse_category(text)
@@ -131,6 +133,17 @@ class CovariateSchema:
     def num_categories(self) -> list[int]:
         """Number of categories of each covariate, 0 for continuous ones: what a U-Net needs to know of the schema."""
         return [len(covariate.categories) for covariate in self.covariates]
+
+    @property
+    def required(self) -> list[str]:
+        """Names of the covariates that cannot be left open."""
+        return [covariate.name for covariate in self.covariates if covariate.required]
+
+    def middle(self) -> dict[str, Value]:
+        """For every covariate that cannot be left open the middle of what training saw, or the first category."""
+        return {
+            c.name: c.categories[0] if c.categories else (c.seen[0] + c.seen[1]) / 2 for c in self.covariates if c.required
+        }
 
     def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
         """One value (or None) for every covariate; a key that is no covariate is an InputError."""

@@ -54,6 +54,13 @@ class Grid:
         """Volume of one voxel in millilitres."""
         return math.prod(self.spacing_mm) / 1000
 
+    def cropped(self, crop: Sequence[Sequence[int]]) -> "Grid":
+        """The grid without (before, after) planes of each axis; the voxels that are left stay where they are."""
+        before = [first for first, _ in crop]
+        affine = self.affine.copy()
+        affine[:, 3] = self.affine @ [*before, 1]
+        return Grid(tuple(n - sum(planes) for n, planes in zip(self.shape, crop)), self.spacing_mm, affine)
+
     def to_dict(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "spacing_mm": list(self.spacing_mm), "affine": self.affine.tolist()}
 

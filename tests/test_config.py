@@ -11,8 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from ldm3d.config import Config, load_config
 from ldm3d.errors import InputError
 from ldm3d.models import blocks
-from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.unet import UNet
+from ldm3d.models.pretrained import make_network
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -82,9 +81,10 @@ def test_shipped_config_builds_networks_that_fit(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     schema = config.schema()
     with torch.device("meta"):
-        autoencoder = Autoencoder(**config.autoencoder.network.model_dump())
+        autoencoder = make_network("Autoencoder", **config.autoencoder.network.model_dump())
         channels = autoencoder.latent_channels
-        unet = UNet(channels, channels, schema.num_categories, **config.diffusion.network.model_dump())
+        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": schema.num_categories}
+        unet = make_network("UNet", **of_data, **config.diffusion.network.model_dump())
         volume = torch.empty(1, 1, *config.data.grid.shape)
         moments = autoencoder.encode(volume)
         z = autoencoder.sample(moments, torch.empty(1, *LATENTS[name]))
@@ -224,6 +224,51 @@ def test_unknown_key_like_none_lists_the_valid_ones(error):
     message = error("covariates=[{name: a, kind: continuous}, {name: b, kind: continuous, qqqq: 1}]")
     assert "unknown key 'covariates.1.qqqq'; valid keys here: name, column, kind, unit, range, categories" in message
     assert "valid keys here: name, output, seed, data" in error("qqqq=1")
+
+
+MONAI_AUTOENCODER = "autoencoder.network={kind: monai, latent_channels: 3, channels: [32, 64, 64]}"
+MONAI_UNET = "diffusion.network={kind: monai-generative, channels: [32, 64], attention: [no, yes]}"
+
+
+def test_kinds_of_networks(load):
+    assert (load().autoencoder.network.kind, load().diffusion.network.kind) == ("ldm3d", "ldm3d")
+    config = load(MONAI_AUTOENCODER)
+    assert (config.autoencoder.network.kind, config.diffusion.network.kind) == ("monai", "ldm3d")
+    assert config.autoencoder.network.downsampling == 4
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    config = load(MONAI_UNET, "diffusion.network.head_channels=16")
+    assert (config.autoencoder.network.kind, config.diffusion.network.kind) == ("ldm3d", "monai-generative")
+    assert config.diffusion.network.head_channels == (16,)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["autoencoder.network.kind=monay"], "autoencoder.network.kind is 'monay': use one of ldm3d, monai, monai-generative"),
+        (
+            ["autoencoder.network.norm_num_groups=1"],
+            "unknown key 'autoencoder.network.norm_num_groups'; valid keys here: kind",
+        ),
+        ([MONAI_AUTOENCODER, "autoencoder.network.linear_path=yes"], "unknown key 'autoencoder.network.linear_path'"),
+        (
+            [MONAI_AUTOENCODER, "autoencoder.network.atention=[no]"],
+            "'autoencoder.network.atention'; did you mean 'attention'?",
+        ),
+        ([MONAI_AUTOENCODER, "autoencoder.network.channels=many"], "autoencoder.network.channels is 'many'"),
+        ([MONAI_AUTOENCODER, "autoencoder.network.channels=[48]"], "norm_num_groups 32 must divide every width"),
+        ([MONAI_AUTOENCODER, "autoencoder.network.attention=[no]"], "one flag for each of the channels (32, 64, 64), or none"),
+        ([MONAI_AUTOENCODER, "data.grid.shape=[42, 48, 40]"], "downsampling 4; crop to (40, 48, 40)"),
+        ([MONAI_UNET, "diffusion.network.head_channel=8"], "'diffusion.network.head_channel'; did you mean 'head_channels'?"),
+        ([MONAI_UNET, "diffusion.network.head_channels=[32, 48]"], "head_channels 48 must divide the 64 channels"),
+        ([MONAI_UNET, "diffusion.network.head_channels=[8, 8, 8]"], "must be one number, or one for each of (32, 64)"),
+        ([MONAI_UNET, "diffusion.network.attention=[yes]"], "one flag for each"),
+        ([MONAI_UNET, "diffusion.network.kind=monai", "diffusion.network.upcast_attention=yes"], "half precision"),
+        (["generation.spacing=leading"], "which diffusion.process.kind flow has not"),
+    ],
+)
+def test_mistakes_in_sections_of_a_kind(error, overrides, told):
+    assert told in error(*overrides)
 
 
 def test_all_mistakes_are_told_at_once(error):

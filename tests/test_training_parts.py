@@ -20,7 +20,7 @@ from ldm3d.models.unet import UNet
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
-from ldm3d.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalise
+from ldm3d.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalise, set_learning_rate
 
 # Batches
 
@@ -157,6 +157,10 @@ def test_orthogonalise_does_not_care_for_scale():
     assert torch.isfinite(orthogonalise(torch.zeros(3, 4))).all()
 
 
+def matrices(*parameters):
+    return [{"params": list(parameters), "orthogonal": True}]
+
+
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (8, 4, 3, 3, 3)])
 def test_muon_s_update_of_a_matrix_has_adamw_s_size(shape):
     """Singular values of 0.2 sqrt(max(rows, columns)) times the learning rate, within those of `orthogonalise`."""
@@ -164,7 +168,7 @@ def test_muon_s_update_of_a_matrix_has_adamw_s_size(shape):
     parameter = torch.nn.Parameter(torch.randn(shape, generator=g))
     before, gradient = parameter.detach().clone(), torch.randn(shape, generator=g)
     parameter.grad = gradient.clone()
-    Muon([parameter], [], lr=0.01).step()
+    Muon(matrices(parameter), lr=0.01).step()
     step = (before - parameter.detach()).flatten(1)
     values = torch.linalg.svdvals(step) / (0.01 * 0.2 * math.sqrt(max(step.shape)))
     assert 0.6 < values.min() <= values.max() < 1.3
@@ -175,7 +179,7 @@ def test_muon_s_momentum_with_nesterov_s_correction(monkeypatch):
     """Without orthogonalisation: m <- 0.9 m + 0.1 g, direction 0.1 g + 0.9 m."""
     monkeypatch.setattr("ldm3d.training.optimizer.orthogonalise", lambda matrix: matrix)
     parameter = torch.nn.Parameter(torch.zeros(1, 4))
-    optimizer = Muon([parameter], [], lr=1.0, momentum=0.9)
+    optimizer = Muon(matrices(parameter), lr=1.0, momentum=0.9)
     expected, momentum = 0.0, 0.0
     for gradient in (1.0, -2.0, 3.0):
         parameter.grad = torch.full((1, 4), gradient)
@@ -188,7 +192,7 @@ def test_muon_s_momentum_with_nesterov_s_correction(monkeypatch):
 def test_muon_decays_matrices_only():
     matrix, vector = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))
     matrix.grad, vector.grad = torch.zeros(3, 3), torch.zeros(3)
-    Muon([matrix], [vector], lr=0.1, weight_decay=0.5).step()
+    Muon([*matrices(matrix), {"params": [vector], "orthogonal": False}], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(matrix.detach(), torch.full((3, 3), 0.95))
     assert (vector == 1).all()
 
@@ -197,7 +201,7 @@ def test_muon_s_other_part_is_adamw():
     g = torch.Generator().manual_seed(0)
     start = [torch.randn(6, generator=g), torch.randn(1, 5, generator=g)]
     mine, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    muon = Muon([], mine, lr=0.01)
+    muon = Muon([{"params": mine, "orthogonal": False}], lr=0.01)
     adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
     for step in range(6):
         for optimizer in (muon, adamw):
@@ -230,6 +234,24 @@ def test_every_parameter_is_optimised_once(kind):
     chosen = [id(p) for group in groups for p in group["params"]]
     assert sorted(chosen) == sorted(map(id, net.parameters()))
     assert {group["lr"] for group in groups} == {0.1}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_module_s_own_learning_rate_factor(kind):
+    """The same gradient moves it by that multiple of what it moves others."""
+    torch.manual_seed(0)
+    net = torch.nn.ModuleList([torch.nn.Linear(6, 6) for _ in range(2)])
+    net[1].learning_rate_factor = 0.25
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.ndim))
+    optimizer = make_optimizer(net, settings(optimizer=kind))
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    moved = [parameter.detach() - start for parameter, start in zip(net.parameters(), before)]
+    for full, quarter in zip(moved[:2], moved[2:]):
+        torch.testing.assert_close(quarter, full / 4)
+        assert full.abs().max() > 0
 
 
 def test_norms_biases_and_tokens_are_not_decayed():

@@ -24,6 +24,7 @@ TARGETS = ("noise", "v", "data", "velocity")
 TIME_SAMPLING = ("uniform", "logit-normal")
 LOSS_WEIGHTS = ("none", "min-snr")
 SPACINGS = ("uniform", "quadratic", "lambda", "karras")
+LEADING = "leading"  # a spacing of DDPM chains alone
 
 ALPHA_FLOOR = 1e-3  # below it a noise prediction says nothing about x: its errors would be multiplied by > 1000
 RATE_FLOOR = 1e-4  # derivatives are taken at t >= this: sigma' is infinite at t = 0 in variance-preserving processes
@@ -123,17 +124,23 @@ class Process:
         return _like(t, snr.clamp(max=gamma) * self._data_coefficients(target, time)[1] ** 2)
 
     def times(self, steps: int, spacing: str = "uniform") -> list[float]:
-        """Sampling times: steps + 1 of them, decreasing, from exactly 1 to exactly 0.
+        """Sampling times: steps + 1 of them, decreasing, from exactly 1 (but for "leading") to exactly 0.
 
         "uniform": even in t (for the DDPM processes the spacing known as "trailing"). "quadratic": even in sqrt(t).
         "lambda": even in lambda. "karras": even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). The latter two
         place times[:-1] over `lam_range`, then move the first one to exactly 1, where pure noise belongs.
+
+        "leading": steps 0, r, 2 r, ... of a DDPM's chain of T, r = T // steps, from the last of them down to the data: how
+        DDIM counted in MONAI's generative models (980, 960, ..., 0 for 50 of 1000). Noise is what it starts from, although
+        a little of the data is left at its first time. For vp-linear and vp-scaled-linear alone.
         """
-        choose("spacing", spacing, SPACINGS)
+        choose("spacing", spacing, (*SPACINGS, LEADING))
         if steps < 1:
             raise InputError(f"sampling in {steps} steps is impossible; ask for 1 or more")
         if spacing in ("uniform", "quadratic"):
             return [((steps - i) / steps) ** (1 if spacing == "uniform" else 2) for i in range(steps + 1)]
+        if spacing == LEADING:
+            return self._leading_times(steps)
         even = torch.linspace(0, 1, steps, dtype=torch.float64)
         first, last = self.lam_range
         if spacing == "lambda":
@@ -142,6 +149,12 @@ class Process:
             high, low = math.exp(-first / KARRAS_RHO), math.exp(-last / KARRAS_RHO)
             lam = -KARRAS_RHO * torch.log(high + even * (low - high))
         return [1.0, *self._t_of_lam(lam)[1:].tolist(), 0.0]
+
+    def _leading_times(self, steps: int) -> list[float]:
+        raise InputError(
+            f"spacing leading counts the steps of a DDPM's chain, which the {self.kind} process has not; use uniform, or a "
+            "vp-linear or vp-scaled-linear process"
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON; `make_process(**process.to_dict())` is the same process."""
@@ -231,6 +244,12 @@ class Linear(VariancePreserving):
     def t_of_step(self, step: int) -> float:
         """The time of the chain's step 0..T-1; a network trained on the chain wants t T - 1 back."""
         return (step + 1) / self.train_steps
+
+    def _leading_times(self, steps: int) -> list[float]:
+        if steps > self.train_steps:
+            raise InputError(f"spacing leading in {steps} steps: the chain has {self.train_steps}; ask for fewer")
+        stride = self.train_steps // steps
+        return [*(self.t_of_step(stride * i) for i in reversed(range(steps))), 0.0]
 
     @property
     def lam_range(self) -> tuple[float, float]:  # not below step 0, where a network trained on the chain knows nothing

@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass
 class Sweep:
-    """One covariate asked at several values, all others left open, with the same noise at each value.
+    """One covariate asked at several values with the same noise, all others left open (or, where they must be given, at one).
 
     Attributes:
         covariate, values: what was asked, (V,).
@@ -141,7 +141,7 @@ def evaluate(
         again = pipeline.reconstruct(volume)
         qualities.append(psnr(again, volume).item())
         similarities.append(ssim(again, volume).item())
-        real, reconstructed = volume[0, 0].cpu().numpy(), again[0, 0].cpu().numpy()
+        real, reconstructed = (pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again))  # as generated ones are
         on_real.append(measure(real, spacing))
         on_reconstructed.append(measure(reconstructed, spacing))
         if i < shown:
@@ -194,7 +194,7 @@ def sweep(
     measured = {name: np.zeros((num_values, repeats)) for name in quantities}
     pictures = []
     for i, value in enumerate(tqdm(values, desc=f"sweep {covariate}", unit="value")):
-        requests = pipeline.parse([{covariate: value}] * repeats)
+        requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * repeats)
         for k, volume in enumerate(pipeline.volumes(requests, sampling)):
             answer = measure(volume, pipeline.grid.spacing_mm)
             for name in quantities:

@@ -19,9 +19,74 @@ from ldm3d.models.pretrained import Pretrained
 
 # Starting with unit-variance noise the decoder would learn the mean image; exp(-6) is a twentieth of a latent's deviation.
 START_LOG_VARIANCE = -6.0
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
-class Autoencoder(Pretrained):
+class LatentSpace(Pretrained):
+    """What every autoencoder is to everybody else; a subclass adds `encode` and `decode`.
+
+    Args:
+        in_channels: C, modalities in a volume.
+        latent_channels: c.
+        downsampling: f.
+
+    Buffers `latent_mean` and `latent_std`, (c,), are the latents' statistics over the training split.
+    """
+
+    def __init__(self, in_channels: int, latent_channels: int, downsampling: int):
+        super().__init__()
+        self.in_channels, self.latent_channels, self.downsampling = in_channels, latent_channels, downsampling
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_std", torch.ones(latent_channels))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (N, C, X, Y, Z) in [0, 1] -> moments (N, 2c, X/f, Y/f, Z/f)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One training pass: (reconstruction, moments) of x, with the posterior sampled by `noise` (shape of a latent)."""
+        moments = self.encode(x)
+        return self.decode(self.sample(moments, noise)), moments
+
+    def check_sides(self, x: Tensor) -> None:
+        """Raise InputError unless f divides every side of volumes (N, C, X, Y, Z)."""
+        if any(n % self.downsampling for n in x.shape[2:]):
+            raise InputError(
+                f"volume of shape {tuple(x.shape[2:])} must be divisible by the downsampling {self.downsampling}; "
+                "crop or pad it (the data.grid of the config does)"
+            )
+
+    @staticmethod
+    def sample(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A latent (N, c, ...) from its posterior: mean + std * noise, or the mean if noise is None."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean if noise is None else mean + torch.exp(log_variance / 2) * noise
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(c, X/f, Y/f, Z/f) of a volume of `shape` (X, Y, Z)."""
+        return self.latent_channels, *(n // self.downsampling for n in shape)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latents to zero mean and unit variance over the training split."""
+        return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
+
+    # The names under which MONAI's LatentDiffusionInferer calls an autoencoder; what it sees is normalised.
+    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
+        return self.normalise(self.sample(self.encode(x)))
+
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        return self.decode(self.denormalise(z))
+
+
+class Autoencoder(LatentSpace):
     """KL-regularised autoencoder that owns the scale of its latents.
 
     Args:
@@ -32,8 +97,6 @@ class Autoencoder(Pretrained):
         attention: self-attention at the coarsest level. Tiles of a volume then no longer decode alike.
         linear_path: the linear code beside the networks.
         in_channels: C, modalities in a volume.
-
-    Buffers `latent_mean` and `latent_std`, (c,), are the latents' statistics over the training split.
     """
 
     def __init__(
@@ -46,7 +109,7 @@ class Autoencoder(Pretrained):
         linear_path: bool = True,
         in_channels: int = 1,
     ):
-        super().__init__()
+        super().__init__(in_channels, latent_channels, downsampling)
         levels = max(1, downsampling.bit_length() - 1)
         if downsampling < 1 or downsampling & (downsampling - 1) or len(channels) != levels:
             raise InputError(
@@ -62,7 +125,6 @@ class Autoencoder(Pretrained):
             "linear_path": linear_path,
             "in_channels": in_channels,
         }
-        self.downsampling, self.latent_channels, self.in_channels = downsampling, latent_channels, in_channels
         self.stem = min(2, downsampling)
         voxels = in_channels * self.stem**3
 
@@ -91,19 +153,13 @@ class Autoencoder(Pretrained):
             patch = in_channels * downsampling**3
             self.analysis = nn.Conv3d(in_channels, latent_channels, downsampling, stride=downsampling)
             self.synthesis = nn.Conv3d(latent_channels, patch, 3, padding=1)
-            # The networks start as no correction at all to the linear path
-            zero(self.to_moments)
-            zero(self.to_voxels)
+            # The networks start as no correction at all to the linear path, which leaves a twentieth of the intensity range
+            # over: at the rate of all other layers, the first steps of these two would be larger than what they correct
+            zero(self.to_moments).learning_rate_factor = 0.3
+            zero(self.to_voxels).learning_rate_factor = 0.1
         with torch.no_grad():
             self.to_moments.bias[latent_channels:] = START_LOG_VARIANCE
-        self.register_buffer("latent_mean", torch.zeros(latent_channels))
-        self.register_buffer("latent_std", torch.ones(latent_channels))
         self.to(memory_format=torch.channels_last_3d)
-
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """One training pass: (reconstruction, moments) of x, with the posterior sampled by `noise` (shape of a latent)."""
-        moments = self.encode(x)
-        return self.decode(self.sample(moments, noise)), moments
 
     def encode(self, x: Tensor) -> Tensor:
         """x (N, C, X, Y, Z) in [0, 1] -> moments (N, 2c, X/f, Y/f, Z/f).
@@ -111,22 +167,12 @@ class Autoencoder(Pretrained):
         Raises:
             InputError: a side that f does not divide.
         """
-        if any(n % self.downsampling for n in x.shape[2:]):
-            raise InputError(
-                f"volume of shape {tuple(x.shape[2:])} must be divisible by the downsampling {self.downsampling}; "
-                "crop or pad it (the data.grid of the config does)"
-            )
+        self.check_sides(x)
         h = self.encoder(space_to_depth(x, self.stem))  # (N, channels[-1], X/f, Y/f, Z/f)
         mean, log_variance = self.to_moments(h).chunk(2, dim=1)
         if self.analysis is not None:
             mean = mean + self.analysis(x)
-        return torch.cat([mean, log_variance.clamp(-30, 20)], dim=1)
-
-    @staticmethod
-    def sample(moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """A latent (N, c, ...) from its posterior: mean + std * noise, or the mean if noise is None."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        return mean if noise is None else mean + torch.exp(log_variance / 2) * noise
+        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
@@ -134,25 +180,6 @@ class Autoencoder(Pretrained):
         if self.synthesis is not None:
             volume = volume + depth_to_space(self.synthesis(z), self.downsampling)
         return volume
-
-    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(c, X/f, Y/f, Z/f) of a volume of `shape` (X, Y, Z)."""
-        return self.latent_channels, *(n // self.downsampling for n in shape)
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """Latents to zero mean and unit variance over the training split."""
-        return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
-
-    def denormalise(self, z: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
-
-    # The names under which MONAI's LatentDiffusionInferer calls an autoencoder; what it sees is normalised.
-    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
-        return self.normalise(self.sample(self.encode(x)))
-
-    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
-        return self.decode(self.denormalise(z))
 
     @torch.no_grad()
     def fit_linear_path(self, volumes: Tensor, ridge: float = 1e-3) -> None:

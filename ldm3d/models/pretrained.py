@@ -1,6 +1,7 @@
 """Networks as folders: config.json says how to build one, model.safetensors holds its weights. No pickle."""
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,14 @@ from torch import nn
 from ldm3d.errors import InputError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Where each class of network is; imported when one is asked for, so that nobody waits for a library that is not used
+MODULES = {
+    "Autoencoder": "ldm3d.models.autoencoder",
+    "UNet": "ldm3d.models.unet",
+    "MonaiAutoencoder": "ldm3d.models.monai",
+    "MonaiUNet": "ldm3d.models.monai",
+}
 
 
 class Pretrained(nn.Module):
@@ -33,7 +42,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
-        """The network in evaluation mode.
+        """The network in evaluation mode; it may be of a subclass, as config.json says.
 
         Args:
             folder: written by `save_pretrained`.
@@ -56,10 +65,11 @@ class Pretrained(nn.Module):
             found, arguments = description["class"], description["arguments"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`") from None
-        if found != cls.__name__:
+        network_class = find_class(found) if found in MODULES else cls
+        if found not in (*MODULES, cls.__name__) or not issubclass(network_class, cls):
             raise InputError(f"{folder} holds weights of {found}, not of {cls.__name__}")
         try:
-            network = cls(**arguments)
+            network = network_class(**arguments)
         except TypeError as error:
             raise InputError(f"{folder / CONFIG} was written by another version of ldm3d: {error}") from None
         try:
@@ -69,6 +79,24 @@ class Pretrained(nn.Module):
         network.to(next(iter(weights.values())).dtype)
         load_weights(network, weights, folder / WEIGHTS)
         return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def find_class(name: str) -> type[Pretrained]:
+    """A class of `MODULES` by its name."""
+    return getattr(importlib.import_module(MODULES[name]), name)
+
+
+def make_network(part: str, *, kind: str, **arguments: Any) -> Pretrained:
+    """A new network of the config.
+
+    Args:
+        part: "Autoencoder" or "UNet".
+        kind: "ldm3d" for our own; "monai" or "monai-generative" for that library's.
+        arguments: of its class.
+    """
+    if kind == "ldm3d":
+        return find_class(part)(**arguments)
+    return find_class(f"Monai{part}")(library=kind, **arguments)
 
 
 def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:

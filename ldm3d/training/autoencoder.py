@@ -16,12 +16,12 @@ from ldm3d.data.loading import TrainingBatches
 from ldm3d.data.preprocess import load_prepared, read_scan_table
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.evaluation.metrics import psnr
-from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.pretrained import load_weights
+from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.pretrained import load_weights, make_network
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
-from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
 from ldm3d.training.sharding import whole
 
@@ -39,7 +39,7 @@ def train(config: Config) -> None:
     accelerator = start_accelerator(training, run, config.seed)
     rank, world = accelerator.process_index, accelerator.num_processes
 
-    model = Autoencoder(**settings.network.model_dump()).to(accelerator.device)
+    model = make_network("Autoencoder", **settings.network.model_dump()).to(accelerator.device)
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
     networks = {"model": model, "ema": ema.network}
@@ -81,8 +81,7 @@ def train(config: Config) -> None:
     for micro, batch in enumerate(loader, start=step * training.accumulation):
         step = micro // training.accumulation
         adversarial = adversary is not None and step >= settings.adversarial.start
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
+        set_learning_rate(optimizer, learning_rate(step, training))
         volume = batch["volume"].to(accelerator.device, non_blocking=True)  # (n, C, X, Y, Z)
         noise = batch["noise"].to(accelerator.device, non_blocking=True)  # (n, c, x, y, z)
         with accelerator.accumulate(model):
@@ -151,7 +150,7 @@ def train(config: Config) -> None:
     accelerator.end_training()
 
 
-def export(config: Config, network: Autoencoder, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
+def export(config: Config, network: LatentSpace, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
     """Write the best averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
     if best:
         tensors, _ = checkpoint.load_checkpoint(config.autoencoder_run, best["step"])
@@ -184,12 +183,12 @@ def load_volume(config: Config, key: str) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(network: Autoencoder, volumes: Tensor) -> Tensor:
+def reconstruct(network: LatentSpace, volumes: Tensor) -> Tensor:
     """Encode to the posterior's mean and decode, clipped to [0, 1]."""
     return network.decode(network.sample(network.encode(volumes))).float().clamp(0, 1)
 
 
-def validate(network: Autoencoder, config: Config, keys: list[str], accelerator: Accelerator) -> float:
+def validate(network: LatentSpace, config: Config, keys: list[str], accelerator: Accelerator) -> float:
     """Mean PSNR (dB) of held-out volumes, shared over the processes."""
     total = torch.zeros(2, device=accelerator.device)
     with accelerator.autocast():
@@ -200,7 +199,7 @@ def validate(network: Autoencoder, config: Config, keys: list[str], accelerator:
     return (total[0] / total[1]).item()
 
 
-def draw_reconstructions(network: Autoencoder, config: Config, keys: list[str], device, path) -> None:
+def draw_reconstructions(network: LatentSpace, config: Config, keys: list[str], device, path) -> None:
     """Originals above their reconstructions, as a picture."""
     volumes = torch.stack([load_volume(config, key) for key in keys]).to(device)
     again = reconstruct(network, volumes)

@@ -19,13 +19,13 @@ from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
-from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.pretrained import load_weights
-from ldm3d.models.unet import TIMESTEPS, UNet
+from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.pretrained import load_weights, make_network
+from ldm3d.models.unet import TIMESTEPS, LatentUNet, pad_to
 from ldm3d.pipeline import Pipeline, Sampling, describe
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
-from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
 from ldm3d.training.sharding import whole
 
@@ -36,7 +36,7 @@ def train(config: Config) -> None:
     """Run, or go on with, the training that the config describes."""
     settings, training, run = config.diffusion, config.diffusion.training, config.diffusion_run
     origin = latents_origin(config)
-    autoencoder = Autoencoder.from_pretrained(config.autoencoder_folder)
+    autoencoder = LatentSpace.from_pretrained(config.autoencoder_folder)
     moments, scans = read_latents(config.latents_folder, origin)
     rows = scans[[c.name for c in config.covariates]].to_dict("records")
     split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
@@ -50,7 +50,9 @@ def train(config: Config) -> None:
     rank, world = accelerator.process_index, accelerator.num_processes
     autoencoder.to(accelerator.device)
     channels = autoencoder.latent_channels
-    model = UNet(channels, channels, schema.num_categories, **settings.network.model_dump()).to(accelerator.device)
+    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": schema.num_categories}
+    model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
+    padded = model.padded_shape(moments.shape[2:])
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
     networks = {"model": model, "ema": ema.network}
@@ -71,7 +73,7 @@ def train(config: Config) -> None:
             "moments": posterior,
             "context": contexts[index],
             "posterior_noise": torch.randn(posterior[:channels].shape, generator=rng),
-            "noise": torch.randn(posterior[:channels].shape, generator=rng),
+            "noise": torch.randn((channels, *padded), generator=rng),
             "drop": torch.rand(len(schema) + 2, generator=rng),
         }
 
@@ -88,11 +90,10 @@ def train(config: Config) -> None:
     logged = torch.zeros((), device=accelerator.device)  # mean loss over the parts of a batch
     for micro, batch in enumerate(loader, start=step * training.accumulation):
         step = micro // training.accumulation
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
+        set_learning_rate(optimizer, learning_rate(step, training))
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        # x (n, c, x, y, z)
-        x = autoencoder.normalise(autoencoder.sample(batch["moments"], batch["posterior_noise"]))
+        # x (n, c, *padded)
+        x = pad_to(autoencoder.normalise(autoencoder.sample(batch["moments"], batch["posterior_noise"])), padded)
         context = drop_covariates(batch["context"], batch["drop"], settings.drop_covariates)
         time = settings.time_sampling
         t = times_from_quantiles(time.kind, batch["quantile"].clamp(1e-5, 1 - 1e-5), time.location, time.scale)
@@ -166,11 +167,12 @@ def diffusion_loss(
 
 @torch.no_grad()
 def validate(
-    unet, process: Process, settings, autoencoder: Autoencoder, moments, contexts: Tensor, accelerator: Accelerator
+    unet: LatentUNet, process: Process, settings, autoencoder: LatentSpace, moments, contexts: Tensor, accelerator: Accelerator
 ) -> float:
     """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare."""
     device, total, batch_size = accelerator.device, 0.0, 16
     mean = autoencoder.normalise(autoencoder.sample(torch.from_numpy(moments.copy()).to(device)))
+    mean = pad_to(mean, unet.padded_shape(mean.shape[2:]))
     numbers = range(accelerator.process_index, len(mean) * VALIDATION_REPEATS, accelerator.num_processes)
     for first in range(0, len(numbers), batch_size):
         chosen = torch.tensor(numbers[first : first + batch_size])
@@ -188,7 +190,9 @@ def validate(
     return total / (len(mean) * VALIDATION_REPEATS)
 
 
-def make_pipeline(config: Config, autoencoder: Autoencoder, unet: UNet, schema: CovariateSchema, process: Process) -> Pipeline:
+def make_pipeline(
+    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
+) -> Pipeline:
     """The pipeline of these networks with the config's defaults for generation."""
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())

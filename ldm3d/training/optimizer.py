@@ -18,17 +18,16 @@ class Muon(Optimizer):
     then fits both. PyTorch's own Muon takes two-dimensional weights only.
 
     Args:
-        matrices, others: parameters by treatment.
+        groups: of parameters; `orthogonal` in each says whether they are matrices.
         lr: learning rate.
         weight_decay: decoupled, for matrices only.
         momentum: of the matrices, with Nesterov's correction.
         betas, eps: AdamW's, for the others.
     """
 
-    def __init__(self, matrices, others, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99), eps=1e-8):
-        groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
+    def __init__(self, groups, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99), eps=1e-8):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -82,22 +81,33 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
-    """The optimiser of the config over a network's parameters; norms, biases and tokens are not decayed."""
+    """The optimiser of the config over a network's parameters; norms, biases and tokens are not decayed.
+
+    A module of the network may say `learning_rate_factor`: its own parameters then move at that multiple of the rate.
+    """
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    matrices = [
-        parameter
-        for name, parameter in network.named_parameters()
-        if parameter.ndim >= 2
-        and min(parameter.flatten(1).shape) > 1
-        and not name.endswith("null")
-        and id(parameter) not in embeddings
-    ]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in network.parameters() if id(p) not in chosen]
+    factors = {id(p): getattr(m, "learning_rate_factor", 1.0) for m in network.modules() for p in m.parameters(recurse=False)}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        is_matrix = (
+            parameter.ndim >= 2
+            and min(parameter.flatten(1).shape) > 1
+            and not name.endswith("null")
+            and id(parameter) not in embeddings
+        )
+        groups.setdefault((is_matrix, factors[id(parameter)]), []).append(parameter)
+    settings = [{"params": ps, "orthogonal": is_matrix, "factor": factor} for (is_matrix, factor), ps in groups.items()]
     if training.optimizer == "muon":
-        return Muon(matrices, others, training.learning_rate, training.weight_decay)
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, training.learning_rate, (0.9, 0.99), weight_decay=training.weight_decay, fused=True)
+        return Muon(settings, training.learning_rate, training.weight_decay)
+    for group in settings:
+        group["weight_decay"] = training.weight_decay if group["orthogonal"] else 0.0
+    return AdamW(settings, training.learning_rate, (0.9, 0.99), fused=True)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group of `make_optimizer`'s its share of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:

@@ -1,0 +1,185 @@
+"""Autoencoders: PSNR of held-out volumes against training time, ldm3d's beside MONAI's AutoencoderKL.
+
+    python benchmarks/autoencoder_quality.py [--bids FOLDER] [--minutes 3] [--long-minutes 30]
+
+Both have the same latent shape, volumes, loss (the config's L1, L2 and KL), precision and machine, and train in turns of a few
+seconds in one process, so that whatever else the machine does slows all alike; only the time inside a side's own turns counts.
+MONAI's side is the 3D latent diffusion tutorial's (channels 32, 64, 64, batch 2, Adam at 1e-4), without its perceptual and
+adversarial losses: its steps are cheaper than what a user would run. "monai-tuned" is the same at 1e-3 with a cosine.
+ldm3d's side is the config's network, batch, optimiser and learning rate; its cosine ends with the time given.
+
+Without --bids the data are phantoms (configs/toy.yaml); with it, a BIDS dataset on configs/brains-3mm.yaml's grid. Where its
+participants.tsv has a column `anatomy` (rendered brains), the last three anatomies are held out, else the test split is.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import Data, load
+from monai.networks.nets import AutoencoderKL
+from protocol import device, write
+from turns import Training, in_turns
+
+from ldm3d.evaluation.metrics import psnr
+from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.training.ema import EMA
+from ldm3d.training.losses import kl_divergence
+from ldm3d.training.optimizer import make_optimizer
+from ldm3d.training.run import bf16_is_fast
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bids", type=Path, help="rendered or real brains; phantoms if not given")
+    parser.add_argument("--minutes", type=float, default=3, help="of each side of the short comparison")
+    parser.add_argument("--long-minutes", type=float, help="MONAI goes on for so long, against ldm3d with 1/20 of it")
+    arguments = parser.parse_args()
+    data = load(arguments.bids)
+    print(f"{data.name}: {len(data.train)} volumes to train on, {len(data.test)} held out, {tuple(data.train.shape[2:])}")
+
+    minutes = {"ldm3d": (Ours, arguments.minutes), "monai-tuned": (MonaiTuned, arguments.minutes)}
+    if long := arguments.long_minutes:
+        minutes |= {"ldm3d, 1/20": (Ours, long / 20), "monai": (Monai, long)}
+    else:
+        minutes["monai"] = (Monai, arguments.minutes)
+    sides = {name: side(data, 60 * limit, (60 * arguments.minutes,)) for name, (side, limit) in minutes.items()}
+    rows = []
+    print(f"{'side':>12} {'seconds':>8} {'steps':>6} {'PSNR dB':>8}")
+    for name, found in in_turns(sides):
+        rows.append({"data": data.name, "side": name, **found})
+        print(f"{name:>12} {found['seconds']:8.0f} {found['step']:6} {found['psnr_db']:8.2f}", flush=True)
+        write(f"autoencoder-quality-{data.name}", rows)
+    summarise(rows, arguments.minutes, arguments.long_minutes)
+
+
+def summarise(rows: list[dict], minutes: float, long_minutes: float | None) -> None:
+    def at(side: str, seconds: float) -> float:
+        return min((r for r in rows if r["side"] == side), key=lambda r: abs(r["seconds"] - seconds))["psnr_db"]
+
+    short, monai = 60 * minutes, "monai"
+    print(f"after {minutes:g} minutes: ldm3d {at('ldm3d', short) - at(monai, short):+.2f} dB against MONAI's autoencoder")
+    print(f"{'':>17} and {at('ldm3d', short) - at('monai-tuned', short):+.2f} dB against it with a tuned learning rate")
+    if long_minutes:
+        long = 60 * long_minutes
+        difference = at("ldm3d, 1/20", long / 20) - at(monai, long)
+        print(f"ldm3d after {long_minutes / 20:g} minutes against MONAI after {long_minutes:g}: {difference:+.2f} dB")
+
+
+class Side(Training):
+    """One autoencoder.
+
+    Args:
+        data: volumes, and the config that gives ldm3d's network and training.
+        limit: seconds of training.
+        more_marks: seconds after which figures are taken, too.
+    """
+
+    def __init__(self, data: Data, limit: float, more_marks: tuple[float, ...] = ()):
+        super().__init__(limit, more_marks)
+        self.settings, self.train, self.test = data.config.autoencoder, data.train, data.test
+        torch.manual_seed(0)
+        self.network, self.where = self.build().to(device()), device()
+        self.optimizer = self.make_optimizer()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        chosen = torch.randint(len(self.train), (self.batch,), generator=self.generator)
+        volume = self.train[chosen].float().to(self.where)  # (n, 1, X, Y, Z)
+        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+            reconstruction, moments = self.reconstruct(volume)
+        kl = kl_divergence(moments) / volume[0].numel()
+        error = reconstruction.float() - volume
+        loss = self.settings.l1 * error.abs().mean() + self.settings.l2 * error.square().mean() + self.settings.kl * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.after(step)
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """Mean PSNR in dB of the held-out volumes, through the posterior's mean."""
+        found = []
+        for volume in self.test:
+            volume = volume[None].float().to(self.where)
+            with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+                again = self.through_mean(volume)
+            found.append(psnr(again.float().clamp(0, 1), volume).item())
+        return {"psnr_db": float(np.mean(found)), "batch": self.batch}
+
+    def after(self, step: int) -> None:
+        pass
+
+
+class Ours(Side):
+    def build(self):
+        self.batch = self.settings.training.batch_size
+        return Autoencoder(**self.settings.network.model_dump(exclude={"kind"}))
+
+    def make_optimizer(self):
+        self.average = EMA(self.network, self.settings.training.ema)
+        return make_optimizer(self.network, self.settings.training)
+
+    def prepare(self):
+        self.network.fit_linear_path(self.train[:: len(self.train) // 64].float().to(self.where))
+        self.average.network.load_state_dict(self.network.state_dict())
+
+    def rate(self, step):
+        warm = min(1.0, (step + 1) / self.settings.training.warmup_steps)
+        return self.settings.training.learning_rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * self.share)) / 2)
+
+    def reconstruct(self, volume):
+        latent = (len(volume), *self.network.latent_shape(volume.shape[2:]))
+        return self.network(volume, torch.randn(latent, generator=self.generator).to(self.where))
+
+    def after(self, step):
+        self.average.update(self.network, step)
+
+    def through_mean(self, volume):
+        network = self.average.network
+        return network.decode(network.sample(network.encode(volume)))
+
+
+class Monai(Side):
+    batch, learning_rate = 2, 1e-4
+
+    def build(self):
+        return AutoencoderKL(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            channels=(32, 64, 64),
+            latent_channels=self.settings.network.latent_channels,
+            num_res_blocks=1,
+            norm_num_groups=16,
+            attention_levels=(False, False, True),
+        )
+
+    def make_optimizer(self):
+        return torch.optim.Adam(self.network.parameters(), self.learning_rate)
+
+    def rate(self, step):
+        return self.learning_rate
+
+    def reconstruct(self, volume):
+        reconstruction, mean, sigma = self.network(volume)
+        return reconstruction, torch.cat([mean, 2 * sigma.log()], dim=1)
+
+    def through_mean(self, volume):
+        return self.network.reconstruct(volume)
+
+
+class MonaiTuned(Monai):
+    learning_rate = 1e-3
+
+    def rate(self, step):
+        return self.learning_rate * min(1.0, (step + 1) / 20) * (0.01 + 0.99 * (1 + math.cos(math.pi * self.share)) / 2)
+
+
+if __name__ == "__main__":
+    main()

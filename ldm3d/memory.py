@@ -1,0 +1,192 @@
+"""How a latent is decoded: whole, or streamed where that saves memory.
+
+What a decode takes is not guessed from a formula. It is run once on tensors without data (PyTorch's meta device), and the
+bytes alive at each moment are counted; so the answer holds for any network, ours or MONAI's.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm3d.errors import InputError
+from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
+
+MODES = ("auto", "whole", "streamed")
+SAFETY = 1.15  # of an estimate: allocators round up and leave holes
+UNLIMITED = 2**60  # a limit above this is how cgroup v1 spells none
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to decode.
+
+    Args:
+        mode: "whole" or "streamed".
+        estimated_bytes: the peak, above the weights; the float32 volume is in it.
+        reason: why, in words.
+    """
+
+    mode: str
+    estimated_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"decoding {self.mode}, {_gib(self.estimated_bytes)} at the peak: {self.reason}"
+
+
+def plan_decode(
+    autoencoder: nn.Module, latent_shape: Sequence[int], device: torch.device, mode: str = "auto", free: int | None = None
+) -> Plan:
+    """Choose between a whole and a streamed decode.
+
+    A CPU streams as fast as it decodes whole, so it takes what needs less memory. A GPU is faster with few large steps: it
+    streams only what would not fit.
+
+    Args:
+        autoencoder: see `decode_streamed`.
+        latent_shape: (N, c, x, y, z).
+        device: where the network is.
+        mode: "auto", or "whole" or "streamed" to have one of them anyway.
+        free: bytes; None to look.
+
+    Raises:
+        InputError: another mode.
+    """
+    if mode not in MODES:
+        raise InputError(f"decode {mode!r} is not one of {', '.join(MODES)}")
+    if mode != "auto":
+        return Plan(mode, decode_bytes(autoencoder, latent_shape, device, mode == "streamed"), "as asked")
+    whole = decode_bytes(autoencoder, latent_shape, device, streamed=False)
+    try:
+        streamed = decode_bytes(autoencoder, latent_shape, device, streamed=True)
+    except InputError:
+        return Plan("whole", whole, "this decoder cannot be streamed")
+    if whole <= streamed:
+        return Plan("whole", whole, "a stream would not need less")
+    if device.type == "cpu":
+        return Plan("streamed", streamed, f"whole it would be {_gib(whole)}, and no faster")
+    free = free_bytes(device) if free is None else free
+    if whole > free:
+        return Plan("streamed", streamed, f"whole it would be {_gib(whole)}, and {_gib(free)} are free")
+    return Plan("whole", whole, f"{_gib(free)} are free")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+# What a decode takes
+
+
+def decode_bytes(autoencoder: nn.Module, latent_shape: Sequence[int], device: torch.device, streamed: bool) -> int:
+    """Estimated peak of a decode above the weights, on the safe side; arguments as in `plan_decode`."""
+    run = _Decode(autoencoder, chunk_bytes_of(device) if streamed else None)
+    state = {**dict(run.named_parameters()), **dict(run.named_buffers())}
+    blank = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    z = torch.empty(tuple(latent_shape), dtype=next(run.parameters()).dtype, device="meta")
+    with torch.no_grad(), LiveBytes(copies_for_convolution=device.type == "cpu") as counter:
+        torch.func.functional_call(run, blank, (z,))
+    return int(SAFETY * counter.peak)
+
+
+class _Decode(nn.Module):
+    """A decode as a module, so that its weights can be replaced by empty ones."""
+
+    def __init__(self, autoencoder: nn.Module, chunk_bytes: int | None):
+        super().__init__()
+        self.autoencoder, self.chunk_bytes = autoencoder, chunk_bytes
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.chunk_bytes:
+            return decode_streamed(self.autoencoder, z, self.chunk_bytes)
+        return self.autoencoder.decode(z).float()
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on, counts the bytes of the tensors that are made and still in use; `peak` is the most there were.
+
+    Args:
+        copies_for_convolution: oneDNN, on CPUs, works channels last. What comes otherwise, it copies there and back.
+    """
+
+    def __init__(self, copies_for_convolution: bool):
+        super().__init__()
+        self.copies_for_convolution = copies_for_convolution
+        self.bytes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        copied = 0
+        if self.copies_for_convolution and function is torch.ops.aten.convolution.default:
+            x = arguments[0]
+            if not x.is_contiguous(memory_format=torch.channels_last_3d):
+                copied = x.nbytes + result.nbytes
+        self.peak = max(self.peak, self.now + copied)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata  # views share it
+        if key not in self.bytes:
+            self.bytes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.bytes.pop(key)
+
+
+# What there is
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that a process may still take: of the GPU; or of the machine and of the cgroups (Slurm, containers) it is in.
+
+    Args:
+        device: whose memory.
+        root: of the file system that describes cgroups.
+    """
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, for reuse
+        return torch.cuda.mem_get_info(device)[0] + idle
+    return min([psutil.virtual_memory().available, *_cgroup_free(root)])
+
+
+def _cgroup_free(root: Path) -> list[int]:
+    """What the limits of the process's control groups and of those above leave, v2 and v1."""
+    free = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # Inside a container the path is the host's, while the files are the container's own, at the base
+        folder = base / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            if not group.is_relative_to(base):
+                break
+            try:
+                allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+                statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if allowed != "max" and int(allowed) < UNLIMITED:
+                free.append(max(0, int(allowed) - used + int(statistics.get(cache, 0))))  # cached files make room
+    return free

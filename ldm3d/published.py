@@ -1,0 +1,461 @@
+"""Published MONAI models as pipelines of ours: their weights key by key, and what their files leave unsaid.
+
+Two layouts are told apart by the names of the files, which lie in the folder itself or in its models/, as .pt, .pth or
+.safetensors:
+
+    autoencoder and diffusion_model or model    Brain image synthesis of MONAI's model zoo (Pinaya et al. 2022)
+    autoencoder and latentdiffusion             Brain Latent Progression, without its ControlNet (Puglisi et al. 2024)
+
+Networks and betas are taken from configs/inference.json, if there is one. A file import.yaml in the folder may set any key of
+`ImportConfig` anew, and `ranges`, {covariate: [lowest, highest]}; a model of one's own is imported by setting all of them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm3d.config import (
+    Config,
+    GenerationConfig,
+    GridConfig,
+    MonaiAutoencoderConfig,
+    MonaiLibrary,
+    MonaiUNetConfig,
+    ProcessConfig,
+    Section,
+    explain,
+)
+from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.diffusion.process import choose, make_process
+from ldm3d.errors import InputError
+from ldm3d.experiment import EXPERIMENT
+from ldm3d.geometry import Grid, spacing_of
+from ldm3d.models.pretrained import Pretrained, load_weights, make_network
+from ldm3d.pipeline import WHOLE, Pipeline, Sampling
+
+SETTINGS = "import.yaml"
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+AUTOENCODER = {"latent_channels": 3, "channels": [64, 128, 128, 128], "blocks": 2}
+UNET = {
+    "channels": [256, 512, 768],
+    "blocks": 2,
+    "attention": [False, True, True],
+    "head_channels": [0, 512, 768],
+    "resblock_updown": True,
+    "upcast_attention": True,
+}
+SHARED = {
+    "autoencoder": AUTOENCODER,
+    "process": {"kind": "vp-scaled-linear", "beta_start": 0.0015, "beta_end": 0.0205},
+    "generation": {"sampler": "ddim", "steps": 50, "spacing": "leading"},
+    "skull_stripped": True,
+}
+
+# Ages and the order of the sexes are those of the authors' demonstration; of the two volumes the bundle itself says only that
+# they are 0 to 1. Crop and affine are those of the bundle's saver; volumes of the model run to the left, as the affine says.
+MODEL_ZOO = SHARED | {
+    "skull_stripped": False,
+    "unet": UNET | {"concatenate": True},
+    "covariates": [
+        {"name": "sex", "categories": ["F", "M"]},
+        {"name": "age", "unit": "years", "range": [44, 82]},
+        {"name": "ventricular_volume_ml", "unit": "ml", "range": [6.99568, 171.375]},
+        {"name": "brain_volume_ml", "unit": "ml", "range": [1144.24, 1793.91]},
+    ],
+    "grid": {"shape": [160, 224, 160], "spacing_mm": 1},
+    "crop": [[5, 5], [5, 5], [0, 15]],
+    "affine": [[-1, 0, 0, 96.48149872], [0, 1, 0, -141.47715759], [0, 0, 1, -156.55375671], [0, 0, 0, 1]],
+    "scale_factor": 1.0,
+}
+# Volumes are SynthSeg's, in mm3 after affine registration to MNI152; their ranges are the training set's. The affine is that
+# of MNI152 at 1.5 mm, one voxel further in: 120 x 144 x 120 voxels are the middle of its 122 x 146 x 122.
+BRLP = SHARED | {
+    "unet": UNET,
+    "covariates": [
+        {"name": "age", "unit": "years", "range": [0, 100]},
+        {"name": "sex", "categories": ["M", "F"]},
+        {"name": "diagnosis", "categories": ["CN", "MCI", "AD"]},
+        {"name": "cerebral_cortex_mm3", "unit": "mm3"},
+        {"name": "hippocampus_mm3", "unit": "mm3"},
+        {"name": "amygdala_mm3", "unit": "mm3"},
+        {"name": "cerebral_white_matter_mm3", "unit": "mm3"},
+        {"name": "lateral_ventricle_mm3", "unit": "mm3"},
+    ],
+    "grid": {"shape": [120, 144, 120], "spacing_mm": 1.5},
+    "affine": [[-1.5, 0, 0, 88.5], [0, 1.5, 0, -124.5], [0, 0, 1.5, -70.5], [0, 0, 0, 1]],
+}
+LAYOUTS = {"latentdiffusion": BRLP, "diffusion_model": MODEL_ZOO, "model": MODEL_ZOO}
+
+Row = tuple[float, float, float, float]
+Planes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+class ScaledCovariate(Section):
+    """A covariate that the network sees as a number from 0 to 1: by its `range`, or categories in equal steps."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    categories: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _range_or_categories(self):
+        if bool(self.range) == bool(self.categories):
+            raise ValueError(f"covariate {self.name} needs either `range: [lowest, highest]` or `categories`")
+        if self.range and self.range[0] >= self.range[1]:
+            raise ValueError(f"covariate {self.name}: range {self.range} must rise")
+        return self
+
+    def covariate(self) -> Covariate:
+        if self.categories:
+            return Covariate(self.name, "categorical", categories=self.categories, required=True)
+        low, high = self.range
+        return Covariate(self.name, "continuous", self.unit, mean=low, std=high - low, seen=self.range, required=True)
+
+
+class PublishedUNetConfig(MonaiUNetConfig):
+    """A U-Net that reads the covariates' values themselves."""
+
+    conditioning: Literal["values"] = "values"
+    concatenate: bool = False
+
+
+class ImportConfig(Section):
+    """All that makes a pipeline of two files of weights."""
+
+    autoencoder: MonaiAutoencoderConfig
+    unet: PublishedUNetConfig
+    covariates: tuple[ScaledCovariate, ...]  # in the order in which the network sees them
+    grid: GridConfig  # of the autoencoder's volumes
+    crop: tuple[Planes, Planes, Planes] = WHOLE  # planes (before, after) that generated volumes lose
+    affine: tuple[Row, Row, Row, Row] | None = None  # of generated volumes; None centres the grid at 0
+    process: ProcessConfig
+    target: Literal["noise", "v", "data"] = "noise"
+    scale_factor: Annotated[float, Field(gt=0)]  # what the U-Net's latents are, times the autoencoder's
+    generation: GenerationConfig
+    skull_stripped: bool = False
+
+
+def import_model(folder: Path, out: Path, library: str = "monai", settings: Path | None = None) -> Pipeline:
+    """Make a pipeline of a published model and write it.
+
+    Args:
+        folder: see the top of this file.
+        out: pipeline folder to write; must be empty or absent.
+        library: whose networks it shall have, "monai" or "monai-generative"; independent of whose the weights are.
+        settings: read instead of FOLDER/import.yaml.
+
+    Raises:
+        InputError: no such model in `folder`, settings that are wrong or missing, or weights that are not of these networks.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; choose another --out")
+    choose("library", library, get_args(MonaiLibrary))
+    weights, stem = find_weights(folder)
+    config = read_settings(folder, stem, library, settings)
+    latents = config.autoencoder.latent_channels
+    schema = CovariateSchema(tuple(c.covariate() for c in config.covariates))
+    grid = make_grid(config)
+
+    def load(part: str, path: Path, **arguments: Any) -> Pretrained:
+        network = make_network(part, **arguments)
+        load_weights(network.network, convert(read_weights(path), network.network.state_dict(), path), path)
+        return network.eval().requires_grad_(False)
+
+    autoencoder = load("Autoencoder", weights["autoencoder"], **config.autoencoder.model_dump())
+    of_data = {"in_channels": latents, "out_channels": latents, "num_categories": schema.num_categories}
+    unet = load("UNet", weights["unet"], **of_data, **config.unet.model_dump())
+    autoencoder.latent_std.fill_(1 / config.scale_factor)
+
+    process = make_process(**config.process.model_dump(exclude_none=True))
+    sampling = Sampling(**config.generation.model_dump())
+    stripped = config.skull_stripped
+    pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.target, sampling, stripped, crop=config.crop)
+    pipeline.save_pretrained(out)
+    (out / EXPERIMENT).write_text(json.dumps({"config": describe(config, out), "seen": []}, indent=1) + "\n")
+    return pipeline
+
+
+def find_weights(folder: Path) -> tuple[dict[str, Path], str]:
+    """({"autoencoder": file, "unet": file}, stem of the U-Net's file)."""
+
+    def find(stem: str) -> Path | None:
+        places = (place / f"{stem}{suffix}" for place in (folder, folder / "models") for suffix in SUFFIXES)
+        return next((path for path in places if path.is_file()), None)
+
+    autoencoder = find("autoencoder")
+    unets = {stem: path for stem in LAYOUTS if (path := find(stem))}
+    if autoencoder is None or not unets:
+        raise InputError(
+            f"{folder} holds no published model: expected autoencoder.pth, and diffusion_model.pth or model.pt (MONAI's model "
+            "zoo) or latentdiffusion.pth (Brain Latent Progression), there or in its folder models"
+        )
+    if len(unets) > 1:
+        raise InputError(f"{folder} holds several U-Nets, {', '.join(p.name for p in unets.values())}; leave one")
+    stem, unet = next(iter(unets.items()))
+    return {"autoencoder": autoencoder, "unet": unet}, stem
+
+
+def read_settings(folder: Path, stem: str, library: str, settings: Path | None) -> ImportConfig:
+    """What the layout says, then configs/inference.json, then the user."""
+    values = deepcopy(LAYOUTS[stem])
+    bundle = folder / "configs" / "inference.json"
+    if bundle.is_file():
+        for key, found in read_bundle(bundle).items():
+            values[key] = {**values[key], **found}
+    source = settings or folder / SETTINGS
+    given: dict[str, Any] = {}
+    if settings or source.is_file():
+        given = _read_yaml(source)
+    if "grid" in given:  # the layout's crop and affine belong to its own grid
+        values = {key: value for key, value in values.items() if key not in ("crop", "affine")}
+    ranges = given.pop("ranges", {})
+    for key, value in given.items():
+        together = isinstance(value, dict) and isinstance(values.get(key), dict) and key != "grid"
+        values[key] = {**values[key], **value} if together else value
+    _set_ranges(values, ranges, source)
+    for part in ("autoencoder", "unet"):
+        if isinstance(values.get(part), dict):
+            values[part] = {**values[part], "kind": library, "flash_attention": library == "monai"}
+    if library == "monai" and isinstance(values.get("unet"), dict):
+        values["unet"]["upcast_attention"] = False  # the same in float32; in half precision MONAI core's own code stops
+    try:
+        return ImportConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {explain(error, ImportConfig)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings; write for example `scale_factor: 1.0`")
+    return values
+
+
+def _set_ranges(values: dict[str, Any], ranges: Any, source: Path) -> None:
+    """Put the user's ranges into the covariates, and ask for all that is still missing at once."""
+    covariates = values["covariates"] if isinstance(values["covariates"], list) else []
+    covariates = [c for c in covariates if isinstance(c, dict)]
+    if not isinstance(ranges, dict):
+        raise InputError(f"{source}: ranges is {ranges!r}; write {{covariate: [lowest, highest]}}")
+    for name, limits in ranges.items():
+        choose("covariate in `ranges`", name, [str(c.get("name")) for c in covariates])
+        next(c for c in covariates if c.get("name") == name)["range"] = limits
+    missing = [c.get("name") for c in covariates if not c.get("range") and not c.get("categories")]
+    asked = ["scale_factor: 1.0"] * ("scale_factor" not in values)
+    if missing:
+        asked.append(f"ranges: {{{', '.join(f'{name}: [lowest, highest]' for name in missing)}}}")
+    if asked:
+        raise InputError(
+            "the model's files do not say what its latents were multiplied by, or how its covariates were scaled to 0..1; "
+            f"write what was used in its training into {source}, as: {'; '.join(asked)}"
+        )
+
+
+# Keys of a network's definition in a bundle: ours, None for what does not matter or the weights show, or a demanded value
+COMMON_KEYS = {
+    "channels": "channels",
+    "num_channels": "channels",
+    "num_res_blocks": "blocks",
+    "attention_levels": "attention",
+    "norm_num_groups": "norm_num_groups",
+    "norm_eps": "norm_eps",
+}
+AUTOENCODER_KEYS = COMMON_KEYS | {"latent_channels": "latent_channels", "with_encoder_nonlocal_attn": "middle_attention"}
+UNET_KEYS = COMMON_KEYS | {
+    "num_head_channels": "head_channels",
+    "resblock_updown": "resblock_updown",
+    "transformer_num_layers": "transformer_layers",
+    "upcast_attention": "upcast_attention",
+}
+OTHER_KEYS = ("_target_", "include_fc", "use_flash_attention", "use_checkpoint", "use_checkpointing")
+UNET_SHOWN = (*OTHER_KEYS, "in_channels", "out_channels", "with_conditioning", "cross_attention_dim")
+DEMANDED = {"spatial_dims": 3, "use_combined_linear": False}
+AUTOENCODER_DEMANDED = DEMANDED | {"in_channels": 1, "out_channels": 1, "use_convtranspose": False}
+UNET_DEMANDED = DEMANDED | {"num_class_embeds": None, "dropout_cattn": 0.0}
+SCHEDULES = {"scaled_linear": "vp-scaled-linear", "linear": "vp-linear"}
+
+
+def read_bundle(path: Path) -> dict[str, dict[str, Any]]:
+    """The settings `autoencoder`, `unet` and `process` that a MONAI bundle's inference.json defines."""
+    try:
+        bundle = json.loads(path.read_text())
+        autoencoder, unet = dict(bundle["autoencoder_def"]), dict(bundle["diffusion_def"])
+        scheduler = dict(bundle["scheduler"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no such bundle's: autoencoder_def, diffusion_def and scheduler are read; {error!r}"
+        ) from None
+    # What MONAI takes where a definition is silent, and ours would not
+    autoencoder = {"with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True, **autoencoder}
+    unet = {"num_head_channels": 8, **unet}
+    demanded = AUTOENCODER_DEMANDED | {"with_decoder_nonlocal_attn": autoencoder["with_encoder_nonlocal_attn"]}
+    found = {
+        "autoencoder": _translate(autoencoder, AUTOENCODER_KEYS, OTHER_KEYS, demanded, f"{path}: autoencoder_def"),
+        "unet": _translate(unet, UNET_KEYS, UNET_SHOWN, UNET_DEMANDED, f"{path}: diffusion_def"),
+    }
+    found["unet"]["concatenate"] = unet.get("in_channels") != unet.get("out_channels")
+    steps, target = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
+    name = str(scheduler.get("schedule", scheduler.get("beta_schedule"))).removesuffix("_beta")
+    if name not in SCHEDULES or (steps, target) != (1000, "epsilon"):
+        raise InputError(f"{path}: scheduler must be linear or scaled linear, of 1000 steps, for epsilon; got {scheduler}")
+    betas = {key: scheduler[key] for key in ("beta_start", "beta_end") if key in scheduler}
+    found["process"] = {"kind": SCHEDULES[name], **betas}
+    return found
+
+
+def _translate(definition: dict, names: dict[str, str], shown: tuple[str, ...], demanded: dict, where: str) -> dict[str, Any]:
+    values = {}
+    for key, value in definition.items():
+        if key in names:
+            values[names[key]] = value
+        elif key in demanded and value != demanded[key]:
+            raise InputError(f"{where}.{key} is {value!r}; only {demanded[key]!r} can be imported")
+        elif key not in demanded and key not in shown:
+            raise InputError(f"{where}.{key} is not known; what it does to the network cannot be imported")
+    blocks = values.get("blocks")
+    if isinstance(blocks, list) and len(set(blocks)) == 1:
+        values["blocks"] = blocks[0]
+    return values
+
+
+def make_grid(config: ImportConfig) -> Grid:
+    """The grid of the autoencoder's volumes; the affine of the settings is that of the cropped ones."""
+    shape, spacing = config.grid.shape, config.grid.spacing_mm
+    factor = config.autoencoder.downsampling
+    if any(n % factor for n in shape):
+        raise InputError(f"grid.shape {shape} must be divisible by the autoencoder's downsampling {factor}")
+    if any(sum(planes) >= n for n, planes in zip(shape, config.crop)):
+        raise InputError(f"crop {config.crop} leaves nothing of grid.shape {shape}")
+    if config.affine is None:
+        return Grid.centred(shape, spacing)
+    affine = np.array(config.affine, dtype=np.float64)
+    if not np.allclose(spacing_of(affine), spacing):
+        raise InputError(f"affine has voxels of {spacing_of(affine).tolist()} mm, grid.spacing_mm says {spacing}")
+    affine[:, 3] = affine @ [*(-before for before, _ in config.crop), 1]
+    return Grid(shape, spacing, affine)
+
+
+def describe(config: ImportConfig, out: Path) -> dict[str, Any]:
+    """An experiment's config that scans can be prepared by, as `ldm3d evaluate` does; its training never took place here."""
+    never = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}
+    kinds = [{"kind": "categorical" if c.categories else "continuous"} for c in config.covariates]
+    named = [c.model_dump(mode="json", exclude={"range"}) for c in config.covariates]
+    values = {
+        "name": out.name,
+        "output": str(out),
+        "data": {
+            "table": "not-given.csv",
+            "grid": config.grid.model_dump(mode="json"),
+            "skull_stripped": config.skull_stripped,
+            "splits": {"validation": 0, "test": 0},
+        },
+        "covariates": [kind | covariate for kind, covariate in zip(kinds, named)],
+        "autoencoder": {"network": config.autoencoder.model_dump(mode="json"), "training": never},
+        "diffusion": {
+            "process": config.process.model_dump(mode="json"),
+            "target": config.target,
+            "network": config.unet.model_dump(mode="json", include=set(MonaiUNetConfig.model_fields)),
+            "training": never,
+        },
+        "generation": config.generation.model_dump(mode="json"),
+    }
+    Config.model_validate(values)
+    return values
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict of tensors: plain, as {"state_dict": ...}, with "module." before every key; pickle or safetensors."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path} is no safetensors file: {error}") from None
+    except Exception as error:  # whatever a stranger's file provokes; anything but tensors and containers is refused
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path} is no checkpoint of plain tensors: {reason[0]}") from None
+    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+        weights = weights["state_dict"]
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path} holds no state dict: expected names with a tensor each, plain or below `state_dict`")
+    wrapped = all(name.startswith("module.") for name in weights)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in weights.items()}
+
+
+# Names of the same weight in MONAI core and in monai-generative 0.2.3. There the self-attention outside of transformers has a
+# projection `proj_attn` that is never called; core's, `attn.out_proj`, is.
+RENAMED = (
+    (".attn.to_", ".to_"),
+    (".out_proj.", ".to_out.0."),
+    (".postconv.", ".conv."),
+)
+LIVE, DEAD = ".attn.out_proj.", ".proj_attn."
+
+
+def convert(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """The state dict of a network of either library, from that of the same network of either library.
+
+    Every key of `weights` is used, except for the projection that is known to be dead; every key of `wanted` is set. Where
+    one library projects what comes out of an attention and the other does not, the projection is the identity.
+
+    Args:
+        weights: what there is; left as it is.
+        wanted: names, shapes and types of what the network needs.
+        source: for messages.
+
+    Raises:
+        InputError: a key of `weights` that is left over, or one of `wanted` that cannot be set; all are listed.
+    """
+    projects = any(LIVE in name for name in weights)
+    found, used, missing = {}, set(), []
+    for name, like in wanted.items():
+        other = next((other for other in _aliases(name) if other in weights), None)
+        if other is not None:
+            found[name] = weights[other].to(like.dtype)
+            used.add(other)
+        elif DEAD in name or (LIVE in name and not projects):
+            found[name] = torch.eye(len(like), dtype=like.dtype) if like.ndim == 2 else torch.zeros_like(like)
+        else:
+            missing.append(f"{name} is missing")
+    left = [name for name in weights if name not in used and not _is_dead(name, weights)]
+    if missing or left:
+        listed = sorted(missing) + [f"{name} is left over" for name in sorted(left)]
+        more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+        hint = ""
+        if any(LIVE in name for name in left):
+            hint = "; monai-generative 0.2.3 has no such projection, so use --library monai"
+        raise InputError(f"{source} is of another network: {'; '.join(listed[:6])}{more}{hint}")
+    return found
+
+
+def _aliases(name: str) -> Iterator[str]:
+    """Names that a weight may have in either library, its own first."""
+    yield name
+    for pair in RENAMED:
+        for here, there in (pair, pair[::-1]):
+            if here in name:
+                yield name.replace(here, there, 1)
+
+
+def _is_dead(name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether this is the projection that monai-generative's attention owns and never calls."""
+    block, separator, _ = name.rpartition(DEAD)
+    return bool(separator) and f"{block}.to_q.weight" in weights
