@@ -26,6 +26,7 @@ from turns import Training, in_turns
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.training.ema import EMA
+from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
 from ldm3d.training.run import bf16_is_fast
@@ -34,38 +35,28 @@ from ldm3d.training.run import bf16_is_fast
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bids", type=Path, help="rendered or real brains; phantoms if not given")
-    parser.add_argument("--minutes", type=float, default=3, help="of each side of the short comparison")
-    parser.add_argument("--long-minutes", type=float, help="MONAI goes on for so long, against ldm3d with 1/20 of it")
+    parser.add_argument("--minutes", type=float, default=3, help="of each side")
+    parser.add_argument("--long-minutes", type=float, help="instead: MONAI for so long, ldm3d for 1/20 of it")
     arguments = parser.parse_args()
     data = load(arguments.bids)
     print(f"{data.name}: {len(data.train)} volumes to train on, {len(data.test)} held out, {tuple(data.train.shape[2:])}")
 
-    minutes = {"ldm3d": (Ours, arguments.minutes), "monai-tuned": (MonaiTuned, arguments.minutes)}
     if long := arguments.long_minutes:
-        minutes |= {"ldm3d, 1/20": (Ours, long / 20), "monai": (Monai, long)}
+        name, minutes = f"{data.name}-long", {"ldm3d": (Ours, long / 20), "monai": (Monai, long)}
     else:
-        minutes["monai"] = (Monai, arguments.minutes)
-    sides = {name: side(data, 60 * limit, (60 * arguments.minutes,)) for name, (side, limit) in minutes.items()}
+        name, minutes = data.name, {side.name: (side, arguments.minutes) for side in (Ours, Monai, MonaiTuned)}
+    sides = {side: make(data, 60 * limit) for side, (make, limit) in minutes.items()}
     rows = []
     print(f"{'side':>12} {'seconds':>8} {'steps':>6} {'PSNR dB':>8}")
-    for name, found in in_turns(sides):
-        rows.append({"data": data.name, "side": name, **found})
-        print(f"{name:>12} {found['seconds']:8.0f} {found['step']:6} {found['psnr_db']:8.2f}", flush=True)
-        write(f"autoencoder-quality-{data.name}", rows)
-    summarise(rows, arguments.minutes, arguments.long_minutes)
-
-
-def summarise(rows: list[dict], minutes: float, long_minutes: float | None) -> None:
-    def at(side: str, seconds: float) -> float:
-        return min((r for r in rows if r["side"] == side), key=lambda r: abs(r["seconds"] - seconds))["psnr_db"]
-
-    short, monai = 60 * minutes, "monai"
-    print(f"after {minutes:g} minutes: ldm3d {at('ldm3d', short) - at(monai, short):+.2f} dB against MONAI's autoencoder")
-    print(f"{'':>17} and {at('ldm3d', short) - at('monai-tuned', short):+.2f} dB against it with a tuned learning rate")
-    if long_minutes:
-        long = 60 * long_minutes
-        difference = at("ldm3d, 1/20", long / 20) - at(monai, long)
-        print(f"ldm3d after {long_minutes / 20:g} minutes against MONAI after {long_minutes:g}: {difference:+.2f} dB")
+    for side, found in in_turns(sides):
+        rows.append({"data": data.name, "side": side, **found})
+        print(f"{side:>12} {found['seconds']:8.0f} {found['step']:6} {found['psnr_db']:8.2f}", flush=True)
+        write(f"autoencoder-quality-{name}", rows)
+    last = {row["side"]: row for row in rows}
+    for side in minutes.keys() - {"ldm3d"}:
+        ours, theirs = last["ldm3d"], last[side]
+        difference = ours["psnr_db"] - theirs["psnr_db"]
+        print(f"ldm3d after {ours['seconds']:.0f} s against {side} after {theirs['seconds']:.0f} s: {difference:+.2f} dB")
 
 
 class Side(Training):
@@ -74,11 +65,10 @@ class Side(Training):
     Args:
         data: volumes, and the config that gives ldm3d's network and training.
         limit: seconds of training.
-        more_marks: seconds after which figures are taken, too.
     """
 
-    def __init__(self, data: Data, limit: float, more_marks: tuple[float, ...] = ()):
-        super().__init__(limit, more_marks)
+    def __init__(self, data: Data, limit: float):
+        super().__init__(limit)
         self.settings, self.train, self.test = data.config.autoencoder, data.train, data.test
         torch.manual_seed(0)
         self.network, self.where = self.build().to(device()), device()
@@ -90,7 +80,7 @@ class Side(Training):
             group["lr"] = self.rate(step)
         chosen = torch.randint(len(self.train), (self.batch,), generator=self.generator)
         volume = self.train[chosen].float().to(self.where)  # (n, 1, X, Y, Z)
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+        with self.autocast():
             reconstruction, moments = self.reconstruct(volume)
         kl = kl_divergence(moments) / volume[0].numel()
         error = reconstruction.float() - volume
@@ -101,13 +91,16 @@ class Side(Training):
         self.optimizer.zero_grad()
         self.after(step)
 
+    def autocast(self):
+        return torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast())
+
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """Mean PSNR in dB of the held-out volumes, through the posterior's mean."""
         found = []
         for volume in self.test:
             volume = volume[None].float().to(self.where)
-            with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+            with self.autocast():
                 again = self.through_mean(volume)
             found.append(psnr(again.float().clamp(0, 1), volume).item())
         return {"psnr_db": float(np.mean(found)), "batch": self.batch}
@@ -117,6 +110,8 @@ class Side(Training):
 
 
 class Ours(Side):
+    name = "ldm3d"
+
     def build(self):
         self.batch = self.settings.training.batch_size
         return Autoencoder(**self.settings.network.model_dump(exclude={"kind"}))
@@ -126,7 +121,9 @@ class Ours(Side):
         return make_optimizer(self.network, self.settings.training)
 
     def prepare(self):
-        self.network.fit_linear_path(self.train[:: len(self.train) // 64].float().to(self.where))
+        count = volumes_for(self.train.shape[2:])
+        volumes = self.train[:: max(1, len(self.train) // count)][:count].float()
+        train_linear_path(self.network, volumes, self.settings.linear_path_steps, 0, self.autocast)
         self.average.network.load_state_dict(self.network.state_dict())
 
     def rate(self, step):
@@ -146,7 +143,7 @@ class Ours(Side):
 
 
 class Monai(Side):
-    batch, learning_rate = 2, 1e-4
+    name, batch, learning_rate = "monai", 2, 1e-4
 
     def build(self):
         return AutoencoderKL(
@@ -175,7 +172,7 @@ class Monai(Side):
 
 
 class MonaiTuned(Monai):
-    learning_rate = 1e-3
+    name, learning_rate = "monai-tuned", 1e-3
 
     def rate(self, step):
         return self.learning_rate * min(1.0, (step + 1) / 20) * (0.01 + 0.99 * (1 + math.cos(math.pi * self.share)) / 2)

@@ -36,7 +36,7 @@ from ldm3d.config import Config, load_config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.unet import TIMESTEPS, UNet
+from ldm3d.models.unet import TIMESTEPS, Block, UNet
 from ldm3d.training.diffusion import diffusion_loss, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
@@ -254,7 +254,7 @@ class Ours(Side):
         if self.compiled == "whole":
             unet.compile(mode="reduce-overhead")
         elif self.compiled == "blocks":
-            for block in (*unet.down, *unet.middle, *unet.up):
+            for block in (module for module in unet.modules() if isinstance(module, Block)):
                 block.compile()
         if self.steps < self.all_steps:
             self.watch(unet)

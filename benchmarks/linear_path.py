@@ -1,56 +1,81 @@
-"""The autoencoder's linear path before any training: PSNR of held-out phantoms, with and without neighbouring blocks."""
+"""The autoencoder's linear path: PSNR of held-out volumes, in three steps.
+
+blocks alone       principal components of each block, and back by least squares
+with neighbours    back from the latents of the 26 blocks around, too: what `fit_linear_path` sets
+trained            analysis and synthesis trained alone for seconds: what the networks start from
+"""
 
 import argparse
+import time
+from pathlib import Path
 
-import numpy as np
 import torch
-from protocol import write
+from data import load
+from protocol import device, write
+from torch import Tensor
 
-from ldm3d.data.phantoms import make_phantom
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
-
-SHAPE, TRAIN, TEST = (40, 48, 40), 48, 16
+from ldm3d.models.blocks import depth_to_space, space_to_depth
+from ldm3d.training.linear_path import train_linear_path, volumes_for
+from ldm3d.training.run import bf16_is_fast
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--channels", type=int, nargs="+", default=[2, 4, 8])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--bids", type=Path, help="rendered or real brains; phantoms if not given")
     arguments = parser.parse_args()
-    images = np.stack([make_phantom(SHAPE, seed=1, index=i)[0] for i in range(TRAIN + TEST)])
-    images = (images / np.percentile(images, 99.8, axis=(1, 2, 3), keepdims=True)).clip(0, 1)
-    volumes = torch.from_numpy(images.astype(np.float32))[:, None]
-    train, test = volumes[:TRAIN], volumes[TRAIN:]
+    data, where = load(arguments.bids), device()
+    count = volumes_for(data.train.shape[2:])
+    train = data.train[:: max(1, len(data.train) // count)][:count].float().to(where)
+    test = data.test.float().to(where)
     rows = []
-    print(f"{'factor':>6} {'channels':>8} {'blocks alone (PCA)':>19} {'with neighbours':>16}   PSNR in dB")
+
+    def half():
+        return torch.autocast(where.type, torch.bfloat16, enabled=bf16_is_fast())
+
+    print("factor channels  blocks alone  with neighbours  trained  seconds   PSNR in dB")
     for factor, widths in ((4, [8, 8]), (8, [8, 8, 8])):
         for channels in arguments.channels:
-            network = Autoencoder(channels, factor, widths, blocks=0)
+            network = Autoencoder(channels, factor, widths, blocks=0).to(where)
             network.fit_linear_path(train)
-            with torch.no_grad():
-                joined = psnr(network.decode(network.sample(network.encode(test))), test).mean().item()
-                alone = psnr(pca(network, test, train), test).mean().item()
-            print(f"{factor:6} {channels:8} {alone:19.2f} {joined:16.2f}")
-            rows.append({"factor": factor, "channels": channels, "pca_psnr_db": alone, "neighbours_psnr_db": joined})
-    print(write("linear-path", rows))
+            alone, neighbours = quality(blocks_alone(network, test, train), test), quality(linear(network, test), test)
+            start = time.perf_counter()
+            train_linear_path(network, train, data.config.autoencoder.linear_path_steps, 0, half)
+            seconds, trained = time.perf_counter() - start, quality(linear(network, test), test)
+            print(f"{factor:6} {channels:8} {alone:13.2f} {neighbours:16.2f} {trained:8.2f} {seconds:8.1f}", flush=True)
+            row = {"data": data.name, "factor": factor, "channels": channels, "blocks_alone_psnr_db": alone}
+            rows.append({**row, "neighbours_psnr_db": neighbours, "trained_psnr_db": trained, "seconds": seconds})
+    print(write(f"linear-path-{data.name}", rows))
 
 
-def pca(network: Autoencoder, test: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+def quality(again: Tensor, volumes: Tensor) -> float:
+    return psnr(again.clamp(0, 1), volumes).mean().item()
+
+
+@torch.no_grad()
+def linear(network: Autoencoder, volumes: Tensor) -> Tensor:
+    return network.through_linear_path(volumes)
+
+
+@torch.no_grad()
+def blocks_alone(network: Autoencoder, test: Tensor, train: Tensor) -> Tensor:
     """Inverse principal components: each block from its own latents, by least squares on the training volumes."""
-    factor = network.downsampling
 
-    def rows(volumes):
-        x = volumes.unfold(2, factor, factor).unfold(3, factor, factor).unfold(4, factor, factor)
-        return x.reshape(-1, factor**3), x.shape
+    def rows(values: Tensor) -> Tensor:  # (N, C, x, y, z) -> (N x y z, C)
+        return values.movedim(1, -1).flatten(0, -2)
 
-    def latents(volumes):
-        z = network.analysis(volumes).flatten(2).transpose(1, 2).reshape(-1, network.latent_channels)
-        return torch.cat([z, torch.ones(len(z), 1)], dim=1)
+    def latents(volumes: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = space_to_depth(volumes, network.downsampling)
+        z = rows(network.analysis(blocks))
+        return torch.cat([z, torch.ones_like(z[:, :1])], dim=1), blocks
 
-    solution = torch.linalg.lstsq(latents(train), rows(train)[0]).solution
-    _, shape = rows(test)
-    x = (latents(test) @ solution).reshape(shape)  # (N, 1, x, y, z, f, f, f)
-    return x.permute(0, 1, 2, 5, 3, 6, 4, 7).reshape(test.shape)
+    z, blocks = latents(train)
+    solution = torch.linalg.lstsq(z, rows(blocks)).solution
+    z, blocks = latents(test)
+    again = (z @ solution).reshape(*blocks.movedim(1, -1).shape).movedim(-1, 1)
+    return depth_to_space(again, network.downsampling)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ class Training:
     taken and, if it has to, what comes before the first step (`prepare`, whose time counts).
     """
 
-    def __init__(self, limit: float, more_marks: tuple[float, ...] = ()):
+    def __init__(self, limit: float):
         self.limit, self.share = limit, 0.0
-        self.marks = sorted({mark * limit for mark in MARKS} | {mark for mark in more_marks if mark < limit})
+        self.marks = [mark * limit for mark in MARKS]
 
     def prepare(self) -> None:
         pass

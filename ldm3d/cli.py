@@ -109,6 +109,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes at a time; does not change them.")] = 8,
     device: Device = None,
     precision: Precision = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
 ) -> None:
     """Generate volumes for asked covariates, as a BIDS derivative.
 
@@ -120,6 +121,8 @@ def generate(
 
     pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
     asked = _covariates(context.args)
+    if compile:
+        pipeline.compile()
     if table is not None and (asked or num is not None):
         raise InputError("give either --table, with one row a volume, or covariates and --num")
     rows = pipeline.parse(_requests(table) if table is not None else [asked] * (num or 1))

@@ -210,6 +210,7 @@ class AutoencoderConfig(Section):
     """Stage 1."""
 
     network: AutoencoderNetwork
+    linear_path_steps: Annotated[int, Field(ge=0)] = 600  # of the linear path alone, before the networks train
     l1: Annotated[float, Field(ge=0)] = 1.0
     l2: Annotated[float, Field(ge=0)] = 0.0
     kl: Annotated[float, Field(ge=0)] = 1e-6
@@ -311,7 +312,7 @@ class DiffusionConfig(Section):
     """Stage 2."""
 
     process: ProcessConfig = ProcessConfig()
-    target: Literal["noise", "v", "data", "velocity"] = "velocity"
+    target: Literal["noise", "v", "data", "velocity"] = "v"
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples that leave some covariates open, or all

@@ -19,6 +19,7 @@ from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
 
 MODES = ("auto", "whole", "streamed")
 SAFETY = 1.15  # of an estimate: allocators round up and leave holes
+SMALL = 2**28  # a quarter of a GiB: whatever else is in memory is larger
 UNLIMITED = 2**60  # a limit above this is how cgroup v1 spells none
 
 
@@ -67,8 +68,8 @@ def plan_decode(
         streamed = decode_bytes(autoencoder, latent_shape, device, streamed=True)
     except InputError:
         return Plan("whole", whole, "this decoder cannot be streamed")
-    if whole <= streamed:
-        return Plan("whole", whole, "a stream would not need less")
+    if whole <= max(streamed, SMALL):
+        return Plan("whole", whole, "a stream would save nothing to speak of")
     if device.type == "cpu":
         return Plan("streamed", streamed, f"whole it would be {_gib(whole)}, and no faster")
     free = free_bytes(device) if free is None else free

@@ -6,6 +6,7 @@ FOLDER/autoencoder, unet    config.json and model.safetensors each
 
 import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,10 @@ from ldm3d.diffusion.process import Process, choose, make_process
 from ldm3d.diffusion.samplers import SAMPLERS, sample
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
+from ldm3d.memory import Plan, plan_decode
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import weights_hash
+from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import TIMESTEPS, LatentUNet, cut_to
 
 DESCRIPTION = "pipeline.json"
@@ -107,6 +110,8 @@ class Pipeline:
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
+        decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say. An
+            attribute, too, that can be set later.
     """
 
     def __init__(
@@ -121,11 +126,14 @@ class Pipeline:
         skull_stripped: bool = False,
         model_hash: str = "unsaved",
         crop: Sequence[Sequence[int]] = WHOLE,
+        decode_mode: str = "auto",
     ):
         self.autoencoder, self.unet, self.schema, self.grid = autoencoder, unet, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.model_hash = skull_stripped, model_hash
         self.crop = tuple(tuple(planes) for planes in crop)
+        self.decode_mode = decode_mode
+        self._plans: dict[tuple, Plan] = {}
 
     @property
     def device(self) -> torch.device:
@@ -349,14 +357,24 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]."""
-        return self.autoencoder.decode(self.autoencoder.denormalise(z.to(self.dtype))).float().clamp(0, 1)
+        """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""
+        return self._decode(self.autoencoder.denormalise(z.to(self.dtype)))
 
     @torch.no_grad()
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) through the autoencoder and back: the best that generation could look like."""
         moments = self.autoencoder.encode(volumes.to(self.device, self.dtype))
-        return self.autoencoder.decode(self.autoencoder.sample(moments)).float().clamp(0, 1)
+        return self._decode(self.autoencoder.sample(moments))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Latents in their own scale to volumes, by a plan that is made once, so that it holds for every volume of a shape."""
+        case = (z.shape, z.dtype, z.device, self.decode_mode)
+        if case not in self._plans:
+            self._plans[case] = plan_decode(self.autoencoder, z.shape, z.device, self.decode_mode)
+            logging.getLogger("ldm3d").info("%s", self._plans[case])
+        if self._plans[case].mode == "streamed":
+            return decode_streamed(self.autoencoder, z).clamp_(0, 1)
+        return self.autoencoder.decode(z).float().clamp_(0, 1)
 
     def write(
         self,

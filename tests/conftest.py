@@ -37,6 +37,7 @@ def tiny_settings(folder: Path) -> dict:
         ],
         "autoencoder": {
             "network": {"latent_channels": 3, "downsampling": 4, "channels": [8, 16], "blocks": 1},
+            "linear_path_steps": 10,
             "training": {"steps": 8, "optimizer": "muon", **training, **intervals},
         },
         "diffusion": {

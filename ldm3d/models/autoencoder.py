@@ -151,7 +151,7 @@ class Autoencoder(LatentSpace):
         self.analysis = self.synthesis = None
         if linear_path:
             patch = in_channels * downsampling**3
-            self.analysis = nn.Conv3d(in_channels, latent_channels, downsampling, stride=downsampling)
+            self.analysis = nn.Conv3d(patch, latent_channels, 3, padding=1)
             self.synthesis = nn.Conv3d(latent_channels, patch, 3, padding=1)
             # The networks start as no correction at all to the linear path, which leaves a twentieth of the intensity range
             # over: at the rate of all other layers, the first steps of these two would be larger than what they correct
@@ -171,7 +171,7 @@ class Autoencoder(LatentSpace):
         h = self.encoder(space_to_depth(x, self.stem))  # (N, channels[-1], X/f, Y/f, Z/f)
         mean, log_variance = self.to_moments(h).chunk(2, dim=1)
         if self.analysis is not None:
-            mean = mean + self.analysis(x)
+            mean = mean + self.analysis(space_to_depth(x, self.downsampling))
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -181,13 +181,18 @@ class Autoencoder(LatentSpace):
             volume = volume + depth_to_space(self.synthesis(z), self.downsampling)
         return volume
 
+    def through_linear_path(self, x: Tensor) -> Tensor:
+        """Volumes (N, C, X, Y, Z) through the linear code alone: what the networks start from."""
+        return depth_to_space(self.synthesis(self.analysis(space_to_depth(x, self.downsampling))), self.downsampling)
+
     @torch.no_grad()
     def fit_linear_path(self, volumes: Tensor, ridge: float = 1e-3) -> None:
         """Set the linear path from data: principal components in, ridge regression back.
 
-        `analysis` projects each block of f^3 voxels on its c leading principal components, scaled to unit variance.
-        `synthesis` predicts a block from the latents of the block and its 26 neighbours: the least-squares answer, so that
-        blocks join without the edges that inverse principal components would leave.
+        `analysis` projects each block of f^3 voxels on its c leading principal components, scaled to unit variance; it could
+        look at the 26 blocks around, too, and learns to in training. `synthesis` predicts a block from the latents of the
+        block and its neighbours: the least-squares answer, so that blocks join without the edges that inverse principal
+        components would leave.
 
         Args:
             volumes: some training volumes, (N, C, X, Y, Z).
@@ -207,12 +212,13 @@ class Autoencoder(LatentSpace):
         # A sign that data does not fix: make it reproducible
         components = components * torch.where(components.sum(dim=0) < 0, -1.0, 1.0)
         kernel = (components / variance.clamp_min(1e-12).sqrt()).T  # (c, C f^3)
-        self.analysis.weight.copy_(kernel.reshape(c, self.in_channels, f, f, f))
+        zero(self.analysis)
+        self.analysis.weight[:, :, 1, 1, 1] = kernel.to(self.analysis.weight)
         self.analysis.bias.copy_(-(kernel @ mean)[:, 0])
 
         gram, moment = 0.0, 0.0  # normal equations, summed volume by volume
         for block in blocks:
-            z = self.analysis(depth_to_space(block[None], f))  # (1, c, x, y, z)
+            z = self.analysis(block[None])  # (1, c, x, y, z)
             near = nn.functional.pad(z, (1, 1, 1, 1, 1, 1))
             near = near.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)[0]  # (c, x, y, z, 3, 3, 3)
             near = near.permute(0, 4, 5, 6, 1, 2, 3).reshape(27 * c, -1).double()

@@ -20,13 +20,13 @@ from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
+from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
 from ldm3d.training.sharding import whole
 
 MAX_VALIDATION = 64  # volumes; more would not change which checkpoint is best
-LINEAR_PATH_VOLUMES = 64  # enough blocks for their principal components: 64 volumes of 40x48x40 are 77,000 of 4^3
 
 
 def train(config: Config) -> None:
@@ -55,8 +55,10 @@ def train(config: Config) -> None:
     restored = checkpoint.restore(run, networks, described)
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
     if restored is None and settings.network.linear_path:
-        chosen = keys["train"][:: max(1, len(keys["train"]) // LINEAR_PATH_VOLUMES)][:LINEAR_PATH_VOLUMES]
-        model.fit_linear_path(torch.stack([load_volume(config, key) for key in chosen]))
+        count = volumes_for(config.data.grid.shape)
+        chosen = keys["train"][:: max(1, len(keys["train"]) // count)][:count]
+        volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
+        train_linear_path(model, volumes, settings.linear_path_steps, config.seed, accelerator.autocast)
         load_weights(ema.network, model.state_dict(), "the linear path")
 
     latent_shape = model.latent_shape(config.data.grid.shape)

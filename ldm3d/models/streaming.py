@@ -1,0 +1,357 @@
+"""Decoding a latent in parts, exactly.
+
+A volume passes through the decoder as a stream of chunks, slabs of whole planes along X. Each layer is a generator: it pulls
+chunks from the layer before and yields its own. A 3x3x3 convolution holds on to the two planes it still needs, a residual
+connection to the planes that its branch has not answered yet, and everything else looks at one position alone. So nothing
+is approximated or computed twice, there are no seams, and memory grows with the area of a plane, not with the volume.
+
+Group normalisation and attention look at the whole volume: they let everything in, and then out again chunk by chunk, each
+freed once it is used. So MONAI's decoders hold two feature maps at a time, and that is all they hold.
+
+Whole and streamed decoding agree to rounding, not bit for bit; chunks of the same size give the same bits.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm3d.errors import InputError
+from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, depth_to_space
+
+# PyTorch leaves float32 convolutions to oneDNN from N C X Y > 20480 on; its own are several times slower
+ONEDNN_SIZE = 20480
+
+# What is kept for long is kept in blocks that are beyond what a C library holds back for reuse (32 MiB in glibc): they would
+# lie in between the small ones that come and go, and memory in holes is lost.
+SLAB_BYTES = 40 * 2**20
+
+Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
+
+# Between two layers. On a CPU larger chunks are no faster; a GPU needs them to have all of its units at work.
+# (A sleeping generator keeps its variables alive, so layers are mapped functions where they can be.)
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
+
+
+@torch.no_grad()
+def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None = None) -> Tensor:
+    """What `autoencoder.decode(z)` gives, in little memory.
+
+    Args:
+        autoencoder: an `Autoencoder`, a `MonaiAutoencoder`, or an AutoencoderKL of MONAI or monai-generative itself.
+        z: latents as `decode` takes them, (N, c, X/f, Y/f, Z/f), in the network's dtype and on its device.
+        chunk_bytes: about what a chunk between two layers takes (never less than a plane); None: see CHUNK_BYTES.
+
+    Returns:
+        Volumes (N, C, X, Y, Z), float32, not clipped.
+
+    Raises:
+        InputError: a decoder with a layer that is not known here.
+    """
+    limit = chunk_bytes or chunk_bytes_of(z.device)
+    volume = None
+    for start, chunk in _placed(_decoded(autoencoder, z, limit)):
+        if volume is None:
+            n, c, _, y, z_ = chunk.shape
+            volume = z.new_empty((n, c, z.shape[2] * (y // z.shape[3]), y, z_), dtype=torch.float32)
+        volume.narrow(2, start, chunk.shape[2]).copy_(chunk)
+    if isinstance(autoencoder, Autoencoder) and autoencoder.synthesis is not None:
+        linear = _convolve(iter([z]), autoencoder.synthesis, limit)
+        for start, chunk in _placed(depth_to_space(chunk, autoencoder.downsampling) for chunk in linear):
+            volume.narrow(2, start, chunk.shape[2]).add_(chunk)
+    return volume
+
+
+def chunk_bytes_of(device: torch.device) -> int:
+    """The size of chunks that suits a device."""
+    return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+
+
+def _decoded(autoencoder: nn.Module, z: Tensor, limit: int) -> Chunks:
+    """The network's share of a volume, without the linear path."""
+    if isinstance(autoencoder, Autoencoder):
+        chunks = _through([autoencoder.decoder, autoencoder.to_voxels], iter([z]), limit)
+        return (depth_to_space(chunk, autoencoder.stem) for chunk in chunks)
+    network = getattr(autoencoder, "network", autoencoder)  # MonaiAutoencoder wraps what it builds
+    return _through([network.post_quant_conv, *network.decoder.blocks], iter([z]), limit)
+
+
+def _placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
+    """Every chunk with the number of its first plane."""
+    start = 0
+    for chunk in chunks:
+        yield start, chunk
+        start += chunk.shape[2]
+
+
+def _through(layers: Sequence[nn.Module], chunks: Chunks, limit: int) -> Chunks:
+    """A stream through one layer after the other."""
+    for layer in layers:
+        chunks = _layer(layer, chunks, limit)
+    return chunks
+
+
+def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
+    """A stream through a layer, which is known by its type; MONAI's blocks, which two libraries define, by their parts."""
+    match layer:
+        case nn.Conv3d(kernel_size=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1), groups=1):
+            return _convolve(chunks, layer, limit)
+        case nn.ConvTranspose3d(kernel_size=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0)):
+            return map(layer, _cut(chunks, 8 * layer.out_channels, limit))
+        case nn.ConvTranspose3d(kernel_size=(3, 3, 3), stride=(2, 2, 2), padding=(1, 1, 1), output_padding=(1, 1, 1)):
+            return _convolve_transposed(chunks, layer, limit)
+        case nn.Conv3d(kernel_size=(1, 1, 1)) | ChannelNorm() | nn.SiLU() | nn.Identity():
+            return map(layer, chunks)
+        case nn.GroupNorm():
+            return _normalise(chunks, layer, limit)
+        case ResBlock():
+            return _residual([layer.norm, layer.conv1, nn.SiLU(), layer.conv2], layer.skip, chunks, limit)
+        case TransformerBlock():
+            return _whole(layer, chunks)
+    parts = {name for name, _ in layer.named_children()}
+    if {"norm1", "conv1", "norm2", "conv2", "nin_shortcut"} == parts:
+        branch = [layer.norm1, nn.SiLU(), layer.conv1, layer.norm2, nn.SiLU(), layer.conv2]
+        return _residual(branch, layer.nin_shortcut, chunks, limit)
+    if parts == {"upsample_non_trainable", "postconv"}:  # MONAI
+        return _upsample(chunks, layer.postconv.conv, limit)
+    if parts == {"conv"} and getattr(layer, "use_convtranspose", None) is False:  # monai-generative
+        return _upsample(chunks, layer.conv.conv, limit)
+    if "norm" in parts and parts & {"attn", "to_q"}:
+        return _whole(layer, chunks)
+    if isinstance(layer, nn.Sequential) or parts == {"conv"}:
+        return _through(list(layer.children()), chunks, limit)
+    raise InputError(
+        f"a decoder with {type(layer).__name__} cannot be streamed, how its planes depend on each other is not known; "
+        'decode it whole (decode="whole")'
+    )
+
+
+# Layers that look at neighbours
+
+
+class _Planes:
+    """A queue that planes enter and leave in chunks of any size."""
+
+    def __init__(self):
+        self.chunks: deque[Tensor] = deque()
+        self.count = 0
+
+    def put(self, chunk: Tensor) -> None:
+        self.chunks.append(chunk)
+        self.count += chunk.shape[2]
+
+    def take(self, planes: int, keep: int = 0) -> list[Tensor]:
+        """The first planes, in one or more parts. The last `keep` of them stay in the queue."""
+        parts, missing = [], planes
+        while missing > 0:
+            chunk = self.chunks.popleft()
+            parts.append(chunk[:, :, :missing])
+            missing -= chunk.shape[2]
+        if missing < 0:
+            self.chunks.appendleft(chunk[:, :, missing:])
+        self.count -= planes
+        for part in reversed(parts):
+            if keep > 0:
+                self.chunks.appendleft(part[:, :, -keep:])
+                self.count += min(keep, part.shape[2])
+                keep -= part.shape[2]
+        return parts
+
+
+def _windows(chunks: Chunks, before: int, after: int, channels: int, limit: int) -> Chunks:
+    """Every plane once, with the planes before and after it; zeros beyond both ends.
+
+    Windows are as large as what comes and the limit allow, for as many as `channels` channels. What is less than a quarter of
+    that, or too small for oneDNN, waits for more.
+    """
+    queue, border, around = _Planes(), None, before + after
+    for chunk in chunks:
+        if border is None:
+            border = torch.zeros_like(chunk[:, :, :1])
+            n, c, _, y, _ = chunk.shape
+            most = _fitting(chunk, channels, limit)
+            least = max(most // 4, min(ONEDNN_SIZE // (n * c * y) + 2 - around, 2 * most), 1)
+            for _ in range(before):
+                queue.put(border)
+        queue.put(chunk)
+        del chunk
+        while queue.count >= least + around:
+            yield _joined(queue.take(min(queue.count, max(most, least) + around), keep=around))
+    for _ in range(after):
+        queue.put(border)
+    if queue.count > around:
+        yield _joined(queue.take(queue.count))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Planes side by side, channels last in memory (where torch.cat would take several times as long)."""
+    if len(parts) == 1:
+        return parts[0]
+    planes = [part.shape[2] for part in parts]
+    whole = _empty_like(parts[0], sum(planes))
+    for place, part in zip(whole.split(planes, dim=2), parts):
+        place.copy_(part)
+    return whole
+
+
+def _empty_like(chunk: Tensor, planes: int) -> Tensor:
+    """Room for planes like those of `chunk`, channels last in memory."""
+    n, c, _, y, z = chunk.shape
+    return chunk.new_empty((n, planes, y, z, c)).movedim(-1, 1)
+
+
+def _fitting(chunk: Tensor, channels: int, limit: int) -> int:
+    """How many planes like those of `chunk`, of that many channels or its own, are within the limit; at least 1."""
+    n, c, _, y, z = chunk.shape
+    return max(1, limit // (n * max(c, channels) * y * z * chunk.element_size()))
+
+
+def _cut(chunks: Chunks, channels: int, limit: int) -> Chunks:
+    """The same planes in chunks within the limit."""
+    for chunk in chunks:
+        yield from chunk.split(_fitting(chunk, channels, limit), dim=2)
+
+
+def _convolve(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
+    """A 3x3x3 convolution with zeros around the volume."""
+    weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
+    windows = _windows(chunks, 1, 1, conv.out_channels, limit)
+    return map(lambda window: F.conv3d(window, weight, conv.bias, padding=(0, 1, 1)), windows)
+
+
+def _convolve_transposed(chunks: Chunks, conv: nn.ConvTranspose3d, limit: int) -> Chunks:
+    """A transposed 3x3x3 convolution of stride 2: plane i makes planes 2i and 2i + 1, the latter with help of i + 1."""
+    weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
+
+    def convolve(window: Tensor) -> Tensor:
+        wider = F.conv_transpose3d(window, weight, conv.bias, stride=2, padding=(0, 1, 1), output_padding=(0, 1, 1))
+        return wider[:, :, 1:-2]
+
+    return map(convolve, _windows(chunks, 0, 1, 8 * conv.out_channels, limit))
+
+
+def _upsample(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
+    """Nearest-neighbour upsampling by 2 and a 3x3x3 convolution, from the coarse planes alone.
+
+    Along an axis the fine voxel 2i sees the coarse ones i - 1, i, i, and 2i + 1 sees i, i, i + 1. So each of the 8 parities is
+    a 2x2x2 convolution of the coarse planes, with taps of the kernel summed: 8 x 8 products for 8 voxels, not 8 x 27.
+    """
+    c = conv.out_channels
+    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=conv.weight.device)
+    kernels = torch.einsum("oixyz, aux, bvy, cwz -> abcoiuvw", conv.weight.float(), taps, taps, taps).to(conv.weight.dtype)
+    # One convolution for the four parities of Y and Z: it reads its input once
+    kernels = [kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last_3d) for kernel in kernels]
+    bias = None if conv.bias is None else conv.bias.repeat(4)
+
+    def convolve(window: Tensor) -> Tensor:
+        n, _, x, y, z = window.shape
+        fine = window.new_empty((n, 2 * x - 4, 2 * y, 2 * z, c)).movedim(-1, 1)
+        for i, kernel in enumerate(kernels):
+            part = F.conv3d(window[:, :, i : i + x - 1], kernel, bias, padding=(0, 1, 1))  # (N, 4c, x - 2, Y + 1, Z + 1)
+            for j, quarter in enumerate(part.split(c, dim=1)):
+                k, m = divmod(j, 2)
+                fine[:, :, i::2, k::2, m::2] = quarter[:, :, :, k : k + y, m : m + z]
+        return fine
+
+    return map(convolve, _windows(chunks, 1, 1, 8 * c, limit))
+
+
+def _residual(branch: Sequence[nn.Module], skip: nn.Module, chunks: Chunks, limit: int) -> Chunks:
+    """skip(x) + branch(x), whose answers come later than x."""
+    waiting = _Planes()
+
+    def remember(chunk: Tensor) -> Tensor:
+        waiting.put(skip(chunk))
+        return chunk
+
+    def add(chunk: Tensor) -> Tensor:
+        for start, part in _placed(waiting.take(chunk.shape[2])):
+            chunk.narrow(2, start, part.shape[2]).add_(part)
+        return chunk
+
+    if isinstance(branch[0], nn.GroupNorm):  # it keeps x until it has seen all of it, so remember what leaves
+        answers = _through(branch[1:], _normalise(chunks, branch[0], limit, remember), limit)
+    else:
+        answers = _through(branch, map(remember, chunks), limit)
+    return map(add, answers)
+
+
+# Layers that look at everything
+
+
+def _whole(layer: nn.Module, chunks: Chunks) -> Chunks:
+    """A layer that needs all planes at once: attention, at coarse levels."""
+    yield layer(_joined(list(chunks)).contiguous())
+
+
+def _slabs(chunks: Chunks) -> Chunks:
+    """The same planes in chunks of SLAB_BYTES, each filled as its planes come."""
+    slab, filled = None, 0
+    for chunk in chunks:
+        n = _fitting(chunk, 1, SLAB_BYTES) + 1
+        while chunk.shape[2]:
+            if slab is None:
+                slab = _empty_like(chunk, n)
+            part = chunk[:, :, : n - filled]
+            slab.narrow(2, filled, part.shape[2]).copy_(part)
+            filled, chunk = filled + part.shape[2], chunk[:, :, part.shape[2] :]
+            if filled == n:
+                yield slab
+                slab, filled = None, 0
+    if filled:
+        yield slab.narrow(2, 0, filled)
+
+
+def _normalise(
+    chunks: Chunks, norm: nn.GroupNorm, limit: int, leaving: Callable[[Tensor], Tensor] = lambda slab: slab
+) -> Chunks:
+    """Group normalisation (Wu & He 2018) with the statistics of the whole volume.
+
+    `leaving` is called with all planes on their way out, before they are normalised.
+
+    The statistics are pooled from those of the chunks: the mean of their means; their variances and that of their means
+    (Chan et al. 1983).
+    """
+    kept: deque[Tensor] = deque()
+    means, variances, planes = [], [], []
+
+    def keep(slab: Tensor) -> Tensor:
+        kept.append(slab)
+        return slab
+
+    for chunk in _cut(map(keep, _slabs(chunks)), 1, limit):
+        mean, variance = _moments(chunk)
+        means.append(mean)
+        variances.append(variance)
+        planes.append(chunk.shape[2])
+    del chunk
+    chunk_means, chunk_variances = torch.stack(means), torch.stack(variances)  # (chunks, N, C)
+    weights = chunk_means.new_tensor(planes)[:, None, None] / sum(planes)
+
+    def pooled(x: Tensor) -> Tensor:
+        """Over the chunks and the channels of a group, (N, C)."""
+        groups = (weights * x).sum(dim=0).unflatten(1, (norm.num_groups, -1))
+        return groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1)
+
+    mean = pooled(chunk_means)
+    variance = pooled(chunk_variances + (chunk_means - mean) ** 2)
+    moments = list(zip(mean.float(), variance.float()))
+    weight, bias = norm.weight.float(), norm.bias.float()
+    slabs = (leaving(kept.popleft()) for _ in range(len(kept)))
+    for chunk in _cut(slabs, 1, limit):
+        samples = [F.batch_norm(x, *of_x, weight, bias, eps=norm.eps) for x, of_x in zip(chunk.split(1), moments)]
+        yield samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _moments(chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each sample and channel, (N, C), float64.
+
+    From batch normalisation of one sample, which reads it much faster than torch.var_mean.
+    """
+    one, zero = (torch.full(chunk.shape[1:2], value, dtype=torch.float32, device=chunk.device) for value in (1, 0))
+    found = [torch.native_batch_norm(x, one, zero, None, None, True, 0.0, 0.0)[1:] for x in chunk.split(1)]
+    means, inverse_deviations = (torch.stack(values).double() for values in zip(*found))
+    return means, inverse_deviations**-2
