@@ -36,13 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bids", type=Path, help="rendered or real brains; phantoms if not given")
     parser.add_argument("--minutes", type=float, default=3, help="of each side")
-    parser.add_argument("--long-minutes", type=float, help="instead: MONAI for so long, ldm3d for 1/20 of it")
+    parser.add_argument("--long-minutes", type=float, help="instead: MONAI for so long, ldm3d for 1/10 and 1/20 of it")
     arguments = parser.parse_args()
     data = load(arguments.bids)
     print(f"{data.name}: {len(data.train)} volumes to train on, {len(data.test)} held out, {tuple(data.train.shape[2:])}")
 
     if long := arguments.long_minutes:
-        name, minutes = f"{data.name}-long", {"ldm3d": (Ours, long / 20), "monai": (Monai, long)}
+        name = f"{data.name}-long"
+        minutes = {"ldm3d 1/20": (Ours, long / 20), "ldm3d": (Ours, long / 10), "monai": (Monai, long)}
     else:
         name, minutes = data.name, {side.name: (side, arguments.minutes) for side in (Ours, Monai, MonaiTuned)}
     sides = {side: make(data, 60 * limit) for side, (make, limit) in minutes.items()}
@@ -52,11 +53,15 @@ def main() -> None:
         rows.append({"data": data.name, "side": side, **found})
         print(f"{side:>12} {found['seconds']:8.0f} {found['step']:6} {found['psnr_db']:8.2f}", flush=True)
         write(f"autoencoder-quality-{name}", rows)
-    last = {row["side"]: row for row in rows}
-    for side in minutes.keys() - {"ldm3d"}:
-        ours, theirs = last["ldm3d"], last[side]
-        difference = ours["psnr_db"] - theirs["psnr_db"]
-        print(f"ldm3d after {ours['seconds']:.0f} s against {side} after {theirs['seconds']:.0f} s: {difference:+.2f} dB")
+    for ours in (row for row in last_rows(rows) if row["side"].startswith("ldm3d")):
+        for theirs in (row for row in rows if row["side"].startswith("monai") and row["step"]):
+            sides = f"{ours['side']} after {ours['seconds']:.0f} s against {theirs['side']} after {theirs['seconds']:.0f} s"
+            print(f"{sides}: {ours['psnr_db'] - theirs['psnr_db']:+.2f} dB")
+
+
+def last_rows(rows: list[dict]) -> list[dict]:
+    """The last row of each side."""
+    return list({row["side"]: row for row in rows}.values())
 
 
 class Side(Training):

@@ -41,7 +41,7 @@ from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate
 from ldm3d.training.run import bf16_is_fast
 
-VOLUMES = 40  # generated at every mark
+VOLUMES = 32  # generated at every mark
 JUDGED = ("ventricular_volume_ml", "brain_volume_ml")
 
 
@@ -99,6 +99,7 @@ class Stage2(Training):
 
     def __init__(self, data: Data, schema: CovariateSchema, autoencoder, limit: float):
         super().__init__(limit)
+        self.marks = [limit / 2, limit]  # figures cost as much as minutes of training
         self.data, self.schema, self.where = data, schema, device()
         self.settings = data.config.diffusion
         self.batch, self.drop = self.settings.training.batch_size, self.settings.drop_covariates

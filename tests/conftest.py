@@ -37,7 +37,9 @@ def tiny_settings(folder: Path) -> dict:
         ],
         "autoencoder": {
             "network": {"latent_channels": 3, "downsampling": 4, "channels": [8, 16], "blocks": 1},
-            "linear_path_steps": 10,
+            # Its orthogonalised steps enlarge rounding where eleven small volumes say nothing, and rounding depends on the
+            # number of processes; test_linear_path.py is about them
+            "linear_path_steps": 0,
             "training": {"steps": 8, "optimizer": "muon", **training, **intervals},
         },
         "diffusion": {

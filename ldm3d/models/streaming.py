@@ -27,13 +27,15 @@ ONEDNN_SIZE = 20480
 
 # What is kept for long is kept in blocks that are beyond what a C library holds back for reuse (32 MiB in glibc): they would
 # lie in between the small ones that come and go, and memory in holes is lost.
-SLAB_BYTES = 40 * 2**20
+SLAB_BYTES = 64 * 2**20
+
+SILU = nn.SiLU(inplace=True)  # of what a norm or a convolution has just made, and nobody else holds
 
 Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
 
 # Between two layers. On a CPU larger chunks are no faster; a GPU needs them to have all of its units at work.
 # (A sleeping generator keeps its variables alive, so layers are mapped functions where they can be.)
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 
 
 @torch.no_grad()
