@@ -19,7 +19,7 @@ from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
 
 MODES = ("auto", "whole", "streamed")
 SAFETY = 1.15  # of an estimate: allocators round up and leave holes
-SMALL = 2**28  # a quarter of a GiB: whatever else is in memory is larger
+SMALL = 2**29  # half a GiB: what PyTorch itself takes
 UNLIMITED = 2**60  # a limit above this is how cgroup v1 spells none
 
 

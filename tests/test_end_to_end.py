@@ -261,9 +261,7 @@ def test_two_processes_train_as_one(experiment, tmp_path, stage):
     )
     for name in whole:
         if name.startswith("model/"):
-            torch.testing.assert_close(
-                shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-            )
+            torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):

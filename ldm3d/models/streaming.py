@@ -11,6 +11,8 @@ freed once it is used. So MONAI's decoders hold two feature maps at a time, and 
 Whole and streamed decoding agree to rounding, not bit for bit; chunks of the same size give the same bits.
 """
 
+import ctypes
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -296,6 +298,7 @@ def _slabs(chunks: Chunks) -> Chunks:
         n = _fitting(chunk, 1, SLAB_BYTES) + 1
         while chunk.shape[2]:
             if slab is None:
+                _return_holes()
                 slab = _empty_like(chunk, n)
             part = chunk[:, :, : n - filled]
             slab.narrow(2, filled, part.shape[2]).copy_(part)
@@ -305,6 +308,13 @@ def _slabs(chunks: Chunks) -> Chunks:
                 slab, filled = None, 0
     if filled:
         yield slab.narrow(2, 0, filled)
+
+
+def _return_holes() -> None:
+    """Give the unused parts of the heap back to the system: up to a quarter of the peak (glibc has a call for it)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def _normalise(
