@@ -61,8 +61,10 @@ def test_few_planes_and_a_batch(planes):
     assert max(differences(network, latents(3, planes, 3, 2, n=2))) < 1e-5
 
 
-def test_half_precision():
-    network = randomised(Autoencoder(3, 4, CHANNELS[4], 2)).bfloat16()
+@pytest.mark.parametrize("kind", ["ours", "monai"])
+def test_half_precision(kind):
+    network = randomised(Autoencoder(3, 4, CHANNELS[4], 2)) if kind == "ours" else monai_network("monai", (4, 8))
+    network.bfloat16()
     z = latents(3, 6, 3, 4).bfloat16()
     exact = decode_streamed(network.float(), z.float())
     whole, streamed = network.bfloat16().decode(z).float(), decode_streamed(network, z, 2500)
@@ -111,6 +113,12 @@ def test_decoders_of_both_libraries(library, name):
 def test_few_planes_and_a_batch_of_monai(planes):
     network = monai_network("monai", (4, 8))
     assert max(differences(network, latents(3, planes, 3, 2, n=2))) < 1e-5
+
+
+def test_double_precision():
+    network = monai_network("monai", (4, 8)).double()
+    z = latents(3, 5, 3, 4).double()
+    torch.testing.assert_close(decode_streamed(network, z, 2500), network.decode(z).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_norm_of_values_far_from_zero():

@@ -6,7 +6,9 @@ connection to the planes that its branch has not answered yet, and everything el
 is approximated or computed twice, there are no seams, and memory grows with the area of a plane, not with the volume.
 
 Group normalisation and attention look at the whole volume: they let everything in, and then out again chunk by chunk, each
-freed once it is used. So MONAI's decoders hold two feature maps at a time, and that is all they hold.
+freed once it is used. MONAI's decoders so hold two feature maps of a residual block at their peak, or one before it.
+
+A generator that waits keeps its variables alive: so layers are functions that are mapped over chunks, wherever they can be.
 
 Whole and streamed decoding agree to rounding, not bit for bit; chunks of the same size give the same bits.
 """
@@ -24,19 +26,18 @@ from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, depth_to_space
 
+Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
+
 # PyTorch leaves float32 convolutions to oneDNN from N C X Y > 20480 on; its own are several times slower
 ONEDNN_SIZE = 20480
 
-# What is kept for long is kept in blocks that are beyond what a C library holds back for reuse (32 MiB in glibc): they would
-# lie in between the small ones that come and go, and memory in holes is lost.
+# What is kept for long is kept in blocks larger than those that the C library takes from its heap (glibc: up to 32 MiB). In
+# between the chunks that come and go they would leave holes, and a hole is memory, too.
 SLAB_BYTES = 64 * 2**20
 
 SILU = nn.SiLU(inplace=True)  # of what a norm or a convolution has just made, and nobody else holds
 
-Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
-
-# Between two layers. On a CPU larger chunks are no faster; a GPU needs them to have all of its units at work.
-# (A sleeping generator keeps its variables alive, so layers are mapped functions where they can be.)
+# Between two layers. Larger ones are no faster on a CPU; a GPU needs them, to have all of its units at work.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 
 
@@ -112,12 +113,12 @@ def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
         case nn.GroupNorm():
             return _normalise(chunks, layer, limit)
         case ResBlock():
-            return _residual([layer.norm, layer.conv1, nn.SiLU(), layer.conv2], layer.skip, chunks, limit)
+            return _residual([layer.norm, layer.conv1, SILU, layer.conv2], layer.skip, chunks, limit)
         case TransformerBlock():
             return _whole(layer, chunks)
     parts = {name for name, _ in layer.named_children()}
     if {"norm1", "conv1", "norm2", "conv2", "nin_shortcut"} == parts:
-        branch = [layer.norm1, nn.SiLU(), layer.conv1, layer.norm2, nn.SiLU(), layer.conv2]
+        branch = [layer.norm1, SILU, layer.conv1, layer.norm2, SILU, layer.conv2]
         return _residual(branch, layer.nin_shortcut, chunks, limit)
     if parts == {"upsample_non_trainable", "postconv"}:  # MONAI
         return _upsample(chunks, layer.postconv.conv, limit)
@@ -129,7 +130,7 @@ def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
         return _through(list(layer.children()), chunks, limit)
     raise InputError(
         f"a decoder with {type(layer).__name__} cannot be streamed, how its planes depend on each other is not known; "
-        'decode it whole (decode="whole")'
+        'decode it whole (decode_mode="whole")'
     )
 
 
@@ -298,7 +299,8 @@ def _slabs(chunks: Chunks) -> Chunks:
         n = _fitting(chunk, 1, SLAB_BYTES) + 1
         while chunk.shape[2]:
             if slab is None:
-                _return_holes()
+                if chunk.device.type == "cpu":
+                    _return_holes()
                 slab = _empty_like(chunk, n)
             part = chunk[:, :, : n - filled]
             slab.narrow(2, filled, part.shape[2]).copy_(part)
@@ -350,8 +352,9 @@ def _normalise(
 
     mean = pooled(chunk_means)
     variance = pooled(chunk_variances + (chunk_means - mean) ** 2)
-    moments = list(zip(mean.float(), variance.float()))
-    weight, bias = norm.weight.float(), norm.bias.float()
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    moments = list(zip(mean.to(dtype), variance.to(dtype)))
+    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
     slabs = (leaving(kept.popleft()) for _ in range(len(kept)))
     for chunk in _cut(slabs, 1, limit):
         samples = [F.batch_norm(x, *of_x, weight, bias, eps=norm.eps) for x, of_x in zip(chunk.split(1), moments)]
@@ -363,7 +366,8 @@ def _moments(chunk: Tensor) -> tuple[Tensor, Tensor]:
 
     From batch normalisation of one sample, which reads it much faster than torch.var_mean.
     """
-    one, zero = (torch.full(chunk.shape[1:2], value, dtype=torch.float32, device=chunk.device) for value in (1, 0))
+    dtype = torch.promote_types(chunk.dtype, torch.float32)  # of weights; half precision comes with these
+    one, zero = (torch.full(chunk.shape[1:2], value, dtype=dtype, device=chunk.device) for value in (1, 0))
     found = [torch.native_batch_norm(x, one, zero, None, None, True, 0.0, 0.0)[1:] for x in chunk.split(1)]
     means, inverse_deviations = (torch.stack(values).double() for values in zip(*found))
     return means, inverse_deviations**-2
