@@ -18,7 +18,7 @@ test: $(VENV)/installed
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-# What two cores can do in a quarter of an hour; MODEL is a trained pipeline, such as the demo's
+# What two cores can do in about 20 minutes; MODEL is a trained pipeline, such as the demo's
 MODEL ?= demo/run/model
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/linear_path.py
