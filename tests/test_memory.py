@@ -8,6 +8,7 @@ from ldm3d import memory
 from ldm3d.errors import InputError
 from ldm3d.memory import LiveBytes, decode_bytes, free_bytes, plan_decode
 from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.models.monai import MonaiAutoencoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -65,6 +66,16 @@ def test_stream_grows_with_the_plane_only(brain):
 
 def test_512_cubed_within_2_gb(brain):
     assert decode_bytes(brain, BIG, CPU, streamed=True) < 2e9
+
+
+def test_group_norm_makes_a_stream_hold_two_maps():
+    """MONAI's block from 128 to 64 channels at full resolution: 128 in all, where a whole decode holds four times that."""
+    network = MonaiAutoencoder(3, [64, 128], blocks=1)
+    z = (1, 3, 80, 56, 40)
+    full = 160 * 112 * 80 * 128 * 4  # bytes of 128 channels at full resolution
+    whole, streamed = (decode_bytes(network, z, CPU, streamed) for streamed in (False, True))
+    assert 1 < streamed / full < 2
+    assert 4 < whole / full < 5.5
 
 
 def test_estimate_leaves_the_network_alone(brain):

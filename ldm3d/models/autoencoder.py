@@ -129,7 +129,7 @@ class Autoencoder(LatentSpace):
         voxels = in_channels * self.stem**3
 
         def level(width: int, coarsest: bool) -> list[nn.Module]:
-            layers: list[nn.Module] = [ResBlock(width, width) for _ in range(blocks)]
+            layers: list[nn.Module] = [ResBlock(width) for _ in range(blocks)]
             if coarsest and attention:
                 layers.append(TransformerBlock(width, head_channels=min(width, 32)))
             return layers

@@ -43,30 +43,29 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(scale-shift(conv(norm(x))))); starts as the identity (or a 1x1x1 convolution).
+    """x + conv(silu(scale-shift(conv(norm(x))))); starts as the identity.
 
     Args:
-        channels, out_channels: in and out.
+        channels: in and out.
         embedding_dim: length of the vector that scales and shifts (Perez et al. 2018); None for a plain block.
     """
 
-    def __init__(self, channels: int, out_channels: int, embedding_dim: int | None = None):
+    def __init__(self, channels: int, embedding_dim: int | None = None):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv1 = nn.Conv3d(channels, out_channels, 3, padding=1)
-        self.conv2 = zero(nn.Conv3d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = zero(nn.Conv3d(channels, channels, 3, padding=1))
         if embedding_dim is not None:
-            self.inner_norm = ChannelNorm(out_channels, elementwise_affine=False)
-            self.scale_shift = zero(nn.Linear(embedding_dim, 2 * out_channels))
+            self.inner_norm = ChannelNorm(channels, elementwise_affine=False)
+            self.scale_shift = zero(nn.Linear(embedding_dim, 2 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """x (N, channels, X, Y, Z), embedding (N, embedding_dim) -> (N, out_channels, X, Y, Z)."""
+        """x (N, channels, X, Y, Z), embedding (N, embedding_dim) -> (N, channels, X, Y, Z)."""
         h = self.conv1(self.norm(x))
         if embedding is not None:
             scale, shift = self.scale_shift(embedding)[..., None, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, self.inner_norm(h), 1 + scale)
-        return self.skip(x) + self.conv2(nn.functional.silu(h))
+        return x + self.conv2(nn.functional.silu(h))
 
 
 class TransformerBlock(nn.Module):

@@ -113,7 +113,7 @@ def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
         case nn.GroupNorm():
             return _normalise(chunks, layer, limit)
         case ResBlock():
-            return _residual([layer.norm, layer.conv1, SILU, layer.conv2], layer.skip, chunks, limit)
+            return _residual([layer.norm, layer.conv1, SILU, layer.conv2], nn.Identity(), chunks, limit)
         case TransformerBlock():
             return _whole(layer, chunks)
     parts = {name for name, _ in layer.named_children()}

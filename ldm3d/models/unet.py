@@ -151,7 +151,7 @@ class UNet(LatentUNet):
             def block() -> Block:
                 cross = context_dim if self.num_covariates else None
                 transformer = TransformerBlock(width, head_channels, cross, attention_backend) if attend else None
-                return Block(ResBlock(width, width, embedding_dim), transformer)
+                return Block(ResBlock(width, embedding_dim), transformer)
 
             return nn.ModuleList(block() for _ in range(blocks))
 
