@@ -25,7 +25,7 @@ def brain():
 
 def test_bytes_alive_by_hand():
     x = torch.empty(1000, device="meta")
-    with LiveBytes(copies_for_convolution=False) as counter:
+    with LiveBytes(CUDA) as counter:
         a = x + 1  # 4000
         b = a.double()  # + 8000
         del a
@@ -39,12 +39,18 @@ def test_bytes_alive_by_hand():
 
 @pytest.mark.parametrize("memory_format, copies", [(torch.contiguous_format, 2), (torch.channels_last_3d, 0)])
 def test_copies_of_a_convolution(memory_format, copies):
-    """The output, and what oneDNN copies when channels do not come last."""
+    """The output, with the holes beside it, and what oneDNN copies when channels do not come last."""
     conv = nn.Conv3d(4, 4, 3, padding=1, device="meta").to(memory_format=memory_format)
     x = torch.empty(1, 4, 10, 10, 10, device="meta").contiguous(memory_format=memory_format)
-    with torch.no_grad(), LiveBytes(copies_for_convolution=True) as counter:
+    with torch.no_grad(), LiveBytes(CPU) as counter:
         conv(x)
-    assert counter.peak == (1 + copies) * x.nbytes
+    assert counter.peak == pytest.approx((1 + memory.HOLES + copies) * x.nbytes, abs=1)
+
+
+def test_large_blocks_leave_no_holes():
+    with LiveBytes(CPU) as counter:
+        x = torch.empty(memory.HEAP_BLOCK + 1, dtype=torch.uint8, device="meta")
+    assert counter.peak == x.nbytes
 
 
 def test_whole_decode_by_hand(brain):
