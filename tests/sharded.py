@@ -39,7 +39,9 @@ def main(folder: Path, kind: str) -> None:
     dist.init_process_group("gloo")
     network, ema, settings = start(kind)
     settings_json = {"kind": kind}
-    restored = checkpoint.restore(folder, {"model": network, "ema": ema.network}, settings_json)
+    newest = [checkpoint.newest_intact(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(newest)
+    restored = checkpoint.restore(folder, newest[0], {"model": network, "ema": ema.network}, settings_json)
     network.to(memory_format=torch.contiguous_format)
     for module in network.modules():
         if isinstance(module, ResBlock):

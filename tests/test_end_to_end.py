@@ -50,7 +50,7 @@ def test_training_leaves_what_it_promises(experiment):
         assert (folder / "preview-00000008.png").stat().st_size > 10_000
         assert (folder / "curves.png").is_file()
         assert list(folder.rglob("events.out.tfevents*"))
-        assert [f.name for f in checkpoints(folder)] == ["step-00000008"]
+        assert [f.name for f in checkpoints(folder)] == ["step-00000004", "step-00000008"]
     assert not [p for p in experiment.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
@@ -254,7 +254,7 @@ def test_two_processes_train_as_one(experiment, tmp_path, stage):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path))
     assert len(one) == len(two) == 4
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     whole, shared = (
         load_file(f / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors")
         for f in (experiment / "run", tmp_path)

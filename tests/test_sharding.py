@@ -22,7 +22,7 @@ def test_a_sharded_run_interrupted_once_ends_as_a_whole_one(tmp_path, kind):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, program, tmp_path, kind], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    tensors, state = checkpoint.load_checkpoint(tmp_path)
+    tensors, state = checkpoint.load_checkpoint(tmp_path, 4)
     assert state["step"] == 4
 
     network, ema, settings = start(kind)

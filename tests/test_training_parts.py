@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -444,7 +445,7 @@ def save(run, step, net, ema, optimizer, best=None, described=SETTINGS):
 
 def restore(run, net, ema, optimizer, described=SETTINGS):
     """As the training loops do: networks first, optimisers second; gives the state."""
-    restored = checkpoint.restore(run, {"model": net, "ema": ema.network}, described)
+    restored = checkpoint.restore(run, checkpoint.newest_intact(run), {"model": net, "ema": ema.network}, described)
     if restored is None:
         return None
     checkpoint.restore_optimizers(restored[0], {"optimizer": (net, optimizer)})
@@ -499,7 +500,7 @@ def test_restored_run_goes_on_on_a_gpu(tmp_path, kind):
 
 
 def test_new_run_has_nothing_to_restore(tmp_path):
-    assert checkpoint.load_checkpoint(tmp_path) is None
+    assert checkpoint.newest_intact(tmp_path) is None
     assert restore(tmp_path, *run_of("adamw")) is None
 
 
@@ -507,17 +508,19 @@ def kept(run):
     return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(run)]
 
 
-def test_last_and_best_are_kept(tmp_path):
+def test_the_last_two_and_the_best_are_kept(tmp_path):
     parts = run_of("adamw")
     history = []
     for step, best in [(2, None), (4, 4), (6, 4), (8, 4), (10, 10), (12, 10)]:
         save(tmp_path, step, *parts, best=best)
         history.append(kept(tmp_path))
-    assert history == [[2], [4], [4, 6], [4, 8], [10], [10, 12]]
-    assert checkpoint.load_checkpoint(tmp_path)[1]["step"] == 12
+    assert history == [[2], [2, 4], [4, 6], [4, 6, 8], [8, 10], [10, 12]]
+    assert checkpoint.newest_intact(tmp_path) == 12
     assert checkpoint.load_checkpoint(tmp_path, 10)[1]["step"] == 10
     assert not list((tmp_path / "checkpoints").glob("partial-*"))
-    assert {path.name for path in (tmp_path / "checkpoints/step-00000012").iterdir()} == {"tensors.safetensors", "state.json"}
+    last = tmp_path / "checkpoints/step-00000012"
+    assert {path.name for path in last.iterdir()} == {"tensors.safetensors", "state.json", "SHA256SUMS"}
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=last, check=True)
 
 
 def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
@@ -525,7 +528,7 @@ def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 2, *parts)
     train(*parts, range(1))
     save(tmp_path, 2, *parts)
-    tensors, _ = checkpoint.load_checkpoint(tmp_path)
+    tensors, _ = checkpoint.load_checkpoint(tmp_path, 2)
     assert torch.equal(tensors["model"]["conv_in.bias"], parts[0].conv_in.bias)
 
 
@@ -543,28 +546,49 @@ def test_interrupted_write_is_ignored(tmp_path):
     assert not partial.exists()
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [("tensors.safetensors", b"\x08\x00"), ("tensors.safetensors", None), ("state.json", b"{"), ("state.json", None)],
-)
-def test_damaged_checkpoint(tmp_path, name, content):
-    parts = run_of("adamw")
-    save(tmp_path, 2, *parts)
-    path = tmp_path / "checkpoints/step-00000002" / name
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"step-00000002 is damaged .*delete it to go on from the one before"):
-        restore(tmp_path, *parts)
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-def test_truncated_checkpoint(tmp_path):
-    parts = run_of("adamw")
-    save(tmp_path, 2, *parts)
-    path = tmp_path / "checkpoints/step-00000002/tensors.safetensors"
+def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="is damaged"):
-        restore(tmp_path, *parts)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "SHA256SUMS"])
+def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path, capsys, name, damage):
+    parts = run_of("adamw")
+    train(*parts, range(1))
+    save(tmp_path, 2, *parts)
+    expected = copy.deepcopy(parts[0].state_dict())
+    train(*parts, range(1, 2))
+    save(tmp_path, 4, *parts)
+    damage(tmp_path / "checkpoints/step-00000004" / name)
+    assert restore(tmp_path, *parts)["step"] == 2
+    assert equal(parts[0].state_dict(), expected)
+    message = capsys.readouterr().out
+    assert "step-00000004 is damaged" in message and name in message
+    assert kept(tmp_path) == [2]
+    assert restore(tmp_path, *parts)["step"] == 2 and capsys.readouterr().out == ""  # said once
+    damage(tmp_path / "checkpoints/step-00000002" / name)
+    assert restore(tmp_path, *parts) is None  # from the start
+
+
+def test_a_damaged_best_checkpoint_leaves_the_last(tmp_path, capsys):
+    parts = run_of("adamw")
+    save(tmp_path, 2, *parts, best=2)
+    saved = parts[1].network.conv_in.bias.clone()
+    train(*parts, range(2))
+    last = parts[1].network.conv_in.bias.clone()
+    assert checkpoint.load_best(tmp_path, None, parts[1].network) is None
+    assert checkpoint.load_best(tmp_path, {"step": 2}, parts[1].network) == {"step": 2}
+    assert torch.equal(parts[1].network.conv_in.bias, saved)
+    parts[1].network.conv_in.bias.copy_(last)
+    flip_a_bit(tmp_path / "checkpoints/step-00000002/tensors.safetensors")
+    assert checkpoint.load_best(tmp_path, {"step": 2}, parts[1].network) is None
+    assert torch.equal(parts[1].network.conv_in.bias, last) and "taking the last" in capsys.readouterr().out
 
 
 def changed(**training):
@@ -661,11 +685,13 @@ def test_missing_cache(tmp_path):
 def test_interrupted_encoding_leaves_no_cache(tmp_path):
     cached(tmp_path)
 
-    def fail(_):
-        raise KeyboardInterrupt
+    def load(key):
+        if key == "2":
+            raise KeyboardInterrupt
+        return np.zeros((4, 4, 4), dtype=np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        write_latents(tmp_path, pd.DataFrame({"key": ["1"]}), fail, fail, ORIGIN)
+        write_latents(tmp_path, pd.DataFrame({"key": ["1", "2"]}), load, lambda volumes: volumes, ORIGIN, batch_size=1)
     assert not is_fresh(tmp_path, ORIGIN)
 
 

@@ -5,6 +5,7 @@ FOLDER/scans.tsv      the table of prepared scans, with splits and covariates
 FOLDER/latents.json   what the cache was made from; another origin is a stale cache
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm3d.errors import InputError
+from ldm3d.processes import ALONE, Processes
 
 MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
 
@@ -27,6 +29,7 @@ def write_latents(
     encode: Callable[[NDArray], NDArray],
     origin: Mapping[str, str],
     batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> None:
     """Encode all scans and write the cache; latents.json comes last, so a half-written cache is never taken for one.
 
@@ -36,18 +39,31 @@ def write_latents(
         load: key -> volume (X, Y, Z).
         encode: volumes (N, 1, X, Y, Z) -> moments (N, 2c, x, y, z), float32.
         origin: name -> fingerprint of everything the moments follow from.
+        batch_size: scans at a time.
+        processes: that share the work; all of them have to call this.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ORIGIN).unlink(missing_ok=True)
-    array = None
     keys = list(scans["key"])
-    for first in tqdm(range(0, len(keys), batch_size), desc="encode", unit="batch"):
-        moments = encode(np.stack([load(key) for key in keys[first : first + batch_size]])[:, None])
-        if array is None:
-            shape = (len(keys), *moments.shape[1:])
-            array = np.lib.format.open_memmap(folder / MOMENTS, mode="w+", dtype=np.float32, shape=shape)
+    firsts = processes.share(range(0, len(keys), batch_size))
+    encoded = ((first, encode(np.stack([load(key) for key in keys[first : first + batch_size]])[:, None])) for first in firsts)
+    start = list(itertools.islice(encoded, 1))  # none where there are more processes than batches
+    shape = processes.gather(start[0][1].shape[1:] if start else None)[0]
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ORIGIN).unlink(missing_ok=True)
+        np.lib.format.open_memmap(folder / MOMENTS, mode="w+", dtype=np.float32, shape=(len(keys), *shape)).flush()
+    processes.wait()
+    array = np.lib.format.open_memmap(folder / MOMENTS, mode="r+")
+    bar = tqdm(itertools.chain(start, encoded), desc="encode", unit="batch", total=len(firsts), disable=not processes.is_main)
+    for first, moments in bar:
         array[first : first + len(moments)] = moments
     array.flush()
+    processes.wait()
+    if processes.is_main:
+        _finish(folder, scans, origin)
+    processes.wait()
+
+
+def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:
     scans.to_csv(folder / SCANS, sep="\t", index=False, na_rep="n/a")
     partial = folder / f"{ORIGIN}.partial"
     partial.write_text(json.dumps(dict(origin), indent=2) + "\n")

@@ -5,13 +5,14 @@ uninterrupted run on one process reads.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm3d.errors import InputError
+from ldm3d.preemption import ignore_signals
 
 
 def generator(*position: int | str) -> torch.Generator:
@@ -59,11 +60,20 @@ class TrainingBatches(Dataset):
         size = self.batch_size // (self.accumulation * self.world)
         first = (part * self.world + self.rank) * size
         rows = range(first, first + size)
-        samples = [self.read(self._sample(step * self.batch_size + row), generator(self.seed, step, row)) for row in rows]
+        try:
+            samples = [self.read(self._sample(step * self.batch_size + row), generator(self.seed, step, row)) for row in rows]
+        except InputError as error:
+            if get_worker_info() is None:
+                raise
+            return error  # an exception would arrive with the worker's traceback for its message
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         offset = torch.rand((), generator=generator(self.seed, step, self.batch_size))
         batch["quantile"] = (torch.tensor(rows) / self.batch_size + offset) % 1
         return batch
+
+    def samples(self, step: int) -> list[int]:
+        """The samples that all processes together read at a step."""
+        return [self._sample(step * self.batch_size + row) for row in range(self.batch_size)]
 
     def _sample(self, position: int) -> int:
         """The sample at a position in the endless sequence of epochs."""
@@ -74,11 +84,12 @@ class TrainingBatches(Dataset):
             self._epoch, self._order = epoch, order
         return int(self._order[place])
 
-    def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> DataLoader:
+    def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
         """Batches of steps first_step to last_step - 1, read ahead by `workers` processes."""
         micro_batches = range(first_step * self.accumulation, last_step * self.accumulation)
-        return DataLoader(
+        batches = DataLoader(
             self,
+            worker_init_fn=ignore_signals,
             batch_size=None,
             sampler=micro_batches,
             num_workers=workers,
@@ -86,3 +97,7 @@ class TrainingBatches(Dataset):
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,
         )
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch

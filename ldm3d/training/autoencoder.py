@@ -6,6 +6,9 @@ Reads prepared volumes, writes OUTPUT/autoencoder-training (checkpoints, metrics
 end, OUTPUT/autoencoder with the latents' statistics in it. Started again with the same command it goes on.
 """
 
+import math
+import os
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -16,24 +19,39 @@ from ldm3d.data.loading import TrainingBatches
 from ldm3d.data.preprocess import load_prepared, read_scan_table
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.evaluation.metrics import psnr
-from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network
+from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
+from ldm3d.training.run import (
+    FiniteSteps,
+    Metrics,
+    agreed,
+    asked_to_stop,
+    circumstances,
+    leave,
+    parse_command_line,
+    progress_bar,
+    ready_to_spread,
+    same_start,
+    say_changes,
+    start_accelerator,
+)
 from ldm3d.training.sharding import whole
 
 MAX_VALIDATION = 64  # volumes; more would not change which checkpoint is best
 
 
-def train(config: Config) -> None:
-    """Run, or go on with, the training that the config describes."""
+def train(config: Config, stop: Stop) -> None:
+    """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
     settings, training, run = config.autoencoder, config.autoencoder.training, config.autoencoder_run
     scans = read_scan_table(config)
     keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
+    subjects = list(scans.loc[scans["split"] == "train", "subject"])
     if not keys["train"]:
         raise InputError(f"no scan in the training split of {config.prepared_folder}; lower data.splits")
     accelerator = start_accelerator(training, run, config.seed)
@@ -46,19 +64,18 @@ def train(config: Config) -> None:
     adversary = adversary_optimizer = None
     if settings.adversarial:
         adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
-        adversary_optimizer = torch.optim.AdamW(adversary.parameters(), settings.adversarial.learning_rate, (0.5, 0.9))
+        rate = settings.adversarial.learning_rate
+        adversary_optimizer = torch.optim.AdamW(adversary.parameters(), rate, (0.5, 0.9), fused=True)
         networks["adversary"] = adversary
     perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device) if settings.perceptual else None
 
     described = {"autoencoder": settings.model_dump(mode="json"), "grid": config.data.grid.model_dump(mode="json")}
     described["seed"] = config.seed
-    restored = checkpoint.restore(run, networks, described)
+    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
+    restored = checkpoint.restore(run, newest, networks, described)
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
     if restored is None and settings.network.linear_path:
-        count = volumes_for(config.data.grid.shape)
-        chosen = keys["train"][:: max(1, len(keys["train"]) // count)][:count]
-        volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
-        train_linear_path(model, volumes, settings.linear_path_steps, config.seed, accelerator.autocast)
+        start_from_linear_path(model, config, keys["train"], accelerator)
         load_weights(ema.network, model.state_dict(), "the linear path")
 
     latent_shape = model.latent_shape(config.data.grid.shape)
@@ -75,6 +92,13 @@ def train(config: Config) -> None:
         adversary, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
+        say_changes(restored[1]["circumstances"], accelerator)
+    finite = FiniteSteps(
+        accelerator,
+        training.max_skipped_steps,
+        lambda step: [subjects[sample] for sample in batches.samples(step)],
+        restored[1]["skipped_steps"] if restored else 0,
+    )
     metrics = Metrics(run, accelerator, step)
     bar = progress_bar(accelerator, "autoencoder", step, training.steps)
 
@@ -100,17 +124,18 @@ def train(config: Config) -> None:
                     fooled = adversary(None, reconstruction)
                 loss = loss + settings.adversarial.weight * fooled.float()
             accelerator.backward(loss)
-            gradient_norm = None
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-            optimizer.step()
+                finite.step(optimizer, step, gradient_norm, loss)
             optimizer.zero_grad()
             if adversarial:
                 adversary.requires_grad_(True)
                 with accelerator.autocast():
                     caught = adversary(volume, reconstruction.detach())
                 accelerator.backward(caught.float())
-                adversary_optimizer.step()
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(adversary.parameters(), math.inf)
+                    finite.step(adversary_optimizer, step, norm, caught)
                 adversary_optimizer.zero_grad()
         parts = {"loss": loss, "l1": l1, "kl_per_voxel": kl}
         if adversarial:
@@ -129,6 +154,7 @@ def train(config: Config) -> None:
             logged["gradient_norm"] = whole(gradient_norm)
             row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
             row["learning_rate"] = learning_rate(step - 1, training)
+            row["skipped_steps"] = finite.check()
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
         logged = {}
         if keys["validation"] and (step % training.validate_every == 0 or last):
@@ -138,8 +164,11 @@ def train(config: Config) -> None:
                 best = {"step": step, "psnr_db": quality}
         if row:
             metrics.add(step, row)
-        if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
-            state = {"best": best, "settings": described}
+        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
+        if step % training.checkpoint_every == 0 or last or stopping or (best and best["step"] == step):
+            metrics.to_disk()
+            kept = {"settings": described, "circumstances": circumstances(accelerator)}
+            state = {"best": best, **finite.state(), **kept}
             best_step = best and best["step"]
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
@@ -147,16 +176,33 @@ def train(config: Config) -> None:
             shown = (keys["validation"] or keys["train"])[:4]
             draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
             metrics.draw()
+        if stopping:
+            leave(stop, run, step, accelerator)
     bar.close()
+    metrics.close()
     export(config, ema.network, keys["train"], best, accelerator)
     accelerator.end_training()
 
 
+def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], accelerator: Accelerator) -> None:
+    """Fit the linear path to some volumes: the main process does, on the cores of all, and gives it to the others.
+
+    So one process and several start from the same bits.
+    """
+    if accelerator.is_main_process:
+        count = volumes_for(config.data.grid.shape)
+        chosen = keys[:: max(1, len(keys) // count)][:count]
+        volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        train_linear_path(model, volumes, config.autoencoder.linear_path_steps, config.seed, accelerator.autocast)
+        torch.set_num_threads(threads)
+    same_start(model)
+
+
 def export(config: Config, network: LatentSpace, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
     """Write the best averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
-    if best:
-        tensors, _ = checkpoint.load_checkpoint(config.autoencoder_run, best["step"])
-        load_weights(network, tensors["ema"], config.autoencoder_run)
+    best = checkpoint.load_best(config.autoencoder_run, best, network)
     # Sums over this process's share, then over all: (sum, sum of squares) of c channels, and how many values
     count, total = 0, torch.zeros(2, network.latent_channels, dtype=torch.float64)
     with torch.no_grad(), accelerator.autocast():
@@ -212,7 +258,8 @@ def draw_reconstructions(network: LatentSpace, config: Config, keys: list[str], 
 
 @exit_on_input_error
 def main() -> None:
-    train(parse_command_line("Train the autoencoder of an experiment (stage 1).", "autoencoder"))
+    with preemption() as stop:
+        train(parse_command_line("Train the autoencoder of an experiment (stage 1).", "autoencoder"), stop)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 RUN/checkpoints/step-00000500/tensors.safetensors   weights, averages and optimiser states, by name
                               state.json            the step, figures so far, settings
-Two are kept: the last and the best.
+                              SHA256SUMS            of both, as `sha256sum --check` reads them
+Three are kept: the last two, for the last may turn out to be damaged, and the best.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.errors import InputError
+from ldm3d.errors import FULL, InputError
 from ldm3d.models.pretrained import load_weights
 from ldm3d.training.sharding import spread_like, whole
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 # Changing these between two starts of a run is fine; any other setting makes it another run
-FREE_SETTINGS = ("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers")
+FREE_SETTINGS = ("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps")
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -80,23 +82,29 @@ def save_checkpoint(
         return
     folder = _folder(run, step)
     partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.parent.glob("partial-*"):
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / TENSORS)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+        (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (TENSORS, STATE)))
+        for path in (*partial.iterdir(), partial):
+            _to_disk(path)
+    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        shutil.rmtree(partial)
         raise InputError(
             f"cannot write {partial}: {error}; free some space and run the same command again: it goes on from the "
             "checkpoint before, which is untouched"
         ) from None
-    (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    for name in (TENSORS, STATE):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    _to_disk(folder.parent)
+    recent = checkpoints(run)[-2:]
     for other in checkpoints(run):
-        if other not in (folder, _folder(run, best_step or step)):
+        if other not in (*recent, _folder(run, best_step or step)):
             shutil.rmtree(other)
 
 
@@ -104,24 +112,71 @@ def _folder(run: Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Checkpoints of a run, oldest first."""
     return sorted((Path(run) / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(run: Path, step: int | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(tensors by the names given to `save_checkpoint`, state) of a step, or of the last checkpoint; None if there is none.
+def newest_intact(run: Path) -> int | None:
+    """The step of the newest checkpoint that is what was written; None if there is none. One process may call this.
+
+    Damaged ones are said, and set aside under another name.
+    """
+    for folder in reversed(checkpoints(run)):
+        damage = _damage(folder)
+        if damage is None:
+            return int(folder.name.removeprefix("step-"))
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(f"checkpoint {folder} is damaged ({damage}): set aside as {aside.name}, taking the one before", flush=True)
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its checksums; None if nothing is."""
+    try:
+        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
+    except (OSError, ValueError):
+        sums = {}
+    if sums.keys() != {TENSORS, STATE}:
+        return f"{SUMS} is missing or not what was written"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} or {SUMS} is not what was written"
+    return None
+
+
+def load_checkpoint(run: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(tensors by the names given to `save_checkpoint`, state) of a step.
 
     Raises:
-        InputError: damaged.
+        InputError: missing or damaged.
     """
-    found = checkpoints(run) if step is None else [_folder(run, step)]
-    if not found:
-        return None
+    folder = _folder(run, step)
     try:
-        flat, state = load_file(found[-1] / TENSORS), json.loads((found[-1] / STATE).read_text())
-    except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise InputError(f"checkpoint {found[-1]} is damaged ({error}); delete it to go on from the one before") from None
+        flat, state = load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(
+            f"checkpoint {folder} cannot be read ({error}). All processes must see the same folder; if they do, delete this "
+            "checkpoint to go on from another"
+        ) from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, value in flat.items():
         owner, _, key = name.partition("/")
@@ -130,17 +185,18 @@ def load_checkpoint(run: Path, step: int | None = None) -> tuple[dict[str, dict[
 
 
 def restore(
-    run: Path, networks: Mapping[str, nn.Module], settings: Mapping[str, Any]
+    run: Path, step: int | None, networks: Mapping[str, nn.Module], settings: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Bring networks to the last checkpoint; its tensors by name, for `restore_optimizers`, and its state. None if new.
+    """Bring networks to the checkpoint of a step; its tensors by name, for `restore_optimizers`, and its state.
+
+    None if `step`, from `newest_intact`, is.
 
     Raises:
         InputError: the checkpoint was made with other settings; the message lists which.
     """
-    loaded = load_checkpoint(run)
-    if loaded is None:
+    if step is None:
         return None
-    tensors, state = loaded
+    tensors, state = load_checkpoint(run, step)
     changed = differences(state["settings"], settings)
     if changed:
         raise InputError(
@@ -150,6 +206,18 @@ def restore(
     for name, network in networks.items():
         load_weights(network, tensors[name], run)
     return tensors, state
+
+
+def load_best(run: Path, best: Mapping[str, Any] | None, network: nn.Module) -> Mapping[str, Any] | None:
+    """Bring the averaged network of a finished run to its best checkpoint; None, and a word, if it must stay at the last."""
+    if best is None:
+        return None
+    damage = _damage(_folder(run, best["step"]))
+    if damage:
+        print(f"the best checkpoint, step {best['step']}, is damaged ({damage}): taking the last one", flush=True)
+        return None
+    load_weights(network, load_checkpoint(run, best["step"])[0]["ema"], run)
+    return best
 
 
 def restore_optimizers(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm3d import figures
 from ldm3d.config import Config
-from ldm3d.covariates import CovariateSchema, drop_covariates
+from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
 from ldm3d.data.loading import TrainingBatches, generator
 from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
@@ -20,20 +20,33 @@ from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
-from ldm3d.models.pretrained import load_weights, make_network
+from ldm3d.models.pretrained import make_network
 from ldm3d.models.unet import TIMESTEPS, LatentUNet, pad_to
-from ldm3d.pipeline import Pipeline, Sampling, describe
+from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ldm3d.training.run import Metrics, parse_command_line, progress_bar, ready_to_spread, start_accelerator
+from ldm3d.training.run import (
+    FiniteSteps,
+    Metrics,
+    agreed,
+    asked_to_stop,
+    circumstances,
+    leave,
+    parse_command_line,
+    progress_bar,
+    ready_to_spread,
+    say_changes,
+    start_accelerator,
+)
 from ldm3d.training.sharding import whole
 
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 
 
-def train(config: Config) -> None:
-    """Run, or go on with, the training that the config describes."""
+def train(config: Config, stop: Stop) -> None:
+    """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
     settings, training, run = config.diffusion, config.diffusion.training, config.diffusion_run
     origin = latents_origin(config)
     autoencoder = LatentSpace.from_pretrained(config.autoencoder_folder)
@@ -63,7 +76,8 @@ def train(config: Config) -> None:
         "latents": origin,
         "seed": config.seed,
     }
-    restored = checkpoint.restore(run, networks, as_json(described))
+    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
+    restored = checkpoint.restore(run, newest, networks, as_json(described))
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
 
     def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -83,6 +97,13 @@ def train(config: Config) -> None:
     optimizers = {"optimizer": (network, optimizer.optimizer)}
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
+        say_changes(restored[1]["circumstances"], accelerator)
+    finite = FiniteSteps(
+        accelerator,
+        training.max_skipped_steps,
+        lambda step: [scans["subject"][split["train"][sample]] for sample in batches.samples(step)],
+        restored[1]["skipped_steps"] if restored else 0,
+    )
     metrics = Metrics(run, accelerator, step)
     bar = progress_bar(accelerator, "diffusion", step, training.steps)
 
@@ -100,10 +121,9 @@ def train(config: Config) -> None:
         with accelerator.accumulate(model):
             loss = diffusion_loss(model, process, settings, x, batch["noise"], t, context, accelerator)
             accelerator.backward(loss)
-            gradient_norm = None
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-            optimizer.step()
+                finite.step(optimizer, step, gradient_norm, loss)
             optimizer.zero_grad()
         logged += loss.detach() / training.accumulation
         if not accelerator.sync_gradients:
@@ -118,6 +138,7 @@ def train(config: Config) -> None:
             values = {"loss": logged, "gradient_norm": whole(gradient_norm)}
             row = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
             row["learning_rate"] = learning_rate(step - 1, training)
+            row["skipped_steps"] = finite.check()
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
@@ -129,8 +150,11 @@ def train(config: Config) -> None:
                 best = {"step": step, "validation_loss": row["validation_loss"]}
         if row:
             metrics.add(step, row)
-        if step % training.checkpoint_every == 0 or last or (best and best["step"] == step):
-            state = {"best": best, "settings": as_json(described)}
+        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
+        if step % training.checkpoint_every == 0 or last or stopping or (best and best["step"] == step):
+            metrics.to_disk()
+            kept = {"settings": as_json(described), "circumstances": circumstances(accelerator)}
+            state = {"best": best, **finite.state(), **kept}
             best_step = best and best["step"]
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
@@ -138,11 +162,12 @@ def train(config: Config) -> None:
             pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
             draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
             metrics.draw()
+        if stopping:
+            leave(stop, run, step, accelerator)
     bar.close()
+    metrics.close()
     if accelerator.is_main_process:
-        if best:
-            tensors, _ = checkpoint.load_checkpoint(run, best["step"])
-            load_weights(ema.network, tensors["ema"], run)
+        best = checkpoint.load_best(run, best, ema.network)
         make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
         save_experiment(config, config.model_folder)
         chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
@@ -224,7 +249,8 @@ def as_json(values):
 
 @exit_on_input_error
 def main() -> None:
-    train(parse_command_line("Train the diffusion model of an experiment (stage 2).", "diffusion"))
+    with preemption() as stop:
+        train(parse_command_line("Train the diffusion model of an experiment (stage 2).", "diffusion"), stop)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""Being asked to stop: SIGTERM, and the SIGUSR1 that Slurm sends some minutes before a job's time is up."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+REQUEUE = 75  # exit code: stopped as asked, start the same command again (EX_TEMPFAIL of sysexits.h)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+@dataclass
+class Stop:
+    """Whether one of `SIGNALS` has come since `preemption` was entered, and which."""
+
+    signal: str | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+
+def ignore_signals(*_: object) -> None:
+    """For processes that only serve another one: the signals reach all of a job, and that one decides when to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def preemption() -> Iterator[Stop]:
+    """Within it, `SIGNALS` do not end the process: they are noted in what it gives, for the work to stop where it can."""
+    stop = Stop()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        stop.signal = signal.Signals(number).name
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,88 @@
+"""The processes that a command was started as: by torchrun, by accelerate launch, or by srun with their variables set."""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ldm3d.errors import InputError
+
+PATIENCE = datetime.timedelta(days=1)  # shares of the work differ; if a process dies, the launcher ends the others
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process's view: its number, and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence) -> Sequence:
+        """What this process takes of `items`: every world-th."""
+        return items[self.rank :: self.world]
+
+    def gather(self, value: Any) -> list:
+        """The values of all processes, in their order; every process has to call it, and waits for the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def merge(self, shares: Sequence) -> list:
+        """The inverse of `share`: the items of all processes, whole again, on every one of them."""
+        parts = self.gather(list(shares))
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.gather(None)
+
+
+ALONE = Processes()
+
+
+def started_processes() -> Processes:
+    """Find the others, and make ready to talk to them.
+
+    Raises:
+        InputError: `accelerate launch` was asked for several processes and started one.
+    """
+    check_all_started()
+    found = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if found.world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        torch.set_num_threads(cores_each())  # torchrun says one, whatever the machine has
+    return found
+
+
+def cores_each() -> int:
+    """Cores for each of the processes on this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def own_device() -> str:
+    """The GPU of this process where there are any, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def check_all_started() -> None:
+    """Raise InputError where accelerate launch was asked for several processes and started one.
+
+    With --cpu and no MPI hostfile it does, however many it was asked for. All that it leaves behind of the wish is the
+    address at which they should have met.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "accelerate launch was asked for several processes and started one; for several CPU processes use "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m MODULE ..."
+        )
