@@ -37,9 +37,7 @@ def tiny_settings(folder: Path) -> dict:
         ],
         "autoencoder": {
             "network": {"latent_channels": 3, "downsampling": 4, "channels": [8, 16], "blocks": 1},
-            # Its orthogonalised steps enlarge rounding where eleven small volumes say nothing, and rounding depends on the
-            # number of processes; test_linear_path.py is about them
-            "linear_path_steps": 0,
+            "linear_path_steps": 20,
             "training": {"steps": 8, "optimizer": "muon", **training, **intervals},
         },
         "diffusion": {
