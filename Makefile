@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long bench lint clean
+.PHONY: demo test test-long torture bench lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -17,6 +17,10 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# Kills, full disks, damaged and hostile files; the table goes into docs/reliability.md
+torture: $(VENV)/installed
+	cd tests && ../$(BIN)/python -m torture --write ../docs/reliability.md
 
 # What two cores can do in about 20 minutes; MODEL is a trained pipeline, such as the demo's
 MODEL ?= demo/run/model

@@ -160,7 +160,8 @@ class Stage2(Training):
 
     def figures(self) -> dict[str, float]:
         grid = Grid.centred(self.data.config.data.grid.shape, self.data.config.data.grid.spacing_mm)
-        pipeline = Pipeline(self.autoencoder, self.average.network, self.schema, grid, self.process, self.target)
+        networks = self.autoencoder, self.average.network
+        pipeline = Pipeline(*networks, self.schema, grid, self.process, self.target, threads=None)
         rows = pipeline.parse([self.data.test_rows[i % len(self.data.test_rows)] for i in range(VOLUMES)])
         with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
             volumes = [volume.copy() for volume in pipeline.volumes(rows, self.sampling())]

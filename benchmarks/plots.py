@@ -148,6 +148,33 @@ def full_size(rows: list[dict]) -> Figure | None:
     return figure
 
 
+def scaling(rows: list[dict]) -> Figure:
+    """Measured steps beside the model's; and what the model says of many GPUs."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    check, projection = figure.subplots(1, 2)
+    checks = [row for row in rows if row["kind"] == "check"]
+    for colour, processes in zip(COLOURS, sorted({row["processes"] for row in checks})):
+        shown = [row for row in checks if row["processes"] == processes]
+        batches = [row["batch"] for row in shown]
+        check.plot(batches, [row["measured"] for row in shown], "o", color=colour, label=f"{processes} process(es), measured")
+        check.plot(batches, [row["predicted"] for row in shown], "-", color=colour, label="the model")
+    finish(check, "batch of each process", "seconds a step")
+    for colour, name in zip(COLOURS, dict.fromkeys(row["batch"] for row in rows if row["kind"] == "projection")):
+        shown = [row for row in rows if row["kind"] == "projection" and row["batch"] == name]
+        curve(
+            projection,
+            shown,
+            "gpus",
+            "samples_per_second",
+            f"global batch {name}" if name.isdigit() else f"batch {name}",
+            colour,
+        )
+    projection.set_xscale("log", base=2)
+    projection.set_yscale("log")
+    finish(projection, "H100 GPUs (assumed figures)", "samples a second")
+    return figure
+
+
 def curve(axis: Axes, rows: list[dict], x: str, y: str, label: str, colour: str) -> None:
     rows = sorted(rows, key=lambda row: row[x])
     if rows:
@@ -177,6 +204,7 @@ PLOTS: dict[str, Callable[[list[dict]], Figure | None]] = {
     "attention": attention,
     "memory": memory,
     "full-size": full_size,
+    "scaling": scaling,
 }
 
 

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if bf16_is_fast() else "float32")
     arguments = parser.parse_args()
     pipeline = Pipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipeline.threads = None  # all
     settings = make_settings(pipeline, QUICK_CALLS if arguments.quick else CALLS)
     count = arguments.volumes or (32 if arguments.quick else 96)
     requests = draw_requests(pipeline, count)

@@ -3,6 +3,8 @@
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
 
+import functools
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -50,14 +52,16 @@ def prepare(
     """Bring every scan to the config's grid; only what is new or has changed."""
     from ldm3d.config import load_config
     from ldm3d.data.preprocess import prepare
+    from ldm3d.processes import started_processes
 
-    settings = load_config(config, override)
-    done = prepare(settings, workers=workers, strict=strict)
+    settings, processes = load_config(config, override), started_processes()
+    done = prepare(settings, workers=workers, strict=strict, processes=processes)
     splits = ", ".join(f"{count} {split}" for split, count in done.table["split"].value_counts().items())
-    print(
-        f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
-        f"{splits}; written to {settings.prepared_folder}"
-    )
+    if processes.is_main:
+        print(
+            f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
+            f"{splits}; written to {settings.prepared_folder}"
+        )
 
 
 @app.command()
@@ -76,50 +80,69 @@ def encode(
     from ldm3d.data.preprocess import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
     from ldm3d.models.autoencoder import LatentSpace
+    from ldm3d.processes import own_device, started_processes
 
-    settings = load_config(config, override)
+    settings, processes = load_config(config, override), started_processes()
     scans = read_scan_table(settings)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     dtype = _dtype(precision)
     origin = latents_origin(settings)
     autoencoder = LatentSpace.from_pretrained(settings.autoencoder_folder, device, dtype)
     if is_fresh(settings.latents_folder, origin) and not force:
-        print(f"the latents in {settings.latents_folder} are up to date")
+        if processes.is_main:
+            print(f"the latents in {settings.latents_folder} are up to date")
         return
 
     @torch.no_grad()
     def moments(volumes):
         return autoencoder.encode(torch.from_numpy(volumes).to(device, dtype)).float().cpu().numpy()
 
-    write_latents(settings.latents_folder, scans, lambda key: load_prepared(settings, key), moments, origin)
-    print(f"latents of {len(scans)} scans written to {settings.latents_folder}")
+    load = functools.partial(load_prepared, settings)
+    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes)
+    if processes.is_main:
+        print(f"latents of {len(scans)} scans written to {settings.latents_folder}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def generate(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Where to write; must be empty or absent.", show_default=False)],
-    num: Annotated[int | None, typer.Option(min=1, help="Volumes of one request; 1 if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write; empty, absent, or with a part of the same.", show_default=False)],
+    num: Annotated[
+        int | None, typer.Option("--num", "--volumes", min=1, help="Of one request; 1 if not given. (torchrun eats --num.)")
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m or unipc.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Volumes at a time; does not change them.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; changes no volume.")] = 8,
+    group: Annotated[
+        int | None, typer.Option(min=1, help="Volumes that the U-Net takes together; another number, other last bits.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of a CPU, a process; another number, other last bits.")] = 1,
     device: Device = None,
     precision: Precision = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
 ) -> None:
     """Generate volumes for asked covariates, as a BIDS derivative.
 
     Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45. Those left out are left open.
+
+    The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
+    ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
     """
     from tqdm import tqdm
 
+    from ldm3d.generation import generate, which_process
     from ldm3d.pipeline import Pipeline
+    from ldm3d.preemption import REQUEUE, preemption
+    from ldm3d.processes import cores_each, own_device
 
-    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
+    processes = which_process()
+    pipeline = Pipeline.from_pretrained(model, device or own_device(), _dtype(precision))
+    pipeline.group, pipeline.threads = group, threads
     asked = _covariates(context.args)
     if compile:
         pipeline.compile()
@@ -127,21 +150,51 @@ def generate(
         raise InputError("give either --table, with one row a volume, or covariates and --num")
     rows = pipeline.parse(_requests(table) if table is not None else [asked] * (num or 1))
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    with tqdm(total=len(rows), desc="generate", unit="volume") as bar:
-        volumes = pipeline.volumes(rows, sampling, batch_size)
-        pipeline.write(out, volumes, rows, sampling, progress=lambda _: bar.update())
-    print(f"{len(rows)} synthetic volumes written to {out}")
+    if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads:
+        print(
+            f"computing with {threads} of {cores_each()} cores: start more processes (torchrun --nproc_per_node N -m ldm3d "
+            "generate ...), or use --threads, which changes the last bits",
+            flush=True,
+        )
+    who = f"process {processes.rank} of {processes.world}: " if processes.world > 1 else ""
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file twice a minute
+    looks = {"desc": "generate", "unit": "volume", "mininterval": every, "delay": 1e-3, "disable": not processes.is_main}
+    with preemption() as stop, tqdm(**looks) as bar:
+
+        def show(finished: int, volumes: int) -> None:
+            bar.total = volumes
+            bar.update(finished - bar.n)
+
+        def say(finished: int, volumes: int) -> None:
+            if finished:
+                print(f"{who}{finished} of {volumes} volumes there already", flush=True)
+
+        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop)
+    if stop.asked:
+        print(f"{who}{tally}; stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there")
+        raise SystemExit(REQUEUE)
+    if tally.missing:
+        print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
+    else:
+        print(f"{who}{tally}; {len(rows)} synthetic volumes written to {out}")
 
 
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[int, typer.Option(min=3, help="Volumes to generate for held-out subjects' covariates.")] = 64,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")] = 64,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.evaluation.volumetry:measure_volumes",
+    features: Annotated[
+        str,
+        typer.Option(
+            help="What distributions are compared by: random, medicalnet:FILE, radimagenet:FILE, package.module:function"
+        ),
+    ] = "random",
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance: Annotated[float | None, typer.Option(min=0)] = None,
@@ -151,21 +204,31 @@ def evaluate(
 ) -> None:
     """Measure reconstruction and how generated volumes follow their covariates; writes one HTML page."""
     from ldm3d.data.preprocess import load_prepared
+    from ldm3d.evaluation.features import load_extractor
     from ldm3d.evaluation.fidelity import evaluate
     from ldm3d.evaluation.volumetry import load_measure
     from ldm3d.experiment import held_out_scans
     from ldm3d.pipeline import Pipeline
+    from ldm3d.processes import own_device, started_processes
     from ldm3d.report import summary, write_report
 
-    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
-    function = load_measure(measure)
+    processes = started_processes()
+    pipeline = Pipeline.from_pretrained(model, device or own_device(), _dtype(precision))
+    pipeline.threads = None  # all: what is measured does not depend on the last bits
+    function, extractor = load_measure(measure), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    config, scans = held_out_scans(model, data, out / "work")
+    config, scans = held_out_scans(model, data, out / "work", root, processes)
     subjects = scans[pipeline.schema.names].to_dict("records")
-    found = evaluate(pipeline, subjects, lambda i: load_prepared(config, scans["key"][i]), function, sampling, num)
-    page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
-    print(summary(found))
-    print(f"page written to {page}")
+
+    def load(i: int):
+        return load_prepared(config, scans["key"][i])
+
+    others = {"extractor": extractor, "people": list(scans["subject"]), "processes": processes}
+    found = evaluate(pipeline, subjects, load, function, sampling, num, **others)
+    if processes.is_main:
+        page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
+        print(summary(found))
+        print(f"page written to {page}")
 
 
 @app.command("import-monai")
@@ -224,7 +287,7 @@ def _requests(table: Path) -> list[dict]:
     frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
     if frame.empty:
         raise InputError(f"{table} has no rows; write one for each volume")
-    return frame.to_dict("records")
+    return [dict(zip(frame.columns, row)) for row in frame.to_numpy().tolist()]
 
 
 @exit_on_input_error

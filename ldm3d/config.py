@@ -5,24 +5,53 @@ in an `InputError` that says where and what to write instead. Relative paths sta
 """
 
 import difflib
+import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
+
+MAX_FILE_BYTES = 2**16  # of a config: thirty times the longest that is shipped
+MAX_VALUES = 10_000  # in a config, every alias written out
+MAX_VOXELS = 2**30  # of the grid: 1024^3
 
 Positive = Annotated[int, Field(gt=0)]
+_SHOWN = 10  # of many mistakes, those that a message spells out
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _types(annotation: Any) -> set[type]:
+    """All types that an annotation is made of."""
+    return {annotation} if isinstance(annotation, type) else set().union(*map(_types, get_args(annotation)))
+
+
+def _write_flags(value: Any) -> Any:
+    """yes and true as text, in lists too."""
+    if isinstance(value, list | tuple):
+        return [_write_flags(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
     """A part of the file: no unknown keys, no changes after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, values: Any) -> Any:
+        """Where a number belongs yes and true become text, which is an error; pydantic would take them for 1."""
+        if not isinstance(values, dict):
+            return values
+        types = {name: _types(field.annotation) for name, field in cls.model_fields.items()}
+        numbers = {name for name, found in types.items() if found & {int, float} and bool not in found}
+        return {name: _write_flags(value) if name in numbers else value for name, value in values.items()}
 
 
 class GridConfig(Section):
@@ -37,6 +66,12 @@ class GridConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("spacing_mm"), int | float | str):
             values = {**values, "spacing_mm": [values["spacing_mm"]] * 3}
         return values
+
+    @model_validator(mode="after")
+    def _fits_memory(self):
+        if math.prod(self.shape) > MAX_VOXELS:
+            raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
+        return self
 
 
 class SplitConfig(Section):
@@ -58,7 +93,7 @@ class DataConfig(Section):
 
     bids: Path | None = None
     table: Path | None = None
-    root: Path | None = None  # what relative paths in `table` start from; default: the table's folder
+    root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
     suffix: str = "T1w"  # of the BIDS files
     skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
     path_column: str = "path"
@@ -101,12 +136,18 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Fraction = 0.999
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20  # whose loss is NaN or infinite; more end the training
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware multiplies it
     log_every: Positive = 10
     validate_every: Positive = 100
     preview_every: Positive = 500
     checkpoint_every: Positive = 500
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read data ahead; 0 reads in the training process
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads an unquoted no as false
 
     @model_validator(mode="after")
     def _accumulation_divides(self):
@@ -416,43 +457,108 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | 
             when the top of the file has no such key: `training.steps=500` is then enough.
 
     Raises:
-        InputError: file missing or no YAML, unknown key (the nearest valid one is named), wrong type, contradiction.
+        InputError: file missing, too long or no YAML, a key twice, unknown key (the nearest valid one is named), wrong type,
+            contradiction.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no config file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; a config starts with `name:` and `output:`")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise InputError(f"--set {override!r}: write --set key.subkey=value")
+            raise InputError(f"--set {shown(override)}: write --set key.subkey=value")
         keys = key.split(".")
         if section and keys[0] not in Config.model_fields:
             keys = [section, *keys]
         try:
-            _set(values, keys, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
+            value = parse_yaml(text, "it")
+        except InputError as error:
+            raise InputError(f"--set {shown(override)}: {shown(text)} is not a YAML value ({error})") from None
+        _set(values, keys, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error)}") from None
 
 
+def read_yaml(path: Path) -> Any:
+    """A file of settings as plain Python values; see `parse_yaml`."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes; a file of settings has at most {MAX_FILE_BYTES:,}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML as plain Python values.
+
+    Args:
+        text: one document.
+        source: how messages call it.
+
+    Raises:
+        InputError: no YAML; nested too deeply; more than MAX_VALUES values once aliases are written out (a few lines of them
+            can stand for billions); a key twice in one mapping, of which YAML would silently take the last; control
+            characters.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, source, {}) > MAX_VALUES:
+            raise InputError(f"{source} stands for more than {MAX_VALUES:,} values; write without aliases what is meant")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{source} is nested too deeply for settings") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML lets through of dates like 2024-99-99, numbers of 5,000 digits and tags such as !!bool 7
+        raise InputError(f"{source} is not YAML: one of its values cannot be read ({error})") from None
+
+
 def explain(error: ValidationError, root: type[Section] = Config) -> str:
-    """All that is wrong with the values of a section, in words."""
-    return "; ".join(_explain(problem, root) for problem in error.errors())
+    """What is wrong with the values of a section, in words."""
+    problems = [_explain(problem, root) for problem in error.errors()]
+    return "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+
+
+def _count(node: yaml.Node, source: str, counts: dict[int, int]) -> int:
+    """Values below a node of the YAML tree, itself included, every alias written out; `counts` holds those of other nodes."""
+    if id(node) in counts:
+        if not counts[id(node)]:
+            raise InputError(f"{source} line {node.start_mark.line + 1}: the alias stands within what it stands for")
+        return counts[id(node)]
+    counts[id(node)] = 0  # not known yet: whoever meets it now is inside of it
+    children = []
+    if isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise InputError(f"{source} line {key.start_mark.line + 1}: {shown(key.value)} is there twice; keep one")
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            children += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n" for letter in node.value):
+        raise InputError(f"{source} line {node.start_mark.line + 1}: {shown(node.value)} holds a control character")
+    counts[id(node)] = 1 + sum(_count(child, source, counts) for child in children)
+    return counts[id(node)]
 
 
 def _set(values: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
+        # A copy: YAML's aliases are one object in several places, of which only this one is meant
+        values[key] = dict(values[key]) if isinstance(values.get(key), dict) else {}
         values = values[key]
     values[keys[-1]] = value
 
@@ -463,16 +569,16 @@ def _explain(problem: dict, root: type[Section]) -> str:
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
         fields = list(section.model_fields)
-        close = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(location[-1][:100], fields, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields)}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {shown(where)}; {hint}"
     if problem["type"] == "union_tag_invalid":
         known = ", ".join(("ldm3d", *get_args(MonaiLibrary)))
-        return f"{where}.kind is {problem['ctx']['tag']!r}: use one of {known}"
+        return f"{where}.kind is {shown(problem['ctx']['tag'])}: use one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
-    return f"{where} is {problem['input']!r}: {message}"
+    return f"{where} is {shown(problem['input'])}: {message}"
 
 
 def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], type[Section]]:

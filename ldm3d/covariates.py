@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
 
 Value = float | str | None
 
@@ -46,6 +47,9 @@ class Covariate:
     seen: tuple[float, float] | None = None
     required: bool = False
 
+    # How `from_dict` has pydantic check what a file says
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
+
     def __post_init__(self):
         if self.kind not in ("continuous", "categorical"):
             raise InputError(f"covariate {self.name!r}: kind is {self.kind!r}; use continuous or categorical")
@@ -53,6 +57,8 @@ class Covariate:
             raise InputError(f"covariate {self.name!r} ({self.kind}): `categories` goes with categorical, and only there")
         if self.range and self.range[0] >= self.range[1]:
             raise InputError(f"covariate {self.name!r}: range {self.range[0]:g} to {self.range[1]:g} must rise")
+        if self.std <= 0:
+            raise InputError(f"covariate {self.name!r}: std {self.std:g} must be positive")
 
     @property
     def label(self) -> str:
@@ -75,9 +81,9 @@ class Covariate:
         try:
             number = float(text)
         except ValueError:
-            raise InputError(f"{self.name}: {text!r} is not a number (expected {self.unit or 'a number'})") from None
+            raise InputError(f"{self.name}: {shown(text)} is not a number (expected {self.unit or 'a number'})") from None
         if not math.isfinite(number):
-            raise InputError(f"{self.name}: {text} is not finite; leave the cell empty for a missing value")
+            raise InputError(f"{self.name}: {shown(text)[1:-1]} is not finite; leave the cell empty for a missing value")
         if self.range and not self.range[0] <= number <= self.range[1]:
             low, high = self.range
             raise InputError(f"{self.name}: {number:g} is outside its range {low:g} to {high:g} {self.unit}".rstrip())
@@ -90,7 +96,7 @@ class Covariate:
         # A column of 0/1 codes with a gap in it is read as 0.0/1.0
         if text.endswith(".0") and text[:-2] in self.categories:
             return text[:-2]
-        raise InputError(f"{self.name}: {text!r} is not one of {', '.join(self.categories)}")
+        raise InputError(f"{self.name}: {shown(text)} is not one of {', '.join(self.categories)}")
 
     def encode(self, value: Value) -> tuple[float, float]:
         """(standardised value or category index, 1.0), or (0.0, 0.0) for None."""
@@ -121,9 +127,9 @@ class CovariateSchema:
         for covariate in self.covariates:
             if covariate.name == name:
                 return covariate
-        close = difflib.get_close_matches(name, self.names, n=1)
+        close = difflib.get_close_matches(name[:100], self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise InputError(f"unknown covariate {name!r}{hint} this model knows {', '.join(self.names) or 'none'}")
+        raise InputError(f"unknown covariate {shown(name)}{hint} this model knows {', '.join(self.names) or 'none'}")
 
     @property
     def names(self) -> list[str]:
@@ -196,10 +202,18 @@ class CovariateSchema:
 
     @classmethod
     def from_dict(cls, items: Sequence[Mapping[str, Any]]) -> "CovariateSchema":
-        def tuples(item):
-            return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}
+        """The inverse of `to_dict`; ValueError (pydantic's) where a key or the type of a value is wrong."""
+        return cls(TypeAdapter(tuple[Covariate, ...]).validate_python(items))
 
-        return cls(tuple(Covariate(**tuples(item)) for item in items))
+
+def describe(row: Mapping[str, Value]) -> str:
+    """A request in a line: "age 72, sex F"."""
+
+    def text(value: Value) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    given = [f"{name.removesuffix('_ml').replace('_', ' ')} {text(v)}" for name, v in row.items() if v is not None]
+    return ", ".join(given) or "nothing asked"
 
 
 def drop_covariates(context: Tensor, uniform: Tensor, probability: float) -> Tensor:

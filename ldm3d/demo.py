@@ -10,6 +10,7 @@ import torch
 
 from ldm3d.config import load_config
 from ldm3d.data.preprocess import load_prepared
+from ldm3d.evaluation.features import RandomFeatures
 from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
@@ -42,13 +43,18 @@ def run_demo(out: Path, config_path: Path) -> None:
     if not (sweep / "participants.tsv").is_file():
         _say("generate a sweep of ages and ventricular volumes")
         rows = pipeline.parse([{"age": a, "ventricular_volume_ml": v} for a in AGES for v in VENTRICLES_ML])
-        # Number 0 for all: the same noise, so that what differs is what was asked
-        volumes = (next(pipeline.volumes([row], pipeline.sampling)) for row in rows)
-        pipeline.write(sweep, volumes, rows, pipeline.sampling)
+        numbers = [0] * len(rows)  # the same noise for all, so that what differs is what was asked
+        volumes = pipeline.volumes(rows, pipeline.sampling, numbers=numbers)
+        pipeline.write(sweep, volumes, rows, pipeline.sampling, numbers=numbers)
     _say("evaluate")
+    pipeline.threads = None  # all: what is measured does not depend on the last bits
     config, scans = held_out_scans(config.model_folder, data, out / "work")
     subjects = scans[pipeline.schema.names].to_dict("records")
-    found = evaluate(pipeline, subjects, lambda i: load_prepared(config, scans["key"][i]), measure_volumes, pipeline.sampling)
+
+    def load(i: int):
+        return load_prepared(config, scans["key"][i])
+
+    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, extractor=RandomFeatures())
     goals = demo_goals(found)
     page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals)
     print(summary(found))

@@ -4,12 +4,22 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
 
 
 class InputError(ValueError):
     """The user gave something that cannot be used; the message gives the value, the rule and the way out."""
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """The value as a message gives it: a long one without its middle, so that no cell or setting can flood a terminal."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list that holds itself
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:

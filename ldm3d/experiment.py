@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
-from ldm3d.config import Config
+from ldm3d.config import Config, explain
 from ldm3d.data.preprocess import fingerprint, prepare, read_scan_table
-from ldm3d.errors import InputError
-from ldm3d.models.pretrained import weights_hash
+from ldm3d.errors import InputError, shown
+from ldm3d.models.pretrained import read_json, weights_hash
+from ldm3d.processes import ALONE, Processes
 
 EXPERIMENT = "experiment.json"
 
@@ -39,13 +41,17 @@ def save_experiment(config: Config, folder: Path) -> None:
     (folder / EXPERIMENT).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def held_out_scans(model: Path, data: Path, work: Path) -> tuple[Config, pd.DataFrame]:
+def held_out_scans(
+    model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
+) -> tuple[Config, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
 
     Args:
         model: pipeline folder.
         data: BIDS folder, or table with a path column.
         work: where to put prepared volumes, unless it is the experiment's own data, prepared already.
+        root: folder that holds all files of `data`, see `DataConfig`; None for its own.
+        processes: that share the work; all of them have to call this.
 
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table).
@@ -54,19 +60,22 @@ def held_out_scans(model: Path, data: Path, work: Path) -> tuple[Config, pd.Data
         InputError: no experiment.json, no such data, or nothing held out in it.
     """
     try:
-        values = json.loads((model / EXPERIMENT).read_text())
+        values = read_json(model / EXPERIMENT)
         config, seen = Config.model_validate(values["config"]), set(values["seen"])
     except FileNotFoundError:
         raise InputError(f"{model} has no {EXPERIMENT}: it is no model that training stage 2 wrote") from None
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {error}") from None
+    except ValidationError as error:
+        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {explain(error)}") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {shown(error)}") from None
     if not data.exists():
         raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
     own = config.data.bids or config.data.table
     if own.resolve() != data.resolve() or not config.prepared_folder.is_dir():
-        source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data, "root": None}
+        source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
+        source["root"] = root
         config = config.model_copy(update={"data": config.data.model_copy(update=source), "output": work})
-    prepare(config)
+    prepare(config, processes=processes)
     scans = read_scan_table(config)
     known = set(scans.loc[scans["key"].isin(seen), "subject"])
     held_out = scans[~scans["subject"].isin(known)].reset_index(drop=True)

@@ -7,37 +7,43 @@ FOLDER/autoencoder, unet    config.json and model.safetensors each
 import importlib.metadata
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 import ldm3d
-from ldm3d import figures
+from ldm3d.config import MAX_VOXELS
 from ldm3d.covariates import CovariateSchema, Value
-from ldm3d.data.bids import finish_derivative, start_derivative, synthetic_path
 from ldm3d.data.loading import generator
-from ldm3d.data.nifti import to_image, write_volume
+from ldm3d.data.nifti import to_image
 from ldm3d.diffusion.guidance import guided_denoiser
-from ldm3d.diffusion.process import Process, choose, make_process
+from ldm3d.diffusion.process import TARGETS, Process, choose, make_process
 from ldm3d.diffusion.samplers import SAMPLERS, sample
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
+from ldm3d.generation import FINISHED, Series
 from ldm3d.geometry import Grid
 from ldm3d.memory import Plan, plan_decode
 from ldm3d.models.autoencoder import LatentSpace
-from ldm3d.models.pretrained import weights_hash
+from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import TIMESTEPS, LatentUNet, cut_to
 
 DESCRIPTION = "pipeline.json"
-MOSAIC_VOLUMES = 16  # shown in the mosaic of a generated dataset
+FILL = 8192  # positions of latents that keep a network busy: as many volumes go through it together,
+MOST_TOGETHER = 4  # but no more than these
 WHOLE = ((0, 0), (0, 0), (0, 0))  # a crop that leaves everything
+MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
+Planes = Annotated[int, Field(ge=0)]
+Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     spacing: str | None = None
     seed: int = 0
+
+    # How `Pipeline.from_pretrained` has pydantic check what a file says
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
     def __post_init__(self):
         choose("sampler", self.sampler, SAMPLERS)  # before anything is written, not when the first volume is drawn
@@ -92,7 +101,7 @@ class Result:
     sampling: Sampling = field(repr=False)
 
     def save(self, folder: Path | str) -> Path:
-        """Write a BIDS derivative dataset; `folder` must be empty or absent."""
+        """Write a BIDS derivative dataset; `folder` must be empty or absent, or hold an unfinished part of the same."""
         volumes = (np.asarray(image.dataobj) for image in self.images)
         return self.pipeline.write(folder, volumes, self.rows, self.sampling)
 
@@ -110,8 +119,13 @@ class Pipeline:
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
-        decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say. An
-            attribute, too, that can be set later.
+        decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
+        group: volumes that go through the U-Net together; None for what fills it, see `group_size`.
+        threads: of the CPU, while volumes are generated; None for as many as PyTorch uses.
+
+    The last three are attributes that can be set later. The last bits of a volume follow from them: kernels add in another
+    order for another batch or another number of threads. So batches always have `group` places, filled or not, and the number
+    of threads is fixed: a volume is bit-identical alone, in any series and on any number of processes.
     """
 
     def __init__(
@@ -127,12 +141,17 @@ class Pipeline:
         model_hash: str = "unsaved",
         crop: Sequence[Sequence[int]] = WHOLE,
         decode_mode: str = "auto",
+        group: int | None = None,
+        threads: int | None = 1,
     ):
+        if min(group or 1, threads or 1) < 1:
+            raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
         self.autoencoder, self.unet, self.schema, self.grid = autoencoder, unet, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.model_hash = skull_stripped, model_hash
         self.crop = tuple(tuple(planes) for planes in crop)
-        self.decode_mode = decode_mode
+        self.decode_mode, self.group, self.threads = decode_mode, group, threads
+        self.compiled = False
         self._plans: dict[tuple, Plan] = {}
 
     @property
@@ -148,6 +167,29 @@ class Pipeline:
         """The grid of generated volumes: the networks' own without what is cropped."""
         return self.grid.cropped(self.crop)
 
+    @property
+    def group_size(self) -> int:
+        """Places of a batch: `group`, or 1 for large latents and up to `MOST_TOGETHER` for small ones.
+
+        One volume alone costs a whole batch. Where latents are large it is as fast to go one by one, and where they are small
+        a batch costs little.
+        """
+        positions = math.prod(self.autoencoder.latent_shape(self.grid.shape)[1:])
+        return self.group or max(1, min(MOST_TOGETHER, FILL // positions))
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """What the last bits of a volume follow from beside weights and request."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": (self.threads or torch.get_num_threads()) if self.device.type == "cpu" else None,
+            "group": self.group_size,
+            "decode": self._plan((1, *self.autoencoder.latent_shape(self.grid.shape)), self.dtype, self.device).mode,
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+        }
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """Move both networks."""
         self.autoencoder.to(device=device, dtype=dtype)
@@ -157,9 +199,9 @@ class Pipeline:
     def compile(self) -> "Pipeline":
         """Let torch.compile make the U-Net faster: worth its minute from some tens of volumes on.
 
-        On CUDA, sampling then replays CUDA graphs, which takes the launches of single kernels off the host. A batch of
-        another size compiles again: keep to one.
+        On CUDA, sampling then replays CUDA graphs, which takes the launches of single kernels off the host.
         """
+        self.compiled = True
         self.unet.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         return self
 
@@ -202,21 +244,10 @@ class Pipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not (folder / DESCRIPTION).is_file():
             raise InputError(f"{folder} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
-        try:
-            values = json.loads((folder / DESCRIPTION).read_text())
-            parts = {
-                "schema": CovariateSchema.from_dict(values["covariates"]),
-                "grid": Grid.from_dict(values["grid"]),
-                "process": make_process(**values["process"]),
-                "target": values["target"],
-                "sampling": Sampling(**values["sampling"]),
-                "skull_stripped": values["skull_stripped"],
-                "crop": values.get("crop", WHOLE),
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / DESCRIPTION} is damaged or of another version of ldm3d: {error!r}") from None
+        parts = _read_description(folder / DESCRIPTION)
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
+        _check_parts(folder, autoencoder, unet, parts["schema"], parts["grid"])
         return cls(autoencoder, unet, model_hash=weights_hash(folder / "autoencoder", folder / "unet"), **parts)
 
     def __call__(
@@ -242,7 +273,7 @@ class Pipeline:
             rows: instead, one request a volume: a mapping of covariates each.
             sampler, steps, guidance, guidance_rescale, guidance_interval, spacing, seed: see `Sampling`; None takes the
                 pipeline's own.
-            batch_size: volumes at a time; of no influence on what they are.
+            batch_size: volumes sampled before they are decoded; of no influence on what they are.
             progress: called with the number of volumes done.
             covariates: by name; those left out are left open.
 
@@ -282,20 +313,29 @@ class Pipeline:
         return requests
 
     def volumes(
-        self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, batch_size: int = 8, first: int = 0
+        self,
+        requests: Sequence[Mapping[str, Value]],
+        sampling: Sampling,
+        batch_size: int = 8,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[NDArray]:
         """Generate volumes one after the other, on the `output_grid`, float32 in [0, 1]; memory does not grow with them.
 
         Args:
             requests: from `parse`, one a volume.
             sampling: how.
-            batch_size: volumes at a time.
-            first: number of the first request in its series, if these are a part of it.
+            batch_size: volumes sampled before they are decoded, rounded up to whole batches of `group_size`.
+            numbers: of the requests in their series; None for 0, 1, 2, ...
 
         Raises:
             InputError: guidance of a model that was trained with no covariate left open, or a spacing that does not fit;
                 at once, before the first volume is asked for.
         """
+        self.check_sampling(sampling)
+        return self._volumes(requests, sampling, batch_size, range(len(requests)) if numbers is None else numbers)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise InputError where this model cannot be sampled so; see `volumes`."""
         if self.schema.required and sampling.guidance != 1:
             raise InputError(
                 f"guidance {sampling.guidance:g}: this model was trained with no covariate left open, so there is no "
@@ -303,17 +343,46 @@ class Pipeline:
             )
         if sampling.spacing is not None:
             self.process.times(sampling.steps, sampling.spacing)
-        return self._volumes(requests, sampling, batch_size, first)
 
     def _volumes(
-        self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, batch_size: int, first: int
+        self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, batch_size: int, numbers: Sequence[int]
     ) -> Iterator[NDArray]:
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            z = self.latents(batch, sampling, range(first + start, first + start + len(batch)))
+        groups = list(grouped(numbers, self.group_size))
+        at_once = -(-batch_size // self.group_size)
+        for start in range(0, len(groups), at_once):
+            latents: list[Tensor] = []
+            for places in groups[start : start + at_once]:
+                with self._fixed_threads():
+                    latents += self._group([requests[k] for k in places], [numbers[k] for k in places], sampling)
             # One volume at a time: the decoder is where memory peaks
-            for latent in z:
-                yield self.cropped(self.decode(latent[None])[0, 0].cpu().numpy())
+            for latent in latents:
+                with self._fixed_threads():
+                    volume = self.decode(latent[None])[0, 0].cpu().numpy()
+                if not np.isfinite(volume).all():
+                    raise InputError(
+                        "the model made a volume with NaN in it: its weights are damaged, or bfloat16 is too coarse for them"
+                    )
+                yield self.cropped(volume)
+
+    def _group(self, requests: Sequence[Mapping[str, Value]], numbers: Sequence[int], sampling: Sampling) -> list[Tensor]:
+        """Latents of requests of one group, each sampled at its number's own place in a batch that is always full."""
+        size = self.group_size
+        at = {number % size: k for k, number in enumerate(numbers)}
+        filled = [at.get(place, 0) for place in range(size)]  # what stands in a place that nobody asked for changes nothing
+        z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
+        return [z[number % size] for number in numbers]
+
+    @contextmanager
+    def _fixed_threads(self) -> Iterator[None]:
+        """Within it, PyTorch computes with `threads` threads of the CPU."""
+        before = torch.get_num_threads()
+        if self.threads and self.device.type == "cpu":
+            torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
 
     def cropped(self, volume: NDArray) -> NDArray:
         """A volume (X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
@@ -368,13 +437,16 @@ class Pipeline:
 
     def _decode(self, z: Tensor) -> Tensor:
         """Latents in their own scale to volumes, by a plan that is made once, so that it holds for every volume of a shape."""
-        case = (z.shape, z.dtype, z.device, self.decode_mode)
-        if case not in self._plans:
-            self._plans[case] = plan_decode(self.autoencoder, z.shape, z.device, self.decode_mode)
-            logging.getLogger("ldm3d").info("%s", self._plans[case])
-        if self._plans[case].mode == "streamed":
+        if self._plan(z.shape, z.dtype, z.device).mode == "streamed":
             return decode_streamed(self.autoencoder, z).clamp_(0, 1)
         return self.autoencoder.decode(z).float().clamp_(0, 1)
+
+    def _plan(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
+        case = (tuple(shape), dtype, device, self.decode_mode)
+        if case not in self._plans:
+            self._plans[case] = plan_decode(self.autoencoder, shape, device, self.decode_mode)
+            logging.getLogger("ldm3d").info("%s", self._plans[case])
+        return self._plans[case]
 
     def write(
         self,
@@ -383,58 +455,90 @@ class Pipeline:
         rows: Sequence[Mapping[str, Value]],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Path:
         """Write generated volumes as a BIDS derivative: volume, JSON sidecar, participants.tsv, mosaic.png.
 
         Args:
-            folder: must be empty or absent.
+            folder: must be empty or absent, or hold an unfinished part of the same.
             volumes: in the order of `rows`; taken one at a time.
             rows, sampling: what was asked, and how.
             progress: called with the number of volumes written.
+            numbers: as `volumes` was given them.
+
+        Raises:
+            InputError: the folder holds something else.
         """
-        folder = Path(folder)
-        origin = {"Name": "ldm3d", "Version": ldm3d.__version__, "Description": f"model {self.model_hash}"}
-        readme = (
-            "Synthetic brain volumes, generated by a latent diffusion model (ldm3d). They show no patient. "
-            "participants.tsv holds the covariates that were asked for, not measured ones; n/a was left open."
-        )
-        start_derivative(folder, "Synthetic brain volumes", [origin], readme)
-        (folder / ".bidsignore").write_text("mosaic.png\n")
-        table, shown = [], []
-        for i, (volume, row) in enumerate(zip(volumes, rows)):
-            path = synthetic_path(folder, i)
-            write_volume(path, volume, self.output_grid.affine, self.mark)
-            sidecar = {
-                "synthetic": True,
-                "SkullStripped": self.skull_stripped,
-                "Description": "Synthetic T1w-like volume generated by ldm3d; intensities in [0, 1]",
-                "model_hash": self.model_hash,
-                "ldm3d_version": ldm3d.__version__,
-                "sample": i,
-                **sampling.to_dict(),
-                "covariates": dict(row),
-            }
-            path.with_name(path.name.removesuffix(".nii.gz") + ".json").write_text(json.dumps(sidecar, indent=2) + "\n")
-            table.append({"participant_id": path.parents[1].name, **row})
-            if len(shown) < MOSAIC_VOLUMES:
-                shown.append(volume)
-            if progress:
-                progress(i + 1)
-        columns = {
-            c.name: {"Description": f"asked {c.name.replace('_', ' ')}", **({"Units": c.unit} if c.unit else {})}
-            for c in self.schema
+        with Series(self, folder, rows, sampling, numbers) as series:
+            for i, volume in enumerate(volumes):
+                if series.state(i) != FINISHED:
+                    series.write(i, volume)
+                if progress:
+                    progress(i + 1)
+            series.finish()
+        return Path(folder)
+
+
+def grouped(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Split 0, 1, ..., len(numbers) - 1 into runs whose numbers have different places in one batch of `size`."""
+    run: list[int] = []
+    for k, number in enumerate(numbers):
+        if run and (number // size != numbers[run[-1]] // size or number <= numbers[run[-1]]):
+            yield run
+            run = []
+        run.append(k)
+    if run:
+        yield run
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What pipeline.json says, as arguments of `Pipeline`; an InputError where a value is missing or makes no sense."""
+    values = read_json(path)
+    try:
+        process = make_process(**values["process"])
+        options = {name: value for name, value in process.to_dict().items() if name != "kind"}
+        parts = {
+            "schema": CovariateSchema.from_dict(values["covariates"]),
+            "grid": Grid.from_dict(values["grid"]),
+            "process": TypeAdapter(type(process)).validate_python(options),
+            "target": choose("target", values["target"], TARGETS),
+            "sampling": TypeAdapter(Sampling).validate_python(values["sampling"]),
+            "skull_stripped": bool(values["skull_stripped"]),
+            "crop": TypeAdapter(Crop).validate_python(values.get("crop", WHOLE)),
         }
-        finish_derivative(folder, pd.DataFrame(table), columns)
-        titles = [describe(row) for row in rows[: len(shown)]]
-        figures.save(figures.mosaic(shown, titles, self.grid.spacing_mm, heading="synthetic"), folder / "mosaic.png")
-        return folder
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))} is {shown(first['input'])}: {first['msg']}"
+        raise InputError(f"{path} is damaged or of another version of ldm3d: {reason}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{path} is damaged or of another version of ldm3d: {shown(error)}") from None
+    grid, steps = parts["grid"], getattr(process, "train_steps", 1)
+    if math.prod(grid.shape) > MAX_VOXELS or steps > MAX_STEPS or parts["sampling"].steps > MAX_STEPS:
+        raise InputError(
+            f"{path}: a grid of {grid.shape} voxels, {steps} steps of the process, {parts['sampling'].steps} of the sampler; "
+            f"at most {MAX_VOXELS:,} voxels and {MAX_STEPS:,} steps are taken"
+        )
+    if any(sum(planes) >= n for planes, n in zip(parts["crop"], grid.shape)):
+        raise InputError(f"{path}: crop {parts['crop']} leaves nothing of the grid {grid.shape}")
+    if not np.isfinite(grid.affine).all() or abs(np.linalg.det(grid.affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: the grid's affine {grid.affine.tolist()} maps voxels nowhere")
+    return parts
 
 
-def describe(row: Mapping[str, Value]) -> str:
-    """A request in a line: "age 72, sex F"."""
-
-    def text(value: Value) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    given = [f"{name.removesuffix('_ml').replace('_', ' ')} {text(v)}" for name, v in row.items() if v is not None]
-    return ", ".join(given) or "nothing asked"
+def _check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, grid: Grid) -> None:
+    """Raise InputError unless networks, covariates and Grid of a folder belong together."""
+    channels, factor = autoencoder.latent_channels, autoencoder.downsampling
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        raise InputError(
+            f"{folder}: the autoencoder has {channels} latent channels, the U-Net takes {unet.in_channels} and gives "
+            f"{unet.out_channels}; they are of different models"
+        )
+    if list(unet.arguments["num_categories"]) != schema.num_categories:
+        raise InputError(
+            f"{folder}: the U-Net was made for covariates with {unet.arguments['num_categories']} categories, {DESCRIPTION} "
+            f"lists {schema.num_categories}; they are of different models"
+        )
+    if any(n % factor for n in grid.shape):
+        raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

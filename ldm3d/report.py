@@ -17,9 +17,13 @@ from matplotlib.figure import Figure
 
 import ldm3d
 from ldm3d import figures
+from ldm3d.covariates import describe
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.pipeline import Pipeline, Sampling, describe
+from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE
+from ldm3d.pipeline import Pipeline, Sampling
 
+# The page's colour for a verdict
+VERDICTS = {AS_REAL: "yes", WORSE: "no", CLOSER: "amber", UNDECIDED: "grey"}
 METRICS, PAGE, FIDELITY = "metrics.json", "report.html", "fidelity.tsv"
 
 
@@ -94,6 +98,7 @@ def write_report(
         goals=[{**goal.to_dict(), "found": f"{goal.found:.3f} {goal.unit}".strip()} for goal in goals],
         sections=_sections(evaluation, fidelity, pictures),
         provenance=provenance,
+        verdicts=VERDICTS,
     )
     (folder / PAGE).write_text(page, encoding="utf-8")
     return folder / PAGE
@@ -124,6 +129,7 @@ def _sections(evaluation: Evaluation, fidelity: pd.DataFrame, pictures: dict[str
                 for c in evaluation.comparisons
             ],
         ),
+        *_likeness(evaluation),
         *(
             Section(
                 f"Only {sweep.covariate} asked",
@@ -141,6 +147,26 @@ def _sections(evaluation: Evaluation, fidelity: pd.DataFrame, pictures: dict[str
             pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
         ),
     ]
+
+
+def _likeness(evaluation: Evaluation) -> list[Section]:
+    """The distribution of generated volumes beside that of held-out ones; nothing where it was not measured."""
+    if not evaluation.likeness:
+        return []
+    rows = []
+    for figure in evaluation.likeness:
+        known = MEASURES[figure.name]
+        value = f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+        null = f"{figure.null_low:.3g} to {figure.null_high:.3g}"
+        rows.append([known.title, known.says, value, null, f"{figure.real} + {figure.synthetic}", figure.verdict])
+    text = (
+        "Each figure with its 95% interval, beside what real volumes reach against other real volumes in the same numbers. "
+        "Worse than real: outside of that. As real: the whole interval within it, widened by a quarter on either side, with "
+        "50 volumes or more on each. Closer than real: better than real volumes are to each other; look for copies. Else these "
+        "volumes are too few to tell."
+    )
+    columns = ["measure", "what it sees", "synthetic", "real", "volumes", "verdict"]
+    return [Section("Are they like real volumes?", text, {"columns": columns, "rows": rows}, labels=2)]
 
 
 def _provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
@@ -167,6 +193,9 @@ def summary(found: Evaluation) -> str:
     for c in found.comparisons:
         a = c.agreement
         lines.append(f"{c.covariate:24} {c.kind:14} {a.n:4} {a.r:7.3f} {a.slope:7.3f} {a.bias:9.2f} {a.mae:8.2f}")
+    for figure in found.likeness:
+        real = f"(real: {figure.null_low:.3g} to {figure.null_high:.3g})"
+        lines.append(f"{MEASURES[figure.name].title:32} {figure.value:9.3g} {real:28} {figure.verdict}")
     return "\n".join(lines)
 
 

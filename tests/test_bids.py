@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
-from ldm3d.data.bids import assign_splits, finish_derivative, read_scans, start_derivative, synthetic_path
+from ldm3d.data.bids import assign_splits, derivative_files, participants_files, read_scans, synthetic_path
 from ldm3d.data.nifti import write_volume
 from ldm3d.errors import InputError
 
@@ -132,9 +132,10 @@ def test_broken_description_is_an_input_error(tmp_path):
 
 def test_csv_with_byte_order_mark_sessions_and_relative_paths(tmp_path):
     text = "participant_id;session_id;path;age;sex\n007;ses-1;a/x.nii.gz;50;M\n007;ses-2;/b/y.nii;52;m\n\n008;ses-1;z.nii;;F\n"
+    text = text.replace("/b/y.nii", str(tmp_path / "b/y.nii"))
     scans = read_scans(table(tmp_path, text, encoding="utf-8-sig"), [AGE, SEX])
     assert list(zip(scans["subject"], scans["session"])) == [("007", "1"), ("007", "2"), ("008", "1")]
-    assert list(scans["path"]) == [str(tmp_path / "a/x.nii.gz"), "/b/y.nii", str(tmp_path / "z.nii")]
+    assert list(scans["path"]) == [str(tmp_path / "a/x.nii.gz"), str(tmp_path / "b/y.nii"), str(tmp_path / "z.nii")]
     np.testing.assert_array_equal(scans["age_years"], [50, 52, np.nan])
 
 
@@ -227,20 +228,18 @@ def test_few_subjects_leave_no_split_empty(n, validation, test, expected):
 
 def test_validator_accepts_a_derivative(tmp_path):
     folder = tmp_path / "generated"
-    start_derivative(folder, "Synthetic brains", [{"Name": "ldm3d", "Version": "0.1.0"}], "None of these people exist.")
+    files = derivative_files("Synthetic brains", [{"Name": "ldm3d", "Version": "0.1.0"}], "None of these people exist.")
     for i in range(2):
         path = synthetic_path(folder, i)
         write_volume(path, np.random.default_rng(i).random((8, 8, 8)), np.diag([2, 2, 2, 1]), "synthetic")
         path.with_name(path.name.replace(".nii.gz", ".json")).write_text('{"SkullStripped": true}')
     participants = pd.DataFrame({"participant_id": ["sub-syn0001", "sub-syn0002"], "age": [50.5, None], "sex": ["F", None]})
-    finish_derivative(
-        folder,
-        participants,
-        {
-            "age": {"Description": "Asked age", "Units": "year"},
-            "sex": {"Description": "Asked sex", "Levels": {"F": "female", "M": "male"}},
-        },
-    )
+    columns = {
+        "age": {"Description": "Asked age", "Units": "year"},
+        "sex": {"Description": "Asked sex", "Levels": {"F": "female", "M": "male"}},
+    }
+    for name, text in (files | participants_files(participants, columns)).items():
+        (folder / name).write_text(text)
     assert synthetic_path(folder, 0) == folder / "sub-syn0001/anat/sub-syn0001_desc-synthetic_T1w.nii.gz"
     rows = "participant_id\tage\tsex\nsub-syn0001\t50.5\tF\nsub-syn0002\tn/a\tn/a\n"
     assert (folder / "participants.tsv").read_text() == rows
@@ -256,11 +255,3 @@ def test_validator_accepts_a_derivative(tmp_path):
         warnings.simplefilter("error")
         scans = read_scans(DataConfig(bids=folder, grid=GRID), [AGE, SEX])  # and it can be trained on
     assert list(scans["subject"]) == ["syn0001", "syn0002"]
-
-
-def test_derivative_needs_a_folder_of_its_own(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"is not empty; .* name a new one"):
-        start_derivative(tmp_path, "x", [{"Name": "ldm3d"}], "x")
-    with pytest.raises(InputError, match="is a file"):
-        start_derivative(tmp_path / "file", "x", [{"Name": "ldm3d"}], "x")

@@ -210,7 +210,7 @@ def test_evaluate_takes_another_measure_and_other_data(experiment, tmp_path, mon
     table = kept.rename(columns={"subject": "participant_id"})
     elsewhere.mkdir()
     table.to_csv(elsewhere / "table.csv", index=False)
-    arguments = ["--data", elsewhere / "table.csv", "--measure", "mine:brightness", "--num", 4, "--steps", 1]
+    arguments = ["--data", elsewhere / "table.csv", "--root", experiment / "data", "--measure", "mine:brightness", "--num", 4, "--steps", 1]
     command_line("evaluate", experiment / "run/model", *arguments, "--out", tmp_path / "out")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert {row["covariate"] for row in metrics["fidelity"]} == {"age"}
@@ -262,3 +262,36 @@ def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):
     )
     rows = read_metrics(tmp_path / "autoencoder-training/metrics.jsonl")
     assert "adversarial" not in rows[0] and rows[-1]["discriminator"] > 0
+
+
+def on_two_processes(*arguments) -> str:
+    """`ldm3d ARGUMENTS` by torchrun; what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ldm3d"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_prepare_encode_and_evaluate_as_one(experiment, tmp_path):
+    """The same tables and latents, and the same figures to rounding; each thing is said once."""
+    config, run = tmp_path / "config.yaml", experiment / "run"
+    config.write_text(yaml.safe_dump(tiny_settings(experiment) | {"output": str(tmp_path)}))
+    assert on_two_processes("prepare", config, "--workers", 1).count("20 scans prepared") == 1
+    for name in ("scans.tsv", "splits.tsv"):
+        assert (tmp_path / "prepared" / name).read_bytes() == (run / "prepared" / name).read_bytes()
+    shutil.copytree(run / "autoencoder", tmp_path / "autoencoder")
+    assert on_two_processes("encode", config).count("latents of 20 scans") == 1
+    assert json.loads((tmp_path / "latents/latents.json").read_text()) == json.loads((run / "latents/latents.json").read_text())
+    one, two = (np.load(folder / "latents/moments.npy") for folder in (run, tmp_path))
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    asked = ["evaluate", run / "model", "--data", experiment / "data", "--volumes", 6, "--steps", 1]
+    command_line(*asked, "--out", tmp_path / "one")
+    assert on_two_processes(*asked, "--out", tmp_path / "two").count("page written") == 1
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["reconstruction"]["psnr_db"]["mean"] == pytest.approx(one["reconstruction"]["psnr_db"]["mean"], abs=1e-3)
+    assert [row["n"] for row in two["fidelity"]] == [row["n"] for row in one["fidelity"]]
+    for a, b in zip(one["sweeps"], two["sweeps"]):
+        assert a["values"] == b["values"]
+        for name, values in a["measured_mean"].items():
+            np.testing.assert_allclose(b["measured_mean"][name], values, rtol=0.05, atol=1)

@@ -217,7 +217,7 @@ def test_process_survives_json_and_pickle(process):
     assert make_process(**json.loads(json.dumps(process.to_dict()))) == process
     process.alpha(0.5)  # fills the table, which must not get into the way
     assert pickle.loads(pickle.dumps(process)) == process
-    assert set(process.to_dict()) <= {"kind", "offset", "beta_start", "beta_end", "train_steps"}
+    assert set(process.to_dict()) <= {"kind", "offset", "beta_start", "beta_end", "train_steps", "gamma"}
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,18 @@ In: which scans there are, whose they are and what the table says of them, from 
 Out: the files around generated volumes that make a folder a BIDS derivative dataset.
 """
 
+import collections
+import csv
 import difflib
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
+import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +24,29 @@ import pandas as pd
 
 from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
 from ldm3d.covariates import Covariate, Value
-from ldm3d.errors import InputError
+from ldm3d.data.nifti import files_of
+from ldm3d.errors import InputError, shown
 
 BIDS_VERSION = "1.10.0"
 _SHOWN = 10  # of many like problems, those that a message spells out
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """One scan and the cells of its covariates, not yet read; `lines` says where each cell stands."""
+MAX_TABLE_BYTES = 2**30
+_PAIR = re.compile(r"\.(hdr|img)(\.gz|\.bz2)?$", re.IGNORECASE)
+_FORMULA = re.compile(r"'*[=+\-@](?=.)")  # how a cell begins that a spreadsheet may run; a lone + or - is a value
+# What BIDS files metadata of whole folders under; PyBIDS would take patterns to match file names with from it
+_NO_LAYOUT_FILE = ".no-such-file"
 
-    subject: str
-    session: str
-    path: str
-    cells: Mapping[str, str]  # by the covariate's name
-    lines: Mapping[str, str]
+
+@dataclass(frozen=True)
+class _Scans:
+    """Scans and the cells of their covariates, not yet read; columns of equal length, for tables of a million rows."""
+
+    subject: Sequence[str]
+    session: Sequence[str]
+    path: Sequence[str]
+    cells: Mapping[str, Sequence[str]]  # by the covariate's name
+    where: Callable[[int, str], str]  # (number of the scan, name of the covariate) -> where the cell stands, for messages
 
 
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
@@ -49,17 +62,19 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
         if there is none), path (absolute), and a column for every covariate: float with NaN, or category with None.
 
     Raises:
-        InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value.
+        InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; anything
+            that leads out of `data.root` (by default the dataset, or the table's folder), links followed.
     """
     columns = {c.name: c.column or c.name for c in covariates}
     scans = _scans_of_bids(data, columns) if data.bids else _scans_of_table(data, columns)
-    scans.sort(key=lambda scan: (scan.subject, scan.session, scan.path))
-    frame = pd.DataFrame({key: [getattr(scan, key) for scan in scans] for key in ("subject", "session", "path")})
     parsed = [Covariate(**c.model_dump(exclude={"column"})) for c in covariates]
     values = _parse(scans, parsed)
+    keys = list(zip(scans.subject, scans.session, scans.path))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    frame = pd.DataFrame([keys[i] for i in order], columns=["subject", "session", "path"])
     for covariate in parsed:
         kind = float if covariate.kind == "continuous" else object
-        frame[covariate.name] = pd.Series(values[covariate.name], dtype=kind)
+        frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
     return frame
 
 
@@ -80,113 +95,148 @@ def assign_splits(subjects: Iterable[str], splits: SplitConfig) -> dict[str, str
     return dict(zip(ranked, names))
 
 
-def start_derivative(folder: Path | str, name: str, generated_by: Sequence[Mapping[str, Any]], readme: str) -> None:
-    """Make the folder of a BIDS derivative dataset, with dataset_description.json and README.
+def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readme: str) -> dict[str, str]:
+    """What makes a folder a BIDS derivative dataset: the content of dataset_description.json and README, by name.
 
     Args:
-        folder: must be empty or not there yet.
         name: of the dataset.
         generated_by: BIDS GeneratedBy, each {"Name": ..., "Version": ..., "Description": ...}.
         readme: what the README says.
-
-    Raises:
-        InputError: the folder holds something.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder} {'is not empty' if folder.is_dir() else 'is a file'}; generated volumes go into a folder of "
-            "their own: name a new one, or delete this one first"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "Name": name,
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [dict(entry) for entry in generated_by],
     }
-    _write_json(folder / "dataset_description.json", description)
-    (folder / "README").write_text(readme.rstrip() + "\n", encoding="utf-8")
+    return {"dataset_description.json": as_json(description), "README": readme.rstrip() + "\n"}
 
 
-def synthetic_path(folder: Path | str, i: int) -> Path:
-    """Where the volume of sample i (from 0) goes; its subject is syn0001 for i = 0."""
-    subject = f"sub-syn{i + 1:04d}"
+def synthetic_path(folder: Path | str, i: int, volumes: int = 1) -> Path:
+    """Where the volume of sample i (from 0) of a dataset of so many volumes goes; its subject is syn0001 for i = 0.
+
+    Subjects of one dataset have numbers of one width, four digits or more, so that they sort by name.
+    """
+    subject = f"sub-syn{i + 1:0{max(4, len(str(volumes)))}d}"
     return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_T1w.nii.gz"
 
 
-def finish_derivative(folder: Path | str, participants: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write participants.tsv and the participants.json that explains it.
+def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The content of participants.tsv and of the participants.json that explains it, by name.
 
     Args:
-        folder: from `start_derivative`.
         participants: one row a subject; participant_id ("sub-syn0001") is its first column. Missing values become n/a.
         columns: {"Description": ..., "Units": ...} or {"Description": ..., "Levels": {...}} for each other column.
     """
     if participants.columns[0] != "participant_id":
         raise ValueError(f"the first column must be participant_id, got {list(participants.columns)}")
-    write_table(Path(folder) / "participants.tsv", participants)
     described = {"participant_id": {"Description": "Identifier of the synthetic subject"}}
-    _write_json(Path(folder) / "participants.json", {**described, **{key: dict(v) for key, v in columns.items()}})
+    described |= {key: dict(value) for key, value in columns.items()}
+    return {"participants.json": as_json(described), "participants.tsv": _as_tsv(participants)}
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all."""
+    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all.
+
+    Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
+    """
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    frame.to_csv(unfinished, sep="\t", index=False, na_rep="n/a", lineterminator="\n", encoding="utf-8")
+    unfinished.write_text(_as_tsv(frame), encoding="utf-8", newline="\n")
     os.replace(unfinished, path)
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV or TSV as strings, "" where a cell is empty; the index is the line in the file.
 
-    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of.
+    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Columns
+    with neither name nor cells, which spreadsheets leave behind, are dropped.
 
     Raises:
-        InputError: missing, empty, no text, or rows of different lengths.
+        InputError: missing, too large, empty, no text, or rows of different lengths; control characters.
     """
     if not path.is_file():
         raise InputError(f"no table {path}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # Excel starts its CSV files with a byte order mark
-            head = file.readline()
-        separator = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
-        frame = pd.read_csv(
-            path,
-            sep=separator,
-            header=None,  # with a header, pandas shifts or cuts rows that are longer than it
-            dtype=str,  # a label "0012" must stay one
-            keep_default_na=False,
-            skip_blank_lines=False,
-            encoding="utf-8-sig",
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest"
         )
+    try:
+        # Excel starts its CSV files with a byte order mark; and csv, not pandas, which takes a millisecond for each column
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline(2**16)
+            file.seek(0)
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
+            columns, lines = [], []
+            for row in reader:
+                if not "".join(row).strip():
+                    continue
+                columns = columns or [[] for _ in row]
+                if len(row) != len(columns):
+                    if any(row[len(columns) :]):
+                        raise csv.Error(f"Expected {len(columns)} fields in line {reader.line_num}, saw {len(row)}")
+                    row = [*row, *[""] * len(columns)]
+                for column, cell in zip(columns, row):  # a million lists of cells would be too much for the memory's keeper
+                    column.append(cell)
+                lines.append(reader.line_num)
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text in UTF-8; save it as CSV (UTF-8)") from None
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path} is empty; its first line must name the columns") from None
-    except pd.errors.ParserError as error:
-        raise InputError(f"{path} is no regular table: {' '.join(str(error).split())}") from None
-    frame = frame.fillna("").apply(lambda column: column.str.strip())
-    frame.columns, frame.index = frame.iloc[0], frame.index + 1
-    twice = frame.columns[frame.columns.duplicated() & (frame.columns != "")]
-    if len(twice):
-        raise InputError(f"{path} has several columns {twice[0]!r}; rename all but one")
-    return frame[(frame != "").any(axis=1)].iloc[1:]
+    except csv.Error as error:
+        raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
+    except MemoryError:
+        raise InputError(f"{path} is larger than this machine's memory; keep the columns of interest") from None
+    if not lines:
+        raise InputError(f"{path} is empty; its first line must name the columns")
+    columns = [_clean(cells, lines, path) for cells in columns]
+    names = [column[0] for column in columns]
+    twice = [name for name, count in collections.Counter(names).items() if name and count > 1]
+    if twice:
+        raise InputError(f"{path} has several columns {shown(twice[0])}; rename all but one")
+    kept = {name: column[1:] for name, column in zip(names, columns) if name or any(column)}
+    return pd.DataFrame(kept, index=lines[1:], dtype=object)
 
 
-def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> list[_Scan]:
+def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
+    """A column's cells without blanks around them, nor the apostrophe that `write_table` puts before formulas."""
+    cells = [cell.strip() for cell in cells]
+    everything = "".join(cells)  # a million cells are looked at one by one only where there is something to find
+    if not everything.isprintable():
+        for line, cell in zip(lines, cells):
+            if any(unicodedata.category(letter) == "Cc" for letter in cell):
+                raise InputError(
+                    f"{path} line {line}: {shown(cell)} holds a line break or another control character; "
+                    "is a quotation mark missing?"
+                )
+    if "'" in everything:
+        cells = [cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell for cell in cells]
+    return cells
+
+
+def root_of(data: DataConfig) -> Path:
+    """The folder that every file of a dataset lies below."""
+    return Path(os.path.abspath(data.root or data.bids or data.table.parent))
+
+
+def check_inside(path: Path | str, root: Path) -> None:
+    """Raise InputError unless a file lies below the dataset's root, links followed; both files of a pair .hdr and .img."""
+    for file in files_of(Path(path)):
+        real = Path(os.path.realpath(file))
+        if not real.is_relative_to(os.path.realpath(root)):
+            raise InputError(f"{path}: leads to {real}, outside of {root}; copy it there, or set data.root (evaluate: --root)")
+
+
+def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     root = Path(os.path.abspath(data.bids))
-    files = _find_files(root, data.suffix)
+    files = _find_files(root, data.suffix, root_of(data))
     if not columns:
-        return [_Scan(subject, session, path, {}, {}) for subject, session, path in files]
+        return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
     table_path = root / "participants.tsv"
+    check_inside(table_path, root_of(data))
     table = read_table(table_path)
     _check_column(table_path, table, data.subject_column, "data.subject_column")
-    rows = {}  # subject -> (line, cells)
-    _check_unique(table_path, [(line, f"sub-{_label(value)}") for line, value in table[data.subject_column].items()])
-    for line, row in table.iterrows():
-        rows[_label(row[data.subject_column])] = (line, row)
+    subjects = [_label(value) for value in table[data.subject_column]]
+    _check_unique(table_path, table.index, [f"sub-{subject}" for subject in subjects])
+    rows = dict(zip(subjects, range(len(subjects))))
 
     known = [(subject, session, path) for subject, session, path in files if subject in rows]
     strangers = sorted({subject for subject, _, _ in files} - set(rows))
@@ -196,45 +246,64 @@ def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> list[_Scan]:
         if not known:
             raise InputError(f"{message}; it has rows for {_some(f'sub-{s}' for s in rows)}")
         warnings.warn(f"{message}; their scans are left out", stacklevel=4)
-    scanless = sorted(set(rows) - {subject for subject, _, _ in files})
+    scanless = sorted(rows.keys() - {subject for subject, _, _ in files})
     if scanless:
         names = _some(f"sub-{s}" for s in scanless)
         warnings.warn(f"{table_path} has {len(scanless)} subjects without a {data.suffix} scan ({names})", stacklevel=4)
 
-    sessions = {subject: _session_rows(root, subject, data.session_column) for subject in {s for s, _, _ in known}}
+    sessions = {subject: _session_rows(data, subject) for subject in {subject for subject, _, _ in known}}
     in_sessions = {column for rows_ in sessions.values() for _, row in rows_.values() for column in row.index}
     for name, column in columns.items():
         if column not in in_sessions:
             _check_column(table_path, table, column, f"covariate {name}")
 
-    scans = []
-    for subject, session, path in known:
-        cells, lines = {}, {}
+    cells, lines = {name: [] for name in columns}, {name: [] for name in columns}
+    for subject, session, _ in known:
+        line_of_session, of_session = sessions[subject].get(session, (0, {}))
         for name, column in columns.items():
-            line, row = sessions[subject].get(session, (0, {}))
-            source = f"sub-{subject}_sessions.tsv"
-            if column not in row:
-                (line, row), source = rows[subject], "participants.tsv"
-            cells[name] = row.get(column, "")
-            lines[name] = f"{source} line {line} (sub-{subject}), column {column!r}"
-        scans.append(_Scan(subject, session, path, cells, lines))
-    return scans
+            if column in of_session:
+                cells[name].append(of_session[column])
+                lines[name].append(f"sub-{subject}_sessions.tsv line {line_of_session}")
+            else:
+                cells[name].append(table[column].iloc[rows[subject]] if column in table else "")
+                lines[name].append(f"participants.tsv line {table.index[rows[subject]]}")
+
+    def where(i: int, name: str) -> str:
+        return f"{lines[name][i]} (sub-{known[i][0]}), column {columns[name]!r}"
+
+    return _Scans(*map(list, zip(*known)), cells, where)
 
 
-def _find_files(root: Path, suffix: str) -> list[tuple[str, str, str]]:
-    """(subject, session, path) of every scan of a BIDS dataset."""
-    if not root.is_dir():
-        raise InputError(f"no folder {root} (data.bids)")
+def _check_folders(dataset: Path, root: Path) -> None:
+    """Raise InputError for a link to a folder that leads out, or back to where one would come by it again.
+
+    Files are checked when they are opened.
+    """
+    for folder, names, _ in os.walk(dataset):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink():
+                check_inside(path, root)
+                if path.parent.resolve().is_relative_to(path.resolve()):
+                    raise InputError(f"{path} links to a folder that it lies in itself; remove the link")
+
+
+def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, str]]:
+    """(subject, session, path) of every scan of a BIDS dataset that reads nothing outside of `root`."""
+    if not dataset.is_dir():
+        raise InputError(f"no folder {dataset} (data.bids)")
+    _check_folders(dataset, root)
+    check_inside(dataset / "dataset_description.json", root)
     logging.getLogger("bids").setLevel(logging.ERROR)
     from bids import BIDSLayout, BIDSLayoutIndexer  # takes half a second: not for those who bring a table
 
     # Without metadata, which nobody asks for here: 2 s instead of 6 s for 1,000 subjects with 2 sessions
-    indexer = BIDSLayoutIndexer(validate=False, index_metadata=False)
+    indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, config_filename=_NO_LAYOUT_FILE)
     try:
-        layout = BIDSLayout(root, validate=False, config=["bids", "derivatives"], indexer=indexer)
+        layout = BIDSLayout(dataset, validate=False, config=["bids", "derivatives"], indexer=indexer)
         found = layout.get(suffix=suffix, extension=[".nii", ".nii.gz"])
     except Exception as error:  # PyBIDS lets through whatever a broken dataset sets off, SQL errors among it
-        raise InputError(f"{root} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
+        raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
     files = []
     for file in found:
         entities = file.get_entities()
@@ -242,24 +311,25 @@ def _find_files(root: Path, suffix: str) -> list[tuple[str, str, str]]:
             files.append((str(entities["subject"]), str(entities.get("session", "")), file.path))
     if not files:
         raise InputError(
-            f"no scan found in {root}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
+            f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
             "check data.bids and data.suffix"
         )
     return files
 
 
-def _session_rows(root: Path, subject: str, column: str) -> dict[str, tuple[int, pd.Series]]:
+def _session_rows(data: DataConfig, subject: str) -> dict[str, tuple[int, pd.Series]]:
     """Session -> (line, cells) of sub-XX_sessions.tsv; empty where there is none."""
-    path = root / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
+    path = Path(os.path.abspath(data.bids)) / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
     if not path.is_file():
         return {}
+    check_inside(path, root_of(data))
     table = read_table(path)
-    _check_column(path, table, column, "data.session_column")
-    _check_unique(path, [(line, f"ses-{_label(value)}") for line, value in table[column].items()])
-    return {_label(row[column]): (line, row) for line, row in table.iterrows()}
+    _check_column(path, table, data.session_column, "data.session_column")
+    _check_unique(path, table.index, [f"ses-{_label(value)}" for value in table[data.session_column]])
+    return {_label(row[data.session_column]): (line, row) for line, row in table.iterrows()}
 
 
-def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> list[_Scan]:
+def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     path = Path(os.path.abspath(data.table))
     table = read_table(path)
     _check_column(path, table, data.subject_column, "data.subject_column")
@@ -272,76 +342,98 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> list[_Scan]
     if table.empty:
         raise InputError(f"{path} has a header but no rows")
 
-    scans, named, files, pathless = [], [], [], []
-    folder = Path(os.path.abspath(data.root)) if data.root else path.parent
-    for line, row in table.iterrows():
-        subject = _label(row[data.subject_column])
-        session = _label(row[data.session_column]) if has_sessions else ""
-        if not subject:
-            raise InputError(f"{path} line {line}: {data.subject_column!r} is empty; every scan needs its subject")
-        who = f"sub-{subject}" + (f" ses-{session}" if session else "")
-        named.append((line, who))
-        if row[data.path_column].lower() in ("", "n/a"):
-            pathless.append(who)
-            continue
-        # abspath and not resolve: DataLad keeps files behind links, whose targets have no proper name
-        file = os.path.abspath(folder / row[data.path_column])
-        files.append((line, file))
-        lines = {name: f"{path.name} line {line} ({who}), column {column!r}" for name, column in columns.items()}
-        scans.append(_Scan(subject, session, file, {name: row[c] for name, c in columns.items()}, lines))
+    subjects = [_label(cell) for cell in table[data.subject_column]]
+    sessions = [_label(cell) for cell in table[data.session_column]] if has_sessions else [""] * len(table)
+    if not all(subjects):
+        line = table.index[subjects.index("")]
+        raise InputError(f"{path} line {line}: {data.subject_column!r} is empty; every scan needs its subject")
+    who = [f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in zip(subjects, sessions)]
     hint = "" if has_sessions else f"; several sessions need a column {data.session_column!r} (data.session_column)"
-    _check_unique(path, named, hint)
-    _check_unique(path, files, "; one file cannot be two scans")
-    if pathless:
+    _check_unique(path, table.index, who, hint)
+
+    cells = table[data.path_column].tolist()
+    kept = [i for i, cell in enumerate(cells) if cell.lower() not in ("", "n/a")]
+    if len(kept) < len(cells):
+        pathless = [name for name, cell in zip(who, cells) if cell.lower() in ("", "n/a")]
         message = f"{path}: column {data.path_column!r} is empty for {len(pathless)} rows ({_some(pathless)})"
-        if not scans:
+        if not kept:
             raise InputError(f"{message}, so there is no scan")
         warnings.warn(f"{message}; they are left out", stacklevel=4)
-    return scans
+        table = table.iloc[kept]
+        subjects, sessions, who, cells = ([each[i] for i in kept] for each in (subjects, sessions, who, cells))
+    root = str(root_of(data))
+    # normpath and not realpath: DataLad keeps files behind links, whose targets have no proper name
+    files = [os.path.normpath(os.path.join(root, cell)) for cell in cells]
+    _check_unique(path, table.index, files, "; one file cannot be two scans")
+    below = root.rstrip(os.sep) + os.sep
+    outside = [i for i, file in enumerate(files) if not file.startswith(below) and not _is_alias(file, root)]
+    if outside:
+        listed = _listed({f"line {table.index[i]}": shown(cells[i]) for i in outside[:_SHOWN]}, len(outside))
+        raise InputError(
+            f"{path}: {len(outside)} scans lie outside of {root}:\n{listed}\nset data.root (evaluate: --root) to the folder "
+            "that holds all scans; relative paths start there"
+        )
+
+    def where(i: int, name: str) -> str:
+        return f"{path.name} line {table.index[i]} ({who[i]}), column {columns[name]!r}"
+
+    return _Scans(subjects, sessions, files, {name: table[column].tolist() for name, column in columns.items()}, where)
 
 
-def _parse(scans: Sequence[_Scan], covariates: Sequence[Covariate]) -> dict[str, list[Value]]:
+def _is_alias(file: str, root: str) -> bool:
+    """Whether a path lies below the root under another name of it."""
+    return os.path.realpath(file).startswith(os.path.realpath(root) + os.sep)
+
+
+def _parse(scans: _Scans, covariates: Sequence[Covariate]) -> dict[str, list[Value]]:
     """Values of every covariate; all unreadable cells end up in one error, all numbers beyond range in one warning."""
     values, bad, beyond = {}, {}, {}
     for covariate in covariates:
-        values[covariate.name] = []
-        unlimited = replace(covariate, range=None)
-        for scan in scans:
-            value, line = None, scan.lines[covariate.name]
+        values[covariate.name] = parsed = []
+        unlimited, limits = replace(covariate, range=None), covariate.range
+        for i, cell in enumerate(scans.cells[covariate.name]):
+            value = None
             try:
-                value = unlimited.parse(scan.cells[covariate.name])
+                value = unlimited.parse(cell)
             except InputError as error:
-                bad[line] = str(error).removeprefix(f"{covariate.name}: ")
-            if covariate.range and value is not None and not covariate.range[0] <= value <= covariate.range[1]:
-                low, high = covariate.range
-                beyond[line] = f"{value:g} is not within {low:g} to {high:g} {covariate.unit}".rstrip()
+                bad[covariate.name, i] = str(error).removeprefix(f"{covariate.name}: ")
+            if limits and value is not None and not limits[0] <= value <= limits[1]:
+                beyond[covariate.name, i] = f"{value:g} is not within {limits[0]:g} to {limits[1]:g} {covariate.unit}".rstrip()
                 value = None
-            values[covariate.name].append(value)
+            parsed.append(value)
+
+    def listed(problems: Mapping[tuple[str, int], str]) -> str:
+        return _listed(
+            {scans.where(i, name): what for (name, i), what in itertools.islice(problems.items(), _SHOWN)}, len(problems)
+        )
+
     if bad:
         raise InputError(
-            f"{len(bad)} cells cannot be used:\n{_listed(bad)}\ncorrect them, or leave them empty for a missing value"
+            f"{len(bad)} cells cannot be used:\n{listed(bad)}\ncorrect them, or leave them empty for a missing value"
         )
     if beyond:
-        warnings.warn(f"{len(beyond)} cells are out of range and count as missing:\n{_listed(beyond)}", stacklevel=3)
+        warnings.warn(f"{len(beyond)} cells are out of range and count as missing:\n{listed(beyond)}", stacklevel=3)
     return values
 
 
 def _check_column(path: Path, table: pd.DataFrame, column: str, purpose: str) -> None:
     if column not in table:
-        names = {name.lower(): name for name in table.columns}
-        close = difflib.get_close_matches(column.lower(), names, n=1, cutoff=0.5)
+        names = {name.lower(): name for name in table.columns if len(name) < 100}
+        close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
         hint = f"did you mean {names[close[0]]!r}? " if close else ""
-        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {', '.join(table.columns)}")
+        columns = _some((shown(name)[1:-1] for name in table.columns), 30)
+        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {columns}")
 
 
-def _check_unique(path: Path, named: Iterable[tuple[int, str]], hint: str = "") -> None:
-    """Raise InputError unless every name stands on one line only."""
-    lines: dict[str, list[int]] = {}
-    for line, name in named:
-        lines.setdefault(name, []).append(line)
-    twice = [f"{name} on lines {', '.join(map(str, at))}" for name, at in lines.items() if len(at) > 1]
-    if twice:
-        raise InputError(f"{path} has {len(twice)} duplicates: {_some(twice)}; keep one row each{hint}")
+def _check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:
+    """Raise InputError unless every name, of those on these lines, stands on one line only."""
+    if len(set(names)) == len(names):
+        return
+    at: dict[str, list[int]] = {}
+    for line, name in zip(lines, names):
+        at.setdefault(name, []).append(line)
+    twice = [f"{shown(name)[1:-1]} on lines {_some(map(str, found))}" for name, found in at.items() if len(found) > 1]
+    raise InputError(f"{path} has {len(twice)} duplicates: {_some(twice)}; keep one row each{hint}")
 
 
 def _label(value: str) -> str:
@@ -356,10 +448,18 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _listed(problems: Mapping[str, str]) -> str:
-    lines = [f"  {where}: {what}" for where, what in problems.items()]
-    return "\n".join(lines[:_SHOWN] + ([f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))
+def _listed(problems: Mapping[str, str], count: int | None = None) -> str:
+    """The first _SHOWN problems, a line each, and how many more of `count` (default: of these) there are."""
+    count = len(problems) if count is None else count
+    lines = [f"  {where}: {what}" for where, what in itertools.islice(problems.items(), _SHOWN)]
+    return "\n".join(lines + ([f"  and {count - _SHOWN} more"] if count > _SHOWN else []))
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def as_json(values: Mapping[str, Any]) -> str:
+    """The content of a JSON file."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _as_tsv(frame: pd.DataFrame) -> str:
+    frame = frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell)
+    return frame.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n")

@@ -33,15 +33,17 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ldm3d.config import Config
-from ldm3d.data.bids import assign_splits, read_scans, read_table, write_table
-from ldm3d.data.nifti import read_volume
+from ldm3d.data.bids import assign_splits, check_inside, read_scans, read_table, root_of, write_table
+from ldm3d.data.nifti import files_of, read_volume
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid, place, resample, spacing_of
+from ldm3d.processes import ALONE, Processes, cores_each
 
 VERSION = 1  # raise it when the numbers that this file makes change: every volume is then prepared again
 
 _BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
 _FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
+_SHOWN = 20  # failed scans that are named on the terminal; failed.tsv has them all
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -56,15 +58,16 @@ class Prepared:
     seconds: float
 
 
-def prepare(config: Config, *, workers: int | None = None, strict: bool = False) -> Prepared:
+def prepare(config: Config, *, workers: int | None = None, strict: bool = False, processes: Processes = ALONE) -> Prepared:
     """Bring every scan of the config to the Grid, in parallel; only those that are new or changed.
 
     A scan that cannot be used is named with its reason and left out; the others go on.
 
     Args:
         config: the experiment.
-        workers: processes; None for one per available core, 1 for none beside this one.
+        workers: processes that this one starts; None for one per available core, 1 for none beside this one.
         strict: one bad scan is an error, and no table is written.
+        processes: that share the scans; all of them have to call this.
 
     Raises:
         InputError: what `read_scans` raises; no scan could be prepared; with `strict` any could not.
@@ -74,26 +77,32 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False)
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     scans = read_scans(config.data, config.covariates)
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
-    arguments = [(path, folder / "volumes", grid, config.data.percentiles) for path in scans["path"]]
-    results: list[dict] = [{}] * len(scans)
-    with tqdm(total=len(scans), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
-        for i, result in _run(arguments, min(workers or _cores(), len(scans))):
+    shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
+    arguments = [(path, *shared) for path in processes.share(scans["path"])]
+    results: list[dict] = [{}] * len(arguments)
+    with tqdm(total=len(arguments), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
+        for i, result in _run(arguments, min(workers or cores_each(), len(arguments))):
             results[i] = result
             bar.update()
+    results = processes.merge(results)
 
     reasons = pd.Series([result.get("reason") for result in results], index=scans.index, dtype=object)
     bad = reasons.notna()
     failed = scans.loc[bad, ["subject", "session", "path"]].assign(reason=reasons[bad])
+    if processes.is_main:
+        (folder / "failed.tsv").unlink(missing_ok=True)
     if bad.any():
-        write_table(folder / "failed.tsv", failed)
+        if processes.is_main:
+            write_table(folder / "failed.tsv", failed)
         report = f"{len(failed)} of {len(scans)} scans could not be prepared:\n" + "\n".join(
-            f"  {_who(row)}: {row.reason}" for row in failed.itertuples()
+            f"  {_who(row)}: {row.reason}" for row in failed.head(_SHOWN).itertuples()
         )
+        if len(failed) > _SHOWN:
+            report += f"\n  and {len(failed) - _SHOWN} more, see {folder / 'failed.tsv'}"
         if strict or bad.all():
             raise InputError(report)
-        print(report)
-    else:
-        (folder / "failed.tsv").unlink(missing_ok=True)
+        if processes.is_main:
+            print(report)
 
     good = [result for result in results if "reason" not in result]
     table = scans[~bad].reset_index(drop=True)
@@ -101,9 +110,11 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False)
     table.insert(3, "key", [result["key"] for result in good])
     table.insert(4, "split", table["subject"].map(splits))
     _warn(table, good, grid)
-    write_table(folder / "scans.tsv", table)
-    write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
-    _write(folder / "settings.json", json.dumps(_settings(config), indent=2).encode())
+    if processes.is_main:
+        write_table(folder / "scans.tsv", table)
+        write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
+        _write(folder / "settings.json", json.dumps(_settings(config), indent=2).encode())
+    processes.wait()
     cached = sum(result["cached"] for result in good)
     return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
 
@@ -135,7 +146,10 @@ def load_prepared(config: Config, key: str) -> NDArray:
     path = config.prepared_folder / "volumes" / f"{key}.npy"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
-    return np.load(path).astype(np.float32)
+    try:
+        return np.load(path).astype(np.float32)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run `ldm3d prepare` with this config again") from None
 
 
 def load_info(config: Config, key: str) -> dict[str, Any]:
@@ -265,15 +279,15 @@ def _place_on_foreground(box: tuple[NDArray, NDArray], volume: NDArray, affine: 
     return placed, float(out.max())
 
 
-def _prepare_scan(path: str, folder: Path, grid: Grid, percentiles: tuple[float, float]) -> dict[str, Any]:
+def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: tuple[float, float]) -> dict[str, Any]:
     """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
     try:
+        check_inside(path, root)  # before a byte of it is read
         key = _key(Path(path), grid, percentiles)
         volume_path, info_path = folder / f"{key}.npy", folder / f"{key}.json"
-        cached = volume_path.is_file() and info_path.is_file()
-        if cached:
-            info = json.loads(info_path.read_text(encoding="utf-8"))
-        else:
+        info = _read_info(info_path) if volume_path.is_file() else None
+        cached = info is not None
+        if not cached:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 volume, info = to_grid(*read_volume(path), grid, percentiles)
@@ -285,20 +299,33 @@ def _prepare_scan(path: str, folder: Path, grid: Grid, percentiles: tuple[float,
         return {"key": key, "cached": cached, "cut_mm": info["cut_mm"], "notes": info["notes"]}
     except InputError as error:
         return {"reason": str(error)}
+    except MemoryError:
+        return {"reason": f"{path}: takes more memory than there is; try it alone, with workers=1"}
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise  # no scan's fault; going on would only blame all the others too
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
 
 
+def _read_info(path: Path) -> dict[str, Any] | None:
+    """What stands beside a prepared volume; None if it is not there or damaged, and then the scan is prepared again."""
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        return info if info.keys() >= {"cut_mm", "notes"} else None
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return None
+
+
 def _key(path: Path, grid: Grid, percentiles: tuple[float, float]) -> str:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    for file in files_of(path):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
     settings = {"version": VERSION, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
     digest = hashlib.sha256(json.dumps(settings).encode())
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for each in files_of(path):
+        with open(each, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()[:20]
 
 
@@ -374,10 +401,6 @@ def _settings(config: Config) -> dict[str, Any]:
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
     return {"version": VERSION, **settings}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write(path: Path, content: bytes) -> None:

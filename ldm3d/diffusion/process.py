@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -23,11 +24,12 @@ from ldm3d.errors import InputError
 TARGETS = ("noise", "v", "data", "velocity")
 TIME_SAMPLING = ("uniform", "logit-normal")
 LOSS_WEIGHTS = ("none", "min-snr")
-SPACINGS = ("uniform", "quadratic", "lambda", "karras")
+SPACINGS = ("uniform", "quadratic", "share", "lambda", "karras")
 LEADING = "leading"  # a spacing of DDPM chains alone
 
 ALPHA_FLOOR = 1e-3  # below it a noise prediction says nothing about x: its errors would be multiplied by > 1000
 RATE_FLOOR = 1e-4  # derivatives are taken at t >= this: sigma' is infinite at t = 0 in variance-preserving processes
+TIME_FLOOR = 1e-9  # stands for "just after t = 0" where the noise begins with a jump
 KARRAS_RHO = 7.0
 
 
@@ -56,6 +58,15 @@ class Process:
     def t_of_lam(self, lam):
         """Inverse of `lam`; a value outside its range gives the nearest time."""
         return _like(lam, self._t_of_lam(_double(lam)))
+
+    def lam_rate(self, t):
+        """d lambda / dt, negative."""
+        (alpha, sigma), (alpha_rate, sigma_rate) = self._alpha_sigma(_double(t)), self._rates(_double(t))
+        return _like(t, alpha_rate / alpha - sigma_rate / sigma)
+
+    def network_time(self, t):
+        """What a network is told of the time t, in [0, 1]: t itself, where the schedule never changes."""
+        return t
 
     @property
     def lam_range(self) -> tuple[float, float]:
@@ -126,9 +137,10 @@ class Process:
     def times(self, steps: int, spacing: str = "uniform") -> list[float]:
         """Sampling times: steps + 1 of them, decreasing, from exactly 1 (but for "leading") to exactly 0.
 
-        "uniform": even in t (for the DDPM processes the spacing known as "trailing"). "quadratic": even in sqrt(t).
-        "lambda": even in lambda. "karras": even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). The latter two
-        place times[:-1] over `lam_range`, then move the first one to exactly 1, where pure noise belongs.
+        "uniform": even in t (for the DDPM processes the spacing known as "trailing"). "quadratic": even in sqrt(t). "share":
+        even in sigma / (alpha + sigma), which the flow process is by itself. "lambda": even in lambda. "karras": even in
+        (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). The latter two place times[:-1] over `lam_range`, then move the
+        first one to exactly 1, where pure noise belongs.
 
         "leading": steps 0, r, 2 r, ... of a DDPM's chain of T, r = T // steps, from the last of them down to the data: how
         DDIM counted in MONAI's generative models (980, 960, ..., 0 for 50 of 1000). Noise is what it starts from, although
@@ -139,6 +151,9 @@ class Process:
             raise InputError(f"sampling in {steps} steps is impossible; ask for 1 or more")
         if spacing in ("uniform", "quadratic"):
             return [((steps - i) / steps) ** (1 if spacing == "uniform" else 2) for i in range(steps + 1)]
+        if spacing == "share":
+            share = torch.linspace(1 / (1 + math.exp(self.lam(1.0))), 0, steps + 1, dtype=torch.float64)[1:-1]
+            return [1.0, *self._t_of_lam(-share.logit()).tolist(), 0.0]
         if spacing == LEADING:
             return self._leading_times(steps)
         even = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -286,11 +301,56 @@ class ScaledLinear(Linear):
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64) ** 2
 
 
-PROCESSES = {process.kind: process for process in (Flow, Cosine, Linear, ScaledLinear)}
+@dataclass(frozen=True)
+class Variational(VariancePreserving):
+    """The variational diffusion model's (Kingma et al. 2021): gamma(t) = -2 lambda(t) rises as it was learned to.
+
+    `gamma` is given at evenly spaced t and linear in between, so that a schedule that was learned (`ldm3d.diffusion.vdm`)
+    is these numbers and nothing else. As in the paper, the least noisy z is not yet the data: just after t = 0 the noise
+    is that of gamma[0], and t = 0 is the data x itself.
+    """
+
+    kind: ClassVar[str] = "vdm"
+    gamma: tuple[float, ...] = (-13.3, 10.0)  # the paper's first; the last leaves 0.7 % of the data
+
+    def __post_init__(self):
+        object.__setattr__(self, "gamma", tuple(self.gamma))  # JSON has lists only
+        if len(self.gamma) < 2 or not all(low < high for low, high in pairwise(self.gamma)):
+            raise InputError(f"gamma {list(self.gamma)} of the vdm process must be two or more numbers that rise")
+
+    def network_time(self, t):
+        """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)): a noise level, which means the same under every schedule."""
+        value, _ = self._gamma(_double(t))
+        return _like(t, (value - self.gamma[0]) / (self.gamma[-1] - self.gamma[0]))
+
+    @property
+    def lam_range(self) -> tuple[float, float]:
+        return -self.gamma[-1] / 2, -self.gamma[0] / 2
+
+    def _gamma(self, t):
+        """(gamma, its derivative) at t > 0, and their limits at t = 0."""
+        table = torch.tensor(self.gamma, dtype=t.dtype, device=t.device)
+        position = t * (len(table) - 1)
+        i = position.long().clamp(0, len(table) - 2)
+        return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * (len(table) - 1)
+
+    def _log_alpha(self, t):
+        value, rate = self._gamma(t)  # alpha^2 = sigmoid(-gamma)
+        log_alpha = torch.nn.functional.logsigmoid(-value) / 2
+        return torch.where(t > 0, log_alpha, 0.0), -torch.sigmoid(value) * rate / 2
+
+    def _t_of_lam(self, lam):
+        table = torch.tensor(self.gamma, dtype=lam.dtype, device=lam.device)
+        i = torch.searchsorted(table, -2 * lam.contiguous()).clamp(1, len(table) - 1)
+        t = (i - 1 + (-2 * lam - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
+        return torch.where(lam == math.inf, 0.0, t.clamp(TIME_FLOOR, 1))
+
+
+PROCESSES = {process.kind: process for process in (Flow, Cosine, Linear, ScaledLinear, Variational)}
 
 
 def make_process(kind: str, **options) -> Process:
-    """The process of a kind ("flow", "vp-cosine", "vp-linear", "vp-scaled-linear") with that kind's own options."""
+    """The process of a kind ("flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm") with that kind's own options."""
     cls = PROCESSES[choose("process", kind, PROCESSES)]
     for option in options:
         choose(f"option of the {kind} process", option, [field.name for field in fields(cls)])

@@ -12,18 +12,25 @@ there, and that limit is what is computed: no sampler has to start from t = 0.99
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.process import Flow, Process, choose
+from ldm3d.diffusion.process import Flow, Process, Variational, choose
+from ldm3d.diffusion.sde import sample_predictor_corrector, sample_sde_euler, sample_sde_heun
+from ldm3d.diffusion.steps import (
+    Denoiser,
+    Noise,
+    Progress,
+    forward_step,
+    heun_step,
+    ode_scale,
+    ode_share,
+    ode_slope,
+    walk,
+)
 from ldm3d.errors import InputError
-
-Denoiser = Callable[[Tensor, float], Tensor]
-Noise = Callable[[int], Tensor]
-Progress = Callable[[int], None]
 
 
 def sample_ddpm(
@@ -55,9 +62,9 @@ def sample_ddpm(
     choose("variance", variance, ("small", "large"))
     if noise is None:
         raise InputError("DDPM sampling draws noise at every step: give noise=..., or use ddim, which needs none")
-    for k, t, s in _steps(times, progress):
+    for k, t, s in walk(times, progress):
         x = denoise(z, t)
-        ratio, forward = _forward_step(process, t, s)
+        ratio, forward = forward_step(process, t, s)
         kept = (process.sigma(s) / process.sigma(t)) ** 2
         # Eq. 7, the mean of q(z_s | z_t, x), written for any alpha and sigma
         z = ratio * kept * z + process.alpha(s) * forward / process.sigma(t) ** 2 * x
@@ -82,10 +89,10 @@ def sample_ddim(
     """
     if eta and noise is None:
         raise InputError(f"DDIM with eta {eta} draws noise at every step: give noise=..., or eta 0")
-    for k, t, s in _steps(times, progress):
+    for k, t, s in walk(times, progress):
         x = denoise(z, t)
         e = (z - process.alpha(t) * x) / process.sigma(t)
-        _, forward = _forward_step(process, t, s)
+        _, forward = forward_step(process, t, s)
         fresh = eta * math.sqrt(forward) * process.sigma(s) / process.sigma(t)  # eq. 16
         z = process.alpha(s) * x + math.sqrt(max(process.sigma(s) ** 2 - fresh**2, 0.0)) * e
         if fresh > 0:
@@ -103,10 +110,10 @@ def sample_euler(
     is flow matching's Euler step along the velocity (Lipman et al. 2023). Euler is exact where x and e stay the same,
     and so is DDIM: in these variables the two are the same step.
     """
-    y = z / _scale(process, times[0])
-    for _, t, s in _steps(times, progress):
-        y = y + (_share(process, s) - _share(process, t)) * _slope(denoise, y, t, process)
-    return y * _scale(process, times[-1])
+    y = z / ode_scale(process, times[0])
+    for _, t, s in walk(times, progress):
+        y = y + (ode_share(process, s) - ode_share(process, t)) * ode_slope(denoise, y, t, process)
+    return y * ode_scale(process, times[-1])
 
 
 def sample_heun(
@@ -117,14 +124,9 @@ def sample_heun(
     Two denoiser calls a step; one in a step to t = 0, where the slope is undefined and Euler's step is the denoised
     latent.
     """
-    y = z / _scale(process, times[0])
-    for _, t, s in _steps(times, progress):
-        step = _share(process, s) - _share(process, t)
-        slope = _slope(denoise, y, t, process)
-        if s > 0:
-            slope = (slope + _slope(denoise, y + step * slope, s, process)) / 2
-        y = y + step * slope
-    return y * _scale(process, times[-1])
+    for _, t, s in walk(times, progress):
+        z = heun_step(denoise, z, t, s, process)
+    return z
 
 
 def sample_dpmpp_2m(
@@ -135,7 +137,7 @@ def sample_dpmpp_2m(
     Gains over DDIM only with times that are even in lambda; see `Process.times`. Arguments as in `sample_ddpm`.
     """
     previous, previous_step = None, math.inf
-    for _, t, s in _steps(times, progress):
+    for _, t, s in walk(times, progress):
         x = denoise(z, t)
         step = process.lam(s) - process.lam(t)  # inf from pure noise and to t = 0
         direction = x
@@ -166,7 +168,7 @@ def sample_unipc(
         raise InputError(f"UniPC of order {order} is not available; choose 1, 2 or 3")
     nodes: list[tuple[float, Tensor]] = []  # (lambda, x) wherever the denoiser was asked, newest first
     start = p = None
-    for k, t, s in _steps(times, progress):
+    for k, t, s in walk(times, progress):
         x = denoise(z, t)
         if k > 0:  # correct the latent that was predicted for t, from where that step began
             z = _unipc_step(start, times[k - 1], t, nodes[:p], process, corrector=x)
@@ -209,34 +211,6 @@ def _unipc_step(
     return process.sigma(s) / process.sigma(t) * z + process.alpha(s) * whole * direction
 
 
-def _steps(times: Sequence[float], progress: Progress | None) -> Iterator[tuple[int, float, float]]:
-    """(k, t, s) of every step; reports each one once the caller is done with it."""
-    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
-        raise InputError(f"sampling times must decrease and be two or more, got {list(times)}; see Process.times")
-    for k, (t, s) in enumerate(pairwise(times)):
-        yield k, t, s
-        if progress:
-            progress(k + 1)
-
-
-def _forward_step(process: Process, t: float, s: float) -> tuple[float, float]:
-    """(a, v) of the forward step q(z_t | z_s) = N(a z_s, v); 1 - v / sigma_t^2 is the noise that z_s already had."""
-    ratio = process.alpha(t) / process.alpha(s)
-    return ratio, max(process.sigma(t) ** 2 - (ratio * process.sigma(s)) ** 2, 0.0)
-
-
-def _scale(process: Process, t: float) -> float:
-    return process.alpha(t) + process.sigma(t)
-
-
-def _share(process: Process, t: float) -> float:
-    return process.sigma(t) / _scale(process, t)
-
-
-def _slope(denoise: Denoiser, y: Tensor, t: float, process: Process) -> Tensor:
-    return (y - denoise(y * _scale(process, t), t)) / _share(process, t)
-
-
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,
@@ -244,6 +218,9 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": sample_heun,
     "dpmpp-2m": sample_dpmpp_2m,
     "unipc": sample_unipc,
+    "sde-euler": sample_sde_euler,
+    "sde-heun": sample_sde_heun,
+    "sde-pc": sample_predictor_corrector,
 }
 
 
@@ -255,6 +232,8 @@ def recommended_spacing(name: str, process: Process) -> str:
     """
     if isinstance(process, Flow):
         return "uniform"
+    if isinstance(process, Variational):  # what a schedule has learned is the bound's variance, not a sampler's error
+        return "share"
     return {"heun": "quadratic", "dpmpp-2m": "lambda", "unipc": "lambda"}.get(name, "uniform")
 
 

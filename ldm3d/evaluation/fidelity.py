@@ -17,8 +17,12 @@ from tqdm import tqdm
 
 from ldm3d.covariates import Value
 from ldm3d.errors import InputError
+from ldm3d.evaluation.features import Extractor
+from ldm3d.evaluation.likeness import Seen, compare_all, look_at
+from ldm3d.evaluation.measures import Figure
 from ldm3d.evaluation.metrics import Agreement, agreement, psnr, ssim
-from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.pipeline import Pipeline, Sampling, grouped
+from ldm3d.processes import ALONE, Processes
 
 Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
 
@@ -70,6 +74,7 @@ class Evaluation:
         sweeps: over each continuous covariate.
         real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, for pictures.
         requests: of the generated volumes.
+        likeness: measures of the generated volumes' distribution beside the held-out ones'.
     """
 
     psnr_db: NDArray
@@ -80,6 +85,7 @@ class Evaluation:
     reconstructed: list[NDArray] = field(default_factory=list)
     generated: list[NDArray] = field(default_factory=list)
     requests: list[dict[str, Value]] = field(default_factory=list)
+    likeness: list[Figure] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, as JSON values."""
@@ -99,6 +105,7 @@ class Evaluation:
                 }
                 for s in self.sweeps
             ],
+            "likeness": [figure.to_dict() for figure in self.likeness],
         }
 
     def find(self, covariate: str, kind: str) -> Comparison | None:
@@ -115,6 +122,9 @@ def evaluate(
     sweep_values: int = 6,
     sweep_repeats: int = 4,
     shown: int = 3,
+    extractor: Extractor | None = None,
+    people: Sequence[Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -127,6 +137,9 @@ def evaluate(
         num_generated: volumes asked for held-out subjects' covariates; subjects are asked again in turn if they are fewer.
         sweep_values, sweep_repeats: values of a sweep and noises at each.
         shown: volumes kept for pictures.
+        extractor: of features, by which distributions are compared; None leaves that out.
+        people: who each held-out volume shows, for several of one person are more alike; None: all are different.
+        processes: that share the work; all of them have to call this, and all get the same answer.
 
     Raises:
         InputError: no held-out volume.
@@ -134,28 +147,33 @@ def evaluate(
     if not subjects:
         raise InputError("no held-out volume to evaluate on; raise data.splits.test, or give data that was not trained on")
     spacing, rows = pipeline.grid.spacing_mm, pipeline.parse(subjects)
-    qualities, similarities, on_real, on_reconstructed = [], [], [], []
-    result = Evaluation(np.array([]), np.array([]))
-    for i in tqdm(range(len(rows)), desc="reconstruct", unit="volume"):
+
+    def reconstruct(i: int) -> tuple:
         volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
         again = pipeline.reconstruct(volume)
-        qualities.append(psnr(again, volume).item())
-        similarities.append(ssim(again, volume).item())
-        real, reconstructed = (pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again))  # as generated ones are
-        on_real.append(measure(real, spacing))
-        on_reconstructed.append(measure(reconstructed, spacing))
-        if i < shown:
-            result.real.append(real)
-            result.reconstructed.append(reconstructed)
-    result.psnr_db, result.ssim = np.array(qualities), np.array(similarities)
+        pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again)]  # as generated ones are
+        quality = psnr(again, volume).item(), ssim(again, volume).item()
+        return *quality, *(measure(v, spacing) for v in pair), pair if i < shown else None, look(pair[0], i)
 
-    result.requests = [rows[i % len(rows)] for i in range(num_generated)]
-    on_generated = []
-    volumes = pipeline.volumes(result.requests, sampling)
-    for volume in tqdm(volumes, desc="generate", unit="volume", total=num_generated):
-        on_generated.append(measure(volume, spacing))
-        if len(result.generated) < shown:
-            result.generated.append(volume)
+    def generate(numbers: list[int]) -> list[tuple]:
+        volumes = pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
+        return [(measure(v, spacing), v if i < shown else None, look(v, i)) for i, v in zip(numbers, volumes)]
+
+    def look(volume: NDArray, number: int) -> Seen | None:
+        return look_at(volume, number, extractor, pipeline.device) if extractor else None
+
+    done = spread(reconstruct, range(len(rows)), processes, "reconstruct")
+    qualities, similarities, on_real, on_reconstructed, pairs, real_seen = zip(*done)
+    result = Evaluation(np.array(qualities), np.array(similarities))
+    result.real, result.reconstructed = (list(volumes) for volumes in zip(*filter(None, pairs)))
+
+    requests = result.requests = [rows[i % len(rows)] for i in range(num_generated)]
+    groups = list(grouped(range(num_generated), pipeline.group_size))  # whole batches: a part of one costs as much
+    made = [each for group in spread(generate, groups, processes, "generate") for each in group]
+    on_generated, pictures, generated_seen = zip(*made)
+    result.generated = list(pictures[:shown])
+    if extractor:
+        result.likeness = compare_all(real_seen, generated_seen, people or range(len(rows)), pipeline.device)
 
     judged = [c.name for c in pipeline.schema if c.kind == "continuous" and c.name in on_real[0]]
     places = (("real", rows, on_real), ("reconstructed", rows, on_reconstructed))
@@ -169,8 +187,15 @@ def evaluate(
                 warnings.warn(f"{name} on {kind} volumes is not judged: {error}", stacklevel=2)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
-            result.sweeps.append(sweep(pipeline, covariate.name, measure, sampling, judged, sweep_values, sweep_repeats))
+            name = covariate.name
+            result.sweeps.append(sweep(pipeline, name, measure, sampling, judged, sweep_values, sweep_repeats, processes))
     return result
+
+
+def spread(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
+    """work(item) of all items, in their order, on every process; each does its share."""
+    own = processes.share(items)
+    return processes.merge([work(item) for item in tqdm(own, desc=title, unit="step", disable=not processes.is_main)])
 
 
 def sweep(
@@ -181,25 +206,25 @@ def sweep(
     quantities: Sequence[str],
     num_values: int = 6,
     repeats: int = 4,
+    processes: Processes = ALONE,
 ) -> Sweep:
     """Ask one covariate at evenly spaced values between the 5% and 95% point of a normal with its mean and deviation.
 
     Args:
         quantities: what to keep of `measure`'s answer.
         num_values, repeats: V, and noises at each value.
+        processes: see `evaluate`.
     """
     known = pipeline.schema[covariate]
     low, high = (max(known.seen[0], known.mean - 1.64 * known.std), min(known.seen[1], known.mean + 1.64 * known.std))
     values = np.clip(np.linspace(low, high, num_values).round(1), *known.seen).tolist()
-    measured = {name: np.zeros((num_values, repeats)) for name in quantities}
-    pictures = []
-    for i, value in enumerate(tqdm(values, desc=f"sweep {covariate}", unit="value")):
+
+    def ask(value: float) -> tuple:
         requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * repeats)
-        for k, volume in enumerate(pipeline.volumes(requests, sampling)):
-            answer = measure(volume, pipeline.grid.spacing_mm)
-            for name in quantities:
-                measured[name][i, k] = answer[name]
-            if k == 0:
-                pictures.append(volume)
+        volumes = list(pipeline.volumes(requests, sampling))
+        return [measure(volume, pipeline.grid.spacing_mm) for volume in volumes], volumes[0]
+
+    answers, pictures = zip(*spread(ask, values, processes, f"sweep {covariate}"))
+    measured = {name: np.array([[answer[name] for answer in row] for row in answers]) for name in quantities}  # (V, repeats)
     ranks = {name: float(stats.spearmanr(values, m.mean(axis=1)).statistic) for name, m in measured.items()}
-    return Sweep(covariate, values, measured, ranks, pictures)
+    return Sweep(covariate, values, measured, ranks, list(pictures))

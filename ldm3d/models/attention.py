@@ -15,7 +15,7 @@ from ldm3d.errors import InputError
 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 FLASH_HEAD_CHANNELS = 256  # the widest head of SDPA's FlashAttention kernel
-CPU_FEW_KEYS = 256
+CPU_FEW_KEYS = 640
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -50,8 +50,8 @@ def choose_backend(q: Tensor, k: Tensor) -> str:
 
     SDPA runs everywhere and is FlashAttention on CUDA for half-precision heads of up to 256 channels. Beyond those it
     falls back to slower or memory-hungry kernels: there xformers is taken, where it proves to have a kernel. On a CPU, the
-    backward pass of SDPA in half precision is slow for few keys: at 150 of them matrix products take half of its time,
-    at 1,024 almost three times as long (two cores, bfloat16; benchmarks/attention.py).
+    backward pass of SDPA in half precision is slow for few keys: at 256 of them matrix products take half of its time, at
+    441 four fifths, and more than it from 1,024 on (one core, bfloat16; benchmarks/attention.py).
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cpu" and half and q.requires_grad and k.shape[-2] <= CPU_FEW_KEYS:

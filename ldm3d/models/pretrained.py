@@ -1,19 +1,29 @@
-"""Networks as folders: config.json says how to build one, model.safetensors holds its weights. No pickle."""
+"""Networks as folders: config.json says how to build one, model.safetensors holds its weights. No pickle.
 
+A folder may come from anywhere. So what config.json describes is first compared with the names and shapes that the weights'
+header gives, on a device that holds no numbers: a description of a larger network than was saved takes no memory.
+"""
+
+import contextlib
 import hashlib
 import importlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_JSON_BYTES = 2**25
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where each class of network is; imported when one is asked for, so that nobody waits for a library that is not used
 MODULES = {
@@ -49,7 +59,7 @@ class Pretrained(nn.Module):
             device, dtype: where and in what precision; None keeps the dtype of the file.
 
         Raises:
-            InputError: not such a folder, another class's, or weights that do not fit the configuration.
+            InputError: not such a folder, another class's, weights that do not fit the configuration, or NaN among them.
         """
         folder = Path(folder)
         try:
@@ -60,22 +70,30 @@ class Pretrained(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no {cls.__name__}: {name} is missing")
-        try:
-            description = json.loads((folder / CONFIG).read_text())
-            found, arguments = description["class"], description["arguments"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`") from None
+        description = read_json(folder / CONFIG)
+        found, arguments = description.get("class"), description.get("arguments")
+        if not isinstance(found, str) or not isinstance(arguments, dict):
+            raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`")
         network_class = find_class(found) if found in MODULES else cls
         if found not in (*MODULES, cls.__name__) or not issubclass(network_class, cls):
-            raise InputError(f"{folder} holds weights of {found}, not of {cls.__name__}")
+            raise InputError(f"{folder} holds weights of {shown(found)}, not of {cls.__name__}")
         try:
-            network = network_class(**arguments)
-        except TypeError as error:
-            raise InputError(f"{folder / CONFIG} was written by another version of ldm3d: {error}") from None
-        try:
-            weights = load_file(folder / WEIGHTS)
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            with torch.device("meta"), _at_most(len(shapes), folder / CONFIG):
+                sketch = network_class(**arguments)
+            _compare({name: tuple(own.shape) for name, own in sketch.state_dict().items()}, shapes, folder / WEIGHTS)
+            network, weights = network_class(**arguments), load_file(folder / WEIGHTS)
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from None
+        except InputError as error:
+            raise InputError(str(error) if str(error).startswith(str(folder)) else f"{folder / CONFIG}: {error}") from None
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever arguments of wrong kinds and sizes set off in a constructor
+            reason = shown(" ".join(str(error).split()))
+            raise InputError(f"{folder / CONFIG} was written by another version of ldm3d, or is damaged: {reason}") from None
+        _check_numbers(weights, folder / WEIGHTS)
         network.to(next(iter(weights.values())).dtype)
         load_weights(network, weights, folder / WEIGHTS)
         return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -101,18 +119,70 @@ def make_network(part: str, *, kind: str, **arguments: Any) -> Pretrained:
 
 def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
     """Copy weights into a network; every name and shape must match, and what does not is listed."""
-    own = network.state_dict()
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    own, given = ({name: tuple(value.shape) for name, value in each.items()} for each in (network.state_dict(), weights))
+    _compare(own, given, source)
+    network.load_state_dict(weights)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: too large, no JSON, nested too deeply, NaN or infinite numbers, or anything but an object.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}")
+
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or of another version of ldm3d: {shown(str(error))}") from None
+    return values
+
+
+@contextlib.contextmanager
+def _at_most(tensors: int, source: Path) -> Iterator[None]:
+    """Raise InputError as soon as the network that is built inside has more parameters than there are tensors."""
+    left = itertools.count(tensors, -1)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and next(left) <= 0:
+            raise InputError(
+                f"{source} is of another configuration: it describes more than the {tensors} tensors of {WEIGHTS}"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _compare(own: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]], source: Path | str) -> None:
+    """Raise InputError unless names and shapes of a network's tensors and those of the given weights are the same."""
+    problems = [f"{name} is missing" for name in own.keys() - given.keys()]
+    problems += [f"{shown(name)[1:-1]} is unknown" for name in given.keys() - own.keys()]
     problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
+        f"{name} is {given[name]} instead of {own[name]}" for name in own.keys() & given.keys() if given[name] != own[name]
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise InputError(f"{source} is of another configuration: {'; '.join(sorted(problems)[:5])}{more}")
-    network.load_state_dict(weights)
+
+
+def _check_numbers(weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Raise InputError for a tensor of another type than DTYPES, or with NaN or infinite values in it."""
+    for name, value in weights.items():
+        if value.dtype not in DTYPES:
+            raise InputError(f"{source}: {name} is of type {value.dtype}; weights are floating-point numbers")
+        # One pass and no copy: NaN and infinity show in the extremes
+        if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+            raise InputError(f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint, or train it again")
 
 
 def weights_hash(*folders: Path | str) -> str:

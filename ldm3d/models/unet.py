@@ -4,6 +4,7 @@ Latents are (N, C, X, Y, Z) of any size: an odd side is padded by one where it i
 Covariates come as the context of `ldm3d.covariates`: (N, K, 2), value and presence.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -102,6 +103,8 @@ class UNet(LatentUNet):
         covariates_in_time_embedding: let covariates scale and shift the residual blocks, too.
         activation_checkpointing: recompute blocks in the backward pass; less memory, a third more time.
         attention_backend: see `ldm3d.models.attention.attention`.
+        fourier_features: exponents n of sin(2^n pi z) and cos(2^n pi z), which the input is given beside z (Kingma et al.
+            2021, appendix C): detail finer than the network would resolve, which a likelihood depends on; [] for none.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class UNet(LatentUNet):
         covariates_in_time_embedding: bool = True,
         activation_checkpointing: bool = False,
         attention_backend: str = "auto",
+        fourier_features: Sequence[int] = (),
     ):
         super().__init__(in_channels, out_channels)
         if len(attention) != len(channels):
@@ -135,7 +139,9 @@ class UNet(LatentUNet):
             "covariates_in_time_embedding": covariates_in_time_embedding,
             "activation_checkpointing": activation_checkpointing,
             "attention_backend": attention_backend,
+            "fourier_features": list(fourier_features),
         }
+        self.fourier_features = tuple(fourier_features)
         self.num_covariates, self.activation_checkpointing = len(num_categories), activation_checkpointing
         self.time_dim, embedding_dim = channels[0], 4 * channels[0]
         self.time_mlp = nn.Sequential(
@@ -155,7 +161,7 @@ class UNet(LatentUNet):
 
             return nn.ModuleList(block() for _ in range(blocks))
 
-        self.conv_in = nn.Conv3d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(fourier_features)), channels[0], 3, padding=1)
         self.down = nn.ModuleList(level(*each) for each in zip(channels, attention))
         self.downsample = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
         self.upsample = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(channels))
@@ -186,7 +192,7 @@ class UNet(LatentUNet):
                 embedding = embedding + self.pooled(tokens.flatten(1))
         embedding = nn.functional.silu(embedding)
 
-        h = self.conv_in(x)  # (N, channels[0], X, Y, Z)
+        h = self.conv_in(self._with_fourier_features(x))  # (N, channels[0], X, Y, Z)
         skips = []
         for i, blocks in enumerate(self.down):
             if i > 0:
@@ -202,6 +208,11 @@ class UNet(LatentUNet):
             for block in blocks:
                 h = self._run(block, h, embedding, tokens)
         return self.conv_out(nn.functional.silu(self.norm_out(h)))
+
+    def _with_fourier_features(self, x: Tensor) -> Tensor:
+        """(N, in_channels, X, Y, Z) -> (N, in_channels (1 + 2 F), X, Y, Z)."""
+        angles = [2.0**n * math.pi * x.float() for n in self.fourier_features]  # half precision would lose the angle
+        return torch.cat([x, *(wave.to(x.dtype) for a in angles for wave in (a.sin(), a.cos()))], dim=1) if angles else x
 
     def _run(self, block: Block, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

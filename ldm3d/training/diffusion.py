@@ -218,11 +218,11 @@ def validate(
 def make_pipeline(
     config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
 ) -> Pipeline:
-    """The pipeline of these networks with the config's defaults for generation."""
+    """The pipeline of these networks with the config's defaults for generation, on as many threads as the training has."""
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())
     target, stripped = config.diffusion.target, config.data.skull_stripped
-    return Pipeline(autoencoder, unet, schema, grid, process, target, sampling, stripped)
+    return Pipeline(autoencoder, unet, schema, grid, process, target, sampling, stripped, threads=None)
 
 
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:

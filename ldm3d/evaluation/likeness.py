@@ -1,0 +1,78 @@
+"""Are generated volumes like real ones? What `ldm3d evaluate` takes of each volume for it, and then makes of them all."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm3d.errors import InputError
+from ldm3d.evaluation.distribution import spatial_features
+from ldm3d.evaluation.features import Extractor, extract, standardise
+from ldm3d.evaluation.measures import Figure, compare, compare_pairs
+
+IN_PAIRS = 40  # volumes of each set that are kept for measures of pairs
+
+
+@dataclass
+class Seen:
+    """What is kept of one volume.
+
+    Attributes:
+        features: (1, D).
+        maps: (1, D'), of extractors that have maps; else None.
+        volume: (X, Y, Z) in float16, of the first `IN_PAIRS` volumes; else None.
+    """
+
+    features: Tensor
+    maps: Tensor | None = None
+    volume: NDArray | None = field(default=None, repr=False)
+
+
+def look_at(volume: NDArray, number: int, extractor: Extractor, device: torch.device | str) -> Seen:
+    """Volume `number` (from 0) of its set, (X, Y, Z) in [0, 1], through an extractor of `ldm3d.evaluation.features`."""
+    seen = Seen(extract([volume], extractor, device))
+    if hasattr(extractor, "maps"):
+        seen.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)
+    if number < IN_PAIRS:
+        seen.volume = volume.astype(np.float16)
+    return seen
+
+
+def compare_all(
+    real: Sequence[Seen], synthetic: Sequence[Seen], subjects: Sequence[Any], device: torch.device | str = "cpu"
+) -> list[Figure]:
+    """Every measure that can be taken of two sets; a warning says which cannot, for example of too few volumes.
+
+    Args:
+        real, synthetic: of each volume, from `look_at`.
+        subjects: of the real ones.
+        device: where to compute measures of pairs.
+    """
+
+    def rows(seen: Sequence[Seen], name: str) -> Tensor:
+        return torch.cat([getattr(one, name) for one in seen])
+
+    def of_features() -> list[Figure]:
+        return compare(*standardise(rows(real, "features"), rows(synthetic, "features")), subjects=subjects)
+
+    def of_maps() -> list[Figure]:
+        if real[0].maps is None:
+            return []
+        return compare(*standardise(rows(real, "maps"), rows(synthetic, "maps")), "maps", subjects=subjects)
+
+    def of_pairs() -> list[Figure]:
+        shown = [[one.volume for one in seen if one.volume is not None] for seen in (real, synthetic)]
+        return compare_pairs(*shown, subjects=subjects[: len(shown[0])], device=device)
+
+    found = []
+    for measures in (of_features, of_maps, of_pairs):
+        try:
+            found += measures()
+        except InputError as error:
+            warnings.warn(f"how alike real and synthetic volumes are is not measured in full: {error}", stacklevel=2)
+    return found
