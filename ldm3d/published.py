@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -34,6 +33,7 @@ from ldm3d.config import (
     ProcessConfig,
     Section,
     explain,
+    read_yaml,
 )
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.diffusion.process import choose, make_process
@@ -238,12 +238,9 @@ def read_settings(folder: Path, stem: str, library: str, settings: Path | None) 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; write for example `scale_factor: 1.0`")
     return values
@@ -299,7 +296,7 @@ def read_bundle(path: Path) -> dict[str, dict[str, Any]]:
         bundle = json.loads(path.read_text())
         autoencoder, unet = dict(bundle["autoencoder_def"]), dict(bundle["diffusion_def"])
         scheduler = dict(bundle["scheduler"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is no such bundle's: autoencoder_def, diffusion_def and scheduler are read; {error!r}"
         ) from None

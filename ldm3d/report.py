@@ -154,16 +154,16 @@ def _likeness(evaluation: Evaluation) -> list[Section]:
     if not evaluation.likeness:
         return []
     rows = []
-    for figure in evaluation.likeness:
-        known = MEASURES[figure.name]
-        value = f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
-        null = f"{figure.null_low:.3g} to {figure.null_high:.3g}"
-        rows.append([known.title, known.says, value, null, f"{figure.real} + {figure.synthetic}", figure.verdict])
+    for finding in evaluation.likeness:
+        known = MEASURES[finding.name]
+        value = f"{finding.value:.3g} ({finding.low:.3g} to {finding.high:.3g})"
+        null = f"{finding.null_low:.3g} to {finding.null_high:.3g}"
+        rows.append([known.title, known.says, value, null, f"{finding.real} + {finding.synthetic}", finding.verdict])
     text = (
         "Each figure with its 95% interval, beside what real volumes reach against other real volumes in the same numbers. "
         "Worse than real: outside of that. As real: the whole interval within it, widened by a quarter on either side, with "
-        "50 volumes or more on each. Closer than real: better than real volumes are to each other; look for copies. Else these "
-        "volumes are too few to tell."
+        "50 volumes or more on each. Closer than real: better than real volumes are to each other; look for copies. Else "
+        "these volumes are too few to tell."
     )
     columns = ["measure", "what it sees", "synthetic", "real", "volumes", "verdict"]
     return [Section("Are they like real volumes?", text, {"columns": columns, "rows": rows}, labels=2)]
@@ -193,9 +193,9 @@ def summary(found: Evaluation) -> str:
     for c in found.comparisons:
         a = c.agreement
         lines.append(f"{c.covariate:24} {c.kind:14} {a.n:4} {a.r:7.3f} {a.slope:7.3f} {a.bias:9.2f} {a.mae:8.2f}")
-    for figure in found.likeness:
-        real = f"(real: {figure.null_low:.3g} to {figure.null_high:.3g})"
-        lines.append(f"{MEASURES[figure.name].title:32} {figure.value:9.3g} {real:28} {figure.verdict}")
+    for finding in found.likeness:
+        real = f"(real: {finding.null_low:.3g} to {finding.null_high:.3g})"
+        lines.append(f"{MEASURES[finding.name].title:32} {finding.value:9.3g} {real:28} {finding.verdict}")
     return "\n".join(lines)
 
 

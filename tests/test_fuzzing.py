@@ -432,6 +432,7 @@ def short_of_memory(path, *arguments):
     return preprocess._prepare_scan(path, *arguments)
 
 
+@pytest.mark.slow  # worker processes start several times
 def test_memory_bombs_in_workers_are_named(tmp_path, monkeypatch):
     folder, _ = _dataset(tmp_path)
     (folder / "killer.nii").write_bytes(b"kills whoever reads it")

@@ -327,9 +327,13 @@ class Variational(VariancePreserving):
     def lam_range(self) -> tuple[float, float]:
         return -self.gamma[-1] / 2, -self.gamma[0] / 2
 
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.tensor(self.gamma, dtype=torch.float64)
+
     def _gamma(self, t):
         """(gamma, its derivative) at t > 0, and their limits at t = 0."""
-        table = torch.tensor(self.gamma, dtype=t.dtype, device=t.device)
+        table = self._table.to(t)
         position = t * (len(table) - 1)
         i = position.long().clamp(0, len(table) - 2)
         return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * (len(table) - 1)
@@ -340,7 +344,7 @@ class Variational(VariancePreserving):
         return torch.where(t > 0, log_alpha, 0.0), -torch.sigmoid(value) * rate / 2
 
     def _t_of_lam(self, lam):
-        table = torch.tensor(self.gamma, dtype=lam.dtype, device=lam.device)
+        table = self._table.to(lam)
         i = torch.searchsorted(table, -2 * lam.contiguous()).clamp(1, len(table) - 1)
         t = (i - 1 + (-2 * lam - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
         return torch.where(lam == math.inf, 0.0, t.clamp(TIME_FLOOR, 1))

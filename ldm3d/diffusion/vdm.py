@@ -76,7 +76,7 @@ class Schedule(nn.Module):
 
     @torch.no_grad()
     def learn_variance(self, loss: Tensor) -> None:
-        """Turn the gradient of a batch's loss L, in `logits.grad`, into one of L's variance (Kingma et al. 2021, appendix I.2).
+        """Turn the gradient of a batch's loss L, in `logits.grad`, into that of L's variance (Kingma et al. 2021, app. I.2).
 
         As the mean of L does not depend on the schedule, that is E 2 (L - c) dL for any c; the running mean of L as c leaves
         the least noise. L is what is estimated from a whole batch, all its low-discrepancy times together. The squares of

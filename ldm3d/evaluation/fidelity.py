@@ -19,7 +19,7 @@ from ldm3d.covariates import Value
 from ldm3d.errors import InputError
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.likeness import Seen, compare_all, look_at
-from ldm3d.evaluation.measures import Figure
+from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.metrics import Agreement, agreement, psnr, ssim
 from ldm3d.pipeline import Pipeline, Sampling, grouped
 from ldm3d.processes import ALONE, Processes
@@ -85,7 +85,7 @@ class Evaluation:
     reconstructed: list[NDArray] = field(default_factory=list)
     generated: list[NDArray] = field(default_factory=list)
     requests: list[dict[str, Value]] = field(default_factory=list)
-    likeness: list[Figure] = field(default_factory=list)
+    likeness: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, as JSON values."""
@@ -105,7 +105,7 @@ class Evaluation:
                 }
                 for s in self.sweeps
             ],
-            "likeness": [figure.to_dict() for figure in self.likeness],
+            "likeness": [finding.to_dict() for finding in self.likeness],
         }
 
     def find(self, covariate: str, kind: str) -> Comparison | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm3d.errors import InputError
 from ldm3d.evaluation.distribution import spatial_features
 from ldm3d.evaluation.features import Extractor, extract, standardise
-from ldm3d.evaluation.measures import Figure, compare, compare_pairs
+from ldm3d.evaluation.measures import Finding, compare, compare_pairs
 
 IN_PAIRS = 40  # volumes of each set that are kept for measures of pairs
 
@@ -45,7 +45,7 @@ def look_at(volume: NDArray, number: int, extractor: Extractor, device: torch.de
 
 def compare_all(
     real: Sequence[Seen], synthetic: Sequence[Seen], subjects: Sequence[Any], device: torch.device | str = "cpu"
-) -> list[Figure]:
+) -> list[Finding]:
     """Every measure that can be taken of two sets; a warning says which cannot, for example of too few volumes.
 
     Args:
@@ -57,15 +57,15 @@ def compare_all(
     def rows(seen: Sequence[Seen], name: str) -> Tensor:
         return torch.cat([getattr(one, name) for one in seen])
 
-    def of_features() -> list[Figure]:
+    def of_features() -> list[Finding]:
         return compare(*standardise(rows(real, "features"), rows(synthetic, "features")), subjects=subjects)
 
-    def of_maps() -> list[Figure]:
+    def of_maps() -> list[Finding]:
         if real[0].maps is None:
             return []
-        return compare(*standardise(rows(real, "maps"), rows(synthetic, "maps")), "maps", subjects=subjects)
+        return compare(rows(real, "maps"), rows(synthetic, "maps"), "maps", subjects=subjects)
 
-    def of_pairs() -> list[Figure]:
+    def of_pairs() -> list[Finding]:
         shown = [[one.volume for one in seen if one.volume is not None] for seen in (real, synthetic)]
         return compare_pairs(*shown, subjects=subjects[: len(shown[0])], device=device)
 
