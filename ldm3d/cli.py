@@ -1,4 +1,4 @@
-"""The command line: ldm3d phantoms | prepare | encode | generate | evaluate | import-monai | demo.
+"""The command line: ldm3d phantoms | prepare | encode | generate | info | evaluate | import-monai | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
@@ -177,6 +177,14 @@ def generate(
         print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
     else:
         print(f"{who}{tally}; {len(rows)} synthetic volumes written to {out}")
+
+
+@app.command()
+def info(model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)]) -> None:
+    """What a model makes, and what it can be asked."""
+    from ldm3d.pipeline import Pipeline
+
+    print(Pipeline.from_pretrained(model, "cpu"))
 
 
 @app.command()

@@ -65,6 +65,14 @@ class Covariate:
         """Name with its unit, for axes and tables."""
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
+    @property
+    def answers(self) -> str:
+        """What it can be asked for, in words: "0 to 120 years; training saw 21 to 88", "F, M"."""
+        if self.kind == "categorical":
+            return ", ".join(self.categories)
+        text = f"{self.range[0]:g} to {self.range[1]:g} {self.unit}" if self.range else self.unit or "any number"
+        return text.rstrip() + (f"; training saw {self.seen[0]:g} to {self.seen[1]:g}" if self.seen else "")
+
     def parse(self, value: Any) -> Value:
         """A cell of a table or an argument of a request as float or category; None if it is left open.
 

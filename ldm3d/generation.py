@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # it imports this module
     from ldm3d.pipeline import Pipeline, Sampling
 
 SERIES, UNFINISHED = "series.json", ".unfinished"
+AROUND = ("mosaic.png", "participants.json", "participants.tsv")  # written in this order when no volume is missing
 MOSAIC_VOLUMES = 16  # shown in the mosaic
 WAITING = 4  # volumes between the networks and the disk, at most
 PATIENCE_SECONDS = 3  # for a process that is just leaving
@@ -332,6 +333,9 @@ class Series:
     def finish(self) -> int:
         """How many volumes of the series are missing; where none is, write mosaic.png, participants.json and .tsv."""
         missing = sum(not _sidecar_path(self.path(i)).is_file() for i in range(len(self.rows)))
+        if not missing and all((self.folder / name).is_file() for name in AROUND):
+            self._desk.clear_others()
+            return 0
         first = range(min(MOSAIC_VOLUMES, len(self.rows)))
         # Another process may just be looking at a damaged one: then that process is the last, and will come here, too
         missing = missing or sum(self.state(i) != FINISHED for i in first)

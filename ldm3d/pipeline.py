@@ -144,7 +144,7 @@ class Pipeline:
         group: int | None = None,
         threads: int | None = 1,
     ):
-        if min(group or 1, threads or 1) < 1:
+        if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
         self.autoencoder, self.unet, self.schema, self.grid = autoencoder, unet, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
@@ -189,6 +189,20 @@ class Pipeline:
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
+
+    def __repr__(self) -> str:
+        grid, sampling = self.output_grid, self.sampling
+        sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (self.autoencoder, self.unet)]
+        return "\n".join(
+            [
+                f"Pipeline, model {self.model_hash}",
+                f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
+                *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(self.schema)),
+                f"  diffusion {self.process.kind}, predicts {self.target}",
+                f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+                f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {self.device.type}",
+            ]
+        )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """Move both networks."""

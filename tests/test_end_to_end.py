@@ -146,6 +146,14 @@ def test_a_saved_pipeline_generates_the_same(pipeline, tmp_path):
     assert {p.suffix for p in (tmp_path / "copy").rglob("*") if p.is_file()} == {".json", ".safetensors"}
 
 
+def test_a_model_says_what_it_can_be_asked(experiment, pipeline, capsys):
+    command_line("info", experiment / "run/model")
+    said = capsys.readouterr().out
+    assert said.strip() == repr(pipeline)
+    assert "24 x 28 x 24 voxels of 7.5 x 7.5 x 7.5 mm" in said and "sex: F, M" in said
+    assert f"age: 0 to 120 years; training saw {pipeline.schema['age'].seen[0]:g} to" in said
+
+
 def test_generate_writes_a_valid_bids_derivative(experiment, tmp_path):
     out = tmp_path / "out"
     asked = ["--age", "72", "--sex=f", "--ventricular-volume-ml", "45"]

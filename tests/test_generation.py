@@ -373,3 +373,10 @@ def test_subjects_sort_by_name_however_many_there_are():
         assert names == sorted(names) and len({len(name) for name in names}) == 1
     assert synthetic_path("x", 0, 9_999).parents[1].name == "sub-syn0001"
     assert synthetic_path("x", 0, 10_000).parents[1].name == "sub-syn00001"
+
+
+def test_no_group_and_no_thread_are_errors(pipeline):
+    parts = (pipeline.autoencoder, pipeline.unet, pipeline.schema, pipeline.grid, pipeline.process, pipeline.target)
+    for settings in ({"group": 0}, {"threads": 0}):
+        with pytest.raises(InputError, match="must be at least 1, or None"):
+            Pipeline(*parts, **settings)
