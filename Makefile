@@ -28,7 +28,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/linear_path.py
 	$(BIN)/python benchmarks/phantoms.py
 	$(BIN)/python benchmarks/attention.py --quick
-	test ! -f benchmarks/memory.py || $(BIN)/python benchmarks/memory.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/full_size.py --quick
 	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 1
 	$(BIN)/python benchmarks/diffusion_quality.py --minutes 1 --autoencoder-minutes 1

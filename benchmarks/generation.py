@@ -48,7 +48,8 @@ def main() -> None:
     rows: list[dict] = []
     for row in itertools.chain(sampling(), datasets(volumes), memory(long)):
         rows.append(row)
-        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        figures = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(", ".join(figures), flush=True)
         write("generation", rows)
     print(write("generation", rows))
 

@@ -76,7 +76,7 @@ class Pretrained(nn.Module):
             raise InputError(f"{folder / CONFIG} is damaged: expected JSON with `class` and `arguments`")
         network_class = find_class(found) if found in MODULES else cls
         if found not in (*MODULES, cls.__name__) or not issubclass(network_class, cls):
-            raise InputError(f"{folder} holds weights of {shown(found)}, not of {cls.__name__}")
+            raise InputError(f"{folder} holds weights of {shown(found)[1:-1]}, not of {cls.__name__}")
         try:
             with safe_open(folder / WEIGHTS, "pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -66,6 +66,7 @@ def start(module: str, *arguments, processes: int = 1) -> subprocess.Popen:
             *command[1:],
         ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin would hold up the other processes on a small machine
     command += map(str, arguments)
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
