@@ -126,8 +126,8 @@ def tensor_like(device, dtype, tokens, head_channels, requires_grad=False):
     "dtype, keys, requires_grad, chosen",
     [
         (torch.bfloat16, 4, True, "math"),
-        (torch.float16, 256, True, "math"),
-        (torch.bfloat16, 257, True, "sdpa"),  # Q x K weights in memory no longer pay
+        (torch.float16, 640, True, "math"),
+        (torch.bfloat16, 641, True, "sdpa"),  # Q x K weights in memory no longer pay
         (torch.bfloat16, 4, False, "sdpa"),  # only the backward pass is slow
         (torch.float32, 4, True, "sdpa"),
     ],

@@ -411,7 +411,7 @@ def test_weights_with_other_names(saved):
 
 def test_config_of_another_version(saved):
     change_arguments(saved[1], colour="grey")
-    with pytest.raises(InputError, match=r"written by another version of ldm3d: .*colour"):
+    with pytest.raises(InputError, match=r"written by another version of ldm3d, or is damaged: .*colour"):
         Autoencoder.from_pretrained(saved[1])
 
 

@@ -20,7 +20,8 @@ from ldm3d.errors import InputError
 from ldm3d.models.unet import UNet
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
-from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
+from ldm3d.training.losses import kl_divergence
+from ldm3d.training.monai_losses import Adversary, PerceptualLoss
 from ldm3d.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalise, set_learning_rate
 
 # Batches

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from monai.metrics import SSIMMetric
 from scipy import stats
 from torch import Tensor
 
@@ -36,6 +35,8 @@ def ssim(volume: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (N,), 1 for equal volumes.
     """
+    from monai.metrics import SSIMMetric  # takes seconds, which training need not wait for
+
     side = min(11, *volume.shape[2:])
     metric = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=side - (side + 1) % 2)
     return metric(volume.float(), reference.float()).flatten()

@@ -25,7 +25,7 @@ from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
-from ldm3d.training.losses import Adversary, PerceptualLoss, kl_divergence
+from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import (
     FiniteSteps,
@@ -61,13 +61,16 @@ def train(config: Config, stop: Stop) -> None:
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
     networks = {"model": model, "ema": ema.network}
-    adversary = adversary_optimizer = None
+    adversary = adversary_optimizer = perceptual = None
+    if settings.adversarial or settings.perceptual:
+        from ldm3d.training.monai_losses import Adversary, PerceptualLoss
     if settings.adversarial:
         adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
         rate = settings.adversarial.learning_rate
         adversary_optimizer = torch.optim.AdamW(adversary.parameters(), rate, (0.5, 0.9), fused=True)
         networks["adversary"] = adversary
-    perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device) if settings.perceptual else None
+    if settings.perceptual:
+        perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
 
     described = {"autoencoder": settings.model_dump(mode="json"), "grid": config.data.grid.model_dump(mode="json")}
     described["seed"] = config.seed

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, broadcast_object_list, set_seed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from ldm3d.errors import InputError
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.checkpoint import differences
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import is_spread, whole
 
 
 def parse_command_line(description: str, section: str) -> Config:
@@ -230,7 +229,7 @@ class FiniteSteps:
         last = torch.stack([self._skipped[0] + 1, torch.full_like(self._skipped[1], step + 1)])
         self._skipped = torch.where(bad, last, self._skipped)
         inner = optimizer.optimizer
-        on_device = inner.defaults.get("fused") and bad.is_cuda and not isinstance(norm, DTensor)
+        on_device = inner.defaults.get("fused") and bad.is_cuda and not is_spread(norm)
         if on_device and not scaled:
             inner.found_inf = bad.float()  # PyTorch's fused AdamW does nothing where this is 1, and the host need not know
         elif not scaled and bad:
