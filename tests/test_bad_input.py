@@ -128,6 +128,7 @@ def test_a_checkpoint_of_another_configuration(config):
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(config):
     """A limit on the size of files stands for the full disk: both end in an error from write()."""
     run = config.parent / "run/autoencoder-training"

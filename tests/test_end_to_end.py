@@ -282,6 +282,7 @@ def on_two_processes(*arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_encode_and_evaluate_as_one(experiment, tmp_path):
     """The same tables and latents, and the same figures to rounding; each thing is said once."""
     config, run = tmp_path / "config.yaml", experiment / "run"

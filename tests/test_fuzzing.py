@@ -106,6 +106,7 @@ def planted():
     reader.close()
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_hang(planted, monkeypatch):
     monkeypatch.setattr("torture.fuzzing.SECONDS", 0.5)
     assert planted.problem_of(Case("hang", (), {})) == "not done after 3.0 s"

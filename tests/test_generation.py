@@ -121,6 +121,7 @@ def test_a_result_is_saved_as_the_command_would_write_it(pipeline, series, tmp_p
 # Stopped, killed, damaged
 
 
+@pytest.mark.slow
 def test_killed_processes_lose_and_repeat_nothing():
     """Two processes killed twice, finished by torchrun, beside one that was left alone; and the BIDS validator."""
     for outcome in run(volumes=24, kills=2):
