@@ -1,4 +1,4 @@
-"""The command line: ldm3d phantoms | prepare | encode | generate | info | evaluate | import-monai | demo.
+"""The command line: ldm3d phantoms | prepare | encode | generate | info | evaluate | likelihood | import-monai | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
@@ -115,7 +115,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m or unipc.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; changes no volume.")] = 8,
     group: Annotated[
         int | None, typer.Option(min=1, help="Volumes that the U-Net takes together; another number, other last bits.")
@@ -237,6 +239,41 @@ def evaluate(
         page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
         print(summary(found))
         print(f"page written to {page}")
+
+
+@app.command()
+def likelihood(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    out: Annotated[Path, typer.Option(help="Table to write, a row for each subject.")] = Path("likelihood.tsv"),
+    method: Annotated[str, typer.Option(help="bound, ode or both.")] = "both",
+    times: Annotated[int, typer.Option(min=1, help="U-Net calls of the bound, for each subject.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Of the ODE.")] = 50,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = None,
+    precision: Precision = "float32",
+) -> None:
+    """How likely the model finds each held-out subject: nats per latent dimension, and bits per voxel."""
+    from ldm3d.data.bids import write_table
+    from ldm3d.data.preprocess import load_prepared
+    from ldm3d.evaluation.likelihood import score
+    from ldm3d.experiment import held_out_scans
+    from ldm3d.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
+    config, scans = held_out_scans(model, data, out.parent / "work", root)
+    subjects = scans[pipeline.schema.names].to_dict("records")
+
+    def load(i: int):
+        return load_prepared(config, scans["key"][i])
+
+    found = score(pipeline, subjects, load, method, times, steps, seed=seed)
+    found.insert(0, "subject", scans["subject"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_table(out, found)
+    print(found.drop(columns="subject").describe().loc[["mean", "std"]].T.to_string(float_format="{:.3f}".format))
+    print(f"{len(found)} subjects written to {out}")
 
 
 @app.command("import-monai")

@@ -364,13 +364,13 @@ class DiffusionConfig(Section):
 class GenerationConfig(Section):
     """What generation does unless it is asked otherwise; saved with the pipeline."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc"] = "heun"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc", "sde-euler", "sde-heun", "sde-pc"] = "heun"
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     # Of the times; None: the sampler's own
-    spacing: Literal["uniform", "quadratic", "lambda", "karras", "leading"] | None = None
+    spacing: Literal["uniform", "quadratic", "lambda", "karras", "share", "leading"] | None = None
 
     @model_validator(mode="after")
     def _interval_rises(self):

@@ -415,7 +415,7 @@ class Pipeline:
             return torch.stack([torch.randn((channels, *padded), generator=g) for g in generators]).to(self.device)
 
         def denoise(z: Tensor, t: float, context: Tensor) -> Tensor:
-            timesteps = torch.full((len(z),), TIMESTEPS * t, device=z.device)
+            timesteps = torch.full((len(z),), TIMESTEPS * self.process.network_time(t), device=z.device)
             output = self.unet(z.to(self.dtype), timesteps, context.to(self.dtype)).float()
             return self.process.to_data(self.target, output, z, t)
 

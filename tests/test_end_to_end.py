@@ -305,3 +305,13 @@ def test_two_processes_prepare_encode_and_evaluate_as_one(experiment, tmp_path):
         assert a["values"] == b["values"]
         for name, values in a["measured_mean"].items():
             np.testing.assert_allclose(b["measured_mean"][name], values, rtol=0.05, atol=1)
+
+
+def test_likelihood_scores_held_out_subjects(experiment, tmp_path, capsys):
+    arguments = ["--data", experiment / "data", "--out", tmp_path / "found.tsv", "--times", 4, "--steps", 2]
+    command_line("likelihood", experiment / "run/model", *arguments)
+    table = pd.read_csv(tmp_path / "found.tsv", sep="\t", dtype={"subject": str})
+    assert len(table) == 5 and np.isfinite(table[["bound", "ode", "bits_per_voxel"]].to_numpy()).all()
+    parts = table["prior"] + table["reconstruction"] + table["diffusion"]
+    np.testing.assert_allclose(table["bound"], parts, rtol=1e-4)
+    assert "5 subjects written" in capsys.readouterr().out
