@@ -3,7 +3,7 @@
 import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
@@ -44,3 +44,13 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         raise SystemExit(2)
 
     return wrapped
+
+
+def differences(old: Any, new: Any, free: Collection[str] = (), where: str = "") -> list[str]:
+    """What differs between two trees of JSON values, as "key: old -> new"; keys named in `free` may."""
+    if where.rpartition(".")[2] in free:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in differences(old.get(key), new.get(key), free, f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -31,7 +31,7 @@ from ldm3d import figures
 from ldm3d.covariates import Value, describe
 from ldm3d.data.bids import as_json, derivative_files, participants_files, synthetic_path
 from ldm3d.data.nifti import pack_volume, unpack_volume
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, differences
 from ldm3d.preemption import Stop
 from ldm3d.processes import Processes, check_all_started
 
@@ -248,7 +248,7 @@ class Series:
                 )
             if self.pipeline.decode_mode == "auto":  # what was chosen then, however much memory is free now
                 asked["computing"]["decode"] = found["computing"]["decode"]
-            changed = _differences(found, asked)
+            changed = differences(found, asked)
             if changed:
                 raise InputError(
                     f"{self.folder} holds another series: {'; '.join(changed[:6])}. Take back the change, name another "
@@ -453,11 +453,3 @@ def _lock(path: Path) -> IO | None:
 
 def _sidecar_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs, as "key: old -> new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where}: {old} -> {new}"]

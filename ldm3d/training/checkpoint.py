@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.errors import FULL, InputError
+from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights
 from ldm3d.training.sharding import spread_like, whole
 
@@ -197,7 +197,7 @@ def restore(
     if step is None:
         return None
     tensors, state = load_checkpoint(run, step)
-    changed = differences(state["settings"], settings)
+    changed = differences(state["settings"], settings, FREE_SETTINGS)
     if changed:
         raise InputError(
             f"{run} holds a run with other settings: {'; '.join(changed[:6])}. Take back the change, choose another "
@@ -226,13 +226,3 @@ def restore_optimizers(
     """The second half of `restore`, once the networks are on their devices and spread as they will be."""
     for name, (network, optimizer) in optimizers.items():
         load_optimizer_tensors(network, optimizer, tensors.get(name, {}))
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Settings that differ, as "key: old -> new"; `FREE_SETTINGS` may."""
-    if where.rpartition(".")[2] in FREE_SETTINGS:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where}: {old} -> {new}"]

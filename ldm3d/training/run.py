@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from ldm3d import figures
 from ldm3d.config import Config, TrainingConfig, load_config
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
-from ldm3d.training.checkpoint import differences
 from ldm3d.training.sharding import is_spread, whole
 
 
