@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -185,3 +186,24 @@ def test_a_sample_that_cannot_be_read_is_named(workers):
     with pytest.raises(InputError) as caught:
         next(batches.loader(0, 2, workers, False))
     assert str(caught.value).startswith("sample ") and "Traceback" not in str(caught.value)
+
+
+def zeros(sample, rng):
+    return {"zeros": torch.zeros(1)}
+
+
+LEFT_BEHIND = """
+import sys
+from pathlib import Path
+from ldm3d.data.loading import TrainingBatches
+from test_resumption import zeros
+if __name__ == "__main__":
+    sys.batches = TrainingBatches(zeros, 3, 1, 1, seed=0).loader(0, 100, 1, False)  # as in the traceback of an error
+    next(sys.batches)
+"""
+
+
+def test_workers_that_ignore_sigterm_do_not_keep_python_from_ending(tmp_path):
+    (tmp_path / "script.py").write_text(LEFT_BEHIND)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True, timeout=120, env=environment)

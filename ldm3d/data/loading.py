@@ -4,7 +4,9 @@ All of it follows from (seed, step) alone. A run that is resumed at step s, or s
 uninterrupted run on one process reads.
 """
 
+import atexit
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -86,7 +88,13 @@ class TrainingBatches(Dataset):
 
     def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
         """Batches of steps first_step to last_step - 1, read ahead by `workers` processes."""
-        micro_batches = range(first_step * self.accumulation, last_step * self.accumulation)
+        batches = self._batches(range(first_step * self.accumulation, last_step * self.accumulation), workers, pin_memory)
+        if workers:
+            # Python ends its processes with a SIGTERM and waits; these ignore it, so have them told in PyTorch's way before
+            atexit.register(_close, weakref.ref(batches))
+        return batches
+
+    def _batches(self, micro_batches: range, workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
         batches = DataLoader(
             self,
             worker_init_fn=ignore_signals,
@@ -94,10 +102,14 @@ class TrainingBatches(Dataset):
             sampler=micro_batches,
             num_workers=workers,
             pin_memory=pin_memory,
-            persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,
         )
         for batch in batches:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+
+def _close(batches: weakref.ref) -> None:
+    if (alive := batches()) is not None:
+        alive.close()
