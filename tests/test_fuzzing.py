@@ -1,4 +1,4 @@
-"""Hostile input ends in one clear message; a part of what `python -m tests.torture` tries, and what was found by it."""
+"""Hostile input ends in one clear message; a part of what `python -m torture` tries, and what was found by it."""
 
 import gzip
 import os
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from torture.fuzzing import FAMILIES, OUTSIDE, Case, Link, Reader, _nifti, cases_of, problem_of, try_family
+from torture.fuzzing import FAMILIES, cases_of, try_family
 from torture.generation import make_pipeline
+from torture.hostile.case import OUTSIDE, Case, Link, nifti
+from torture.hostile.reading import Reader, problem_of
 
 from ldm3d.config import CovariateConfig, DataConfig, load_config, parse_yaml
 from ldm3d.data import bids, preprocess
@@ -108,7 +110,7 @@ def planted():
 
 @pytest.mark.slow
 def test_the_harness_sees_a_hang(planted, monkeypatch):
-    monkeypatch.setattr("torture.fuzzing.SECONDS", 0.5)
+    monkeypatch.setattr("torture.hostile.reading.SECONDS", 0.5)
     assert planted.problem_of(Case("hang", (), {})) == "not done after 3.0 s"
     assert planted.problem_of(Case("raise_bug", (), {})).startswith("KeyError")  # and goes on
 
@@ -128,7 +130,7 @@ def test_cases_follow_from_the_seed():
 def test_voxels_that_begin_nowhere(tmp_path):
     for offset in (np.nan, np.inf, -1.0, 1e12, 100.0):
         path = tmp_path / "x.nii.gz"
-        path.write_bytes(gzip.compress(_nifti("single", fields={"vox_offset": offset})[0]))
+        path.write_bytes(gzip.compress(nifti("single", fields={"vox_offset": offset})[0]))
         with pytest.raises(InputError, match=r"x.nii.gz: .*(should begin at byte|too low|header claims)"):
             read_volume(path)
 
@@ -137,7 +139,7 @@ def test_extensions_are_not_read(tmp_path):
     """nibabel reads what an extension of size 0 holds: all that a packed file unpacks to."""
     path = tmp_path / "x.nii.gz"
     extension = np.array([0, 6], "<i4").tobytes() + bytes(8)
-    path.write_bytes(gzip.compress(_nifti("single", extension=extension)[0] + bytes(2**26)))
+    path.write_bytes(gzip.compress(nifti("single", extension=extension)[0] + bytes(2**26)))
     volume, _ = read_volume(path)
     assert volume.shape == (8, 9, 10) and 200 < volume.max() < 251
 
@@ -145,7 +147,7 @@ def test_extensions_are_not_read(tmp_path):
 @pytest.mark.parametrize("named", ["x.hdr", "x.img"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_pairs_and_byte_orders(named, order, tmp_path):
-    header, voxels = _nifti("pair", "i2", order)
+    header, voxels = nifti("pair", "i2", order)
     (tmp_path / "x.hdr").write_bytes(header)
     (tmp_path / "x.img").write_bytes(voxels)
     volume, affine = read_volume(tmp_path / named)
@@ -158,7 +160,7 @@ def test_pairs_and_byte_orders(named, order, tmp_path):
 
 def test_too_large_for_the_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
     path = tmp_path / "x.nii"
-    path.write_bytes(_nifti("single")[0])
+    path.write_bytes(nifti("single")[0])
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     with pytest.raises(InputError, match=r"take 0.0 GiB of memory to read, and 0.0 GiB are free"):
         read_volume(path)
@@ -192,7 +194,7 @@ def test_a_root_that_holds_all_lets_them_in(tmp_path):
 
 def _dataset(tmp_path):
     """A table of three scans, of which one is a link; and their config."""
-    scan = _nifti("single")[0]
+    scan = nifti("single")[0]
     folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     for path in (folder / "a.nii", folder / "b.nii", folder / ".git/annex/objects/c", elsewhere / "d.nii"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ def test_links_are_followed_within_the_root_only(tmp_path):
     folder, elsewhere = _dataset(tmp_path)
     (folder / "annexed.nii").symlink_to(".git/annex/objects/c")
     (folder / "out.nii").symlink_to(elsewhere / "d.nii")
-    (folder / "pair.hdr").write_bytes(_nifti("pair")[0])
+    (folder / "pair.hdr").write_bytes(nifti("pair")[0])
     (folder / "pair.img").symlink_to(elsewhere / "d.nii")
     _table(folder, "a.nii", "annexed.nii", "out.nii", "pair.hdr")
     done = preprocess.prepare(load_config(folder / "config.yaml"), workers=1)
@@ -437,7 +439,7 @@ def short_of_memory(path, *arguments):
 def test_memory_bombs_in_workers_are_named(tmp_path, monkeypatch):
     folder, _ = _dataset(tmp_path)
     (folder / "killer.nii").write_bytes(b"kills whoever reads it")
-    (folder / "bomb.nii").write_bytes(_nifti("single", "u1", fields={"dim": [3, 512, 512, 500, 1, 1, 1, 1]})[0])
+    (folder / "bomb.nii").write_bytes(nifti("single", "u1", fields={"dim": [3, 512, 512, 500, 1, 1, 1, 1]})[0])
     os.truncate(folder / "bomb.nii", 352 + 512 * 512 * 500)  # a file of holes
     _table(folder, "a.nii", "bomb.nii", "killer.nii")
     monkeypatch.setattr(preprocess, "_prepare_scan", short_of_memory)
