@@ -21,11 +21,12 @@ from protocol import device, memory_of, spread, time_in_turns, write
 from torch import nn
 
 from ldm3d.config import load_config
+from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.generation import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import make_network
-from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.pipeline import Pipeline
 from ldm3d.processes import Processes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "toy.yaml"

@@ -29,10 +29,11 @@ from protocol import denoiser_calls, spread, timed, write
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
-from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.pipeline import Pipeline
 from ldm3d.training.run import bf16_is_fast
 
 ASKED = "ventricular_volume_ml"

@@ -12,78 +12,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 import ldm3d
-from ldm3d.config import MAX_VOXELS
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.loading import generator
 from ldm3d.data.nifti import to_image
+from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
 from ldm3d.diffusion.guidance import guided_denoiser
-from ldm3d.diffusion.process import TARGETS, Process, choose, make_process
-from ldm3d.diffusion.samplers import SAMPLERS, sample
-from ldm3d.errors import InputError, shown
+from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.samplers import sample
+from ldm3d.errors import InputError
 from ldm3d.generation import FINISHED, Series
 from ldm3d.geometry import Grid
 from ldm3d.memory import Plan, plan_decode
 from ldm3d.models.autoencoder import LatentSpace
-from ldm3d.models.pretrained import read_json, weights_hash
+from ldm3d.models.pretrained import weights_hash
 from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import TIMESTEPS, LatentUNet, cut_to
 
-DESCRIPTION = "pipeline.json"
 FILL = 8192  # positions of latents that keep a network busy: as many volumes go through it together,
 MOST_TOGETHER = 4  # but no more than these
-WHOLE = ((0, 0), (0, 0), (0, 0))  # a crop that leaves everything
-MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
-Planes = Annotated[int, Field(ge=0)]
-Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How volumes are drawn.
-
-    Args:
-        sampler: "ddpm", "ddim", "euler", "heun", "dpmpp-2m" or "unipc".
-        steps: of the sampler.
-        guidance: classifier-free guidance scale; 1 is none, 0 ignores the covariates.
-        guidance_rescale: 0 to 1, see `ldm3d.diffusion.guidance`.
-        guidance_interval: times between which guidance acts.
-        spacing: of the times; None for the sampler's own.
-        seed: sample i of a seed is the same volume in any batch.
-    """
-
-    sampler: str = "heun"
-    steps: int = 20
-    guidance: float = 1.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    spacing: str | None = None
-    seed: int = 0
-
-    # How `Pipeline.from_pretrained` has pydantic check what a file says
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
-
-    def __post_init__(self):
-        choose("sampler", self.sampler, SAMPLERS)  # before anything is written, not when the first volume is drawn
-        if self.steps < 1 or self.guidance < 0 or self.seed < 0:
-            raise InputError(
-                f"steps {self.steps}, guidance {self.guidance}, seed {self.seed}: steps must be at least 1, the others >= 0"
-            )
-
-    def replace(self, **changes: Any) -> "Sampling":
-        """A copy with every change that is not None."""
-        return Sampling(**{**self.to_dict(), **{key: value for key, value in changes.items() if value is not None}})
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass
@@ -258,10 +212,10 @@ class Pipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not (folder / DESCRIPTION).is_file():
             raise InputError(f"{folder} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
-        parts = _read_description(folder / DESCRIPTION)
+        parts = read_description(folder / DESCRIPTION)
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
-        _check_parts(folder, autoencoder, unet, parts["schema"], parts["grid"])
+        check_parts(folder, autoencoder, unet, parts["schema"], parts["grid"])
         return cls(autoencoder, unet, model_hash=weights_hash(folder / "autoencoder", folder / "unet"), **parts)
 
     def __call__(
@@ -503,56 +457,3 @@ def grouped(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
         run.append(k)
     if run:
         yield run
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """What pipeline.json says, as arguments of `Pipeline`; an InputError where a value is missing or makes no sense."""
-    values = read_json(path)
-    try:
-        process = make_process(**values["process"])
-        options = {name: value for name, value in process.to_dict().items() if name != "kind"}
-        parts = {
-            "schema": CovariateSchema.from_dict(values["covariates"]),
-            "grid": Grid.from_dict(values["grid"]),
-            "process": TypeAdapter(type(process)).validate_python(options),
-            "target": choose("target", values["target"], TARGETS),
-            "sampling": TypeAdapter(Sampling).validate_python(values["sampling"]),
-            "skull_stripped": bool(values["skull_stripped"]),
-            "crop": TypeAdapter(Crop).validate_python(values.get("crop", WHOLE)),
-        }
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))} is {shown(first['input'])}: {first['msg']}"
-        raise InputError(f"{path} is damaged or of another version of ldm3d: {reason}") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{path} is damaged or of another version of ldm3d: {shown(error)}") from None
-    grid, steps = parts["grid"], getattr(process, "train_steps", 1)
-    if math.prod(grid.shape) > MAX_VOXELS or steps > MAX_STEPS or parts["sampling"].steps > MAX_STEPS:
-        raise InputError(
-            f"{path}: a grid of {grid.shape} voxels, {steps} steps of the process, {parts['sampling'].steps} of the sampler; "
-            f"at most {MAX_VOXELS:,} voxels and {MAX_STEPS:,} steps are taken"
-        )
-    if any(sum(planes) >= n for planes, n in zip(parts["crop"], grid.shape)):
-        raise InputError(f"{path}: crop {parts['crop']} leaves nothing of the grid {grid.shape}")
-    if not np.isfinite(grid.affine).all() or abs(np.linalg.det(grid.affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: the grid's affine {grid.affine.tolist()} maps voxels nowhere")
-    return parts
-
-
-def _check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, grid: Grid) -> None:
-    """Raise InputError unless networks, covariates and Grid of a folder belong together."""
-    channels, factor = autoencoder.latent_channels, autoencoder.downsampling
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        raise InputError(
-            f"{folder}: the autoencoder has {channels} latent channels, the U-Net takes {unet.in_channels} and gives "
-            f"{unet.out_channels}; they are of different models"
-        )
-    if list(unet.arguments["num_categories"]) != schema.num_categories:
-        raise InputError(
-            f"{folder}: the U-Net was made for covariates with {unet.arguments['num_categories']} categories, {DESCRIPTION} "
-            f"lists {schema.num_categories}; they are of different models"
-        )
-    if any(n % factor for n in grid.shape):
-        raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

@@ -36,12 +36,13 @@ from ldm3d.config import (
     read_yaml,
 )
 from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.description import WHOLE, Sampling
 from ldm3d.diffusion.process import choose, make_process
 from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT
 from ldm3d.geometry import Grid, spacing_of
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
-from ldm3d.pipeline import WHOLE, Pipeline, Sampling
+from ldm3d.pipeline import Pipeline
 
 SETTINGS = "import.yaml"
 SUFFIXES = (".pth", ".pt", ".safetensors")

@@ -17,12 +17,13 @@ from torture.outcome import Outcome
 
 from ldm3d import cli
 from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.generation import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
-from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.pipeline import Pipeline
 
 PROCESSES = 2
 LONGEST_START = 120  # seconds until a process has written its first volume, on a busy machine
