@@ -29,8 +29,7 @@ def test_phantoms_are_like_phantoms_and_blurred_ones_are_not(phantoms):
     assert {finding.name for finding in alike} == {
         name for name, measure in MEASURES.items() if measure.kind != "probabilities"
     }
-    # One in twenty measures of pairs gives such an alarm on real volumes, by what it is
-    assert {finding.name for finding in alike if finding.verdict == WORSE} <= {"ms_ssim", "four_g_r_ssim"}
+    assert not {finding.name for finding in alike if finding.verdict == WORSE}
     blurred = compare_all(real, seen([ndimage.gaussian_filter(volume, 1.5) for volume in others]), range(24))
     worse = {finding.name for finding in blurred if finding.verdict == WORSE}
     assert {"frechet", "kernel_distance", "precision", "density"} <= worse

@@ -35,6 +35,7 @@ WORSE, CLOSER, AS_REAL, UNDECIDED = "worse than real", "closer than real", "as r
 LEVEL = (0.025, 0.975)
 ENOUGH = 50  # volumes on either side below which nothing is called as real: too few to see a difference
 LEAST = distribution.K_DENSITY + 1  # volumes in a half
+LEAST_UNLIKE = 1e-6  # 1 - similarity of a pair, so that the logarithm of equal volumes is finite
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,8 @@ def compare_pairs(
 
     A volume is in one pair at most, so pairs are independent and Student's intervals hold: that of the mean over synthetic
     pairs, and as null that in which the mean of as many further real pairs would lie, given these (a prediction interval).
+    Means are of log(1 - similarity), which is near a normal distribution, and are brought back: similarities crowd below 1, and
+    of 12 pairs of like volumes, 8% instead of 5% came out as unlike by their plain means.
 
     Args:
         real, synthetic: volumes (X, Y, Z) in [0, 1], all of one shape; anything with a length and an index.
@@ -352,16 +355,15 @@ def compare_pairs(
             )
             for name, measure in chosen.items():
                 values[name].append(float(measure.compute(one, other)))
-        found.append({name: np.array(v) for name, v in values.items()})
+        found.append({name: np.log((1 - np.array(v)).clip(LEAST_UNLIKE)) for name, v in values.items()})
     figures = []
     for name, measure in chosen.items():
         on_real, on_synthetic = (values[name] for values in found)
-        mean = float(on_synthetic.mean())
         own = _t(len(on_synthetic)) * on_synthetic.std(ddof=1) * math.sqrt(1 / len(on_synthetic))
         usual = _t(len(on_real)) * on_real.std(ddof=1) * math.sqrt(1 / len(on_synthetic) + 1 / len(on_real))
-        null = (float(on_real.mean() - usual), float(on_real.mean() + usual))
-        sizes = (len(on_real), len(on_synthetic))
-        figures.append(Finding(name, mean, float(mean - own), float(mean + own), *null, measure.direction, *sizes))
+        mean, expected = on_synthetic.mean(), on_real.mean()
+        ends = [1 - math.exp(end) for end in (mean, mean + own, mean - own, expected + usual, expected - usual)]
+        figures.append(Finding(name, *ends, measure.direction, len(on_real), len(on_synthetic)))
     return figures
 
 
