@@ -1,6 +1,6 @@
 """Autoencoders: PSNR of held-out volumes against training time, ldm3d's beside MONAI's AutoencoderKL.
 
-    python benchmarks/autoencoder_quality.py [--bids FOLDER] [--minutes 3] [--long-minutes 30]
+    python benchmarks/autoencoder_quality.py [--bids FOLDER] [--set KEY=VALUE] [--minutes 3] [--long-minutes 30]
 
 Both have the same latent shape, volumes, loss (the config's L1, L2 and KL), precision and machine, and train in turns of a few
 seconds in one process, so that whatever else the machine does slows all alike; only the time inside a side's own turns counts.
@@ -35,10 +35,11 @@ from ldm3d.training.run import bf16_is_fast
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bids", type=Path, help="rendered or real brains; phantoms if not given")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the config")
     parser.add_argument("--minutes", type=float, default=3, help="of each side")
     parser.add_argument("--long-minutes", type=float, help="instead: MONAI for so long, ldm3d for 1/10 and 1/20 of it")
     arguments = parser.parse_args()
-    data = load(arguments.bids)
+    data = load(arguments.bids, overrides=arguments.set)
     print(f"{data.name}: {len(data.train)} volumes to train on, {len(data.test)} held out, {tuple(data.train.shape[2:])}")
 
     if long := arguments.long_minutes:

@@ -1,6 +1,7 @@
 """The volumes that quality is measured on: phantoms, or a BIDS dataset such as rendered brains."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +37,20 @@ class Data:
     test_rows: list[dict]
 
 
-def load(bids: Path | None, whole_anatomies: bool = True) -> Data:
+def load(bids: Path | None, whole_anatomies: bool = True, overrides: Sequence[str] = ()) -> Data:
     """Phantoms on configs/toy.yaml's grid, or the dataset in `bids` on configs/brains-3mm.yaml's.
 
     With `whole_anatomies`, and where participants.tsv has a column `anatomy` (rendered brains), the last three anatomies are
-    held out; else the config's test split is.
+    held out; else the config's test split is. `overrides` are the config's, as of --set.
     """
     if bids is None:
-        config = load_config(CONFIGS / "toy.yaml")
+        config = load_config(CONFIGS / "toy.yaml", overrides)
         made = [make_phantom(config.data.grid.shape, seed=1, index=i) for i in range(PHANTOMS + HELD_OUT)]
         images = np.stack([image for image, _, _ in made])
         images = (images / np.percentile(images, 99.8, axis=(1, 2, 3), keepdims=True)).clip(0, 1)
         rows, held_out = [row for _, _, row in made], np.arange(len(made)) >= PHANTOMS
     else:
-        config = load_config(CONFIGS / "brains-3mm.yaml", [f"data.bids={bids}"])
+        config = load_config(CONFIGS / "brains-3mm.yaml", [f"data.bids={bids}", *overrides])
         with tempfile.TemporaryDirectory() as folder:
             config = config.model_copy(update={"output": Path(folder)})
             prepare(config)

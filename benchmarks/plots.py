@@ -85,7 +85,7 @@ def diffusion_quality(rows: list[dict]) -> Figure | None:
     if not rows:
         return None
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = [("ventricular_volume_ml_r", "r, asked and measured ventricles"), ("distance", "energy distance to real volumes")]
+    panels = [("ventricular_volume_ml_r", "r, asked and measured ventricles"), ("distance", "distance to real volumes")]
     for axis, (key, label) in zip(figure.subplots(1, 2), panels):
         for colour, side in zip(COLOURS, dict.fromkeys(row["side"] for row in rows)):
             curve(axis, [row for row in rows if row["side"] == side], "seconds", key, side, colour)
