@@ -1,9 +1,13 @@
-"""The command line: ldm3d phantoms | prepare | encode | generate | info | evaluate | likelihood | import-monai | demo.
+"""The command line, all but training.
+
+ldm3d phantoms | prepare | encode | generate | info | evaluate | segmenter | compare | audit | likelihood | explain |
+import-monai | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
 
 import functools
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -127,6 +131,9 @@ def generate(
     precision: Precision = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
     check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
+    audit: Annotated[
+        Path | None, typer.Option(help="Folder of `ldm3d audit` of this model: withhold copies of training subjects.")
+    ] = None,
 ) -> None:
     """Generate volumes for asked covariates, as a BIDS derivative.
 
@@ -137,7 +144,8 @@ def generate(
     """
     from tqdm import tqdm
 
-    from ldm3d.generation import generate, which_process
+    from ldm3d.evaluation.guard import Guard
+    from ldm3d.generation import WITHHELD, generate, which_process
     from ldm3d.pipeline import Pipeline
     from ldm3d.preemption import REQUEUE, preemption
     from ldm3d.processes import cores_each, own_device
@@ -152,6 +160,7 @@ def generate(
         raise InputError("give either --table, with one row a volume, or covariates and --num")
     rows = pipeline.parse(_requests(table) if table is not None else [asked] * (num or 1))
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads:
         print(
             f"computing with {threads} of {cores_each()} cores: start more processes (torchrun --nproc_per_node N -m ldm3d "
@@ -171,14 +180,16 @@ def generate(
             if finished:
                 print(f"{who}{finished} of {volumes} volumes there already", flush=True)
 
-        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop)
+        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop, guard)
     if stop.asked:
         print(f"{who}{tally}; stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there")
         raise SystemExit(REQUEUE)
     if tally.missing:
         print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
     else:
-        print(f"{who}{tally}; {len(rows)} synthetic volumes written to {out}")
+        print(f"{who}{tally}; {len(rows) - tally.withheld} synthetic volumes written to {out}")
+    if tally.withheld:
+        print(f"{who}{tally.withheld} of {len(rows)} withheld: too near to a training subject; see {out / WITHHELD}")
 
 
 @app.command()
@@ -205,6 +216,9 @@ def evaluate(
             help="What distributions are compared by: random, medicalnet:FILE, radimagenet:FILE, package.module:function"
         ),
     ] = "random",
+    predict: Annotated[bool, typer.Option(help="Read what MEASURE does not give (age) off the image, by regression.")] = True,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on real, synthetic and both.")] = False,
+    with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Score held-out volumes: some minutes.")] = False,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance: Annotated[float | None, typer.Option(min=0)] = None,
@@ -212,12 +226,14 @@ def evaluate(
     device: Device = None,
     precision: Precision = "float32",
 ) -> None:
-    """Measure reconstruction and how generated volumes follow their covariates; writes one HTML page."""
-    from ldm3d.data.preprocess import load_prepared
+    """Measure reconstruction and how generated volumes follow their covariates, for whom, and of what use; one HTML page.
+
+    Training volumes in --data serve to learn what ages look like; nothing is judged on them.
+    """
+    from ldm3d.assessment import assess
     from ldm3d.evaluation.features import load_extractor
-    from ldm3d.evaluation.fidelity import evaluate
     from ldm3d.evaluation.volumetry import load_measure
-    from ldm3d.experiment import held_out_scans
+    from ldm3d.experiment import audited_scans
     from ldm3d.pipeline import Pipeline
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report import summary, write_report
@@ -227,18 +243,128 @@ def evaluate(
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     function, extractor = load_measure(measure), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    config, scans = held_out_scans(model, data, out / "work", root, processes)
-    subjects = scans[pipeline.schema.names].to_dict("records")
-
-    def load(i: int):
-        return load_prepared(config, scans["key"][i])
-
-    others = {"extractor": extractor, "people": list(scans["subject"]), "processes": processes}
-    found = evaluate(pipeline, subjects, load, function, sampling, num, **others)
+    scans = audited_scans(model, data, out / "work", root, processes)  # the config, trained on, held out
+    parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "processes": processes}
+    done = assess(pipeline, *scans, function, extractor, sampling, num, **parts)
     if processes.is_main:
-        page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling)
-        print(summary(found))
+        others = done.goals, done.extra, done.figures
+        page = write_report(out, f"Evaluation of {model}", pipeline, done.found, sampling, *others)
+        print(summary(done.found))
         print(f"page written to {page}")
+
+
+@app.command()
+def audit(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
+    num: Annotated[
+        int, typer.Option("--num", "--volumes", min=1, help="To generate, half of them for training subjects' own covariates.")
+    ] = 200,
+    synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to look at instead.")] = None,
+    level: Annotated[
+        float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects' volumes that may be called copies.")
+    ] = 0.05,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0)] = None,
+    sampler: Annotated[str | None, typer.Option()] = None,
+    device: Device = None,
+    precision: Precision = "float32",
+) -> None:
+    """Look for copies of training subjects, and for what the model's loss tells of them; writes a page and a guard.
+
+    `ldm3d generate --audit OUT` then withholds such volumes.
+    """
+    from ldm3d.audit_page import summary, write_audit
+    from ldm3d.data.preprocess import load_prepared
+    from ldm3d.evaluation.audit import audit
+    from ldm3d.evaluation.volumes import generated_for, of_subjects, written_in
+    from ldm3d.experiment import audited_scans
+    from ldm3d.pipeline import Pipeline
+    from ldm3d.processes import own_device, started_processes
+
+    processes = started_processes()
+    pipeline = Pipeline.from_pretrained(model, device or own_device(), _dtype(precision))
+    pipeline.threads = None  # all: what is measured does not depend on the last bits
+    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    config, *groups = audited_scans(model, data, out / "work", root, processes)
+
+    def volumes(scans):
+        rows = scans[pipeline.schema.names].to_dict("records")
+        return of_subjects(list(scans["subject"]), rows, lambda i: load_prepared(config, scans["key"][i]), pipeline)
+
+    training, held_out = map(volumes, groups)
+    if synthetic:
+        looked = written_in(synthetic, pipeline)
+    else:
+        looked = generated_for(pipeline, training, held_out, num, sampling, sampling.seed)
+    found, guard = audit(pipeline, training, held_out, looked, level, sampling.seed, processes=processes)
+    if processes.is_main:
+        page = write_audit(out, f"Audit of {model}", pipeline, found, guard, sampling)
+        print(f"page written to {page}; keep it as the training data, for it shows and names training subjects")
+        print(summary(found))
+
+
+@app.command()
+def segmenter(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder: its scans are trained on, on its grid.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="BIDS folder or table that the model was trained on.")],
+    labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
+    volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and what counts for it.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = None,
+) -> None:
+    """Train a small segmentation network on scans with label maps, for: ldm3d evaluate --measure segmenter:FOLDER."""
+    import numpy as np
+
+    from ldm3d.data.label_maps import find_label_map, load_labels, parse_groups
+    from ldm3d.evaluation.segmenter import dice, train_segmenter
+    from ldm3d.experiment import audited_scans
+    from ldm3d.processes import own_device
+
+    groups = parse_groups(volume)
+    config, *tables = audited_scans(model, data, out / "work", root)
+    trained, held_out = (
+        [
+            functools.partial(load_labels, config, key, find_label_map(labels, subject, session), groups)
+            for key, subject, session in zip(table["key"], table["subject"], table["session"])
+        ]
+        for table in tables
+    )
+    network = train_segmenter(lambda i: trained[i](), len(trained), groups, steps, seed, device or own_device())
+    network.save_pretrained(out)
+    for name, values in dice(network, lambda i: held_out[i](), range(min(len(held_out), 20))).items():
+        print(f"{name}: Dice {np.nanmean(values):.3f} on {len(values)} held-out scans")
+    print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="Dataset with participants.tsv, for example of ldm3d generate.")],
+    table: Annotated[Path | None, typer.Option(help="CSV or TSV of volumes, such as SynthSeg's --vol.")] = None,
+    column: Annotated[list[str], typer.Option(metavar="NAME=COLUMN+COLUMN", help="A covariate and its columns.")] = [],  # noqa: B006
+    to_ml: Annotated[float, typer.Option(help="Millilitres of the table's unit; 0.001 for cubic mm.")] = 1e-3,
+    labels: Annotated[Path | None, typer.Option(help="Instead, a folder with a label map of each participant.")] = None,
+    volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A covariate and its labels.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("comparison"),
+) -> None:
+    """Compare what another program measured (SynthSeg, FreeSurfer) with what was asked, or with a table of real subjects."""
+    from ldm3d.data.label_maps import parse_groups
+    from ldm3d.written import compare_written, count_labels, parse_columns, read_participants, read_volumes, write_comparison
+
+    if (table is None) == (labels is None):
+        raise InputError("give either --table with --column, or --labels with --volume")
+    if table is not None:
+        measured = read_volumes(table, parse_columns(column), to_ml)
+    else:
+        measured = count_labels(labels, list(read_participants(folder)[1]), parse_groups(volume))
+    page = write_comparison(out, f"Measured volumes of {folder}", *compare_written(folder, measured))
+    print(f"page written to {page}")
 
 
 @app.command()
@@ -274,6 +400,38 @@ def likelihood(
     write_table(out, found)
     print(found.drop(columns="subject").describe().loc[["mean", "std"]].T.to_string(float_format="{:.3f}".format))
     print(f"{len(found)} subjects written to {out}")
+
+
+@app.command()
+def explain(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request to start at.")],
+    changes: Annotated[list[str], typer.Option("--to", metavar="NAME=VALUE,...", help="What changes in it.")],
+    out: Annotated[Path, typer.Option(help="Where to write maps, pictures and the page.")] = Path("explanation"),
+    seeds: Annotated[int, typer.Option(min=2, help="Volumes of each request, with the same noise in all of them.")] = 16,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0)] = None,
+    sampler: Annotated[str | None, typer.Option()] = None,
+    device: Device = None,
+    precision: Precision = "float32",
+) -> None:
+    """Show which covariate moves what: change a request with the noise kept, and test where volumes change.
+
+    ldm3d explain MODEL --from age=60,sex=F --to age=80,ventricular_volume_ml=60. What --to does not name stays as it was;
+    each of several changes is also made alone.
+    """
+    from ldm3d.evaluation.explanation import explain
+    from ldm3d.explanation_page import summary, write_explanation
+    from ldm3d.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(model, device, _dtype(precision))
+    pipeline.threads = None  # all: what is shown does not depend on the last bits
+    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    found = explain(pipeline, _values("--from", before), _values("--to", changes), sampling, seeds)
+    page = write_explanation(out, f"What covariates move in volumes of {model}", pipeline, found, sampling)
+    print(summary(pipeline, found))
+    print(f"page written to {page}")
 
 
 @app.command("import-monai")
@@ -323,6 +481,18 @@ def _covariates(arguments: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         asked[name.removeprefix("--").replace("-", "_")] = value
     return asked
+
+
+def _values(option: str, texts: list[str]) -> dict[str, str]:
+    """["age=60,sex=F"] -> {"age": "60", "sex": "F"}."""
+    given = {}
+    for text in texts:
+        for part in re.split(r",(?=[^,=]*=)", text):  # a category may hold a comma, too
+            name, separator, value = part.partition("=")
+            if not separator:
+                raise InputError(f"{option} {text!r}: write NAME=VALUE, several with commas between, such as age=60,sex=F")
+            given[name.strip().replace("-", "_")] = value.strip()
+    return given
 
 
 def _requests(table: Path) -> list[dict]:

@@ -261,16 +261,31 @@ class AutoencoderConfig(Section):
 
 
 class ProcessConfig(Section):
-    """The diffusion process; the betas belong to vp-linear and vp-scaled-linear."""
+    """The diffusion process; betas belong to vp-linear and vp-scaled-linear, gamma and the schedule's rate to vdm."""
 
-    kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear"] = "flow"
+    kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm"] = "flow"
     beta_start: float | None = None
     beta_end: float | None = None
+    # gamma = -log SNR at the data's end and at the noise's; None: those of ldm3d.diffusion.vdm.Schedule
+    gamma_min: Annotated[float, Field(ge=-30, le=30)] | None = None
+    gamma_max: Annotated[float, Field(ge=-30, le=30)] | None = None
+    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma in between; 0 leaves it a straight line
 
     @model_validator(mode="after")
     def _betas_belong(self):
-        if self.kind in ("flow", "vp-cosine") and (self.beta_start, self.beta_end) != (None, None):
+        if self.kind in ("flow", "vp-cosine", "vdm") and (self.beta_start, self.beta_end) != (None, None):
             raise ValueError(f"{self.kind} has no betas; drop beta_start and beta_end, or use vp-linear or vp-scaled-linear")
+        return self
+
+    @model_validator(mode="after")
+    def _gamma_belongs(self):
+        if self.kind != "vdm" and (self.gamma_min, self.gamma_max, self.schedule_learning_rate) != (None, None, None):
+            raise ValueError(
+                f"{self.kind} has no schedule to be learned; drop gamma_min, gamma_max and schedule_learning_rate, or use vdm"
+            )
+        ends = (self.gamma_min, self.gamma_max)
+        if ends != (None, None) and (None in ends or self.gamma_min >= self.gamma_max):
+            raise ValueError(f"gamma_min {self.gamma_min} and gamma_max {self.gamma_max}: give both, rising, or none of them")
         return self
 
 
@@ -295,6 +310,8 @@ class UNetConfig(Section):
     covariates_in_time_embedding: bool = True
     activation_checkpointing: bool = False
     attention_backend: Literal["auto", "sdpa", "xformers", "math"] = "auto"
+    # None and not (): in the settings of a checkpoint from before this key, it is missing, which counts as None
+    fourier_features: tuple[Annotated[int, Field(ge=-8, le=16)], ...] | None = None
 
     @model_validator(mode="after")
     def _one_flag_a_level(self):
@@ -360,6 +377,21 @@ class DiffusionConfig(Section):
     network: UNetNetwork
     training: TrainingConfig
 
+    @model_validator(mode="after")
+    def _vdm_trains_on_the_bound(self):
+        if self.process.kind != "vdm":
+            return self
+        conflicts = []
+        if self.time_sampling.kind != "uniform":
+            conflicts.append(f"time_sampling.kind {self.time_sampling.kind}: set it to uniform, the schedule places the times")
+        if self.loss_weight != "none":
+            conflicts.append(f"loss_weight {self.loss_weight}: set it to none, the bound has a weight of its own")
+        if self.target == "velocity":
+            conflicts.append("target velocity: use v, noise or data, which do not depend on a schedule that moves")
+        if conflicts:
+            raise ValueError(f"process.kind vdm does not go with {'; nor with '.join(conflicts)}")
+        return self
+
 
 class GenerationConfig(Section):
     """What generation does unless it is asked otherwise; saved with the pipeline."""
@@ -410,7 +442,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _spacing_fits(self):
         kind = self.diffusion.process.kind
-        if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine"):
+        if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine", "vdm"):
             raise ValueError(
                 f"generation.spacing leading counts the steps of a DDPM's chain, which diffusion.process.kind {kind} has "
                 "not; use vp-linear or vp-scaled-linear, or another spacing"

@@ -16,6 +16,7 @@ from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
 from ldm3d.pipeline import Pipeline
 from ldm3d.report import Goal, summary, write_report
+from ldm3d.sections import lights
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
@@ -56,7 +57,8 @@ def run_demo(out: Path, config_path: Path) -> None:
 
     found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, extractor=RandomFeatures())
     goals = demo_goals(found)
-    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals)
+    shown = [*goals, *lights(found)]
+    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, shown)
     print(summary(found))
     print()
     for goal in goals:

@@ -37,7 +37,8 @@ def save_experiment(config: Config, folder: Path) -> None:
     """Write experiment.json beside a model of this config."""
     scans = read_scan_table(config)
     seen = sorted(scans.loc[scans["split"] != "test", "key"])
-    values = {"config": config.model_dump(mode="json", exclude_unset=True), "seen": seen}
+    validation = sorted(scans.loc[scans["split"] == "validation", "key"])  # seen, but not trained on
+    values = {"config": config.model_dump(mode="json", exclude_unset=True), "seen": seen, "validation": validation}
     (folder / EXPERIMENT).write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -45,6 +46,20 @@ def held_out_scans(
     model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
 ) -> tuple[Config, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
+
+    Arguments and errors: see `audited_scans`.
+
+    Returns:
+        (config whose prepared folder holds the scans, rows of its scan table).
+    """
+    config, _, held_out = audited_scans(model, data, work, root, processes)
+    return config, held_out
+
+
+def audited_scans(
+    model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
+) -> tuple[Config, pd.DataFrame, pd.DataFrame]:
+    """Prepare the scans of a dataset as the model's own were, and say which it was trained on and which it has never seen.
 
     Args:
         model: pipeline folder.
@@ -54,7 +69,8 @@ def held_out_scans(
         processes: that share the work; all of them have to call this.
 
     Returns:
-        (config whose prepared folder holds the scans, rows of its scan table).
+        (config whose prepared folder holds the scans, rows of its scan table that were trained on, those of subjects that
+        were not seen in any way). Subjects of the validation split are in neither.
 
     Raises:
         InputError: no experiment.json, no such data, or nothing held out in it.
@@ -62,6 +78,7 @@ def held_out_scans(
     try:
         values = read_json(model / EXPERIMENT)
         config, seen = Config.model_validate(values["config"]), set(values["seen"])
+        trained = seen - set(values.get("validation", ()))
     except FileNotFoundError:
         raise InputError(f"{model} has no {EXPERIMENT}: it is no model that training stage 2 wrote") from None
     except ValidationError as error:
@@ -81,4 +98,4 @@ def held_out_scans(
     held_out = scans[~scans["subject"].isin(known)].reset_index(drop=True)
     if held_out.empty:
         raise InputError(f"all {len(scans)} scans of {data} are of subjects that the model was trained on; give others")
-    return config, held_out
+    return config, scans[scans["key"].isin(trained)].reset_index(drop=True), held_out

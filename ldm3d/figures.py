@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -84,8 +86,10 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def scatter(asked: NDArray, measured: NDArray, asked_label: str, measured_label: str, title: str) -> Figure:
-    """Measured against asked, with the identity and the fitted line."""
+def scatter(
+    asked: NDArray, measured: NDArray, asked_label: str, measured_label: str, title: str, band: NDArray | None = None
+) -> Figure:
+    """Measured against asked, with the identity and the fitted line; `band` is its interval, (3, places): asked, low, high."""
     figure = Figure(figsize=(3.8, 3.6), layout="constrained")
     axis = figure.subplots()
     low, high = min(asked.min(), measured.min()), max(asked.max(), measured.max())
@@ -95,6 +99,8 @@ def scatter(asked: NDArray, measured: NDArray, asked_label: str, measured_label:
     if len(asked) > 1 and np.ptp(asked) > 0:
         slope, offset = np.polyfit(asked, measured, 1)
         axis.plot(ends, slope * ends + offset, color=ACCENT, linewidth=1.2, label=f"fit, slope {slope:.2f}")
+    if band is not None:
+        axis.fill_between(*band, color=ACCENT, alpha=0.18, linewidth=0)
     axis.scatter(asked, measured, s=14, color=INK, alpha=0.65, linewidths=0)
     axis.set(xlim=ends, ylim=ends)
     axis.set_title(title, fontsize=9, color=INK)
@@ -116,6 +122,61 @@ def lines(x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label:
     if len(series) > 1:
         axis.legend(fontsize=7, frameon=False)
     _plain(axis, x_label, y_label)
+    return figure
+
+
+def histogram(values: NDArray, label: str, title: str) -> Figure:
+    """How often values (N,) occur, with their mean."""
+    figure = Figure(figsize=(3.8, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(values, bins=min(30, max(5, round(len(values) ** 0.5) * 2)), color=INK, alpha=0.75)
+    axis.axvline(np.mean(values), color=ACCENT, linewidth=1.2, linestyle="--")
+    axis.set_title(title, fontsize=9, color=INK)
+    _plain(axis, label, "volumes")
+    return figure
+
+
+def overlay(
+    volume: NDArray,
+    values: NDArray,
+    spacing_mm: Sequence[float],
+    title: str,
+    label: str,
+    signed: bool = False,
+    outline: NDArray | None = None,
+) -> Figure:
+    """Values in colour on the three slices of a grey volume, with their colour bar.
+
+    Args:
+        volume, values: (X, Y, Z).
+        spacing_mm: of a voxel.
+        title, label: of the picture and of the bar.
+        signed: colours from blue over none to red, even about 0, that hide the volume the more the larger the value; else from
+            the least value to the largest, all half transparent.
+        outline: (X, Y, Z) bool, drawn with a thin line; None for none.
+    """
+    grey, shown = (slices(np.asarray(v, np.float32), spacing_mm) for v in (np.clip(volume, 0, 1), values))
+    # The slices' own range, without the last thousandth: one odd voxel would take all colour from the others
+    inside = slices(np.ones(volume.shape, np.float32), spacing_mm) > 0
+    low, high = np.quantile(np.abs(shown[inside]) if signed else shown[inside], [0.001, 0.999])
+    high = max(high, low + 1e-6)
+    rows, columns = grey.shape
+    figure = Figure(figsize=(7.6, 7.6 * 0.86 * rows / columns + 0.35), layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    axis.axis("off")
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+    if signed:
+        low, alpha = -high, np.clip(1.5 * np.abs(shown) / high, 0, 0.9)
+    else:
+        alpha = 0.55 * inside
+    colour = "RdBu_r" if signed else "viridis"
+    axis.imshow(shown, cmap=colour, vmin=low, vmax=high, alpha=alpha, interpolation="nearest")
+    if outline is not None and (edge := slices(outline.astype(np.float32), spacing_mm)).any():
+        axis.contour(edge, levels=[0.5], colors=[INK], linewidths=0.8)
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), colour), ax=axis, fraction=0.025, pad=0.01)
+    bar.set_label(label, fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7, colors=MUTED)
+    axis.set_title(title, fontsize=9, color=INK)
     return figure
 
 

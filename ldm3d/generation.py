@@ -3,6 +3,7 @@
 OUT/series.json             what is generated: model, sampling, a hash of the requests, how it is computed; appears first
 OUT/sub-syn0001/anat/       a volume, and then its JSON sidecar, which holds the volume's checksum
 OUT/participants.tsv        appears last (with participants.json and mosaic.png), so the dataset is complete where it is there
+OUT/withheld/               the sidecars of volumes that an audit's guard withheld: too near to a training subject
 OUT/.unfinished/RANK/       what a process is writing; from here a file moves to its place in one step
 
 Processes never wait for one another. Each does its share, and each that finds no volume missing at its end writes
@@ -40,10 +41,12 @@ try:
 except ImportError:  # Windows: two starts of one command at the same time go unnoticed there
     fcntl = None
 
-if TYPE_CHECKING:  # it imports this module
-    from ldm3d.pipeline import Pipeline, Sampling
+if TYPE_CHECKING:  # they import this module
+    from ldm3d.description import Sampling
+    from ldm3d.evaluation.guard import Guard
+    from ldm3d.pipeline import Pipeline
 
-SERIES, UNFINISHED = "series.json", ".unfinished"
+SERIES, UNFINISHED, WITHHELD = "series.json", ".unfinished", "withheld"
 AROUND = ("mosaic.png", "participants.json", "participants.tsv")  # written in this order when no volume is missing
 MOSAIC_VOLUMES = 16  # shown in the mosaic
 WAITING = 4  # volumes between the networks and the disk, at most
@@ -62,12 +65,14 @@ class Tally:
     Attributes:
         made, kept, redone: generated; found finished; found half-written or damaged and generated again.
         missing: of the whole series, when this process ended; 0 where it is complete.
+        withheld: of the whole series, so far; they count as made, kept or redone too.
     """
 
     made: int = 0
     kept: int = 0
     redone: int = 0
     missing: int = 0
+    withheld: int = 0
 
     def __str__(self) -> str:
         return f"{self.made} made, {self.kept} kept, {self.redone} redone"
@@ -103,6 +108,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     checked: Callable[[int, int], None] | None = None,
     stop: Stop | None = None,
+    guard: "Guard | None" = None,
 ) -> Tally:
     """Generate this process's share of a series, but what is finished already; writing goes on beside sampling.
 
@@ -117,13 +123,14 @@ def generate(
         progress: called with (volumes of this share that are finished, all of them) for each that is found or made.
         checked: called likewise once, when all that is there has been looked at.
         stop: looked at before every volume; when a stop is asked for, what is under way is written and no more begun.
+        guard: withholds copies of training subjects; None writes every volume.
 
     Raises:
         InputError: the folder holds something else, or another process with the same number is at work in it.
     """
     processes, stop, tally = processes or Processes(), stop or Stop(), Tally()
     pipeline.check_sampling(sampling)
-    with Series(pipeline, folder, rows, sampling, rank=processes.rank) as series:
+    with Series(pipeline, folder, rows, sampling, rank=processes.rank, guard=guard) as series:
         runs = range(0, len(rows), series.pipeline.group_size)  # whole batches: a part of one costs as much
         share = [i for start in processes.share(runs) for i in range(start, min(start + runs.step, len(rows)))]
         due = {}  # number of a volume -> its state
@@ -144,12 +151,14 @@ def generate(
             for i, state in due.items():
                 if stop.asked:
                     break
-                writer.write(i, next(volumes))
+                volume = next(volumes)
+                writer.write(i, volume, guard.withheld(series.pipeline, volume) if guard else None)
                 tally.made += state == ABSENT
                 tally.redone += state == BROKEN
                 if progress:
                     progress(tally.kept + tally.made + tally.redone, len(share))
         tally.missing = series.finish()
+        tally.withheld = series.count_withheld()
     return tally
 
 
@@ -163,11 +172,12 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         return self
 
-    def write(self, i: int, volume: NDArray) -> None:
-        """Hand over a volume; waits while there are `WAITING` before it. Raises what writing one of those raised."""
+    def write(self, i: int, volume: NDArray, withheld: dict[str, Any] | None = None) -> None:
+        """Hand over a volume, or why it is withheld; waits while there are `WAITING` before it. Raises what writing raised."""
         if len(self.waiting) == WAITING:
             self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(self.series.write, i, volume))
+        task = (self.series.withhold, i, withheld) if withheld else (self.series.write, i, volume)
+        self.waiting.append(self.pool.submit(*task))
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
@@ -185,6 +195,7 @@ class Series:
         sampling: how.
         numbers: of the requests, where they are not 0, 1, 2, ...
         rank: number of this process among those that work on the series at the same time.
+        guard: that the volumes go by; None for none.
 
     Attributes:
         pipeline: the same one, computing as the series was begun.
@@ -201,8 +212,10 @@ class Series:
         sampling: "Sampling",
         numbers: Sequence[int] | None = None,
         rank: int = 0,
+        guard: "Guard | None" = None,
     ):
         self.pipeline, self.folder, self.rows, self.sampling = copy.copy(pipeline), Path(folder), rows, sampling
+        self.guard = guard
         self.numbers = range(len(rows)) if numbers is None else numbers
         self._desk = _Desk(self.folder, rank)
 
@@ -256,7 +269,8 @@ class Series:
                 )
         self.pipeline.decode_mode = found["computing"]["decode"]
         origin = {"Name": "ldm3d", "Version": ldm3d.__version__, "Description": f"model {self.pipeline.model_hash}"}
-        files = derivative_files("Synthetic brain volumes", [origin], README) | {".bidsignore": f"mosaic.png\n{SERIES}\n"}
+        ignored = f"mosaic.png\n{SERIES}\n{WITHHELD}\n"
+        files = derivative_files("Synthetic brain volumes", [origin], README) | {".bidsignore": ignored}
         for name, text in files.items():
             if not (self.folder / name).is_file():
                 self._desk.place(self.folder / name, text.encode())
@@ -283,14 +297,20 @@ class Series:
             "requests": requests.hexdigest()[:16],
             "sampling": self.sampling.to_dict(),
             "computing": pipeline.computing,
+            "guard": self.guard and self.guard.identity,
         }
 
     def path(self, i: int) -> Path:
         """Where volume i goes."""
         return synthetic_path(self.folder, i, len(self.rows))
 
+    def withheld_path(self, i: int) -> Path:
+        """Where the sidecar of volume i goes if there is to be no volume; BIDS knows no sidecar without one."""
+        return self.folder / WITHHELD / _sidecar_path(self.path(i)).name
+
     def sidecar(self, i: int) -> dict[str, Any]:
         """What the JSON beside volume i says of it, but for its checksum."""
+        guarded = {"guard": self.guard.identity} if self.guard else {}
         return {
             "synthetic": True,
             "SkullStripped": self.pipeline.skull_stripped,
@@ -300,6 +320,7 @@ class Series:
             "sample": self.numbers[i],
             **self.sampling.to_dict(),
             "covariates": dict(self.rows[i]),
+            **guarded,
         }
 
     def state(self, i: int, read: bool = True) -> str:
@@ -310,6 +331,8 @@ class Series:
             read: whether to compare all its bytes with their checksum, not only how many there are.
         """
         path = self.path(i)
+        if self.is_withheld(i):
+            return BROKEN if path.exists() or _sidecar_path(path).exists() else FINISHED
         try:
             said = json.loads(_sidecar_path(path).read_bytes())
             size, checksum = said.pop("bytes"), said.pop("sha256")
@@ -320,23 +343,54 @@ class Series:
             same = False
         if same:
             return FINISHED
-        return BROKEN if path.exists() or _sidecar_path(path).exists() else ABSENT
+        return BROKEN if path.exists() or _sidecar_path(path).exists() or self.withheld_path(i).exists() else ABSENT
+
+    def is_withheld(self, i: int) -> bool:
+        """Whether a sidecar says, whole, that volume i of this series is withheld."""
+        if not self.guard:
+            return False
+        try:
+            said = json.loads(self.withheld_path(i).read_bytes())
+            return bool(said.pop("withheld")) and said == json.loads(json.dumps(self.sidecar(i)))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return False
 
     def write(self, i: int, volume: NDArray) -> None:
         """Write volume i, (X, Y, Z), and then its sidecar."""
         path, grid = self.path(i), self.pipeline.output_grid
         content = pack_volume(volume, grid.affine, self.pipeline.mark)
         sidecar = {**self.sidecar(i), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        self.withheld_path(i).unlink(missing_ok=True)  # a damaged one
         self._desk.place(path, content)
         self._desk.place(_sidecar_path(path), as_json(sidecar).encode())
 
+    def withhold(self, i: int, reason: Mapping[str, Any]) -> None:
+        """Write nothing of volume i but a sidecar, with the guard's reason."""
+        path = self.path(i)
+        for file in (path, _sidecar_path(path)):
+            file.unlink(missing_ok=True)
+        for folder in path.parents[:2]:  # BIDS knows no subject without files either
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._desk.place(self.withheld_path(i), as_json({**self.sidecar(i), "withheld": dict(reason)}).encode())
+
+    def count_withheld(self) -> int:
+        """How many volumes of the series are withheld, so far."""
+        return sum(map(self.is_withheld, range(len(self.rows))))
+
     def finish(self) -> int:
-        """How many volumes of the series are missing; where none is, write mosaic.png, participants.json and .tsv."""
-        missing = sum(not _sidecar_path(self.path(i)).is_file() for i in range(len(self.rows)))
+        """How many volumes of the series are missing; where none is, write mosaic.png, participants.json and .tsv.
+
+        Those that are withheld are not missing, and not in these files either.
+        """
+        written = [i for i in range(len(self.rows)) if not self.is_withheld(i)]
+        missing = sum(not _sidecar_path(self.path(i)).is_file() for i in written)
         if not missing and all((self.folder / name).is_file() for name in AROUND):
             self._desk.clear_others()
             return 0
-        first = range(min(MOSAIC_VOLUMES, len(self.rows)))
+        if not written:  # a dataset of nobody is none
+            return 0
+        first = written[:MOSAIC_VOLUMES]
         # Another process may just be looking at a damaged one: then that process is the last, and will come here, too
         missing = missing or sum(self.state(i) != FINISHED for i in first)
         if missing:
@@ -347,7 +401,7 @@ class Series:
         )
         figures.save(figure, self._desk.draft(self.folder / "mosaic.png"))
         self._desk.publish(self.folder / "mosaic.png")
-        table = [{"participant_id": self.path(i).parents[1].name, **row} for i, row in enumerate(self.rows)]
+        table = [{"participant_id": self.path(i).parents[1].name, **self.rows[i]} for i in written]
         columns = {
             c.name: {"Description": f"asked {c.name.replace('_', ' ')}", **({"Units": c.unit} if c.unit else {})}
             for c in self.pipeline.schema

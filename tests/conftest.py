@@ -1,5 +1,6 @@
 """A tiny experiment, trained once for all tests that need a model."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from ldm3d import cli
+from ldm3d.config import load_config
 from ldm3d.data.phantoms import write_dataset
+from ldm3d.preemption import Stop
 
 torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
 
@@ -88,6 +92,22 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+    """(stage, config, settings, stop) -> train in this process, on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads = torch.get_num_threads()
+
+    def train(stage, config, *settings, stop=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        module = importlib.import_module(f"ldm3d.training.{stage}")
+        module.train(load_config(config, settings, stage), stop or Stop())
+
+    yield train
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -201,7 +201,8 @@ def test_evaluate_judges_held_out_subjects_only(experiment, tmp_path, capsys):
     scans = pd.read_csv(experiment / "run/prepared/scans.tsv", sep="\t")
     assert metrics["reconstruction"]["volumes"] == (scans["split"] == "test").sum() == 5
     kinds = {(row["covariate"], row["kind"], row["n"]) for row in metrics["fidelity"]}
-    assert kinds == {("ventricular_volume_ml", kind, n) for kind, n in (("real", 5), ("reconstructed", 5), ("generated", 6))}
+    numbers = {"real": 5, "reconstructed": 5, "kept": 5, "generated": 6}
+    assert kinds == {("ventricular_volume_ml", kind, n) for kind, n in numbers.items()}
     assert [sweep["covariate"] for sweep in metrics["sweeps"]] == ["age", "ventricular_volume_ml"]
     page = (tmp_path / "report.html").read_text()
     assert "SYNTHETIC" in page and "data:image/png;base64," in page and "http" not in page

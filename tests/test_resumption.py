@@ -1,6 +1,5 @@
 """Training that is stopped, killed, or fed what it cannot use: it goes on, says so, and ends with the same bits."""
 
-import importlib
 import os
 import shutil
 import signal
@@ -19,29 +18,12 @@ from test_end_to_end import another_run
 from torch import nn
 from torture.runs import send, wait_for
 
-from ldm3d.config import load_config
 from ldm3d.data.loading import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.preemption import REQUEUE, Stop, preemption
 from ldm3d.training.run import FiniteSteps, Metrics, read_metrics
 
 STAGES = ["autoencoder", "diffusion"]
-
-
-@pytest.fixture
-def train_here(monkeypatch):
-    """(stage, config, settings, stop) -> train in this process, on the CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-
-    def train(stage, config, *settings, stop=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        module = importlib.import_module(f"ldm3d.training.{stage}")
-        module.train(load_config(config, settings, stage), stop or Stop())
-
-    yield train
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def end_alike(experiment, folder, stage):

@@ -583,12 +583,12 @@ def test_a_damaged_best_checkpoint_leaves_the_last(tmp_path, capsys):
     saved = parts[1].network.conv_in.bias.clone()
     train(*parts, range(2))
     last = parts[1].network.conv_in.bias.clone()
-    assert checkpoint.load_best(tmp_path, None, parts[1].network) is None
-    assert checkpoint.load_best(tmp_path, {"step": 2}, parts[1].network) == {"step": 2}
+    assert checkpoint.load_best(tmp_path, None, {"ema": parts[1].network}) is None
+    assert checkpoint.load_best(tmp_path, {"step": 2}, {"ema": parts[1].network}) == {"step": 2}
     assert torch.equal(parts[1].network.conv_in.bias, saved)
     parts[1].network.conv_in.bias.copy_(last)
     flip_a_bit(tmp_path / "checkpoints/step-00000002/tensors.safetensors")
-    assert checkpoint.load_best(tmp_path, {"step": 2}, parts[1].network) is None
+    assert checkpoint.load_best(tmp_path, {"step": 2}, {"ema": parts[1].network}) is None
     assert torch.equal(parts[1].network.conv_in.bias, last) and "taking the last" in capsys.readouterr().out
 
 

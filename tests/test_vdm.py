@@ -86,6 +86,17 @@ def test_a_saved_schedule_goes_on():
     assert len(again.logits) == len(schedule.logits)
 
 
+@pytest.mark.parametrize("learned", [-1000.0, 1000.0])
+def test_whatever_is_learned_gamma_rises(learned):
+    """In float32, with one step that wants all of the rise, or none: a model can be saved, and no stretch of t is lost."""
+    schedule = Schedule()
+    schedule.logits.data[40] = learned
+    gaps = torch.tensor(schedule.process().gamma, dtype=torch.float64).diff()
+    assert gaps.min().item() == pytest.approx(1e-3 * 23.3 / 64, rel=0.05)
+    again = Schedule.from_process(schedule.process()).process()
+    torch.testing.assert_close(torch.tensor(again.gamma), torch.tensor(schedule.process().gamma), rtol=0, atol=1e-4)
+
+
 def test_process_jumps_from_the_data_to_its_least_noise():
     process = Variational((-10.0, 0.0, 10.0))
     assert (process.alpha(0.0), process.sigma(0.0), process.lam(0.0)) == (1, 0, math.inf)

@@ -25,6 +25,7 @@ from ldm3d.errors import InputError
 
 # A velocity is a rate in t, which a network that is told gamma alone cannot know
 LEARNABLE_TARGETS = ("noise", "v", "data")
+FLOOR = 1e-3  # of the straight line's slope, below which gamma's never falls: float32 could no longer tell knots apart
 MEAN_DECAY = 0.9  # of the running mean of losses: the network learns, so that old ones say little
 
 
@@ -49,7 +50,8 @@ class Schedule(nn.Module):
                 "-13.3 to 10 with 65 is usual"
             )
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
-        self.logits = nn.Parameter(torch.zeros(knots - 1))  # log of each step's share in the whole rise, but for a constant
+        # Log of each step's share in what rises above FLOOR, but for a constant
+        self.logits = nn.Parameter(torch.zeros(knots - 1))
         self.register_buffer("mean_loss", torch.tensor(float("nan")))
 
     @classmethod
@@ -57,13 +59,14 @@ class Schedule(nn.Module):
         """The schedule of a process, to go on learning it."""
         schedule = cls(process.gamma[0], process.gamma[-1], len(process.gamma))
         rises = torch.tensor(process.gamma, dtype=torch.float64).diff()
-        schedule.logits.data.copy_((rises / rises.mean()).log())
+        schedule.logits.data.copy_((rises / rises.mean() - FLOOR).clamp_min(FLOOR**2).log())
         return schedule
 
     def knots(self) -> Tensor:
         """gamma at evenly spaced t, (knots,)."""
         rise = self.gamma_max - self.gamma_min
-        inside = self.gamma_min + rise * torch.softmax(self.logits, dim=0).cumsum(0)[:-1]
+        share = (1 - FLOOR) * torch.softmax(self.logits, dim=0) + FLOOR / len(self.logits)
+        inside = self.gamma_min + rise * share.cumsum(0)[:-1]
         ends = inside.new_tensor([self.gamma_min, self.gamma_max])
         return torch.cat([ends[:1], inside, ends[1:]])
 
@@ -84,11 +87,12 @@ class Schedule(nn.Module):
         latents of 512 dimensions and 16 times, L then varied three times as much as with the straight line.
 
         Args:
-            loss: mean over the whole batch, all processes and accumulated parts; so has to be the gradient.
+            loss: mean over the whole batch, all processes and accumulated parts; so has to be the gradient. One that is NaN or
+                infinite makes the gradient so, too, and leaves the running mean as it is.
         """
         mean = torch.where(self.mean_loss.isnan(), loss, self.mean_loss)
         self.logits.grad *= 2 * (loss - mean)
-        self.mean_loss.copy_(torch.lerp(mean, loss.to(mean), 1 - MEAN_DECAY))
+        self.mean_loss.copy_(torch.where(loss.isfinite(), torch.lerp(mean, loss.to(mean), 1 - MEAN_DECAY), self.mean_loss))
 
     def process(self) -> Variational:
         """What sampling, likelihood and a saved pipeline need of it."""

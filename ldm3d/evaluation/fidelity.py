@@ -1,11 +1,12 @@
 """Do generated volumes show what they were asked for?
 
 Everything is measured on images, by a function that can be replaced: `measure(volume, spacing_mm) -> {name: value}`. A
-covariate of the schema is judged if the function measures something of its name.
+covariate of the schema is judged if the function measures something of its name. Every volume is generated once, and only
+measures and features of it are kept.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,34 +17,21 @@ from scipy import stats
 from tqdm import tqdm
 
 from ldm3d.covariates import Value
+from ldm3d.description import Sampling
 from ldm3d.errors import InputError
+from ldm3d.evaluation import fairness
+from ldm3d.evaluation.bootstrap import mean_interval
+from ldm3d.evaluation.comparison import Comparison, compare
+from ldm3d.evaluation.fairness import Gap, Judged
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.likeness import Seen, compare_all, look_at
 from ldm3d.evaluation.measures import Finding
-from ldm3d.evaluation.metrics import Agreement, agreement, psnr, ssim
-from ldm3d.pipeline import Pipeline, Sampling, grouped
+from ldm3d.evaluation.metrics import psnr, ssim
+from ldm3d.evaluation.support import Beyond, beyond_training
+from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes
 
 Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
-
-
-@dataclass
-class Comparison:
-    """Values of one covariate in two places, and how they agree.
-
-    Attributes:
-        covariate: its name.
-        kind: what was compared, for example "generated".
-        reference: what was asked, or the table's truth; (N,).
-        measured: on the images; (N,).
-        agreement: of the two.
-    """
-
-    covariate: str
-    kind: str
-    reference: NDArray
-    measured: NDArray
-    agreement: Agreement
 
 
 @dataclass
@@ -70,10 +58,15 @@ class Evaluation:
 
     Attributes:
         psnr_db, ssim: of the reconstruction of each held-out volume.
-        comparisons: measured against table on originals and reconstructions, against requests on generated volumes.
+        comparisons: of kind "real" and "reconstructed", measured against the table; "kept", measured on reconstructions
+            against the same on originals; "generated", measured against what was asked.
         sweeps: over each continuous covariate.
         real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, for pictures.
         requests: of the generated volumes.
+        subjects, people: covariates of each held-out volume, and whom it shows.
+        gaps: between groups of people.
+        beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
+        features: "real" (held-out) and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
     """
 
@@ -85,6 +78,12 @@ class Evaluation:
     reconstructed: list[NDArray] = field(default_factory=list)
     generated: list[NDArray] = field(default_factory=list)
     requests: list[dict[str, Value]] = field(default_factory=list)
+    subjects: list[dict[str, Value]] = field(default_factory=list)
+    people: list[Hashable] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    beyond: list[Beyond] = field(default_factory=list)
+    joint: bool = False
+    features: dict[str, NDArray] = field(default_factory=dict)
     likeness: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,10 +91,11 @@ class Evaluation:
         return {
             "reconstruction": {
                 "volumes": len(self.psnr_db),
-                "psnr_db": {"mean": float(self.psnr_db.mean()), "std": float(self.psnr_db.std())},
-                "ssim": {"mean": float(self.ssim.mean()), "std": float(self.ssim.std())},
+                **{name: self.quality(name) for name in ("psnr_db", "ssim")},
             },
-            "fidelity": [{"covariate": c.covariate, "kind": c.kind, **c.agreement.to_dict()} for c in self.comparisons],
+            "fidelity": [c.to_dict() for c in self.comparisons],
+            "fairness": [gap.to_dict() for gap in self.gaps],
+            "beyond_training": [each.to_dict() for each in self.beyond],
             "sweeps": [
                 {
                     "covariate": s.covariate,
@@ -107,6 +107,12 @@ class Evaluation:
             ],
             "likeness": [finding.to_dict() for finding in self.likeness],
         }
+
+    def quality(self, name: str) -> dict[str, float]:
+        """Mean of "psnr_db" or "ssim" with its 95% interval, and its standard deviation."""
+        values = getattr(self, name)
+        low, high = mean_interval(values, self.people or None)
+        return {"mean": float(values.mean()), "low": low, "high": high, "std": float(values.std())}
 
     def find(self, covariate: str, kind: str) -> Comparison | None:
         return next((c for c in self.comparisons if (c.covariate, c.kind) == (covariate, kind)), None)
@@ -123,8 +129,9 @@ def evaluate(
     sweep_repeats: int = 4,
     shown: int = 3,
     extractor: Extractor | None = None,
-    people: Sequence[Any] | None = None,
+    people: Sequence[Hashable] | None = None,
     processes: Processes = ALONE,
+    training: Sequence[Mapping[str, Any]] | None = None,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -140,6 +147,7 @@ def evaluate(
         extractor: of features, by which distributions are compared; None leaves that out.
         people: who each held-out volume shows, for several of one person are more alike; None: all are different.
         processes: that share the work; all of them have to call this, and all get the same answer.
+        training: covariates of the volumes that were trained on, to tell what lies beyond them; None if not at hand.
 
     Raises:
         InputError: no held-out volume.
@@ -170,7 +178,7 @@ def evaluate(
 
     done = spread(reconstruct, range(len(rows)), processes, "reconstruct")
     qualities, similarities, on_real, on_reconstructed, pairs, real_seen = zip(*done)
-    result = Evaluation(np.array(qualities), np.array(similarities))
+    result = Evaluation(np.array(qualities), np.array(similarities), subjects=rows, people=list(people or range(len(rows))))
     result.real, result.reconstructed = (list(volumes) for volumes in zip(*filter(None, pairs)))
 
     requests = result.requests = [rows[i % len(rows)] for i in range(num_generated)]
@@ -178,24 +186,64 @@ def evaluate(
     made = [each for group in spread(generate, groups, processes, "generate") for each in group]
     on_generated, pictures, generated_seen = zip(*made)
     result.generated = list(pictures[:shown])
+    result.beyond, result.joint = beyond_training(pipeline.schema, requests, training), training is not None
     if extractor:
-        result.likeness = compare_all(real_seen, generated_seen, people or range(len(rows)), pipeline.device)
+        result.likeness = compare_all(real_seen, generated_seen, result.people, pipeline.device)
+        for name, seen in (("real", real_seen), ("generated", generated_seen)):
+            result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
 
     judged = [c.name for c in pipeline.schema if c.kind == "continuous" and c.name in on_real[0]]
-    places = (("real", rows, on_real), ("reconstructed", rows, on_reconstructed))
+    asked = [result.people[i % len(rows)] for i in range(num_generated)]
     for name in judged:
-        for kind, references, measured in (*places, ("generated", result.requests, on_generated)):
-            pairs = [(row[name], m[name]) for row, m in zip(references, measured) if row[name] is not None]
-            reference, values = np.array(pairs, dtype=float).reshape(-1, 2).T
-            try:
-                result.comparisons.append(Comparison(name, kind, reference, values, agreement(reference, values)))
-            except InputError as error:  # the other figures are worth having
-                warnings.warn(f"{name} on {kind} volumes is not judged: {error}", stacklevel=2)
+        measured = ([m[name] for m in each] for each in (on_real, on_reconstructed, on_generated))
+        result.comparisons += _compare_kinds(name, result, asked, *measured)
+    result.gaps = fairness.gaps(pipeline.schema, fairness.groupings(pipeline.schema, rows), _by_group(result, asked))
     for covariate in pipeline.schema:
         if covariate.seen and judged:
             name = covariate.name
             result.sweeps.append(sweep(pipeline, name, measure, sampling, judged, sweep_values, sweep_repeats, processes))
     return result
+
+
+def _compare_kinds(
+    name: str,
+    result: Evaluation,
+    asked: Sequence[Hashable],
+    on_real: Sequence[float],
+    on_reconstructed: Sequence[float],
+    on_generated: Sequence[float],
+) -> list[Comparison]:
+    """One covariate in every two places; `asked` is whose covariates were asked of each generated volume."""
+    found, table = [], [row[name] for row in result.subjects]
+    for kind, reference, measured, whom in (
+        ("real", table, on_real, result.people),
+        ("reconstructed", table, on_reconstructed, result.people),
+        ("kept", on_real, on_reconstructed, result.people),
+        ("generated", [row[name] for row in result.requests], on_generated, asked),
+    ):
+        try:
+            found.append(compare(name, kind, reference, measured, whom))
+        except InputError as error:  # the other figures are worth having
+            warnings.warn(f"{name} on {kind} volumes is not judged: {error}", stacklevel=2)
+    return found
+
+
+def _by_group(result: Evaluation, asked: Sequence[Hashable]) -> list[Judged]:
+    """What is judged by group: reconstruction, and every covariate's error; `asked` is whose covariates were asked."""
+    real = result.subjects, result.people
+    figures = [
+        Judged("PSNR (dB)", result.psnr_db, *real, "high", fairness.PSNR_DB),
+        Judged("SSIM", result.ssim, *real, "high", fairness.SSIM),
+    ]
+    for c in result.comparisons:
+        if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
+            continue
+        rows, whom = (result.requests, asked) if c.kind == "generated" else real
+        error, tolerance, own = np.full(len(rows), np.nan), fairness.tolerance(c), c.kind == "real"
+        error[c.volumes] = c.error
+        figures.append(Judged(f"{c.covariate}, {c.kind}: MAE", abs(error), rows, whom, "low", tolerance, own))
+        figures.append(Judged(f"{c.covariate}, {c.kind}: bias", error, rows, whom, "neither", tolerance, own))
+    return figures
 
 
 def spread(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:

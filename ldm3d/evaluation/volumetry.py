@@ -168,12 +168,16 @@ def _fluid(volume: NDArray, mask: NDArray) -> float:
 
 
 def load_measure(name: str) -> Callable[[NDArray, Sequence[float]], Mapping[str, float]]:
-    """The function "package.module:function" of the same form as `measure_volumes`.
+    """The function "package.module:function" of the same form as `measure_volumes`, or the network of "segmenter:FOLDER".
 
     Raises:
-        InputError: it cannot be imported.
+        InputError: it cannot be imported, or no segmenter is in the folder.
     """
     module, _, function = name.partition(":")
+    if module == "segmenter":
+        from ldm3d.evaluation.segmenter import Segmenter
+
+        return Segmenter.from_pretrained(function)
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

@@ -104,7 +104,7 @@ class UNet(LatentUNet):
         activation_checkpointing: recompute blocks in the backward pass; less memory, a third more time.
         attention_backend: see `ldm3d.models.attention.attention`.
         fourier_features: exponents n of sin(2^n pi z) and cos(2^n pi z), which the input is given beside z (Kingma et al.
-            2021, appendix C): detail finer than the network would resolve, which a likelihood depends on; [] for none.
+            2021, appendix C): detail finer than the network would resolve, which a likelihood depends on; None for none.
     """
 
     def __init__(
@@ -121,9 +121,10 @@ class UNet(LatentUNet):
         covariates_in_time_embedding: bool = True,
         activation_checkpointing: bool = False,
         attention_backend: str = "auto",
-        fourier_features: Sequence[int] = (),
+        fourier_features: Sequence[int] | None = None,
     ):
         super().__init__(in_channels, out_channels)
+        self.fourier_features = tuple(fourier_features or ())
         if len(attention) != len(channels):
             raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
         self.arguments = {
@@ -139,9 +140,8 @@ class UNet(LatentUNet):
             "covariates_in_time_embedding": covariates_in_time_embedding,
             "activation_checkpointing": activation_checkpointing,
             "attention_backend": attention_backend,
-            "fourier_features": list(fourier_features),
+            "fourier_features": list(self.fourier_features),
         }
-        self.fourier_features = tuple(fourier_features)
         self.num_covariates, self.activation_checkpointing = len(num_categories), activation_checkpointing
         self.time_dim, embedding_dim = channels[0], 4 * channels[0]
         self.time_mlp = nn.Sequential(
@@ -161,7 +161,7 @@ class UNet(LatentUNet):
 
             return nn.ModuleList(block() for _ in range(blocks))
 
-        self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(fourier_features)), channels[0], 3, padding=1)
+        self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(self.fourier_features)), channels[0], 3, padding=1)
         self.down = nn.ModuleList(level(*each) for each in zip(channels, attention))
         self.downsample = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
         self.upsample = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(channels))

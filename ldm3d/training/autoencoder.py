@@ -205,7 +205,7 @@ def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], 
 
 def export(config: Config, network: LatentSpace, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
     """Write the best averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
-    best = checkpoint.load_best(config.autoencoder_run, best, network)
+    best = checkpoint.load_best(config.autoencoder_run, best, {"ema": network})
     # Sums over this process's share, then over all: (sum, sum of squares) of c channels, and how many values
     count, total = 0, torch.zeros(2, network.latent_channels, dtype=torch.float64)
     with torch.no_grad(), accelerator.autocast():

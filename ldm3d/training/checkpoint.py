@@ -208,15 +208,17 @@ def restore(
     return tensors, state
 
 
-def load_best(run: Path, best: Mapping[str, Any] | None, network: nn.Module) -> Mapping[str, Any] | None:
-    """Bring the averaged network of a finished run to its best checkpoint; None, and a word, if it must stay at the last."""
+def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, nn.Module]) -> Mapping[str, Any] | None:
+    """Bring networks of a finished run to its best checkpoint; None, and a word, if they must stay at the last."""
     if best is None:
         return None
     damage = _damage(_folder(run, best["step"]))
     if damage:
         print(f"the best checkpoint, step {best['step']}, is damaged ({damage}): taking the last one", flush=True)
         return None
-    load_weights(network, load_checkpoint(run, best["step"])[0]["ema"], run)
+    tensors, _ = load_checkpoint(run, best["step"])
+    for name, network in networks.items():
+        load_weights(network, tensors[name], run)
     return best
 
 

@@ -9,20 +9,23 @@ TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim import Adam
 
 from ldm3d import figures
-from ldm3d.config import Config
+from ldm3d.config import Config, ProcessConfig
 from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
 from ldm3d.data.loading import TrainingBatches, generator
+from ldm3d.description import Sampling
 from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
+from ldm3d.diffusion.vdm import Schedule, variational_losses
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import make_network
 from ldm3d.models.unet import TIMESTEPS, LatentUNet, pad_to
-from ldm3d.pipeline import Pipeline, Sampling
+from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
@@ -42,6 +45,7 @@ from ldm3d.training.run import (
 )
 from ldm3d.training.sharding import whole
 
+SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 
 
@@ -57,18 +61,20 @@ def train(config: Config, stop: Stop) -> None:
         raise InputError("no scan in the training split; lower data.splits and run `ldm3d prepare` again")
     schema = config.schema().fit([rows[i] for i in split["train"]])
     contexts = schema.encode(rows)  # (scans, K, 2)
-    process = make_process(**settings.process.model_dump(exclude_none=True))
 
     accelerator = start_accelerator(training, run, config.seed)
     rank, world = accelerator.process_index, accelerator.num_processes
     autoencoder.to(accelerator.device)
+    schedule = make_schedule(settings.process, accelerator)  # None: nothing of the process is learned
+    process = make_process(**settings.process.model_dump(exclude_none=True)) if schedule is None else schedule
     channels = autoencoder.latent_channels
     of_data = {"in_channels": channels, "out_channels": channels, "num_categories": schema.num_categories}
     model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
     padded = model.padded_shape(moments.shape[2:])
     ema = EMA(model, training.ema)
     optimizer = make_optimizer(model, training)
-    networks = {"model": model, "ema": ema.network}
+    chosen = {"ema": ema.network} if schedule is None else {"ema": ema.network, "schedule": schedule}  # what makes a pipeline
+    networks = {"model": model, **chosen}
 
     described = {
         "diffusion": settings.model_dump(mode="json"),
@@ -95,6 +101,10 @@ def train(config: Config, stop: Stop) -> None:
     network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
     model, optimizer = accelerator.prepare(network, optimizer)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
+    if schedule is not None:  # bare: 64 numbers, whose gradient `learn` brings together itself
+        rate = settings.process.schedule_learning_rate
+        schedule_optimizer = Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
+        optimizers["schedule_optimizer"] = (schedule, schedule_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
         say_changes(restored[1]["circumstances"], accelerator)
@@ -121,11 +131,13 @@ def train(config: Config, stop: Stop) -> None:
         with accelerator.accumulate(model):
             loss = diffusion_loss(model, process, settings, x, batch["noise"], t, context, accelerator)
             accelerator.backward(loss)
+            logged += loss.detach() / training.accumulation
             if accelerator.sync_gradients:
+                if schedule is not None:
+                    learn(schedule, schedule_optimizer, logged, accelerator)
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
                 finite.step(optimizer, step, gradient_norm, loss)
             optimizer.zero_grad()
-        logged += loss.detach() / training.accumulation
         if not accelerator.sync_gradients:
             continue
 
@@ -167,32 +179,71 @@ def train(config: Config, stop: Stop) -> None:
     bar.close()
     metrics.close()
     if accelerator.is_main_process:
-        best = checkpoint.load_best(run, best, ema.network)
+        best = checkpoint.load_best(run, best, chosen)
         make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
         save_experiment(config, config.model_folder)
-        chosen = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
-        print(f"model written to {config.model_folder}{chosen}")
+        which = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
+        print(f"model written to {config.model_folder}{which}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
+def make_schedule(settings: ProcessConfig, accelerator: Accelerator) -> Schedule | None:
+    """gamma(t) of a vdm, still a straight line; None for the processes that nobody learns."""
+    if settings.kind != "vdm":
+        return None
+    ends = settings.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
+    return Schedule(**ends).to(accelerator.device)
+
+
+def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
+    """One step of a schedule towards less variance of the batch's loss, alike on every process; none if it is not finite.
+
+    The gradient of a squared loss is a product of the loss and its gradient. Both have to be the whole batch's, so they are
+    averaged over accumulated parts and processes before they are multiplied: a part has but its own stretch of the
+    low-discrepancy times, and the square of its loss would be mostly the square of where that stretch lies.
+
+    Args:
+        loss: mean over this process's parts of the batch, whose gradient is in `schedule.logits.grad`.
+    """
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0  # of float16's gradients
+    schedule.logits.grad = accelerator.reduce(schedule.logits.grad / scale, "mean")
+    schedule.learn_variance(accelerator.reduce(loss, "mean"))
+    optimizer.found_inf = (~schedule.logits.grad.isfinite().all()).float()  # where it is 1, a fused optimiser does nothing
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def diffusion_loss(
-    unet, process: Process, settings, x: Tensor, noise: Tensor, t: Tensor, context: Tensor, accelerator: Accelerator
+    unet, process: Process | Schedule, settings, x: Tensor, noise: Tensor, t: Tensor, context: Tensor, accelerator: Accelerator
 ) -> Tensor:
     """Weighted mean squared error of the predicted target, E w(t) |net(z_t, t, context) - target|^2.
 
+    With a schedule that is learned, the bound's diffusion term in nats per dimension instead: `variational_losses`.
+
     x, noise (N, c, x, y, z); t (N,); context (N, K, 2).
     """
-    z = process.add_noise(x, noise, t)
-    with accelerator.autocast():
-        output = unet(z, TIMESTEPS * t, context)
-    error = (output.float() - process.target(settings.target, x, noise, t)).square().flatten(1).mean(dim=1)
+
+    def predict(z: Tensor, network_time: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return unet(z, TIMESTEPS * network_time, context).float()
+
+    if isinstance(process, Schedule):
+        return variational_losses(process, predict, settings.target, x, noise, t).mean()
+    output = predict(process.add_noise(x, noise, t), process.network_time(t))
+    error = (output - process.target(settings.target, x, noise, t)).square().flatten(1).mean(dim=1)
     return (process.loss_weight(settings.loss_weight, settings.target, t) * error).mean()
 
 
 @torch.no_grad()
 def validate(
-    unet: LatentUNet, process: Process, settings, autoencoder: LatentSpace, moments, contexts: Tensor, accelerator: Accelerator
+    unet: LatentUNet,
+    process: Process | Schedule,
+    settings,
+    autoencoder: LatentSpace,
+    moments,
+    contexts: Tensor,
+    accelerator: Accelerator,
 ) -> float:
     """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare."""
     device, total, batch_size = accelerator.device, 0.0, 16
@@ -216,9 +267,11 @@ def validate(
 
 
 def make_pipeline(
-    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
+    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process | Schedule
 ) -> Pipeline:
     """The pipeline of these networks with the config's defaults for generation, on as many threads as the training has."""
+    if isinstance(process, Schedule):
+        process = process.process()
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())
     target, stripped = config.diffusion.target, config.data.skull_stripped

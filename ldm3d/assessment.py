@@ -1,0 +1,200 @@
+"""What `ldm3d evaluate` finds out about a model, one part after the other: fidelity, predicted covariates, use, likelihood."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ldm3d import figures
+from ldm3d.config import Config
+from ldm3d.covariates import CovariateSchema
+from ldm3d.data.preprocess import load_prepared
+from ldm3d.description import Sampling
+from ldm3d.errors import InputError
+from ldm3d.evaluation.bootstrap import mean_interval
+from ldm3d.evaluation.categories import Reader, count_hits
+from ldm3d.evaluation.downstream import usefulness
+from ldm3d.evaluation.features import Extractor
+from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
+from ldm3d.evaluation.likelihood import score
+from ldm3d.evaluation.predictors import Learnt, fit_predictor, look_at_training, together
+from ldm3d.page import Goal, Section
+from ldm3d.pipeline import Pipeline
+from ldm3d.processes import ALONE, Processes
+from ldm3d.sections import (
+    LIKELIHOOD,
+    categories_lights,
+    categories_section,
+    lights,
+    likelihood_section,
+    prediction_section,
+    usefulness_light,
+    usefulness_section,
+)
+
+TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
+
+
+@dataclass
+class Assessment:
+    """Everything that was found, ready for `ldm3d.report.write_report`.
+
+    Attributes:
+        found: the evaluation.
+        goals: lights of all parts.
+        extra: sections of the parts that are not in `found`; figures: theirs, for metrics.json.
+    """
+
+    found: Evaluation
+    goals: list[Goal]
+    extra: list[Section] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def assess(
+    pipeline: Pipeline,
+    config: Config,
+    trained: pd.DataFrame,
+    held_out: pd.DataFrame,
+    measure: Measure,
+    extractor: Extractor,
+    sampling: Sampling,
+    num_generated: int,
+    predict: bool = True,
+    downstream: bool = False,
+    likelihood: bool = False,
+    processes: Processes = ALONE,
+) -> Assessment:
+    """Evaluate a model on held-out scans.
+
+    Args:
+        pipeline: the model.
+        config, trained, held_out: from `ldm3d.experiment.audited_scans`; `trained` is empty where that data is not at hand.
+        measure: see `ldm3d.evaluation.fidelity`.
+        extractor: see `ldm3d.evaluation.features`.
+        sampling, num_generated: how to generate, and how many volumes.
+        predict: whether to read covariates that `measure` does not give off the image, by regression.
+        downstream: whether to train regressors on real, synthetic and both.
+        likelihood: whether to score held-out volumes.
+        processes: that share the work; all of them have to call this.
+
+    Raises:
+        InputError: no held-out volume, or volumes that cannot be generated so.
+    """
+    schema = pipeline.schema
+    subjects, people = held_out[schema.names].to_dict("records"), list(held_out["subject"])
+    known = trained[schema.names].to_dict("records") if len(trained) else None
+
+    def load(i: int) -> NDArray:
+        return load_prepared(config, held_out["key"][i])
+
+    given = measure(pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
+    missing = [c.name for c in schema if c.kind == "continuous" and c.name not in given]
+    learnt, names = None, []
+    if (missing or any(c.categories for c in schema)) and (predict or downstream):
+        learnt = _learn(pipeline, config, trained, extractor, processes)
+    if learnt and predict:
+        predictor = fit_predictor(learnt, missing, extractor, pipeline.device)
+        names, measure = list(predictor.ridges), together(predictor, measure)
+    others = {"extractor": extractor, "people": people, "processes": processes, "training": known}
+    found = evaluate(pipeline, subjects, load, measure, sampling, num_generated, **others)
+
+    result = Assessment(found, lights(found))
+    if names:
+        result.extra.append(prediction_section(found, schema, names, len(learnt.rows)))
+        result.figures["predicted"] = {"covariates": names, "training_volumes": len(learnt.rows)}
+    if learnt and predict:
+        _add_categories(result, learnt, schema)
+    if downstream:
+        _add_usefulness(result, learnt, missing)
+    if likelihood and processes.is_main:
+        _add_likelihood(result, pipeline, subjects[:SCORED], people[:SCORED], load, sampling.seed)
+    return result
+
+
+def _learn(
+    pipeline: Pipeline, config: Config, trained: pd.DataFrame, extractor: Extractor, processes: Processes
+) -> Learnt | None:
+    """Features of training volumes; None, with a warning, where there are none."""
+    if trained.empty:
+        warnings.warn(
+            "covariates that the measure does not give are not predicted: that is learnt from the volumes that the model was "
+            "trained on, and --data has none of them",
+            stacklevel=2,
+        )
+        return None
+    keys, people = list(trained["key"]), list(trained["subject"])
+    rows = trained[pipeline.schema.names].to_dict("records")
+    try:
+        return look_at_training(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
+    except InputError as error:  # the other figures are worth having
+        warnings.warn(f"no covariate is predicted: {error}", stacklevel=2)
+        return None
+
+
+def _add_categories(result: Assessment, learnt: Learnt, schema: CovariateSchema) -> None:
+    """Whether generated volumes show the categories that were asked."""
+    found, hits = result.found, []
+    for covariate in schema:
+        if covariate.kind != "categorical" or not found.features:
+            continue
+        name, own = covariate.name, [i for i, row in enumerate(learnt.rows) if row[covariate.name] is not None]
+        people = [learnt.people[i] for i in own]
+        try:
+            reader = Reader(learnt.features[own], [learnt.rows[i][name] for i in own], people)
+        except InputError as error:  # the other figures are worth having
+            warnings.warn(f"{name} is not read off: {error}", stacklevel=2)
+            continue
+        for kind, rows in (("real", found.subjects), ("generated", found.requests)):
+            given = [i for i, row in enumerate(rows) if row[name] is not None]
+            if given:
+                said = reader(found.features[kind][given])
+                whom = [found.people[i % len(found.people)] for i in given]
+                hits.append(count_hits(name, kind, said, [rows[i][name] for i in given], whom))
+    if hits:
+        result.extra.append(categories_section(hits))
+        result.goals += categories_lights(hits)
+        result.figures["categories"] = [each.to_dict() for each in hits]
+
+
+def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str]) -> None:
+    """Regressors of each covariate, trained on real, synthetic and both."""
+    found = result.found
+    if learnt is None or not found.features:
+        return
+    result.figures["downstream"] = []
+    for name in names:
+        own, values = learnt.with_value(name)
+        real = learnt.features[own], values
+        synthetic = _with_value(found.features["generated"], found.requests, name)
+        tested = _with_value(found.features["real"], found.subjects, name)
+        people = [person for person, row in zip(found.people, found.subjects) if row[name] is not None]
+        try:
+            useful = usefulness(name, real, synthetic, tested, people)
+        except InputError as error:  # the other figures are worth having
+            warnings.warn(f"whether synthetic volumes are of use for {name} is not measured: {error}", stacklevel=2)
+            continue
+        result.extra.append(usefulness_section(useful))
+        result.goals.append(usefulness_light(useful))
+        result.figures["downstream"].append(useful.to_dict())
+
+
+def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
+    own = [i for i, row in enumerate(rows) if row[name] is not None]
+    return features[own], np.array([rows[i][name] for i in own], dtype=float)
+
+
+def _add_likelihood(
+    result: Assessment, pipeline: Pipeline, subjects: list[dict], people: list, load: Callable[[int], NDArray], seed: int
+) -> None:
+    table = score(pipeline, subjects, load, "bound", TIMES, seed=seed)
+    picture = figures.histogram(table["bound"].to_numpy(), "nats per latent dimension", "bound of held-out volumes")
+    result.extra.append(likelihood_section(table, people, TIMES, figures.to_data_uri(picture)))
+    result.figures["likelihood"] = {"volumes": len(table), "times": TIMES} | {
+        name: {"mean": float(table[name].mean()), "interval": mean_interval(table[name].to_numpy(), people)}
+        for name in LIKELIHOOD
+    }

@@ -1,0 +1,67 @@
+"""95% intervals by the bootstrap over people (Efron 1979), for many figures of the same volumes at once.
+
+What is drawn with replacement is people, not volumes: two scans of one person say less than scans of two. A resample is kept
+as weights, how often each volume stands in it, so that a figure over all resamples is a product of two matrices.
+
+Intervals are percentiles. With a dozen people they are too narrow by about a seventh (1.96 sqrt(11 / 12) for Student's 2.20).
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm3d.data.loading import generator
+
+SAMPLES = 2000
+LEVEL = (2.5, 97.5)
+
+Interval = tuple[float, float]
+
+
+def numbered(people: Sequence[Hashable]) -> NDArray:
+    """Every person's number, in the order of appearance: ["b", "a", "b"] -> [0, 1, 0]."""
+    seen: dict[Hashable, int] = {}
+    return np.array([seen.setdefault(person, len(seen)) for person in people], dtype=int)
+
+
+def resamples(people: Sequence[Hashable], samples: int = SAMPLES, seed: int = 0) -> NDArray:
+    """How often each volume stands in each resample of the people that they show.
+
+    Args:
+        people: whom each of N volumes shows; equal values are one person.
+        samples: B, how many resamples.
+        seed: the resamples of a seed and a number of people are always the same.
+
+    Returns:
+        (B, N), whole numbers as float64.
+    """
+    person = numbered(people)
+    count = int(person.max()) + 1 if len(person) else 0
+    if not count:
+        return np.ones((samples, 0))
+    drawn = torch.randint(count, (samples, count), generator=generator("bootstrap", seed, count)).numpy()
+    times = np.bincount((drawn + np.arange(samples)[:, None] * count).ravel(), minlength=samples * count)
+    return times.reshape(samples, count)[:, person].astype(float)
+
+
+def means(values: NDArray, weights: NDArray) -> NDArray:
+    """Mean of values (N,) or of each column (N, F) in each resample (B, N): (B,) or (B, F); NaN where a resample is empty."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = weights.sum(axis=1)
+        return weights @ values / (total if values.ndim == 1 else total[:, None])
+
+
+def interval(values: NDArray) -> Interval:
+    """The middle 95% of a figure over resamples (B,); (NaN, NaN) where a tenth of them or more have none."""
+    finite = values[np.isfinite(values)]
+    if len(finite) < 0.9 * len(values) or not len(finite):
+        return float("nan"), float("nan")
+    low, high = np.percentile(finite, LEVEL)
+    return float(low), float(high)
+
+
+def mean_interval(values: NDArray, people: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """Of the mean of values (N,); people None: each volume shows another."""
+    return interval(means(np.asarray(values, dtype=float), resamples(people or range(len(values)), seed=seed)))

@@ -1,0 +1,75 @@
+"""Do generated volumes show the category that was asked, sex for example? Read off by regression, as ages are.
+
+One ridge regression a category on whether a real training volume is of it, and the largest answer decides (for two categories
+this is Fisher's linear discriminant, up to the threshold). What is reached on held-out real people stands beside.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm3d.evaluation.bootstrap import Interval, mean_interval
+from ldm3d.evaluation.predictors import fit_ridge
+
+
+@dataclass(frozen=True)
+class Hits:
+    """How often the category that is read off a volume is the one asked for.
+
+    Attributes:
+        covariate, kind: what was read off which volumes, "real" or "generated".
+        n: volumes.
+        share: of them that are right; interval: 95% of it, by bootstrap over people.
+        commonest: what always saying the commonest category would reach.
+        by_category: category -> share of its volumes that are right.
+    """
+
+    covariate: str
+    kind: str
+    n: int
+    share: float
+    interval: Interval
+    commonest: float
+    by_category: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Reader:
+    """Tells categories by features.
+
+    Args:
+        features: of training volumes, (N, D).
+        values: their categories, (N,).
+        people: whom each shows.
+
+    Raises:
+        InputError: too few people, or one category alone.
+    """
+
+    def __init__(self, features: NDArray, values: Sequence[str], people: Sequence[Hashable]):
+        self.categories = sorted(set(values))
+        self.ridges = [fit_ridge(features, [value == one for value in values], people) for one in self.categories]
+
+    def __call__(self, features: NDArray) -> list[str]:
+        """(N, D) -> N categories."""
+        return [self.categories[i] for i in np.stack([ridge(features) for ridge in self.ridges]).argmax(axis=0)]
+
+
+def count_hits(covariate: str, kind: str, said: Sequence[str], asked: Sequence[str], people: Sequence[Hashable]) -> Hits:
+    """Compare N categories that were read off with those asked for; `people`: whom each volume shows."""
+    right = np.array([a == b for a, b in zip(said, asked)], dtype=float)
+    of = {one: np.array([each == one for each in asked]) for one in sorted(set(asked))}
+    return Hits(
+        covariate,
+        kind,
+        len(right),
+        float(right.mean()),
+        mean_interval(right, people),
+        max(float(own.mean()) for own in of.values()),
+        {one: float(right[own].mean()) for one, own in of.items()},
+    )

@@ -1,0 +1,98 @@
+"""One covariate in two places, asked and measured for example: how they agree, each figure with its 95% interval."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm3d.evaluation.bootstrap import Interval, interval, resamples
+from ldm3d.evaluation.metrics import Agreement, agreement
+
+BAND = 25  # places along the reference at which the fitted line's interval is kept
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Values of one covariate in two places, and how they agree.
+
+    Attributes:
+        covariate: its name.
+        kind: what was compared, for example "generated".
+        reference: what was asked, or the table's truth; (N,).
+        measured: on the images; (N,). Both finite: pairs of which one is missing are left out.
+        volumes: number of each pair's volume in its set, (N,).
+        agreement: of the two.
+        intervals: 95% of its r, slope, bias and mae, by the bootstrap over people.
+        band: (3, BAND), places along the reference and the 95% interval of the fitted line there.
+    """
+
+    covariate: str
+    kind: str
+    reference: NDArray
+    measured: NDArray
+    volumes: NDArray
+    agreement: Agreement
+    intervals: dict[str, Interval]
+    band: NDArray
+
+    @property
+    def error(self) -> NDArray:
+        """Measured less reference, (N,)."""
+        return self.measured - self.reference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names, figures, and `<figure>_low`, `<figure>_high` of those that have an interval."""
+        values = {"covariate": self.covariate, "kind": self.kind, **self.agreement.to_dict()}
+        for name, (low, high) in self.intervals.items():
+            values |= {f"{name}_low": low, f"{name}_high": high}
+        return values
+
+
+def compare(
+    covariate: str,
+    kind: str,
+    reference: Sequence[float | None],
+    measured: Sequence[float],
+    people: Sequence[Hashable],
+    seed: int = 0,
+) -> Comparison:
+    """Compare two lists of N values.
+
+    Args:
+        covariate, kind: for titles.
+        reference: None or NaN where it is missing.
+        measured: NaN where the measure found nothing.
+        people: whom each volume shows, or whose covariates were asked of it.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: fewer than 3 pairs are left, or one of the lists is constant.
+    """
+    pairs = np.array([(np.nan if a is None else a, m) for a, m in zip(reference, measured)], dtype=float).reshape(-1, 2)
+    volumes = np.flatnonzero(np.isfinite(pairs).all(axis=1))
+    a, m = pairs[volumes].T
+    found = agreement(a, m)
+    weights = resamples([people[i] for i in volumes], seed=seed)  # (B, N)
+    intervals, slopes, means = _spread(a, m, weights)
+    places = np.linspace(a.min(), a.max(), BAND)
+    lines = means[1][:, None] + slopes[:, None] * (places - means[0][:, None])  # (B, BAND)
+    band = np.stack([places, *np.nanpercentile(lines, (2.5, 97.5), axis=0)])
+    return Comparison(covariate, kind, a, m, volumes, found, intervals, band)
+
+
+def _spread(a: NDArray, m: NDArray, weights: NDArray) -> tuple[dict[str, Interval], NDArray, tuple[NDArray, NDArray]]:
+    """Intervals of r, slope, bias and mae; slopes and means (of a, of m) of each resample, (B,)."""
+    origin = a.mean(), m.mean()
+    x, y = a - origin[0], m - origin[1]  # or squares of large values would swallow the deviations
+    sums = weights @ np.stack([x, y, x * x, y * y, x * y, m - a, abs(m - a)], axis=1) / weights.sum(axis=1, keepdims=True)
+    mx, my, xx, yy, xy, bias, mae = sums.T
+    variance_x, variance_y, covariance = xx - mx**2, yy - my**2, xy - mx * my
+    # A resample of one person alone has no line; rounding leaves a little variance in it
+    none = (variance_x < 1e-12 * x.var()) | (variance_y < 1e-12 * y.var())
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slopes = np.where(none, np.nan, covariance / variance_x)
+        r = np.where(none, np.nan, covariance / np.sqrt(variance_x * variance_y))
+    found = {"r": r, "slope": slopes, "bias": bias, "mae": mae}
+    return {name: interval(values) for name, values in found.items()}, slopes, (mx + origin[0], my + origin[1])

@@ -1,0 +1,104 @@
+"""What the audit keeps of a volume: a few hundred numbers in two spaces, and a coarse volume for the third.
+
+- image: the volume averaged to at most 24 positions an axis, brought to mean 0 and deviation 1 (a copy in another brightness
+  is a copy), and projected onto 256 random directions.
+- latent: the mean of the encoder's posterior, normalised, averaged to at most 12 positions an axis, and projected likewise.
+- embedding: what a small network makes of the coarse volume, see embedding.py.
+
+A random projection onto D directions keeps distances to within 1 / sqrt(2 D) of themselves, 4% here (after Johnson and
+Lindenstrauss 1984), and leaves of a coarse volume of 24^3 positions a fiftieth of its directions.
+
+A copy may be mirrored or moved. So a volume that is looked up has several views, and its distance to a training volume is
+that of the nearest: 54 of the image (as it is and mirrored, moved by -1, 0 or 1 voxel along each axis), two of the latent and
+of the coarse volume (as it is and mirrored; each further one costs a pass through the encoder). Training volumes have one.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm3d.data.loading import generator
+from ldm3d.errors import InputError
+from ldm3d.pipeline import Pipeline
+
+COARSE_SIDE, LATENT_SIDE = 24, 12  # positions of an axis, at most
+FEATURES = 256
+SHIFTS = sorted(itertools.product((-1, 0, 1), repeat=3), key=lambda shift: sum(map(abs, shift)))  # none comes first
+
+
+@dataclass
+class Descriptors:
+    """What is kept of one volume; float32 on the CPU. The first view is the volume as it is.
+
+    Attributes:
+        latent: (views, 256).
+        image: (views, 256).
+        coarse: (views, a, b, c), mean 0 and deviation 1.
+    """
+
+    latent: Tensor
+    image: Tensor
+    coarse: Tensor
+
+
+@torch.no_grad()
+def descriptors_of(pipeline: Pipeline, volume: NDArray, views: bool = True) -> Descriptors:
+    """Look at a volume.
+
+    Args:
+        pipeline: whose autoencoder makes the latent.
+        volume: (X, Y, Z) in [0, 1], on the pipeline's grid.
+        views: all of them, for a volume that is looked up; or one, for a volume that others are compared with.
+
+    Raises:
+        InputError: another shape than the grid's.
+    """
+    if tuple(volume.shape) != tuple(pipeline.grid.shape):
+        raise InputError(f"a volume is {tuple(volume.shape)}, the model's grid {tuple(pipeline.grid.shape)}; bring it there")
+    x = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=pipeline.device)  # (X, Y, Z)
+    coarse = coarse_volumes(x, SHIFTS if views else SHIFTS[:1])  # (shifts, a, b, c)
+    latents = [_latent(pipeline, x)]
+    shown = coarse[:1]
+    if views:  # the mirror image of an average is the average of the mirror image: the bins are symmetric
+        coarse = torch.cat([coarse, coarse.flip(1)])
+        latents.append(_latent(pipeline, x.flip(0)))
+        shown = torch.cat([shown, shown.flip(1)])
+    return Descriptors(_project(torch.stack(latents), "latent"), _project(coarse, "image"), shown.cpu())
+
+
+def coarse_volumes(volume: Tensor, shifts: Sequence[tuple[int, int, int]] = SHIFTS[:1]) -> Tensor:
+    """A volume (X, Y, Z), moved by whole voxels, at half the resolution or less: (shifts, a, b, c), mean 0, deviation 1."""
+    sides = [min(COARSE_SIDE, -(-n // 2)) for n in volume.shape]
+    padded = F.pad(volume[None, None], (1,) * 6, mode="replicate")
+    found = []
+    for shift in shifts:
+        x, y, z = (slice(1 - by, 1 - by + n) for by, n in zip(shift, volume.shape))
+        found.append(F.adaptive_avg_pool3d(padded[:, :, x, y, z], sides)[0, 0])
+    coarse = torch.stack(found)
+    deviation, mean = torch.std_mean(coarse, dim=(1, 2, 3), keepdim=True)
+    return (coarse - mean) / deviation.clamp_min(1e-6)
+
+
+def _latent(pipeline: Pipeline, x: Tensor) -> Tensor:
+    """Normalised mean of the posterior of (X, Y, Z), averaged to a coarse grid: (c, a, b, c)."""
+    z = pipeline.autoencoder.encode_stage_2_inputs(x[None, None].to(pipeline.dtype)).float()
+    return F.adaptive_avg_pool3d(z, [min(LATENT_SIDE, n) for n in z.shape[2:]])[0]
+
+
+def _project(values: Tensor, space: str) -> Tensor:
+    """(n, ...) -> (n, 256), on the CPU."""
+    values = values.flatten(1).cpu()
+    return values @ _directions(space, values.shape[1])
+
+
+@functools.lru_cache(maxsize=4)
+def _directions(space: str, inputs: int) -> Tensor:
+    """Random directions, the same on every machine."""
+    return torch.randn(inputs, FEATURES, generator=generator("audit", space, inputs)) / FEATURES**0.5

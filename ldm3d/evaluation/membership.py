@@ -1,0 +1,127 @@
+"""Can one tell from the diffusion loss whether a person was among those that a model was trained on?
+
+An attacker who has a person's volume and the model measures how well the network denoises that volume: a loss lower than usual
+says that it has been seen (Matsumoto et al. 2023; Carlini et al. 2023). What counts is not how often the attack is right, but
+how many training subjects it names with next to no false accusations: the true positive rate at a false positive rate of 1%
+(Carlini et al. 2022).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from ldm3d.covariates import Value
+from ldm3d.data.loading import generator
+from ldm3d.errors import InputError
+from ldm3d.evaluation.calibration import Rate
+from ldm3d.models.unet import TIMESTEPS, pad_to
+from ldm3d.pipeline import Pipeline
+
+TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # nearer to 1 there is no volume left to know again
+REPEATS = 2  # noises at each time
+LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well an attacker tells training subjects from held-out ones.
+
+    Attributes:
+        training, held_out: subjects of each.
+        named: training subjects that look more like a member than all but the `accused` - 1 most member-like held-out ones.
+        accused: k; k / (held_out + 1) is the false positive rate, 1% where there are 99 held-out subjects or more.
+        auc, auc_low, auc_high: probability that a training subject looks more like a member than a held-out one, with its 95%
+            interval (DeLong et al. 1988); 0.5 is chance.
+        losses: time -> (mean over training subjects, mean over held-out ones).
+    """
+
+    training: int
+    held_out: int
+    named: int
+    accused: int
+    auc: float
+    auc_low: float
+    auc_high: float
+    losses: dict[float, tuple[float, float]]
+
+    @property
+    def true_positives(self) -> Rate:
+        return Rate(self.named, self.training)
+
+    @property
+    def false_positive_rate(self) -> float:
+        return self.accused / (self.held_out + 1)
+
+    @property
+    def chance(self) -> float:
+        """Probability of naming that many or more by chance: beta-binomial, as the threshold is a held-out subject's."""
+        return float(stats.betabinom.sf(self.named - 1, self.training, self.accused, self.held_out + 1 - self.accused))
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = {"tpr": self.true_positives.to_dict(), "fpr": self.false_positive_rate, "chance": self.chance}
+        return asdict(self) | derived | {"losses": {str(t): list(pair) for t, pair in self.losses.items()}}
+
+
+@torch.no_grad()
+def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], seed: int = 0) -> NDArray:
+    """The diffusion loss of a volume, given its covariates, at every time of `TIMES`: (8,).
+
+    Mean squared error of the predicted target, over `REPEATS` noises that are the same for all volumes, as differences between
+    noises would hide those between volumes.
+
+    Args:
+        volume: (X, Y, Z) in [0, 1] on the pipeline's grid.
+        row: from `Pipeline.parse`.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None].to(pipeline.device, pipeline.dtype)
+    x = pipeline.autoencoder.encode_stage_2_inputs(x).float()
+    x = pad_to(x, pipeline.unet.padded_shape(x.shape[2:]))  # (1, c, x, y, z)
+    context = pipeline.schema.encode([row]).to(pipeline.device, pipeline.dtype)
+    found = []
+    for i, t in enumerate(TIMES):
+        error = 0.0
+        for repeat in range(REPEATS):
+            noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
+            z = pipeline.process.add_noise(x, noise, t)
+            timesteps = torch.full((1,), TIMESTEPS * pipeline.process.network_time(t), device=z.device)
+            output = pipeline.unet(z.to(pipeline.dtype), timesteps, context).float()
+            error += (output - pipeline.process.target(pipeline.target, x, noise, t)).square().mean().item()
+        found.append(error / REPEATS)
+    return np.array(found)
+
+
+def infer_members(training: NDArray, held_out: NDArray, level: float = LEVEL) -> Membership:
+    """Attack with the losses of both groups, one row a subject: (n, times) and (m, times).
+
+    Losses at different times differ by far, so each is brought to mean 0 and deviation 1 over all subjects; the attack goes
+    by their mean over times.
+
+    Raises:
+        InputError: fewer than two subjects in a group.
+    """
+    if min(len(training), len(held_out)) < 2:
+        raise InputError(
+            f"{len(training)} training and {len(held_out)} held-out subjects; an attack needs two or more of each"
+        )
+    everyone = np.concatenate([training, held_out])
+    scores = ((everyone - everyone.mean(axis=0)) / everyone.std(axis=0).clip(1e-12)).mean(axis=1)
+    members, others = scores[: len(training)], np.sort(scores[len(training) :])
+    accused = min(max(1, int(level * (len(others) + 1) + 1e-9)), len(others))
+    auc, low, high = _auc(-members, -others)
+    means = {t: (float(a), float(b)) for t, a, b in zip(TIMES, training.mean(axis=0), held_out.mean(axis=0))}
+    named = int((members < others[accused - 1]).sum())
+    return Membership(len(members), len(others), named, accused, auc, low, high, means)
+
+
+def _auc(positive: NDArray, negative: NDArray) -> tuple[float, float, float]:
+    """Area under the ROC curve and its 95% interval by DeLong et al. 1988, eq. 5."""
+    wins = (positive[:, None] > negative).astype(float) + 0.5 * (positive[:, None] == negative)
+    auc = float(wins.mean())
+    variance = wins.mean(axis=1).var(ddof=1) / len(positive) + wins.mean(axis=0).var(ddof=1) / len(negative)
+    reach = 1.96 * float(variance) ** 0.5
+    return auc, max(auc - reach, 0.0), min(auc + reach, 1.0)

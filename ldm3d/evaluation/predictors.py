@@ -1,0 +1,178 @@
+"""Covariates that no measure gives, age above all, read off the image: ridge regression on features of real volumes.
+
+On phantoms of 40 x 48 x 40 voxels (300 to train on, 150 to test) ridge regression on `RandomFeatures` errs by 6.6 years, a
+convolutional network of four blocks trained for a minute of one core by 7.3, pooled intensities by 7.4 or more: the simplest
+is kept. It takes milliseconds to fit, and has no steps and no seed.
+
+Volumes of a model are smoother than scans, and a regressor that has seen scans alone may take that for age: in five fits to
+110 to 150 phantoms it said 1 to 10 years more after the autoencoder than before. So it is fitted on real volumes and on the
+same after the autoencoder: the difference was 0.2 years at most, with the same error on real volumes.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm3d.covariates import Value
+from ldm3d.data.loading import generator
+from ldm3d.errors import InputError
+from ldm3d.evaluation.bootstrap import numbered
+from ldm3d.evaluation.features import Extractor, extract
+from ldm3d.evaluation.fidelity import spread
+from ldm3d.pipeline import Pipeline
+from ldm3d.processes import ALONE, Processes
+
+PENALTIES = 10.0 ** np.arange(-2, 6.1, 0.5)  # of weights of standardised features
+LEAST = 20  # people to fit on
+MOST = 200  # volumes that are looked at
+FLOOR = 1e-6  # of the largest deviation: features that hardly vary are not blown up
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A linear function of features: offset + (features - mean) / deviation @ weights; mean, deviation, weights are (D,)."""
+
+    mean: NDArray
+    deviation: NDArray
+    weights: NDArray
+    offset: float
+    penalty: float
+
+    def __call__(self, features: NDArray) -> NDArray:
+        """(N, D) -> (N,)."""
+        return (features - self.mean) / self.deviation @ self.weights + self.offset
+
+
+def fit_ridge(features: NDArray, values: NDArray, people: Sequence[Hashable] | None = None) -> Ridge:
+    """Ridge regression (Hoerl and Kennard 1970) whose penalty has the least error on people left out (Allen 1974).
+
+    Args:
+        features: (N, D).
+        values: (N,).
+        people: whom each volume shows; all of a person's are left out together. None: all are different.
+
+    Raises:
+        InputError: fewer than `LEAST` people, or values that do not vary.
+    """
+    features, values = np.asarray(features, dtype=float), np.asarray(values, dtype=float)
+    person = numbered(people or range(len(values)))
+    if len(set(person)) < LEAST or np.ptp(values) == 0:
+        raise InputError(f"{len(set(person))} people to fit on, and a regressor needs {LEAST} whose values vary; give more")
+    mean, deviation = features.mean(axis=0), features.std(axis=0)
+    deviation = np.maximum(deviation, FLOOR * max(deviation.max(), FLOOR))
+    offset = values.mean()
+    u, s, v = np.linalg.svd((features - mean) / deviation, full_matrices=False)
+    projected = u.T @ (values - offset)
+    groups = [np.flatnonzero(person == number) for number in range(person.max() + 1)]
+    errors = []
+    for penalty in PENALTIES:
+        kept = s**2 / (s**2 + penalty)
+        residual = values - offset - u @ (kept * projected)
+        left_out = [_left_out(residual[own], u[own] * kept @ u[own].T + 1 / len(values)) for own in groups]
+        errors.append(np.mean(np.concatenate(left_out) ** 2))
+    penalty = float(PENALTIES[int(np.argmin(errors))])
+    return Ridge(mean, deviation, v.T @ (s / (s**2 + penalty) * projected), float(offset), penalty)
+
+
+def _left_out(residual: NDArray, leverage: NDArray) -> NDArray:
+    """Errors (n,) of volumes in a fit without them, in closed form; `leverage` is their block of the hat matrix, (n, n)."""
+    return np.linalg.solve(np.eye(len(residual)) - leverage, residual)
+
+
+class Predictor:
+    """Continuous covariates of a volume by ridge regression: of the same form as `ldm3d.evaluation.volumetry.measure_volumes`.
+
+    Args:
+        extractor: of features; see `ldm3d.evaluation.features`.
+        ridges: covariate -> fitted on features of this extractor.
+        device: where to compute features.
+    """
+
+    def __init__(self, extractor: Extractor, ridges: Mapping[str, Ridge], device: torch.device | str = "cpu"):
+        self.extractor, self.ridges, self.device = extractor, dict(ridges), device
+
+    def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
+        """Volume (X, Y, Z) in [0, 1] -> {covariate: value}; `spacing_mm` is not looked at."""
+        features = extract([volume], self.extractor, self.device).double().numpy()
+        return {name: float(ridge(features)[0]) for name, ridge in self.ridges.items()}
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a predictor is fitted on: features (N, D) of training volumes and of their reconstructions, and whose they are."""
+
+    features: NDArray
+    reconstructed: NDArray
+    rows: list[dict[str, Value]]
+    people: list[Hashable]
+
+    def with_value(self, name: str) -> tuple[NDArray, NDArray]:
+        """Numbers of the volumes that have a value of a covariate, and these values."""
+        own = [i for i, row in enumerate(self.rows) if row[name] is not None]
+        return np.array(own, dtype=int), np.array([self.rows[i][name] for i in own], dtype=float)
+
+
+def look_at_training(
+    pipeline: Pipeline,
+    subjects: Sequence[Mapping[str, Any]],
+    people: Sequence[Hashable],
+    load: Callable[[int], NDArray],
+    extractor: Extractor,
+    processes: Processes = ALONE,
+) -> Learnt:
+    """Features of up to `MOST` volumes that were trained on, drawn at random.
+
+    Args:
+        pipeline: the model, whose autoencoder reconstructs them.
+        subjects, people: covariates of each training volume, and whom it shows.
+        load: number of a volume -> (X, Y, Z) on the pipeline's grid.
+        extractor: see `ldm3d.evaluation.features`.
+        processes: that share the work.
+
+    Raises:
+        InputError: volumes that the extractor cannot take.
+    """
+    chosen = sorted(torch.randperm(len(subjects), generator=generator("training volumes"))[:MOST].tolist())
+
+    def look(i: int) -> list[NDArray]:
+        volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
+        pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, pipeline.reconstruct(volume))]
+        return [extract([v], extractor, pipeline.device).double().numpy() for v in pair]
+
+    done = spread(look, chosen, processes, "training volumes")
+    features, reconstructed = (np.concatenate(rows) for rows in zip(*done))
+    rows = [pipeline.schema.parse(subjects[i]) for i in chosen]
+    return Learnt(features, reconstructed, rows, [people[i] for i in chosen])
+
+
+def fit_predictor(learnt: Learnt, names: Iterable[str], extractor: Extractor, device: torch.device | str = "cpu") -> Predictor:
+    """A predictor of every named covariate that enough volumes have a value of; a warning says which is left out.
+
+    Args:
+        learnt: from `look_at_training`.
+        names: continuous covariates to predict.
+        extractor, device: see `Predictor`.
+    """
+    ridges = {}
+    for name in names:
+        own, values = learnt.with_value(name)
+        features = np.concatenate([learnt.features[own], learnt.reconstructed[own]])
+        try:
+            ridges[name] = fit_ridge(features, np.tile(values, 2), [learnt.people[i] for i in own] * 2)
+        except InputError as error:  # the other covariates are worth having
+            warnings.warn(f"{name} is not predicted: {error}", stacklevel=2)
+    return Predictor(extractor, ridges, device)
+
+
+def together(*measures: Callable[[NDArray, Sequence[float]], Mapping[str, float]]) -> Callable[..., dict[str, float]]:
+    """One measure of several; what a later one says of the same name counts."""
+
+    def measure(volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
+        return {name: value for one in measures for name, value in one(volume, spacing_mm).items()}
+
+    return measure

@@ -1,0 +1,118 @@
+"""What an audit looks at: volumes of subjects, and synthetic ones, made for it or written before."""
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm3d.covariates import Value
+from ldm3d.data.loading import generator
+from ldm3d.data.nifti import read_volume
+from ldm3d.description import Sampling
+from ldm3d.errors import InputError
+from ldm3d.pipeline import Pipeline
+
+TRAINING, HELD_OUT = "training", "held-out"
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Volumes that are read when they are looked at.
+
+    Attributes:
+        names: whom each shows, for several may show one subject; of synthetic volumes, what each is called.
+        rows: covariates of each, from `Pipeline.parse`; None where nobody needs them.
+        read: numbers of volumes -> these, in their order, (X, Y, Z) in [0, 1].
+        asked: of synthetic volumes, whose covariates were asked for: `TRAINING`, `HELD_OUT`, or nothing if that is not known.
+    """
+
+    names: Sequence[str]
+    rows: Sequence[Mapping[str, Value]] | None
+    read: Callable[[Sequence[int]], Iterable[NDArray]]
+    asked: Sequence[str] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def first_scans(self, most: int | None = None, seed: int = 0) -> list[int]:
+        """The number of one volume of each subject, of `most` subjects at random at most."""
+        firsts = list({name: i for i, name in reversed([*enumerate(self.names)])}.values())
+        order = torch.randperm(len(firsts), generator=generator("first scans", seed))[:most].tolist()
+        return sorted(firsts[i] for i in order)
+
+
+def of_subjects(
+    subjects: Sequence[str], covariates: Sequence[Mapping[str, Any]], load: Callable[[int], NDArray], pipeline: Pipeline
+) -> Volumes:
+    """Scans of subjects; `load` takes the number of a scan to its volume."""
+    return Volumes(list(subjects), pipeline.parse(covariates), lambda numbers: map(load, numbers))
+
+
+def generated_for(
+    pipeline: Pipeline, training: Volumes, held_out: Volumes, count: int, sampling: Sampling, seed: int = 0
+) -> Volumes:
+    """Volumes to be generated, one half for training subjects' own covariates: who is copied is copied there if anywhere.
+
+    Args:
+        pipeline: what generates.
+        training, held_out: whose covariates are asked for, in a random order, and again in turn where they are fewer.
+        count: of volumes.
+        sampling, seed: of the volumes, and of the order.
+    """
+    rows, asked = [], []
+    for group, volumes, some in ((TRAINING, training, count - count // 2), (HELD_OUT, held_out, count // 2)):
+        order = torch.randperm(len(volumes), generator=generator("asked", group, seed)).tolist()
+        rows += [volumes.rows[i] for i in itertools.islice(itertools.cycle(order), some)]
+        asked += [group] * some
+
+    def read(numbers: Sequence[int]) -> Iterator[NDArray]:
+        return pipeline.volumes([rows[i] for i in numbers], sampling, numbers=numbers)
+
+    return Volumes([f"sample {i}" for i in range(count)], rows, read, asked)
+
+
+def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
+    """Volumes that `ldm3d generate` wrote.
+
+    Raises:
+        InputError: no such volume in the folder; when one is read, that it lies on another grid.
+    """
+    paths = sorted(folder.glob("sub-*/anat/*_desc-synthetic_T1w.nii.gz"))
+    if not paths:
+        raise InputError(f"no synthetic volume in {folder}; give a folder that `ldm3d generate` wrote, or leave it out")
+    others = {path.name for path in paths if _model_of(path) != pipeline.model_hash}
+    if others:
+        warnings.warn(
+            f"{len(others)} of {len(paths)} volumes in {folder} are not by this model ({min(others)}); what is found is "
+            "theirs and not the model's",
+            stacklevel=2,
+        )
+
+    def load(i: int) -> NDArray:
+        volume, affine = read_volume(paths[i])
+        grid = pipeline.output_grid
+        if volume.shape != tuple(grid.shape) or not np.allclose(affine, grid.affine, atol=1e-3):
+            raise InputError(
+                f"{paths[i]} has {volume.shape} voxels or lies elsewhere than the model's own volumes, {tuple(grid.shape)}; "
+                "give volumes that `ldm3d generate` wrote"
+            )
+        return volume.clip(0, 1)
+
+    return Volumes([path.parents[1].name for path in paths], None, lambda numbers: map(load, numbers))
+
+
+def _model_of(path: Path) -> str | None:
+    """What the sidecar says."""
+    try:
+        return json.loads(path.with_name(path.name.removesuffix(".nii.gz") + ".json").read_text(encoding="utf-8"))[
+            "model_hash"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,92 @@
+"""Where a U-Net's cross-attention looks: the weights of each covariate's tokens, brought back to the latent grid.
+
+The kernels that compute attention keep no weights. While they are recorded, softmax(q k^T / sqrt(D)) is computed a second time
+beside them; a network that nobody records does nothing of it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm3d.models.blocks import TransformerBlock
+from ldm3d.models.unet import LatentUNet, UNet
+
+
+class AttentionMaps:
+    """Weights of cross-attention, summed over heads and calls of the network; made by `recorded`.
+
+    Args:
+        samples: N; of larger batches the first N are recorded, which are the conditional ones under guidance.
+        num_covariates: K; neighbouring tokens are one covariate's.
+    """
+
+    def __init__(self, samples: int, num_covariates: int):
+        self.samples, self.num_covariates = samples, num_covariates
+        self._sums: dict[TransformerBlock, Tensor] = {}  # (N, K, X, Y, Z) of each block, on its own grid
+        self._levels: dict[TransformerBlock, int] = {}
+        self._calls: dict[TransformerBlock, int] = {}
+
+    @property
+    def coarsest(self) -> int:
+        """Positions of the latent grid, along an axis, that the coarsest of the maps has one for."""
+        return 2 ** max(self._levels.values())
+
+    def watch(self, block: TransformerBlock, level: int) -> list:
+        """Record a block of the level that halves the latent grid `level` times; handles to end it with."""
+        self._levels[block] = level
+        shape: list[Sequence[int]] = []  # of the block's grid: its attention is given a row of positions
+
+        def see_shape(_: nn.Module, inputs: tuple) -> None:
+            shape[:] = [inputs[0].shape[2:]]
+
+        def see_weights(attention: nn.Module, inputs: tuple) -> None:
+            x, context = (value[: self.samples].detach() for value in inputs)  # (N, positions, C), (N, tokens, context_dim)
+            q, k = attention.query(x), attention.key_value(context).chunk(2, dim=-1)[0]
+            q, k = (y.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k))  # (N, H, ., D)
+            weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1).mean(dim=1)
+            weights = weights.unflatten(-1, (self.num_covariates, -1)).sum(dim=-1)  # (N, positions, K)
+            weights = weights.transpose(1, 2).unflatten(-1, tuple(shape[0])).cpu()
+            self._sums[block] = self._sums.get(block, 0) + weights
+            self._calls[block] = self._calls.get(block, 0) + 1
+
+        return [
+            block.register_forward_pre_hook(see_shape),
+            block.cross_attention.register_forward_pre_hook(see_weights),
+        ]
+
+    def mean(self, shape: Sequence[int], factor: int) -> Tensor:
+        """Mean over blocks, heads and calls, linearly interpolated: (N, K, *shape), 1 in sum over K.
+
+        Args:
+            shape: of the volume, (X, Y, Z).
+            factor: voxels for each position of the latent grid, along an axis.
+        """
+        maps = []
+        for block, total in self._sums.items():
+            # A level's position i covers positions 2^level i, ..., of the latent grid, and the last ones may jut out of it
+            whole = F.interpolate(total / self._calls[block], scale_factor=factor * 2 ** self._levels[block], mode="trilinear")
+            maps.append(whole[..., : shape[0], : shape[1], : shape[2]])
+        return torch.stack(maps).mean(dim=0)
+
+
+@contextmanager
+def recorded(unet: LatentUNet, samples: int) -> Iterator[AttentionMaps | None]:
+    """Within it, what the U-Net's cross-attention looks at is recorded; None for a network that has none of ours."""
+    blocks = []
+    if isinstance(unet, UNet) and unet.num_covariates:
+        sides = [*enumerate(unet.down), *enumerate(unet.up)]
+        blocks = [(block.transformer, level) for level, side in sides for block in side if block.transformer is not None]
+    if not blocks:
+        yield None
+        return
+    maps = AttentionMaps(samples, unet.num_covariates)
+    handles = [handle for block, level in blocks for handle in maps.watch(block, level)]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()

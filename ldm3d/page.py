@@ -1,0 +1,171 @@
+"""A self-contained HTML page: lights at the top, sections of text, tables and pictures, and how it was made.
+
+It knows nothing of models and evaluations; see `ldm3d.report` for what an evaluation says. Nothing is fetched when the page is
+opened: pictures are data: URIs, and there are no scripts.
+"""
+
+import datetime
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+import ldm3d
+
+PAGE, METRICS = "report.html", "metrics.json"
+GREEN, AMBER, RED, GREY = "green", "amber", "red", "grey"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and what it should be: at least `low`, at most `high`.
+
+    Attributes:
+        name: of the figure.
+        found: its value; NaN where it could not be measured.
+        low, high: its thresholds.
+        unit: of all of them, "" for none.
+        interval: 95% interval of `found`; None where it has none.
+        judged: (light, words) where a rule that is more than two thresholds has decided; None: `low` and `high` decide.
+    """
+
+    name: str
+    found: float
+    low: float = -np.inf
+    high: float = np.inf
+    unit: str = ""
+    interval: tuple[float, float] | None = None
+    judged: tuple[str, str] | None = None
+
+    @property
+    def reached(self) -> bool:
+        return bool(self.low <= self.found <= self.high)
+
+    @property
+    def wanted(self) -> str:
+        if np.isinf(self.low) and np.isinf(self.high):
+            return ""
+        if np.isinf(self.high):
+            return f"at least {self.low:.3g} {self.unit}".strip()
+        if np.isinf(self.low):
+            return f"at most {self.high:.3g} {self.unit}".strip()
+        return f"{self.low:.3g} to {self.high:.3g} {self.unit}".strip()
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """(light, words): green if the whole interval is within the thresholds, red if all of it is beyond, else amber.
+
+        Without an interval the value alone decides; grey where there is no value.
+        """
+        if self.judged:
+            return self.judged
+        if not math.isfinite(self.found):
+            return GREY, "not measured"
+        low, high = self.interval or (self.found, self.found)
+        if not math.isfinite(low + high):
+            return GREY, "too few to tell"
+        if self.low <= low and high <= self.high:
+            return GREEN, "reached"
+        if high < self.low or low > self.high:
+            return RED, "not reached"
+        return AMBER, "uncertain"
+
+    def to_dict(self) -> dict[str, Any]:
+        light, words = self.verdict
+        values = {"name": self.name, "wanted": self.wanted, "found": self.found, "reached": self.reached}
+        return {**values, "interval": self.interval and list(self.interval), "light": light, "verdict": words}
+
+
+@dataclass
+class Section:
+    """One heading of the page: a text, a table whose first `labels` columns are text, pictures, and plots side by side.
+
+    Attributes:
+        title, text: of the section; the text is plain.
+        table: {"columns": names, "rows": lists of cells}; a line break in a cell is kept. None for no table.
+        labels: how many of its first columns are text.
+        pictures, plots: {"source": data: URI, "caption": text}; full width, and side by side.
+        lights: cell of the table -> "green", "amber", "red" or "grey", for cells that are verdicts.
+        note: what only a reviewer needs, in small print below.
+    """
+
+    title: str
+    text: str = ""
+    table: dict[str, list] | None = None
+    labels: int = 1
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    plots: list[dict[str, str]] = field(default_factory=list)
+    lights: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def write_page(
+    folder: Path, title: str, sections: Sequence[Section], provenance: dict[str, str], goals: Sequence[Goal] = ()
+) -> Path:
+    """Write FOLDER/report.html.
+
+    Args:
+        folder: is made if it is not there.
+        title: of the page.
+        sections: in their order.
+        provenance: how it was made, name -> text, for the table at the end; `made`, a date, stands at the top too.
+        goals: lights of the summary at the top; none leaves it out.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d", ""), autoescape=True)
+    page = environment.get_template(PAGE).render(
+        title=title,
+        subtitle=f"ldm3d {ldm3d.__version__}, {provenance.get('made', '')[:10]}".rstrip(", "),
+        goals=[{**goal.to_dict(), "found": found(goal)} for goal in goals],
+        sections=sections,
+        provenance=provenance,
+    )
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    return folder / PAGE
+
+
+def found(goal: Goal) -> str:
+    """What was found, with unit and interval, in words."""
+    if not math.isfinite(goal.found):
+        return "none"
+    value = f"{number(goal.found)} {goal.unit}".strip()
+    return f"{value} ({number(goal.interval[0])} to {number(goal.interval[1])})" if goal.interval else value
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, fewer above: what a table has room for and a reader can use. Counts as they are."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "n/a"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON knows it: what is not finite is null, arrays and tuples are lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def command() -> str:
+    """The command that this process was started with."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def now() -> str:
+    """Date and time, with their zone."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,354 @@
+"""What the page of an evaluation says: its sections in their order, and the lights at its top with their thresholds."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from ldm3d.covariates import CovariateSchema
+from ldm3d.evaluation import fairness
+from ldm3d.evaluation.bootstrap import mean_interval
+from ldm3d.evaluation.categories import Hits
+from ldm3d.evaluation.comparison import Comparison
+from ldm3d.evaluation.downstream import Usefulness
+from ldm3d.evaluation.fairness import Gap
+from ldm3d.evaluation.fidelity import Evaluation
+from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE
+from ldm3d.evaluation.support import SHARE
+from ldm3d.page import AMBER, GREEN, GREY, RED, Goal, Section, number
+
+# The page's lights for verdicts
+LIKENESS = {AS_REAL: GREEN, WORSE: RED, CLOSER: AMBER, UNDECIDED: GREY}
+FAIRNESS = {fairness.NONE: GREEN, fairness.GAP: RED, fairness.SMALL: AMBER, fairness.FEW: GREY}
+
+# Thresholds of the lights. What can be asked of generated volumes is what the measure itself reaches on real ones.
+PSNR_DB, SSIM = 28.0, 0.9
+KEPT = 0.05  # of the mean, that the autoencoder may add to or take from a volume
+R, SLOPE, MAE = 0.9, 0.2, 1.5  # share of the real r, distance from the real slope, multiple of the real error
+BLIND = 0.5  # r on real volumes below which a measure judges nobody
+MEASURED = 99.0  # percent of generated volumes
+BEYOND = 5.0  # percent of requests
+RATIO = 1.25  # of errors, trained on synthetic to trained on real
+
+# Columns of likelihood.score: what they are, and in which unit
+LIKELIHOOD = {
+    "bound": ("latent", "nats per latent dimension"),
+    "bits_per_voxel": ("volume", "bits per voxel"),
+    "image_bits": ("volume given its latent", "bits per voxel"),
+    "latent_bits": ("latent, shared among voxels", "bits per voxel"),
+}
+
+SHOWN = 10  # requests beyond training that are listed
+
+Picture = dict[str, str]
+
+
+def lights(found: Evaluation) -> list[Goal]:
+    """The summary's lights; a figure that was not measured has none."""
+    quality = {name: found.quality(name) for name in ("psnr_db", "ssim")}
+    interval = {name: (values["low"], values["high"]) for name, values in quality.items()}
+    goals = [
+        Goal("Reconstruction, PSNR", quality["psnr_db"]["mean"], PSNR_DB, unit="dB", interval=interval["psnr_db"]),
+        Goal("Reconstruction, SSIM", quality["ssim"]["mean"], SSIM, interval=interval["ssim"]),
+    ]
+    for c in found.comparisons:
+        real = found.find(c.covariate, "real")
+        if c.kind == "kept" and (real is None or real.agreement.r >= BLIND):
+            part = 100 / max(abs(float(c.reference.mean())), 1e-9)
+            bias, (low, high) = c.agreement.bias * part, c.intervals["bias"]
+            title = f"{c.covariate}, bias by the autoencoder"
+            goals.append(Goal(title, bias, -100 * KEPT, 100 * KEPT, "%", (low * part, high * part)))
+        elif c.kind == "generated" and real:
+            goals += _followed(c, real)
+    generated = [c for c in found.comparisons if c.kind == "generated"]
+    if generated:
+        shares = [c.agreement.n / sum(row[c.covariate] is not None for row in found.requests) for c in generated]
+        goals.append(Goal("Generated volumes on which all is measured", 100 * min(shares), MEASURED, unit="%"))
+    if found.requests:
+        share = 100 * len(found.beyond) / len(found.requests)
+        goals.append(Goal("Requests beyond what training saw", share, high=BEYOND, unit="%"))
+    if found.likeness:
+        goals.append(_like_real(found))
+    if found.gaps:
+        goals.append(_fair(found.gaps))
+    return goals
+
+
+def _followed(c: Comparison, real: Comparison) -> list[Goal]:
+    """Of generated volumes against what the same measure reaches on real ones."""
+    asked, known = c.agreement, real.agreement
+    if known.r < BLIND:
+        judged = GREY, f"the measure does not see it on real volumes either (r = {known.r:.2f})"
+        return [Goal(f"{c.covariate}, asked and measured, r", asked.r, judged=judged)]
+    return [
+        Goal(f"{c.covariate}, asked and measured, r", asked.r, R * known.r, interval=c.intervals["r"]),
+        Goal(
+            f"{c.covariate}, asked and measured, slope",
+            asked.slope,
+            known.slope - SLOPE,
+            known.slope + SLOPE,
+            interval=c.intervals["slope"],
+        ),
+        Goal(f"{c.covariate}, mean absolute error", asked.mae, high=MAE * known.mae, interval=c.intervals["mae"]),
+    ]
+
+
+def _like_real(found: Evaluation) -> Goal:
+    verdicts = [finding.verdict for finding in found.likeness]
+    light = next((LIKENESS[v] for v in (WORSE, CLOSER, UNDECIDED) if v in verdicts), GREEN)
+    words = ", ".join(f"{verdicts.count(v)} {v}" for v in LIKENESS if v in verdicts)
+    return Goal("Measures of likeness worse than real", verdicts.count(WORSE), high=0, judged=(light, words))
+
+
+def _fair(gaps: Sequence[Gap]) -> Goal:
+    verdicts = [gap.verdict for gap in gaps if not gap.of_measure]
+    light = next((FAIRNESS[v] for v in (fairness.GAP, fairness.SMALL, fairness.FEW) if v in verdicts), GREEN)
+    words = ", ".join(f"{verdicts.count(v)} {v}" for v in FAIRNESS if v in verdicts)
+    return Goal("Gaps between groups of people", verdicts.count(fairness.GAP), high=0, judged=(light, words))
+
+
+def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str]) -> list[Section]:
+    """What the page says, in its order; `pictures` are data: URIs by name, see `ldm3d.report.draw`."""
+
+    def picture(name: str, caption: str) -> Picture:
+        return {"source": pictures[name], "caption": caption}
+
+    return [
+        Section(
+            "Generated for the covariates of held-out subjects",
+            "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond "
+            "what was asked.",
+            pictures=[picture("generated", "Axial, coronal and sagittal slices.")],
+        ),
+        Section(
+            "Covariates, asked and measured",
+            "Measured on the images. The rows named real say how well the measure itself agrees with the table, those named "
+            "reconstructed what the autoencoder keeps; generated volumes are compared with what they were asked for. A "
+            "perfect answer has r and slope 1, bias and mean absolute error (MAE) 0.",
+            table=agreements(found.comparisons, schema, ("real", "reconstructed", "generated")),
+            labels=2,
+            note="n: volumes whose value is known and on which the measure found something. In brackets 95% intervals, by "
+            "2,000 bootstrap resamples of people. A covariate that is predicted by regression (see the end of the page) is "
+            "drawn towards the mean on real volumes as well: compare slopes with the real one's. Shaded in the plots: 95% "
+            "interval of the fitted line.",
+            plots=[
+                picture(f"scatter-{c.covariate}-{c.kind}", f"{c.covariate} on {c.kind} volumes")
+                for c in found.comparisons
+                if c.kind != "kept"
+            ],
+        ),
+        _beyond(found),
+        *_likeness(found),
+        *(
+            Section(
+                f"Only {sweep.covariate} asked",
+                "All other covariates are left open, and every column starts from the same noise. Lines are means over "
+                "noises, bands their range.",
+                pictures=[picture(f"sweep-{sweep.covariate}", f"The first noise at each {sweep.covariate}. Synthetic.")],
+                plots=[picture(f"curve-{sweep.covariate}-{name}", f"measured {name}") for name in sweep.measured],
+            )
+            for sweep in found.sweeps
+        ),
+        Section(
+            "Reconstruction of held-out volumes",
+            f"{_quality(found)} over {len(found.psnr_db)} volumes. The table has what is measured on reconstructions against "
+            "the same measured on the originals: what the autoencoder alone adds or takes.",
+            table=agreements(found.comparisons, schema, ("kept",)),
+            pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
+        ),
+        *fairness_sections(found.gaps),
+    ]
+
+
+def usefulness_section(found: Usefulness) -> Section:
+    """Of `ldm3d.evaluation.downstream`."""
+    rows = []
+    for kind, mae in found.mae.items():
+        ratio = _with(found.ratio[kind], found.ratio_intervals[kind]) if kind in found.ratio else "1"
+        rows.append([kind, str(found.volumes[kind]), _with(mae, found.intervals[kind]), ratio])
+    return Section(
+        f"Is it of use? {found.covariate} learnt from synthetic volumes",
+        f"The same regressor trained on real, on synthetic and on both kinds of volumes, and tested on {found.tested} "
+        "held-out real volumes. Synthetic volumes are labelled with what was asked of them.",
+        {"columns": ["trained on", "volumes", "mean absolute error", "relative to real"], "rows": rows},
+        note="Ridge regression on features, solved exactly. Means over training sets drawn at random; intervals are over "
+        "training sets and tested people. Synthetic volumes were asked for the covariates of the tested people, so their "
+        "range is the same.",
+    )
+
+
+def usefulness_light(found: Usefulness) -> Goal:
+    """Whether synthetic volumes can stand in for real ones."""
+    title = f"{found.covariate} learnt from synthetic volumes, error relative to real"
+    return Goal(title, found.ratio["synthetic"], high=RATIO, interval=found.ratio_intervals["synthetic"])
+
+
+def prediction_section(found: Evaluation, schema: CovariateSchema, names: Sequence[str], volumes: int) -> Section:
+    """How covariates were read off that no measure gives, and how far that errs on real people."""
+    rows = []
+    for name in names:
+        if real := found.find(name, "real"):
+            errors = [_with(getattr(real.agreement, key), real.intervals[key]) for key in ("r", "bias", "mae")]
+            rows.append([schema[name].label, str(real.agreement.n), *errors])
+    return Section(
+        "How predicted covariates were read off",
+        f"By ridge regression on features of {volumes} real training volumes and of their reconstructions. The table has its "
+        "own error on held-out real people: what generated volumes cannot do better than.",
+        {"columns": ["covariate", "real volumes", "r", "bias", "MAE"], "rows": rows},
+    )
+
+
+def categories_section(found: Sequence[Hits]) -> Section:
+    """Of `ldm3d.evaluation.categories`."""
+    rows = []
+    for hits in found:
+        each = ", ".join(f"{name} {share:.0%}" for name, share in hits.by_category.items())
+        rows.append([hits.covariate, hits.kind, str(hits.n), _with(hits.share, hits.interval), each, number(hits.commonest)])
+    return Section(
+        "Categories, asked and read off",
+        "Share of volumes off which the asked category is read, or on real volumes the table's. Read off by linear regression "
+        "on features, learnt from real training volumes.",
+        {"columns": ["covariate", "volumes", "n", "right", "by category", "always the commonest"], "rows": rows},
+        labels=2,
+    )
+
+
+def categories_lights(found: Sequence[Hits]) -> list[Goal]:
+    """Of generated volumes, against what is reached on real ones."""
+    goals = []
+    for real, made in pairwise(found):
+        if (real.covariate, real.kind, made.kind) == (made.covariate, "real", "generated"):
+            judged = None
+            if real.interval[0] <= real.commonest:
+                judged = GREY, f"it is not told on real volumes either ({real.share:.0%} right)"
+            title = f"{made.covariate}, asked and read off, share right"
+            goals.append(Goal(title, made.share, R * real.share, interval=made.interval, judged=judged))
+    return goals
+
+
+def likelihood_section(table: pd.DataFrame, people: Sequence, times: int, histogram: str) -> Section:
+    """Of `ldm3d.evaluation.likelihood.score` with the bound; `histogram` is the picture's data: URI."""
+    rows = [
+        [title, unit, _with(float(table[column].mean()), mean_interval(table[column].to_numpy(), people))]
+        for column, (title, unit) in LIKELIHOOD.items()
+    ]
+    return Section(
+        "How likely the model finds held-out people",
+        f"Upper bounds of the negative log-likelihood of {len(table)} held-out volumes given their covariates, without "
+        "guidance: lower is better. Figures compare only between models of the same volumes, and those of latents only "
+        "between models of the same autoencoder.",
+        {"columns": ["figure", "unit", "mean over volumes"], "rows": rows},
+        labels=2,
+        plots=[{"source": histogram, "caption": "One count a held-out volume."}],
+        note=f"The variational bound with {times} times a volume; bits per voxel are of 256 grey levels. `ldm3d likelihood` "
+        "computes them with more times, and by the probability flow ODE.",
+    )
+
+
+def _quality(found: Evaluation) -> str:
+    psnr, ssim = (found.quality(name) for name in ("psnr_db", "ssim"))
+    return (
+        f"PSNR {psnr['mean']:.2f} dB (95% interval {psnr['low']:.2f} to {psnr['high']:.2f}, standard deviation "
+        f"{psnr['std']:.2f}), SSIM {ssim['mean']:.3f} ({ssim['low']:.3f} to {ssim['high']:.3f})"
+    )
+
+
+def agreements(found: Sequence[Comparison], schema: CovariateSchema, kinds: Sequence[str]) -> dict[str, list]:
+    """One row a comparison; its kind only where there are several."""
+    rows = []
+    for c in found:
+        if c.kind in kinds:
+            values = [_with(getattr(c.agreement, name), interval) for name, interval in c.intervals.items()]
+            rows.append([schema[c.covariate].label, *([c.kind] if len(kinds) > 1 else []), str(c.agreement.n), *values])
+    return {"columns": ["covariate", *(["volumes"] if len(kinds) > 1 else []), "n", "r", "slope", "bias", "MAE"], "rows": rows}
+
+
+def _beyond(found: Evaluation) -> Section:
+    """Requests that training says nothing about."""
+    count, asked = len(found.beyond), len(found.requests)
+    text = (
+        f"{count} of {asked} requests ask for a value outside of what training saw, or for values that hardly ever come "
+        f"together in the training volumes (Mahalanobis distance beyond that of {SHARE}% of them). What is generated there is "
+        "extrapolation."
+    )
+    if not found.joint:
+        text += " The table that was trained on is not at hand, so each covariate was judged alone."
+    rows = [[str(each.number), each.asked, each.reason] for each in found.beyond[:SHOWN]]
+    table = {"columns": ["volume", "asked", "why"], "rows": rows} if rows else None
+    note = f"The first {SHOWN}; all are in metrics.json." if count > SHOWN else ""
+    return Section("Requests beyond what training saw", text, table, labels=3, note=note)
+
+
+def _likeness(found: Evaluation) -> list[Section]:
+    """The distribution of generated volumes beside that of held-out ones; nothing where it was not measured."""
+    if not found.likeness:
+        return []
+    rows = []
+    for finding in found.likeness:
+        known = MEASURES[finding.name]
+        value = f"{finding.value:.3g}\n({finding.low:.3g} to {finding.high:.3g})"
+        null = f"{finding.null_low:.3g}\nto {finding.null_high:.3g}"
+        rows.append([known.title, known.says, value, null, f"{finding.real} + {finding.synthetic}", finding.verdict])
+    text = (
+        "Each figure with its 95% interval, beside what real volumes reach against other real volumes in the same numbers. "
+        "Worse than real: outside of that. As real: the whole interval within it, widened by a quarter on either side, with "
+        "50 volumes or more on each. Closer than real: better than real volumes are to each other; look for copies. Else "
+        "these volumes are too few to tell."
+    )
+    columns = ["measure", "what it sees", "synthetic", "real", "volumes", "verdict"]
+    return [Section("Are they like real volumes?", text, {"columns": columns, "rows": rows}, 2, lights=LIKENESS)]
+
+
+def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
+    """One section for each covariate that people are grouped by."""
+    found = []
+    for grouping in dict.fromkeys(gap.grouping for gap in gaps):
+        own = [gap for gap in gaps if gap.grouping == grouping]
+        labels = list(dict.fromkeys(group.label for gap in own for group in gap.groups))
+        rows = []
+        for gap in own:
+            by_label = {group.label: group for group in gap.groups}
+            cells = [_group(by_label.get(label)) for label in labels]
+            rows.append([gap.figure, *cells, _with(gap.gap, (gap.low, gap.high)), number(gap.chance), gap.verdict])
+        sizes = {group.label: group.people for group in own[0].groups}
+        small = [f"{label} ({n})" for label, n in sizes.items() if n < fairness.LEAST]
+        text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
+        if small:
+            text += f" Too small to judge, with fewer than {fairness.LEAST} people: {', '.join(small)}."
+        note = (
+            "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for. "
+            "Gap: the worst group less the best, with its 95% interval. By chance: what 95% of random groupings stay below. "
+            "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
+            f"above the tolerance: {fairness.PSNR_DB:g} dB, {fairness.SSIM:g} of SSIM, or for errors {fairness.PART:.0%} of "
+            f"the overall mean absolute error or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger. Small gap "
+            "(amber): within the tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell "
+            "(grey): chance alone may make a gap beyond the tolerance."
+        )
+        columns = ["figure", *labels, "gap", "by chance", "verdict"]
+        found.append(
+            Section(
+                f"By {grouping}: is it as good for everybody?",
+                text,
+                {"columns": columns, "rows": rows},
+                lights=FAIRNESS,
+                note=note,
+            )
+        )
+    return found
+
+
+def _group(group: fairness.Group | None) -> str:
+    return "none" if group is None else f"{number(group.value)} ± {number((group.high - group.low) / 2)}"
+
+
+def _with(value: float, interval: tuple[float, float]) -> str:
+    """The value, and below it "(0.874 to 0.941)"; the value alone where there is no interval."""
+    if not np.isfinite(interval).all():
+        return number(value)
+    return f"{number(value)}\n({number(interval[0])} to {number(interval[1])})"
+
+
+def fidelity_table(found: Evaluation) -> pd.DataFrame:
+    """One row a comparison, all figures."""
+    return pd.DataFrame([c.to_dict() for c in found.comparisons])

@@ -1,0 +1,57 @@
+"""`ldm3d evaluate` with all its parts, on a model that has learnt next to nothing: that everything is found and said."""
+
+import json
+
+import pandas as pd
+import pytest
+from conftest import command_line
+
+from ldm3d.evaluation import downstream, predictors
+
+
+def refuse(constant: str):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@pytest.fixture
+def page_and_metrics(experiment, tmp_path, monkeypatch):
+    """Of an evaluation with every part; five people are enough to learn from, here."""
+    for module in (predictors, downstream):
+        monkeypatch.setattr(module, "LEAST", 5)
+    arguments = ["--data", experiment / "data", "--out", tmp_path, "--num", 8, "--steps", 1, "--downstream", "--likelihood"]
+    command_line("evaluate", experiment / "run/model", *arguments)
+    text = (tmp_path / "metrics.json").read_text()
+    return (tmp_path / "report.html").read_text(), json.loads(text, parse_constant=refuse)
+
+
+def test_every_part_is_found_and_said(page_and_metrics, experiment):
+    page, metrics = page_and_metrics
+    scans = pd.read_csv(experiment / "run/prepared/scans.tsv", sep="\t")
+    trained = int((scans["split"] == "train").sum())
+    assert metrics["predicted"] == {"covariates": ["age"], "training_volumes": trained}
+    kinds = {(row["covariate"], row["kind"]) for row in metrics["fidelity"]}
+    assert {("age", "real"), ("age", "generated"), ("ventricular_volume_ml", "kept")} <= kinds
+    for row in metrics["fidelity"]:
+        assert row["mae_low"] <= row["mae"] <= row["mae_high"] and row["bias_low"] <= row["bias"] <= row["bias_high"]
+    (useful,) = metrics["downstream"]
+    assert useful["covariate"] == "age" and useful["tested"] == 5 and useful["volumes"]["real"] == 6
+    bound = metrics["likelihood"]["bound"]
+    assert metrics["likelihood"]["volumes"] == 5 and bound["interval"][0] < bound["mean"] < bound["interval"][1]
+    assert {gap["grouping"] for gap in metrics["fairness"]} == {"sex", "age"}
+    assert {gap["verdict"] for gap in metrics["fairness"]} == {"too few to tell"}  # of five people nothing can be said
+    lights = {goal["name"]: goal["light"] for goal in metrics["goals"]}
+    assert set(lights.values()) <= {"green", "amber", "red", "grey"} and lights["Gaps between groups of people"] == "grey"
+    for text in ("Requests beyond what training saw", "By sex", "By age", "Is it of use? age", "How likely", "95% interval"):
+        assert text in page
+    assert "http" not in page and page.count("data:image/png;base64,") > 10
+
+
+def test_ages_are_not_predicted_without_the_data_that_was_trained_on(experiment, tmp_path, capsys):
+    scans = pd.read_csv(experiment / "run/prepared/scans.tsv", sep="\t", dtype=str)
+    held_out = scans[scans["split"] == "test"].rename(columns={"subject": "participant_id"})
+    held_out.to_csv(tmp_path / "table.csv", index=False)
+    arguments = ["--data", tmp_path / "table.csv", "--root", experiment / "data", "--num", 3, "--steps", 1]
+    command_line("evaluate", experiment / "run/model", *arguments, "--out", tmp_path / "out")
+    assert "--data has none of them" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "predicted" not in metrics and {row["covariate"] for row in metrics["fidelity"]} == {"ventricular_volume_ml"}

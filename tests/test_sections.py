@@ -1,0 +1,127 @@
+"""What the page says of an evaluation whose figures are known."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.evaluation.categories import count_hits
+from ldm3d.evaluation.comparison import compare
+from ldm3d.evaluation.fairness import Judged, gaps
+from ldm3d.evaluation.fidelity import Evaluation
+from ldm3d.evaluation.measures import Finding
+from ldm3d.evaluation.support import Beyond
+from ldm3d.sections import categories_lights, fidelity_table, lights, sections
+
+SCHEMA = CovariateSchema((Covariate("ml", "continuous", "ml"), Covariate("sex", "categorical", categories=("F", "M"))))
+N = 120
+
+
+def evaluation(slope: float = 1.0, kept: float = 1.0, noise: float = 1.0, missing: int = 0) -> Evaluation:
+    """Measured on generated volumes: slope * asked; on reconstructions: kept * what is on originals."""
+    rng = np.random.default_rng(0)
+    true = rng.uniform(20, 60, N)
+    real = true + rng.standard_normal(N)
+    shown = slope * true + noise * rng.standard_normal(N)
+    shown[:missing] = np.nan
+    found = Evaluation(30 + rng.standard_normal(N), 0.8 + 0.02 * rng.standard_normal(N), people=list(range(N)))
+    found.subjects = found.requests = [{"ml": value, "sex": "FM"[i % 2]} for i, value in enumerate(true)]
+    for kind, reference, measured in (("real", true, real), ("kept", real, kept * real), ("generated", true, shown)):
+        found.comparisons.append(compare("ml", kind, reference, measured, range(N)))
+    return found
+
+
+def light_of(found: Evaluation) -> dict[str, str]:
+    return {goal.name: goal.verdict[0] for goal in lights(found)}
+
+
+def test_a_good_model_is_green_where_it_is_good():
+    found = light_of(evaluation())
+    assert found.pop("Reconstruction, SSIM") == "red"
+    assert len(found) == 7 and set(found.values()) == {"green"}
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"slope": 0.6}, "ml, asked and measured, slope"),
+        ({"slope": 0.6}, "ml, mean absolute error"),
+        ({"noise": 40}, "ml, asked and measured, r"),
+        ({"kept": 1.1}, "ml, bias by the autoencoder"),
+        ({"missing": 5}, "Generated volumes on which all is measured"),
+    ],
+)
+def test_what_is_wrong_is_red(change, name):
+    assert light_of(evaluation(**change))[name] == "red"
+
+
+def test_a_measure_that_fails_on_real_volumes_judges_nobody():
+    found = evaluation()
+    true = [row["ml"] for row in found.subjects]
+    found.comparisons[0] = compare("ml", "real", true, np.random.default_rng(1).uniform(20, 60, N), range(N))
+    names = light_of(found)
+    assert names["ml, asked and measured, r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
+
+
+def finding(value: float, low: float = 1.0, high: float = 1.1) -> Finding:
+    return Finding("frechet", value, low, high, 0.9, 1.5, "low", 60, 60)
+
+
+def test_one_light_stands_for_all_measures_of_likeness():
+    found = evaluation()
+    for findings, light in (
+        ([finding(1.05)], "green"),
+        ([finding(1.05), finding(0.5)], "amber"),
+        ([finding(1.05), finding(9)], "red"),
+    ):
+        found.likeness = findings
+        assert light_of(found)["Measures of likeness worse than real"] == light
+
+
+def test_the_measure_s_own_gap_is_not_the_model_s():
+    found = evaluation()
+    worse = np.array([5.0 * (row["sex"] == "M") for row in found.subjects]) + np.random.default_rng(2).standard_normal(N)
+    for own, light in ((True, "green"), (False, "red")):
+        figures = [Judged("error", worse, found.subjects, range(N), "low", 1.0, own)]
+        figures.append(Judged("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0))
+        found.gaps = gaps(SCHEMA, {"sex": []}, figures)
+        assert light_of(found)["Gaps between groups of people"] == light
+    (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]
+    assert section.table["columns"] == ["figure", "F", "M", "gap", "by chance", "verdict"] and "F: 60, M: 60" in section.text
+    assert [row[-1] for row in section.table["rows"]] == ["gap", "no gap"] and section.lights["gap"] == "red"
+
+
+def pictures() -> dict[str, str]:
+    return collections.defaultdict(lambda: "data:image/png;base64,")
+
+
+def test_sections_hold_every_row_and_name_requests_beyond():
+    found = evaluation()
+    found.beyond = [Beyond(i, "ml 99", "training saw 20 to 60") for i in range(12)]
+    titles = {section.title: section for section in sections(found, SCHEMA, pictures())}
+    table = titles["Covariates, asked and measured"].table
+    assert [row[:3] for row in table["rows"]] == [["ml (ml)", "real", "120"], ["ml (ml)", "generated", "120"]]
+    assert all(cell.endswith(")") for row in table["rows"] for cell in row[3:])  # an interval each
+    beyond = titles["Requests beyond what training saw"]
+    assert "12 of 120" in beyond.text and "not at hand" in beyond.text and len(beyond.table["rows"]) == 10
+    assert light_of(found)["Requests beyond what training saw"] == "red"
+    assert [row[:2] for row in titles["Reconstruction of held-out volumes"].table["rows"]] == [["ml (ml)", "120"]]
+    frame = fidelity_table(found)
+    assert list(frame["kind"]) == ["real", "kept", "generated"] and (frame["slope_low"] <= frame["slope_high"]).all()
+
+
+def test_categories_are_judged_by_what_is_told_on_real_people():
+    asked = ["F", "M"] * 50
+    wrong = ["M", "F"] * 50
+
+    def light(on_real: int, on_generated: int) -> str:
+        """Of so many volumes right, of 100."""
+        both = [
+            count_hits("sex", kind, asked[:right] + wrong[right:], asked, range(100))
+            for kind, right in (("real", on_real), ("generated", on_generated))
+        ]
+        (goal,) = categories_lights(both)
+        return goal.verdict[0]
+
+    assert [light(90, 95), light(90, 60), light(90, 82), light(52, 95)] == ["green", "red", "amber", "grey"]

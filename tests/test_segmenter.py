@@ -1,0 +1,120 @@
+"""A segmenter learns balls of known volume; label maps go to the grid of their scans."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line
+
+from ldm3d.data.label_maps import count_volumes, find_label_map, load_labels, parse_groups
+from ldm3d.errors import InputError
+from ldm3d.evaluation.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
+from ldm3d.experiment import audited_scans
+
+GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
+
+
+def ball(i: int, shape=(16, 16, 16)):
+    """A dark ball within a bright shell, of another size in each volume; classes 1 and 2."""
+    rng = np.random.default_rng(i)
+    centre = np.array(shape) / 2 + rng.uniform(-1, 1, 3)
+    distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(np.ix_(*(np.arange(n) for n in shape)), centre)))
+    radius = rng.uniform(2.5, 4.5)
+    classes = np.where(distance < radius, 1, np.where(distance < radius + 2, 2, 0)).astype(np.uint8)
+    return (np.array([0.1, 0.4, 0.9])[classes] + 0.03 * rng.standard_normal(shape)).astype(np.float32), classes
+
+
+def test_segmenter_measures_what_it_was_trained_on(tmp_path):
+    network = train_segmenter(ball, 40, GROUPS, steps=200)
+    overlap = dice(network, ball, range(100, 110))
+    assert all(np.mean(values) > 0.9 for values in overlap.values()), overlap
+    network.save_pretrained(tmp_path)
+    again, first = Segmenter.from_pretrained(tmp_path), Segmenter(network)
+    found, true = [], []
+    for i in range(100, 110):
+        volume, classes = ball(i)
+        found.append(again(volume, (2, 2, 5))["ball_ml"])
+        assert found[-1] == pytest.approx(first(volume, (2, 2, 5))["ball_ml"])
+        true.append((classes == 1).sum() * 0.02)
+    assert np.corrcoef(found, true)[0, 1] > 0.95 and abs(np.mean(found) / np.mean(true) - 1) < 0.1
+
+
+def test_training_follows_from_its_seed():
+    one, same, other = (train_segmenter(ball, 4, GROUPS, steps=2, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_any_shape_goes_through():
+    network = SegmentationUNet(GROUPS).eval()
+    assert network(torch.rand(1, 1, 17, 18, 20)).shape == (1, 3, 17, 18, 20)
+
+
+def test_changes_keep_shape_and_move_intensities_a_little():
+    volume = torch.from_numpy(ball(0)[0])[None, None]
+    changed = [_changed(volume, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    assert all(each.shape == volume.shape for each in changed)
+    assert 0.02 < max(abs(each - volume).mean() for each in changed) < 0.15
+    assert len({round(each.mean().item(), 4) for each in changed}) == 8
+
+
+def test_labels_that_are_nowhere_and_no_scans():
+    with pytest.raises(InputError, match=r"gone_ml: labels \[9\]"):
+        train_segmenter(ball, 3, {**GROUPS, "gone_ml": [9]})
+    with pytest.raises(InputError, match="no scan"):
+        train_segmenter(ball, 0, GROUPS)
+
+
+def test_groups_in_words():
+    assert parse_groups(["a=4,43", "b = 2"]) == {"a": [4, 43], "b": [2]}
+    for bad, message in (("a", "write NAME"), ("a=x", "write NAME"), ("=3", "write NAME"), ("a=3,3", "twice|two places")):
+        with pytest.raises(InputError, match=message):
+            parse_groups([bad])
+    with pytest.raises(InputError, match=r"\[4\]"):
+        parse_groups(["a=4", "b=4"])
+
+
+def test_volumes_are_counted_in_ml():
+    labels = np.zeros((10, 10, 10))
+    labels[:2], labels[5:8, :5] = 4, 43
+    assert count_volumes(labels, (1, 2, 5), {"a": [4, 43], "b": [1]}) == {"a": pytest.approx(3.5), "b": 0}
+
+
+def test_one_label_map_belongs_to_a_scan(tmp_path):
+    for name in (
+        "sub-1/sub-1_dseg.nii.gz",
+        "sub-10/sub-10_dseg.nii.gz",
+        "sub-2_ses-a_x.nii",
+        "sub-2_ses-b_x.nii",
+        "sub-1_dseg.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_label_map(tmp_path, "1").name == "sub-1_dseg.nii.gz"
+    assert find_label_map(tmp_path, "2", "b").name == "sub-2_ses-b_x.nii"
+    for subject, found in (("3", "found 0"), ("2", "found 2")):
+        with pytest.raises(InputError, match=found):
+            find_label_map(tmp_path, subject)
+
+
+def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmenter(experiment, tmp_path, capsys):
+    """Volumes are kept on average, and brains are bright."""
+    labels = experiment / "data/derivatives/labels"
+    groups = {"ventricular_volume_ml": [6, 7], "brain_volume_ml": [4, 5]}
+    config, trained, _ = audited_scans(experiment / "run/model", experiment / "data", tmp_path)
+    counted = []
+    for key, subject in zip(trained["key"], trained["subject"]):
+        volume, classes = load_labels(config, key, find_label_map(labels, subject), groups)
+        counted.append((classes == 1).sum() * 7.5**3 / 1000)
+        assert volume[classes == 2].mean() > 2 * volume[classes == 0].mean()
+    true = trained["ventricular_volume_ml"]
+    assert np.mean(counted) == pytest.approx(true.mean(), rel=0.1) and np.corrcoef(counted, true)[0, 1] > 0.85
+    options = [f"--volume={name}={','.join(map(str, group))}" for name, group in groups.items()]
+    model, data = experiment / "run/model", experiment / "data"
+    command_line("segmenter", model, "--data", data, "--labels", labels, *options, "--out", tmp_path / "seg", "--steps", 2)
+    assert "Dice" in capsys.readouterr().out
+    arguments = ["--measure", f"segmenter:{tmp_path / 'seg'}", "--out", tmp_path / "out", "--num", 4, "--steps", 1]
+    command_line("evaluate", model, "--data", data, *arguments)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {row["covariate"] for row in metrics["fidelity"]} == {"ventricular_volume_ml"}
