@@ -15,8 +15,8 @@ from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
 from ldm3d.pipeline import Pipeline
-from ldm3d.report import Goal, summary, write_report
-from ldm3d.sections import lights
+from ldm3d.report.evaluation import Goal, summary, write_report
+from ldm3d.report.sections import lights
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
@@ -30,13 +30,13 @@ def run_demo(out: Path, config_path: Path) -> None:
     config = load_config(config_path, overrides[1::2])
     if not (data / "participants.tsv").is_file():
         shape = [str(n) for n in config.data.grid.shape]
-        _step("toy brains", "ldm3d.cli", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape)
+        _step("toy brains", "ldm3d", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape)
     experiment = [config_path, *overrides]
-    _step("prepare", "ldm3d.cli", "prepare", *experiment)
+    _step("prepare", "ldm3d", "prepare", *experiment)
     launch = ["accelerate.commands.launch", "--quiet", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "-m"]
     _step("train the autoencoder", *launch, "ldm3d.training.autoencoder", *experiment)
-    _step("encode", "ldm3d.cli", "encode", *experiment)
+    _step("encode", "ldm3d", "encode", *experiment)
     _step("train the diffusion model", *launch, "ldm3d.training.diffusion", *experiment)
 
     pipeline = Pipeline.from_pretrained(config.model_folder, dtype=torch.bfloat16)

@@ -42,8 +42,8 @@ except ImportError:  # Windows: two starts of one command at the same time go un
     fcntl = None
 
 if TYPE_CHECKING:  # they import this module
+    from ldm3d.audit.guard import Guard
     from ldm3d.description import Sampling
-    from ldm3d.evaluation.guard import Guard
     from ldm3d.pipeline import Pipeline
 
 SERIES, UNFINISHED, WITHHELD = "series.json", ".unfinished", "withheld"

@@ -18,6 +18,14 @@ from scipy import stats
 from torture.generation import bids_errors, digests, make_pipeline
 
 from ldm3d import generation
+from ldm3d.audit import membership
+from ldm3d.audit.audit import Audit, audit, data_copying
+from ldm3d.audit.calibration import Rate, calibrate, p_values
+from ldm3d.audit.descriptors import SHIFTS, coarse_volumes, descriptors_of
+from ldm3d.audit.embedding import augment, contrastive_loss, train_embedding
+from ldm3d.audit.guard import Guard
+from ldm3d.audit.nearest import SPACES, Likeness, Nearest, Reference
+from ldm3d.audit.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
 from ldm3d.config import load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.bids import synthetic_path
@@ -26,14 +34,6 @@ from ldm3d.data.phantoms import make_phantom, write_dataset
 from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.errors import InputError
-from ldm3d.evaluation import membership
-from ldm3d.evaluation.audit import Audit, audit, data_copying
-from ldm3d.evaluation.calibration import Rate, calibrate, p_values
-from ldm3d.evaluation.descriptors import SHIFTS, coarse_volumes, descriptors_of
-from ldm3d.evaluation.embedding import augment, contrastive_loss, train_embedding
-from ldm3d.evaluation.guard import Guard
-from ldm3d.evaluation.nearest import SPACES, Likeness, Nearest, Reference
-from ldm3d.evaluation.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
 from ldm3d.experiment import audited_scans, held_out_scans, save_experiment
 from ldm3d.generation import generate
 from ldm3d.geometry import Grid

@@ -8,7 +8,7 @@ from scipy import stats
 from ldm3d import figures
 from ldm3d.errors import InputError
 from ldm3d.evaluation.metrics import agreement, psnr, ssim
-from ldm3d.report import Goal
+from ldm3d.report.evaluation import Goal
 
 
 def test_psnr_of_a_known_error():

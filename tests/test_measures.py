@@ -167,7 +167,7 @@ PAIRS = {"mean": Measure("", "volumes", "real", same, "", "")}
 
 
 def test_pairs_hold_the_known_mean_and_seldom_differ_without_cause():
-    """log(1 - s) of a pair of N(0, 1) is N(0, 1/2): intervals must hold s = 0, and real volumes seldom differ from real ones."""
+    """log(1 - s) of a pair of N(0, 1) is N(0, 1/2): intervals must hold s = 0, and like volumes seldom come out as unlike."""
     holds, apart, repeats = 0, 0, 200
     for i in range(repeats):
         real, synthetic = (normal(n, 1, 1, 1, seed=3 * i + k).numpy() for k, n in enumerate((24, 16)))

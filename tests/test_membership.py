@@ -5,8 +5,8 @@ import pytest
 import torch
 from torture.generation import make_pipeline
 
+from ldm3d.audit.membership import REPEATS, TIMES, infer_members, losses_of
 from ldm3d.errors import InputError
-from ldm3d.evaluation.membership import REPEATS, TIMES, infer_members, losses_of
 
 
 def losses(subjects: int, mean: float, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ldm3d.page import Goal, Section, found, plain, write_page
+from ldm3d.report.page import Goal, Section, found, plain, write_page
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ldm3d.evaluation.fairness import Judged, gaps
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.support import Beyond
-from ldm3d.sections import categories_lights, fidelity_table, lights, sections
+from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
 
 SCHEMA = CovariateSchema((Covariate("ml", "continuous", "ml"), Covariate("sex", "categorical", categories=("F", "M"))))
 N = 120

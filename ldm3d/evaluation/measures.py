@@ -328,8 +328,8 @@ def compare_pairs(
 
     A volume is in one pair at most, so pairs are independent and Student's intervals hold: that of the mean over synthetic
     pairs, and as null that in which the mean of as many further real pairs would lie, given these (a prediction interval).
-    Means are of log(1 - similarity), which is near a normal distribution, and are brought back: similarities crowd below 1, and
-    of 12 pairs of like volumes, 8% instead of 5% came out as unlike by their plain means.
+    Means are of log(1 - similarity), which is near a normal distribution, and are brought back: similarities crowd below 1,
+    and of 12 pairs of like volumes, 8% instead of 5% came out as unlike by their plain means.
 
     Args:
         real, synthetic: volumes (X, Y, Z) in [0, 1], all of one shape; anything with a length and an index.

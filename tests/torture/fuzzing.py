@@ -71,7 +71,7 @@ def try_commands(examples: int, seed: int) -> Outcome:
         case = replace(case, files={**settings, **case.files})
         with tempfile.TemporaryDirectory() as name:
             case.write(Path(name))
-            command = [sys.executable, "-m", "ldm3d.cli", *arguments]
+            command = [sys.executable, "-m", "ldm3d", *arguments]
             limits = {"timeout": LONGEST_START, "capture_output": True, "text": True, "errors": "replace"}
             try:
                 done = subprocess.run(command, cwd=Path(name) / "input", env={**os.environ, "OMP_NUM_THREADS": "1"}, **limits)

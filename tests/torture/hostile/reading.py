@@ -19,7 +19,7 @@ from torture.hostile.case import COVARIATES, GRID, OUTSIDE, TABLE_OF_PARTICIPANT
 from torture.hostile.models import model
 from torture.hostile.tables import bids_files
 
-from ldm3d.cli import _requests
+from ldm3d.cli.generation import read_requests
 from ldm3d.config import CovariateConfig, DataConfig, load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.bids import read_scans
@@ -57,7 +57,7 @@ def _read_requests(case: Case) -> None:
     schema = CovariateSchema(
         tuple(Covariate(**{**c, "range": None, "categories": tuple(c.get("categories", ()))}) for c in COVARIATES)
     )
-    for row in _requests(Path("scans.csv")):
+    for row in read_requests(Path("scans.csv")):
         schema.parse(row)
 
 

@@ -11,9 +11,9 @@ from ldm3d import figures
 from ldm3d.covariates import Value, describe
 from ldm3d.data.nifti import write_volume
 from ldm3d.evaluation.explanation import ALL, LEVEL, NOTABLE, Contrast, Explanation
-from ldm3d.page import METRICS, Section, write_page
 from ldm3d.pipeline import Pipeline, Sampling
-from ldm3d.report import provenance
+from ldm3d.report.evaluation import provenance
+from ldm3d.report.page import METRICS, Section, write_page
 
 
 def write_explanation(folder: Path, title: str, pipeline: Pipeline, found: Explanation, sampling: Sampling) -> Path:

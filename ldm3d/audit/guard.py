@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ldm3d
+from ldm3d.audit import descriptors
+from ldm3d.audit.calibration import Threshold
+from ldm3d.audit.descriptors import COARSE_SIDE, Descriptors, descriptors_of
+from ldm3d.audit.embedding import FEATURES, Embedding
+from ldm3d.audit.nearest import SPACES, Likeness, Reference
 from ldm3d.errors import InputError, shown
-from ldm3d.evaluation import descriptors
-from ldm3d.evaluation.calibration import Threshold
-from ldm3d.evaluation.descriptors import COARSE_SIDE, Descriptors, descriptors_of
-from ldm3d.evaluation.embedding import FEATURES, Embedding
-from ldm3d.evaluation.nearest import SPACES, Likeness, Reference
 from ldm3d.models.pretrained import load_weights, read_json
 from ldm3d.pipeline import Pipeline
 

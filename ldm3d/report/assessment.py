@@ -22,10 +22,10 @@ from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
 from ldm3d.evaluation.likelihood import score
 from ldm3d.evaluation.predictors import Learnt, fit_predictor, look_at_training, together
-from ldm3d.page import Goal, Section
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
-from ldm3d.sections import (
+from ldm3d.report.page import Goal, Section
+from ldm3d.report.sections import (
     LIKELIHOOD,
     categories_lights,
     categories_section,
@@ -41,7 +41,7 @@ TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes:
 
 @dataclass
 class Assessment:
-    """Everything that was found, ready for `ldm3d.report.write_report`.
+    """Everything that was found, ready for `ldm3d.report.evaluation.write_report`.
 
     Attributes:
         found: the evaluation.

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ldm3d.audit.calibration import Rate, Threshold, calibrate, p_values
+from ldm3d.audit.descriptors import Descriptors, descriptors_of
+from ldm3d.audit.embedding import Embedding, train_embedding
+from ldm3d.audit.guard import Guard, embed, likeness_of
+from ldm3d.audit.membership import Membership, infer_members, losses_of
+from ldm3d.audit.nearest import SPACES, Likeness, Reference
+from ldm3d.audit.volumes import Volumes
 from ldm3d.errors import InputError
-from ldm3d.evaluation.calibration import Rate, Threshold, calibrate, p_values
-from ldm3d.evaluation.descriptors import Descriptors, descriptors_of
-from ldm3d.evaluation.embedding import Embedding, train_embedding
 from ldm3d.evaluation.fidelity import spread
-from ldm3d.evaluation.guard import Guard, embed, likeness_of
-from ldm3d.evaluation.membership import Membership, infer_members, losses_of
-from ldm3d.evaluation.nearest import SPACES, Likeness, Reference
-from ldm3d.evaluation.volumes import Volumes
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes
 
@@ -36,7 +36,7 @@ class Looked:
     Attributes:
         name, asked: see `Volumes`.
         likeness: to the training subjects.
-        p: probability that a new subject's volume is as much like one of them; see `ldm3d.evaluation.calibration`.
+        p: probability that a new subject's volume is as much like one of them; see `ldm3d.audit.calibration`.
         subject: whom it is like.
         copy, plain: whether it counts as a copy, and as a plain one.
     """

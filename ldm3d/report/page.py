@@ -1,7 +1,7 @@
 """A self-contained HTML page: lights at the top, sections of text, tables and pictures, and how it was made.
 
-It knows nothing of models and evaluations; see `ldm3d.report` for what an evaluation says. Nothing is fetched when the page is
-opened: pictures are data: URIs, and there are no scripts.
+It knows nothing of models and evaluations; `ldm3d.report.evaluation` has what an evaluation says. Nothing is fetched when the
+page is opened: pictures are data: URIs, and there are no scripts.
 """
 
 import datetime
@@ -121,7 +121,7 @@ def write_page(
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d", ""), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d.report", ""), autoescape=True)
     page = environment.get_template(PAGE).render(
         title=title,
         subtitle=f"ldm3d {ldm3d.__version__}, {provenance.get('made', '')[:10]}".rstrip(", "),

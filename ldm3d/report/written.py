@@ -22,8 +22,8 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
 from ldm3d.geometry import spacing_of
-from ldm3d.page import METRICS, Section, command, now, plain, write_page
-from ldm3d.sections import agreements, fairness_sections
+from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
+from ldm3d.report.sections import agreements, fairness_sections
 
 CUBIC_MM_TO_ML = 1e-3
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")

@@ -16,7 +16,7 @@ from ldm3d.evaluation.fairness import Gap
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE
 from ldm3d.evaluation.support import SHARE
-from ldm3d.page import AMBER, GREEN, GREY, RED, Goal, Section, number
+from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number
 
 # The page's lights for verdicts
 LIKENESS = {AS_REAL: GREEN, WORSE: RED, CLOSER: AMBER, UNDECIDED: GREY}
@@ -109,7 +109,7 @@ def _fair(gaps: Sequence[Gap]) -> Goal:
 
 
 def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str]) -> list[Section]:
-    """What the page says, in its order; `pictures` are data: URIs by name, see `ldm3d.report.draw`."""
+    """What the page says, in its order; `pictures` are data: URIs by name, see `ldm3d.report.evaluation.draw`."""
 
     def picture(name: str, caption: str) -> Picture:
         return {"source": pictures[name], "caption": caption}

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm3d import figures
+from ldm3d.audit.audit import ALARM, Audit
+from ldm3d.audit.calibration import PLAINLY, Rate
+from ldm3d.audit.guard import FOLDER, Guard
+from ldm3d.audit.membership import LEVEL
 from ldm3d.description import Sampling
-from ldm3d.evaluation.audit import ALARM, Audit
-from ldm3d.evaluation.calibration import PLAINLY, Rate
-from ldm3d.evaluation.guard import FOLDER, Guard
-from ldm3d.evaluation.membership import LEVEL
-from ldm3d.page import AMBER, GREEN, RED, Goal, Section, write_page
 from ldm3d.pipeline import Pipeline
-from ldm3d.report import provenance
+from ldm3d.report.evaluation import provenance
+from ldm3d.report.page import AMBER, GREEN, RED, Goal, Section, write_page
 
 AUDIT = "audit.json"
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import describe
@@ -15,9 +13,9 @@ from ldm3d.description import Sampling
 from ldm3d.evaluation.fairness import GAP, SMALL
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measures import MEASURES
-from ldm3d.page import METRICS, Goal, Section, command, now, plain, write_page
 from ldm3d.pipeline import Pipeline
-from ldm3d.sections import fidelity_table, lights, sections
+from ldm3d.report.page import METRICS, Goal, Section, command, now, plain, write_page
+from ldm3d.report.sections import fidelity_table, lights, sections
 
 FIDELITY = "fidelity.tsv"
 
@@ -38,7 +36,7 @@ def write_report(
         folder: is made if it is not there.
         title: of the page.
         pipeline, evaluation, sampling: what was evaluated, what was found, how it was generated.
-        goals: for the summary at the top; None for those of `ldm3d.sections.lights`.
+        goals: for the summary at the top; None for those of `ldm3d.report.sections.lights`.
         extra: sections of others, for the end of the page.
         figures_of_extra: their figures, for metrics.json.
 
@@ -91,7 +89,7 @@ def summary(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, Figure]:
+def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure]:
     """Every picture of the page, by name."""
     spacing = pipeline.grid.spacing_mm
     columns = min(3, len(evaluation.real))

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from ldm3d.audit.calibration import Rate
 from ldm3d.covariates import Value
 from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
-from ldm3d.evaluation.calibration import Rate
 from ldm3d.models.unet import TIMESTEPS, pad_to
 from ldm3d.pipeline import Pipeline
 

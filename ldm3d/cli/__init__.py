@@ -1,0 +1,35 @@
+"""The command line, all but training.
+
+ldm3d phantoms | prepare | encode | generate | info | evaluate | segmenter | compare | audit | likelihood | explain |
+import-monai | demo.
+
+Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm3d.cli import data, evaluation, generation  # noqa: F401 (each adds its commands)
+from ldm3d.cli.options import app
+from ldm3d.errors import exit_on_input_error
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    config: Annotated[Path, typer.Option(help="The toy experiment.")] = Path("configs/toy.yaml"),
+) -> None:
+    """The whole path on toy brains, from phantoms to an HTML page, in a few minutes on two cores."""
+    from ldm3d.demo import run_demo
+
+    run_demo(out, config)
+
+
+@exit_on_input_error
+def main() -> None:
+    """Entry point of the console script."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", flush=True)
+    app()

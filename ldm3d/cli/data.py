@@ -1,0 +1,85 @@
+"""Commands that come before training: toy brains, scans, latents."""
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm3d.cli.options import ConfigPath, Device, Override, Precision, app, dtype_of
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="Where to write; must be empty or absent.", show_default=False)],
+    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels to the right, front and top.")] = (40, 48, 40),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+) -> None:
+    """Make a BIDS dataset of toy brains with exactly known covariates."""
+    from ldm3d.data.phantoms import write_dataset
+
+    write_dataset(folder, subjects, shape, seed, workers=workers)
+    print(f"{subjects} phantoms written to {folder}")
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    override: Override = [],  # noqa: B006 (typer reads it, nobody changes it)
+    strict: Annotated[bool, typer.Option(help="Stop if any scan cannot be used.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+) -> None:
+    """Bring every scan to the config's grid; only what is new or has changed."""
+    from ldm3d.config import load_config
+    from ldm3d.data.preprocess import prepare
+    from ldm3d.processes import started_processes
+
+    settings, processes = load_config(config, override), started_processes()
+    done = prepare(settings, workers=workers, strict=strict, processes=processes)
+    splits = ", ".join(f"{count} {split}" for split, count in done.table["split"].value_counts().items())
+    if processes.is_main:
+        print(
+            f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
+            f"{splits}; written to {settings.prepared_folder}"
+        )
+
+
+@app.command()
+def encode(
+    config: ConfigPath,
+    override: Override = [],  # noqa: B006
+    device: Device = None,
+    precision: Precision = "float32",
+    force: Annotated[bool, typer.Option(help="Encode even if the cache is up to date.")] = False,
+) -> None:
+    """Write the latents of all prepared scans with the trained autoencoder: what stage 2 reads."""
+    import torch
+
+    from ldm3d.config import load_config
+    from ldm3d.data.latents import is_fresh, write_latents
+    from ldm3d.data.preprocess import load_prepared, read_scan_table
+    from ldm3d.experiment import latents_origin
+    from ldm3d.models.autoencoder import LatentSpace
+    from ldm3d.processes import own_device, started_processes
+
+    settings, processes = load_config(config, override), started_processes()
+    scans = read_scan_table(settings)
+    device = device or own_device()
+    dtype = dtype_of(precision)
+    origin = latents_origin(settings)
+    autoencoder = LatentSpace.from_pretrained(settings.autoencoder_folder, device, dtype)
+    if is_fresh(settings.latents_folder, origin) and not force:
+        if processes.is_main:
+            print(f"the latents in {settings.latents_folder} are up to date")
+        return
+
+    @torch.no_grad()
+    def moments(volumes):
+        return autoencoder.encode(torch.from_numpy(volumes).to(device, dtype)).float().cpu().numpy()
+
+    load = functools.partial(load_prepared, settings)
+    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes)
+    if processes.is_main:
+        print(f"latents of {len(scans)} scans written to {settings.latents_folder}")

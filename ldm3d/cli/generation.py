@@ -1,0 +1,142 @@
+"""Commands for a trained model: what it is, what it makes, and models of others."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm3d.cli.options import Device, Precision, app, dtype_of
+from ldm3d.errors import InputError
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def generate(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write; empty, absent, or with a part of the same.", show_default=False)],
+    num: Annotated[
+        int | None, typer.Option("--num", "--volumes", min=1, help="Of one request; 1 if not given. (torchrun eats --num.)")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; changes no volume.")] = 8,
+    group: Annotated[
+        int | None, typer.Option(min=1, help="Volumes that the U-Net takes together; another number, other last bits.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of a CPU, a process; another number, other last bits.")] = 1,
+    device: Device = None,
+    precision: Precision = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
+    audit: Annotated[
+        Path | None, typer.Option(help="Folder of `ldm3d audit` of this model: withhold copies of training subjects.")
+    ] = None,
+) -> None:
+    """Generate volumes for asked covariates, as a BIDS derivative.
+
+    Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45. Those left out are left open.
+
+    The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
+    ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
+    """
+    from tqdm import tqdm
+
+    from ldm3d.audit.guard import Guard
+    from ldm3d.generation import WITHHELD, generate, which_process
+    from ldm3d.pipeline import Pipeline
+    from ldm3d.preemption import REQUEUE, preemption
+    from ldm3d.processes import cores_each, own_device
+
+    processes = which_process()
+    pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
+    pipeline.group, pipeline.threads = group, threads
+    asked = _covariates(context.args)
+    if compile:
+        pipeline.compile()
+    if table is not None and (asked or num is not None):
+        raise InputError("give either --table, with one row a volume, or covariates and --num")
+    rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
+    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    guard = Guard.load(audit, pipeline.model_hash) if audit else None
+    if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads:
+        print(
+            f"computing with {threads} of {cores_each()} cores: start more processes (torchrun --nproc_per_node N -m ldm3d "
+            "generate ...), or use --threads, which changes the last bits",
+            flush=True,
+        )
+    who = f"process {processes.rank} of {processes.world}: " if processes.world > 1 else ""
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file twice a minute
+    looks = {"desc": "generate", "unit": "volume", "mininterval": every, "delay": 1e-3, "disable": not processes.is_main}
+    with preemption() as stop, tqdm(**looks) as bar:
+
+        def show(finished: int, volumes: int) -> None:
+            bar.total = volumes
+            bar.update(finished - bar.n)
+
+        def say(finished: int, volumes: int) -> None:
+            if finished:
+                print(f"{who}{finished} of {volumes} volumes there already", flush=True)
+
+        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop, guard)
+    if stop.asked:
+        print(f"{who}{tally}; stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there")
+        raise SystemExit(REQUEUE)
+    if tally.missing:
+        print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
+    else:
+        print(f"{who}{tally}; {len(rows) - tally.withheld} synthetic volumes written to {out}")
+    if tally.withheld:
+        print(f"{who}{tally.withheld} of {len(rows)} withheld: too near to a training subject; see {out / WITHHELD}")
+
+
+@app.command()
+def info(model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)]) -> None:
+    """What a model makes, and what it can be asked."""
+    from ldm3d.pipeline import Pipeline
+
+    print(Pipeline.from_pretrained(model, "cpu"))
+
+
+@app.command("import-monai")
+def import_monai(
+    folder: Annotated[Path, typer.Argument(help="Of a published model's files; see docs/monai.md.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Pipeline folder to write; must be empty or absent.", show_default=False)],
+    library: Annotated[str, typer.Option(help="Whose networks: monai (MONAI core) or monai-generative (0.2.3).")] = "monai",
+    settings: Annotated[Path | None, typer.Option(help="YAML with what the files leave unsaid; FOLDER/import.yaml.")] = None,
+) -> None:
+    """Make a pipeline of a model that was trained with MONAI and published as PyTorch checkpoints."""
+    from ldm3d.published import import_model
+
+    pipeline = import_model(folder, out, library, settings)
+    print(f"{', '.join(pipeline.schema.names)} can be asked of the model written to {out}")
+
+
+def _covariates(arguments: list[str]) -> dict[str, str]:
+    """["--age", "72", "--sex=F"] -> {"age": "72", "sex": "F"}."""
+    asked, rest = {}, list(arguments)
+    while rest:
+        name, separator, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise InputError(f"{name!r} stands alone; ask for a covariate as --name value")
+        if not separator:
+            if not rest:
+                raise InputError(f"{name} needs a value")
+            value = rest.pop(0)
+        asked[name.removeprefix("--").replace("-", "_")] = value
+    return asked
+
+
+def read_requests(table: Path) -> list[dict]:
+    """Rows of a table of requests; identifiers in it are not covariates."""
+    from ldm3d.data.bids import read_table
+
+    frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
+    if frame.empty:
+        raise InputError(f"{table} has no rows; write one for each volume")
+    return [dict(zip(frame.columns, row)) for row in frame.to_numpy().tolist()]

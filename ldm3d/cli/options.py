@@ -1,0 +1,29 @@
+"""The application, and the options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm3d.errors import InputError
+
+app = typer.Typer(
+    help="Latent diffusion for 3D brain MRI. Train with: accelerate launch -m ldm3d.training.autoencoder CONFIG, "
+    "ldm3d encode CONFIG, accelerate launch -m ldm3d.training.diffusion CONFIG.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
+Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16 (faster on GPUs and recent CPUs).")]
+
+
+def dtype_of(name: str):
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise InputError(f"--precision {name}: use float32 or bfloat16")
+    return known[name]
