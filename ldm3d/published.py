@@ -33,7 +33,6 @@ from ldm3d.config import (
     ProcessConfig,
     Section,
     explain,
-    read_yaml,
 )
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.description import WHOLE, Sampling
@@ -43,6 +42,7 @@ from ldm3d.experiment import EXPERIMENT
 from ldm3d.geometry import Grid, spacing_of
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
 from ldm3d.pipeline import Pipeline
+from ldm3d.yaml_files import read_yaml
 
 SETTINGS = "import.yaml"
 SUFFIXES = (".pth", ".pt", ".safetensors")

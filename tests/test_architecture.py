@@ -66,7 +66,8 @@ def test_reader_sees_every_form_of_import():
     [
         (["errors.py"], ()),
         (["geometry.py", "covariates.py"], ("ldm3d.errors",)),
-        (["config.py"], ("ldm3d.errors", "ldm3d.covariates")),
+        (["yaml_files.py"], ("ldm3d.errors",)),
+        (["config.py"], ("ldm3d.errors", "ldm3d.covariates", "ldm3d.yaml_files")),
         (["models/"], ("ldm3d.errors", "ldm3d.models")),
         (["diffusion/"], ("ldm3d.errors", "ldm3d.diffusion")),
         (["preemption.py", "processes.py"], ("ldm3d.errors",)),

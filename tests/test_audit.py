@@ -124,8 +124,15 @@ def planted(people) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def found(pipeline, people, planted) -> tuple[Audit, Guard]:
-    return run(pipeline, people, planted | {f"new {i}": volume for i, volume in enumerate(people["new"])})
+def strangers(pipeline, people) -> dict[str, np.ndarray]:
+    """New people as an honest model would draw them: they come out of the decoder."""
+    volumes = (pipeline.reconstruct(torch.from_numpy(volume)[None, None])[0, 0].numpy() for volume in people["new"])
+    return {f"new {i}": volume for i, volume in enumerate(volumes)}
+
+
+@pytest.fixture(scope="module")
+def found(pipeline, people, planted, strangers) -> tuple[Audit, Guard]:
+    return run(pipeline, people, planted | strangers)
 
 
 # What is found
@@ -135,12 +142,12 @@ def test_planted_copies_are_found_and_new_people_are_none(found, planted):
     audited, _ = found
     looked = {each.name: each for each in audited.looked}
     for name in planted:
-        assert looked[name].copy and looked[name].plain == (name != "noisy of t5"), (name, looked[name])
+        assert looked[name].copy and looked[name].plain, (name, looked[name])
         assert looked[name].subject == name.rpartition(" ")[2]
         assert looked[name].p == 1 / (HELD + 1)
     new = [each for name, each in looked.items() if name not in planted]
     assert not any(each.plain for each in new) and sum(each.copy for each in new) <= 2
-    assert audited.has_copies and audited.verdict.startswith("COPIES: 6 plain ones; 7 of 19")
+    assert audited.has_copies and audited.verdict.startswith("COPIES: 7 plain ones; 7 of 19")
     assert audited.copied_subjects.count >= len(planted)
     assert audited.suspects[0][0].name == "exact of t3"
     np.testing.assert_array_equal(audited.suspects[0][1], audited.suspects[0][2])
@@ -156,8 +163,8 @@ def test_every_space_finds_the_exact_and_the_flipped_copy(found):
     assert shifted.ratio < 0.3, "the faces that roll over are all that differs"
 
 
-def test_new_people_alone_are_no_copies(pipeline, people):
-    audited, _ = run(pipeline, people, {f"new {i}": volume for i, volume in enumerate(people["new"])})
+def test_new_people_alone_are_no_copies(pipeline, people, strangers):
+    audited, _ = run(pipeline, people, strangers)
     assert not audited.has_copies and audited.plain == 0
     assert audited.verdict.startswith("no copies beyond the held-out rate")
     for space in audited.spaces.values():
@@ -174,16 +181,16 @@ def test_a_set_of_copies_shows_in_every_figure(pipeline, people):
         assert audited.spaces[space].authentic.count == 0
 
 
-def test_one_exact_copy_among_many_is_enough(found, pipeline, people):
+def test_one_exact_copy_among_many_is_enough(pipeline, people, strangers):
     """By counting alone it would be lost among the volumes that are below the threshold by chance."""
-    audited, _ = run(pipeline, people, {"copy": people["training"][4]} | {f"new {i}": v for i, v in enumerate(people["new"])})
+    audited, _ = run(pipeline, people, {"copy": people["training"][4]} | strangers)
     assert audited.chance > 0.05
     assert audited.has_copies and audited.plain == 1
 
 
 def test_figures_are_json_and_name_what_they_are(found):
     values = json.loads(json.dumps(found[0].to_dict()))
-    assert values["copies"]["of"] == len(values["volumes"]) and values["copies"]["plain"] == 6
+    assert values["copies"]["of"] == len(values["volumes"]) and values["copies"]["plain"] == 7
     assert values["threshold"]["expected_false_rate"] == pytest.approx(1 / (HELD + 1))
     assert values["training"] == {"scans": TRAINED + 1, "subjects": TRAINED}
     assert values["volumes"][0]["name"] == "exact of t3" and values["volumes"][0]["nearest_subject"] == "t3"

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from ldm3d.config import Config
 from ldm3d.covariates import Value
 from ldm3d.data.loading import generator
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.preprocess import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
@@ -53,6 +56,12 @@ def of_subjects(
 ) -> Volumes:
     """Scans of subjects; `load` takes the number of a scan to its volume."""
     return Volumes(list(subjects), pipeline.parse(covariates), lambda numbers: map(load, numbers))
+
+
+def of_scans(config: Config, scans: pd.DataFrame, pipeline: Pipeline) -> Volumes:
+    """Prepared scans of a table from `ldm3d.experiment.audited_scans`."""
+    rows = scans[pipeline.schema.names].to_dict("records")
+    return of_subjects(list(scans["subject"]), rows, lambda i: load_prepared(config, scans["key"][i]), pipeline)
 
 
 def generated_for(

@@ -30,6 +30,9 @@ def evaluate(
     predict: Annotated[bool, typer.Option(help="Read what MEASURE does not give (age) off the image, by regression.")] = True,
     downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on real, synthetic and both.")] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Score held-out volumes: some minutes.")] = False,
+    with_audit: Annotated[
+        bool, typer.Option("--audit", help="Look for copies; the page then shows training subjects.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance: Annotated[float | None, typer.Option(min=0)] = None,
@@ -55,8 +58,8 @@ def evaluate(
     function, extractor = load_measure(measure), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     scans = audited_scans(model, data, out / "work", root, processes)  # the config, trained on, held out
-    parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "processes": processes}
-    done = assess(pipeline, *scans, function, extractor, sampling, num, **parts)
+    parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "audit": with_audit}
+    done = assess(pipeline, *scans, function, extractor, sampling, num, **parts, processes=processes)
     if processes.is_main:
         others = done.goals, done.extra, done.figures
         page = write_report(out, f"Evaluation of {model}", pipeline, done.found, sampling, *others)
@@ -89,8 +92,7 @@ def audit(
     `ldm3d generate --audit OUT` then withholds such volumes.
     """
     from ldm3d.audit.audit import audit
-    from ldm3d.audit.volumes import generated_for, of_subjects, written_in
-    from ldm3d.data.preprocess import load_prepared
+    from ldm3d.audit.volumes import generated_for, of_scans, written_in
     from ldm3d.experiment import audited_scans
     from ldm3d.pipeline import Pipeline
     from ldm3d.processes import own_device, started_processes
@@ -101,12 +103,7 @@ def audit(
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     config, *groups = audited_scans(model, data, out / "work", root, processes)
-
-    def volumes(scans):
-        rows = scans[pipeline.schema.names].to_dict("records")
-        return of_subjects(list(scans["subject"]), rows, lambda i: load_prepared(config, scans["key"][i]), pipeline)
-
-    training, held_out = map(volumes, groups)
+    training, held_out = (of_scans(config, scans, pipeline) for scans in groups)
     if synthetic:
         looked = written_in(synthetic, pipeline)
     else:

@@ -10,6 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ldm3d import figures
+from ldm3d.audit.audit import audit as run_audit
+from ldm3d.audit.volumes import generated_for, of_scans
 from ldm3d.config import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.data.preprocess import load_prepared
@@ -24,6 +26,7 @@ from ldm3d.evaluation.likelihood import score
 from ldm3d.evaluation.predictors import Learnt, fit_predictor, look_at_training, together
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
+from ldm3d.report import audit as audit_page
 from ldm3d.report.page import Goal, Section
 from ldm3d.report.sections import (
     LIKELIHOOD,
@@ -67,6 +70,7 @@ def assess(
     predict: bool = True,
     downstream: bool = False,
     likelihood: bool = False,
+    audit: bool = False,
     processes: Processes = ALONE,
 ) -> Assessment:
     """Evaluate a model on held-out scans.
@@ -80,6 +84,8 @@ def assess(
         predict: whether to read covariates that `measure` does not give off the image, by regression.
         downstream: whether to train regressors on real, synthetic and both.
         likelihood: whether to score held-out volumes.
+        audit: whether to look for copies of training subjects, among as many volumes again, half of them for training
+            subjects' own covariates.
         processes: that share the work; all of them have to call this.
 
     Raises:
@@ -113,6 +119,8 @@ def assess(
         _add_usefulness(result, learnt, missing)
     if likelihood and processes.is_main:
         _add_likelihood(result, pipeline, subjects[:SCORED], people[:SCORED], load, sampling.seed)
+    if audit:
+        _add_audit(result, pipeline, config, trained, held_out, sampling, num_generated, processes)
     return result
 
 
@@ -198,3 +206,27 @@ def _add_likelihood(
         name: {"mean": float(table[name].mean()), "interval": mean_interval(table[name].to_numpy(), people)}
         for name in LIKELIHOOD
     }
+
+
+def _add_audit(
+    result: Assessment,
+    pipeline: Pipeline,
+    config: Config,
+    trained: pd.DataFrame,
+    held_out: pd.DataFrame,
+    sampling: Sampling,
+    volumes: int,
+    processes: Processes,
+) -> None:
+    """Copies of training subjects, and what the loss tells of them."""
+    if trained.empty:
+        warnings.warn("no audit: --data has none of the volumes that the model was trained on", stacklevel=2)
+        return
+    training, others = (of_scans(config, scans, pipeline) for scans in (trained, held_out))
+    looked = generated_for(pipeline, training, others, volumes, sampling, sampling.seed)
+    found, _ = run_audit(pipeline, training, others, looked, seed=sampling.seed, processes=processes)
+    if processes.is_main:
+        pictures = audit_page.draw(pipeline, found)
+        result.extra += audit_page.sections(found, pictures)
+        result.goals += audit_page.goals(found)
+        result.figures["audit"] = found.to_dict()
