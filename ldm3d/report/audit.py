@@ -113,7 +113,7 @@ def sections(found: Audit, pictures: Mapping[str, figures.Figure]) -> list[Secti
             name,
             *(f"{value:.3f}" for value in (*space.held_out_ratio, *space.synthetic_ratio)),
             f"{space.held_out_authentic.value:.1%}",
-            str(space.authentic),
+            "{:.1%}\n({:.1%} to {:.1%})".format(space.authentic.value, *space.authentic.interval),
             f"{space.c_t:+.2f}",
         ]
         for name, space in found.spaces.items()
