@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check ldm3d tests benchmarks
 	$(BIN)/ruff format --check ldm3d tests benchmarks
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
