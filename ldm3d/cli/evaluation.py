@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Precision, app, dtype_of
+from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app, dtype_of
 from ldm3d.errors import InputError
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
-    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")] = 64,
     measure: Annotated[
@@ -33,10 +33,10 @@ def evaluate(
     with_audit: Annotated[
         bool, typer.Option("--audit", help="Look for copies; the page then shows training subjects.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0)] = None,
-    sampler: Annotated[str | None, typer.Option()] = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: SamplerName = None,
     device: Device = None,
     precision: Precision = "float32",
 ) -> None:
@@ -69,9 +69,9 @@ def evaluate(
 
 @app.command()
 def audit(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
-    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
     num: Annotated[
         int, typer.Option("--num", "--volumes", min=1, help="To generate, half of them for training subjects' own covariates.")
@@ -80,10 +80,10 @@ def audit(
     level: Annotated[
         float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects' volumes that may be called copies.")
     ] = 0.05,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0)] = None,
-    sampler: Annotated[str | None, typer.Option()] = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: SamplerName = None,
     device: Device = None,
     precision: Precision = "float32",
 ) -> None:
@@ -121,7 +121,7 @@ def segmenter(
     data: Annotated[Path, typer.Option(help="BIDS folder or table that the model was trained on.")],
     labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and what counts for it.")],
-    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
     steps: Annotated[int, typer.Option(min=1)] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -184,9 +184,9 @@ def compare(
 
 @app.command()
 def likelihood(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
-    root: Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")] = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option(help="Table to write, a row for each subject.")] = Path("likelihood.tsv"),
     method: Annotated[str, typer.Option(help="bound, ode or both.")] = "both",
     times: Annotated[int, typer.Option(min=1, help="U-Net calls of the bound, for each subject.")] = 128,
@@ -219,15 +219,15 @@ def likelihood(
 
 @app.command()
 def explain(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)],
+    model: ModelPath,
     before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request to start at.")],
     changes: Annotated[list[str], typer.Option("--to", metavar="NAME=VALUE,...", help="What changes in it.")],
     out: Annotated[Path, typer.Option(help="Where to write maps, pictures and the page.")] = Path("explanation"),
     seeds: Annotated[int, typer.Option(min=2, help="Volumes of each request, with the same noise in all of them.")] = 16,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0)] = None,
-    sampler: Annotated[str | None, typer.Option()] = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: SamplerName = None,
     device: Device = None,
     precision: Precision = "float32",
 ) -> None:

@@ -6,25 +6,23 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Precision, app, dtype_of
+from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, dtype_of
 from ldm3d.errors import InputError
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def generate(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)],
+    model: ModelPath,
     out: Annotated[Path, typer.Option(help="Where to write; empty, absent, or with a part of the same.", show_default=False)],
     num: Annotated[
         int | None, typer.Option("--num", "--volumes", min=1, help="Of one request; 1 if not given. (torchrun eats --num.)")
     ] = None,
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; the model's own if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
-    ] = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: SamplerName = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; changes no volume.")] = 8,
     group: Annotated[
         int | None, typer.Option(min=1, help="Volumes that the U-Net takes together; another number, other last bits.")
@@ -96,7 +94,7 @@ def generate(
 
 
 @app.command()
-def info(model: Annotated[Path, typer.Argument(help="Pipeline folder.", show_default=False)]) -> None:
+def info(model: ModelPath) -> None:
     """What a model makes, and what it can be asked."""
     from ldm3d.pipeline import Pipeline
 

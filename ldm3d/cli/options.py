@@ -18,6 +18,14 @@ ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", 
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16 (faster on GPUs and recent CPUs).")]
+ModelPath = Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)]
+Root = Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The model's own if not given, as the next three.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of the sampler.")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none.")]
+SamplerName = Annotated[
+    str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
+]
 
 
 def dtype_of(name: str):
