@@ -163,7 +163,9 @@ def plain(value: Any) -> Any:
 
 def command() -> str:
     """The command that this process was started with."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name  # python -m ldm3d
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def now() -> str:
