@@ -43,7 +43,8 @@ lint: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm3d needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH) --editable '.[test]'
+# "compat": also from the folder that holds the clone, `import ldm3d` finds the package and not the clone's folder
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat $(TORCH) --editable '.[test]'
 	touch $@
 
 clean:

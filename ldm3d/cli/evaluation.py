@@ -223,7 +223,7 @@ def explain(
     before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request to start at.")],
     changes: Annotated[list[str], typer.Option("--to", metavar="NAME=VALUE,...", help="What changes in it.")],
     out: Annotated[Path, typer.Option(help="Where to write maps, pictures and the page.")] = Path("explanation"),
-    seeds: Annotated[int, typer.Option(min=2, help="Volumes of each request, with the same noise in all of them.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="Volumes of each request, 6 or more, with the same noise in all.")] = 16,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,

@@ -65,7 +65,8 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
     set_seed(seed)
     accelerator.print(
         f"{run}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"precision {precision}, batch {training.batch_size}"
+        f"precision {precision}, batch {training.batch_size}",
+        flush=True,
     )
     return accelerator
 
