@@ -47,16 +47,16 @@ def held_out_scans(
 ) -> tuple[Config, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
 
-    Arguments and errors: see `audited_scans`.
+    Arguments and errors: see `scans_by_use`.
 
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table).
     """
-    config, _, held_out = audited_scans(model, data, work, root, processes)
+    config, _, held_out = scans_by_use(model, data, work, root, processes)
     return config, held_out
 
 
-def audited_scans(
+def scans_by_use(
     model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
 ) -> tuple[Config, pd.DataFrame, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and say which it was trained on and which it has never seen.

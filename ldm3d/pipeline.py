@@ -275,8 +275,17 @@ class Pipeline:
         return f"SYNTHETIC ldm3d {ldm3d.__version__} model {self.model_hash}"
 
     def parse(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
-        """Check requests: every covariate as a value or None; a warning for what training never saw."""
-        requests = [self.schema.parse(row) for row in rows]
+        """Check requests: every covariate as a value or None; a warning for what training never saw.
+
+        Raises:
+            InputError: unknown covariate, category or kind of value, or one out of range; of several, with its row.
+        """
+        rows, requests = list(rows), []
+        for number, row in enumerate(rows, start=1):
+            try:
+                requests.append(self.schema.parse(row))
+            except InputError as error:
+                raise InputError(f"row {number}: {error}" if len(rows) > 1 else str(error)) from None
         self.schema.warn_beyond_seen(requests)
         return requests
 

@@ -34,7 +34,7 @@ from ldm3d.data.phantoms import make_phantom, write_dataset
 from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.errors import InputError
-from ldm3d.experiment import audited_scans, held_out_scans, save_experiment
+from ldm3d.experiment import held_out_scans, save_experiment, scans_by_use
 from ldm3d.generation import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
@@ -543,7 +543,7 @@ def experiment(tmp_path_factory) -> Path:
 
 
 def test_validation_subjects_are_neither_trained_on_nor_held_out(experiment, tmp_path):
-    _, training, held_out = audited_scans(experiment / "model", experiment / "data", tmp_path)
+    _, training, held_out = scans_by_use(experiment / "model", experiment / "data", tmp_path)
     assert set(training["split"]) == {"train"} and set(held_out["split"]) == {"test"}
     assert (len(training), len(held_out)) == (7, 6)
     _, again = held_out_scans(experiment / "model", experiment / "data", tmp_path)

@@ -69,6 +69,7 @@ def test_tables_of_requests(fails, experiment, tmp_path):
 
     assert "unknown covariate 'weight'" in message("age,weight\n70,80\n")
     assert "is not a number" in message("age\nseventy\n")
+    assert "row 3: sex: 'X' is not one of" in message("age,sex\n70,F\n60,M\n50,X\n")
     assert "no rows" in message("age,sex\n")
     assert "requests.txt" in fails("generate", model, "--table", tmp_path / "requests.txt", "--out", tmp_path / "out")
 

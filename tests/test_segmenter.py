@@ -10,7 +10,7 @@ from conftest import command_line
 from ldm3d.data.label_maps import count_volumes, find_label_map, load_labels, parse_groups
 from ldm3d.errors import InputError
 from ldm3d.evaluation.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
-from ldm3d.experiment import audited_scans
+from ldm3d.experiment import scans_by_use
 
 GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
 
@@ -102,7 +102,7 @@ def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmente
     """Volumes are kept on average, and brains are bright."""
     labels = experiment / "data/derivatives/labels"
     groups = {"ventricular_volume_ml": [6, 7], "brain_volume_ml": [4, 5]}
-    config, trained, _ = audited_scans(experiment / "run/model", experiment / "data", tmp_path)
+    config, trained, _ = scans_by_use(experiment / "run/model", experiment / "data", tmp_path)
     counted = []
     for key, subject in zip(trained["key"], trained["subject"]):
         volume, classes = load_labels(config, key, find_label_map(labels, subject), groups)

@@ -59,7 +59,7 @@ def of_subjects(
 
 
 def of_scans(config: Config, scans: pd.DataFrame, pipeline: Pipeline) -> Volumes:
-    """Prepared scans of a table from `ldm3d.experiment.audited_scans`."""
+    """Prepared scans of a table from `ldm3d.experiment.scans_by_use`."""
     rows = scans[pipeline.schema.names].to_dict("records")
     return of_subjects(list(scans["subject"]), rows, lambda i: load_prepared(config, scans["key"][i]), pipeline)
 

@@ -46,7 +46,7 @@ def evaluate(
     """
     from ldm3d.evaluation.features import load_extractor
     from ldm3d.evaluation.volumetry import load_measure
-    from ldm3d.experiment import audited_scans
+    from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.assessment import assess
@@ -57,7 +57,7 @@ def evaluate(
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     function, extractor = load_measure(measure), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    scans = audited_scans(model, data, out / "work", root, processes)  # the config, trained on, held out
+    scans = scans_by_use(model, data, out / "work", root, processes)  # the config, trained on, held out
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "audit": with_audit}
     done = assess(pipeline, *scans, function, extractor, sampling, num, **parts, processes=processes)
     if processes.is_main:
@@ -93,7 +93,7 @@ def audit(
     """
     from ldm3d.audit.audit import audit
     from ldm3d.audit.volumes import generated_for, of_scans, written_in
-    from ldm3d.experiment import audited_scans
+    from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.audit import summary, write_audit
@@ -102,7 +102,7 @@ def audit(
     pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    config, *groups = audited_scans(model, data, out / "work", root, processes)
+    config, *groups = scans_by_use(model, data, out / "work", root, processes)
     training, held_out = (of_scans(config, scans, pipeline) for scans in groups)
     if synthetic:
         looked = written_in(synthetic, pipeline)
@@ -132,11 +132,11 @@ def segmenter(
 
     from ldm3d.data.label_maps import find_label_map, load_labels, parse_groups
     from ldm3d.evaluation.segmenter import dice, train_segmenter
-    from ldm3d.experiment import audited_scans
+    from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
 
     groups = parse_groups(volume)
-    config, *tables = audited_scans(model, data, out / "work", root)
+    config, *tables = scans_by_use(model, data, out / "work", root)
     trained, held_out = (
         [
             functools.partial(load_labels, config, key, find_label_map(labels, subject, session), groups)

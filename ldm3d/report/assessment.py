@@ -77,7 +77,7 @@ def assess(
 
     Args:
         pipeline: the model.
-        config, trained, held_out: from `ldm3d.experiment.audited_scans`; `trained` is empty where that data is not at hand.
+        config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty where that data is not at hand.
         measure: see `ldm3d.evaluation.fidelity`.
         extractor: see `ldm3d.evaluation.features`.
         sampling, num_generated: how to generate, and how many volumes.
