@@ -62,7 +62,7 @@ def test_chance_makes_few_gaps():
     bands = groupings(SCHEMA, given)
     for seed in range(60):
         figures = [judged(rng.standard_normal(60), given, tolerance=0) for _ in range(3)]
-        alarms += any(gap.verdict == GAP for gap in gaps(SCHEMA, bands, figures, seed))
+        alarms += any(gap.verdict == GAP for gap in gaps(SCHEMA, bands, figures, seed=seed))
     assert alarms <= 8  # 3 expected; more than 8 have a chance of 1 in 200
 
 

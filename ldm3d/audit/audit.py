@@ -5,7 +5,7 @@ says of them it says of anybody. They are looked at after the autoencoder, throu
 may have several scans; none is both trained on and held out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,12 +21,14 @@ from ldm3d.audit.membership import Membership, infer_members, losses_of
 from ldm3d.audit.nearest import SPACES, Likeness, Reference
 from ldm3d.audit.volumes import Volumes
 from ldm3d.errors import InputError
+from ldm3d.evaluation.fairness import Judged
 from ldm3d.evaluation.fidelity import spread
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes
 
 ALARM = 0.05  # probability of what was found by chance, below which it is not called chance
 MOST_ATTACKED = 200  # subjects of each group whose losses are taken
+SMALL, SMALL_AUTHENTIC = 0.05, 0.1  # gaps between groups of people that are called small: of shares of copies, and of AuthPct
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Audit:
         training_scans, training_subjects: how many.
         suspects: the synthetic volumes with the lowest scores, and each with its training volume; for pictures, on
             the main process alone.
+        judged: what can be judged by group of people: whether some are copied, or named by their loss, more than others.
     """
 
     threshold: Threshold
@@ -110,6 +113,7 @@ class Audit:
     training_scans: int
     training_subjects: int
     suspects: list[tuple[Looked, NDArray, NDArray]] = field(default_factory=list, repr=False)
+    judged: list[Judged] = field(default_factory=list, repr=False)
 
     def copies(self, asked: str | None = None) -> Rate | None:
         """Share of copies among all volumes, or those that were asked with one group's covariates; None if there are none."""
@@ -241,6 +245,10 @@ def audit(
     spaces = {space: _in_space(reference, space, on_held_out, firsts, on_synthetic) for space in SPACES}
     membership = _attack(pipeline, training, held_out, seed, processes)
     found = Audit(threshold, looked, scores, spaces, membership, len(training), reference.count)
+    if synthetic.rows is not None:
+        authentic = {space: [reference.is_authentic(each, space) for each in on_synthetic] for space in SPACES}
+        found.judged += _of_synthetic(looked, authentic, synthetic)
+    found.judged += _of_training(found, training, seed)
     if processes.is_main:
         for i in sorted(range(len(looked)), key=lambda i: looked[i].likeness.score)[:shown]:
             (made,), (original,) = synthetic.read([i]), training.read([looked[i].likeness.row])
@@ -292,6 +300,38 @@ def _in_space(
     authentic = [Rate(sum(reference.is_authentic(each, space) for each in group), len(group)) for group in (synthetic, firsts)]
     distances = ([each.nearest[space].distance for each in group] for group in (firsts, synthetic))
     return InSpace(*((float(r.min()), float(np.median(r))) for r in ratios), *authentic, data_copying(*distances))
+
+
+def _of_synthetic(looked: Sequence[Looked], authentic: Mapping[str, Sequence[bool]], synthetic: Volumes) -> list[Judged]:
+    """Shares of synthetic volumes, by what was asked of them."""
+    given = synthetic.rows, [tuple(row.values()) for row in synthetic.rows]  # one request made twice is one person's
+    return [
+        Judged("copies among volumes", np.array([float(each.copy) for each in looked]), *given, "low", SMALL),
+        *(
+            Judged(f"AuthPct, {space} space", np.array(values, dtype=float), *given, "high", SMALL_AUTHENTIC)
+            for space, values in authentic.items()
+        ),
+    ]
+
+
+def _of_training(found: Audit, training: Volumes, seed: int) -> list[Judged]:
+    """Shares of training subjects, by who they are."""
+    copied = {each.subject for each in found.looked if each.copy}
+    shares = {"training subjects copied": (training.first_scans(), lambda i: training.names[i] in copied)}
+    if found.membership:
+        chosen = training.first_scans(MOST_ATTACKED, seed)
+        named = dict(zip(chosen, found.membership.each_named))
+        shares["training subjects named by their loss"] = chosen, named.get
+    return [
+        Judged(
+            name,
+            np.array([float(is_so(i)) for i in own]),
+            *([of[i] for i in own] for of in (training.rows, training.names)),
+            "low",
+            SMALL,
+        )
+        for name, (own, is_so) in shares.items()
+    ]
 
 
 def data_copying(held_out: Sequence[float], synthetic: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ how many training subjects it names with next to no false accusations: the true 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class Membership:
 
     Attributes:
         training, held_out: subjects of each.
-        named: training subjects that look more like a member than all but the `accused` - 1 most member-like held-out ones.
+        each_named: of each training subject, whether it looks more like a member than all but the `accused` - 1 most
+            member-like held-out ones.
         accused: k; k / (held_out + 1) is the false positive rate, 1% where there are 99 held-out subjects or more.
         auc, auc_low, auc_high: probability that a training subject looks more like a member than a held-out one, with its 95%
             interval (DeLong et al. 1988); 0.5 is chance.
@@ -42,12 +43,17 @@ class Membership:
 
     training: int
     held_out: int
-    named: int
+    each_named: NDArray
     accused: int
     auc: float
     auc_low: float
     auc_high: float
     losses: dict[float, tuple[float, float]]
+
+    @property
+    def named(self) -> int:
+        """Training subjects that are named."""
+        return int(self.each_named.sum())
 
     @property
     def true_positives(self) -> Rate:
@@ -63,8 +69,10 @@ class Membership:
         return float(stats.betabinom.sf(self.named - 1, self.training, self.accused, self.held_out + 1 - self.accused))
 
     def to_dict(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "each_named"}
         derived = {"tpr": self.true_positives.to_dict(), "fpr": self.false_positive_rate, "chance": self.chance}
-        return asdict(self) | derived | {"losses": {str(t): list(pair) for t, pair in self.losses.items()}}
+        losses = {str(t): list(pair) for t, pair in self.losses.items()}
+        return own | {"named": self.named} | derived | {"losses": losses}
 
 
 @torch.no_grad()
@@ -114,8 +122,7 @@ def infer_members(training: NDArray, held_out: NDArray, level: float = LEVEL) ->
     accused = min(max(1, int(level * (len(others) + 1) + 1e-9)), len(others))
     auc, low, high = _auc(-members, -others)
     means = {t: (float(a), float(b)) for t, a, b in zip(TIMES, training.mean(axis=0), held_out.mean(axis=0))}
-    named = int((members < others[accused - 1]).sum())
-    return Membership(len(members), len(others), named, accused, auc, low, high, means)
+    return Membership(len(members), len(others), members < others[accused - 1], accused, auc, low, high, means)
 
 
 def _auc(positive: NDArray, negative: NDArray) -> tuple[float, float, float]:

@@ -25,6 +25,7 @@ class Hits:
         share: of them that are right; interval: 95% of it, by bootstrap over people.
         commonest: what always saying the commonest category would reach.
         by_category: category -> share of its volumes that are right.
+        right: of each volume, 1 if it is; (n,).
     """
 
     covariate: str
@@ -34,9 +35,10 @@ class Hits:
     interval: Interval
     commonest: float
     by_category: dict[str, float]
+    right: NDArray
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "right"}
 
 
 class Reader:
@@ -72,4 +74,5 @@ def count_hits(covariate: str, kind: str, said: Sequence[str], asked: Sequence[s
         mean_interval(right, people),
         max(float(own.mean()) for own in of.values()),
         {one: float(right[own].mean()) for one, own in of.items()},
+        right,
     )

@@ -34,6 +34,7 @@ class Usefulness:
         mae: kind -> mean absolute error on held-out people, over repeats.
         intervals: kind -> 95% of it.
         ratio: "synthetic" and "both" -> their error relative to "real"; ratio_intervals: 95% of that.
+        errors: kind -> mean absolute error on each tested volume, over repeats; (N,).
     """
 
     covariate: str
@@ -43,9 +44,10 @@ class Usefulness:
     intervals: dict[str, Interval]
     ratio: dict[str, float]
     ratio_intervals: dict[str, Interval]
+    errors: dict[str, NDArray]
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "errors"}
 
 
 Set = tuple[NDArray, NDArray]  # features (N, D), values (N,)
@@ -99,6 +101,7 @@ def usefulness(
         {kind: interval(values) for kind, values in spread.items()},
         {kind: mae[kind] / mae["real"] for kind in KINDS[1:]},
         {kind: interval(spread[kind] / spread["real"]) for kind in KINDS[1:]},
+        {kind: np.mean(rows, axis=0) for kind, rows in errors.items()},
     )
 
 

@@ -140,6 +140,11 @@ def label(covariate: Covariate, edges: Sequence[float], value: Value) -> str | N
     return f"{edges[-1]:g} and more" if place == len(edges) else f"{edges[place - 1]:g} to {edges[place]:g}"
 
 
+def groups_of(covariate: Covariate, edges: Sequence[float], rows: Sequence[Mapping[str, Value]]) -> list[str | None]:
+    """The group of each row."""
+    return [label(covariate, edges, row[covariate.name]) for row in rows]
+
+
 def labels_of(covariate: Covariate, edges: Sequence[float]) -> list[str]:
     """All groups of a covariate, in their order."""
     if covariate.kind == "categorical":
@@ -147,25 +152,32 @@ def labels_of(covariate: Covariate, edges: Sequence[float]) -> list[str]:
     return list(dict.fromkeys(label(covariate, edges, value) for value in (-np.inf, *edges)))
 
 
-def gaps(schema: CovariateSchema, bands: Mapping[str, Sequence[float]], figures: Sequence[Judged], seed: int = 0) -> list[Gap]:
+def gaps(
+    schema: CovariateSchema,
+    bands: Mapping[str, Sequence[float]],
+    figures: Sequence[Judged],
+    others: Sequence[Gap] = (),
+    seed: int = 0,
+) -> list[Gap]:
     """Every figure by every grouping.
 
     Args:
         schema: of the rows.
         bands: from `groupings`, of the held-out people, so that all figures have the same groups.
         figures: what to judge.
+        others: gaps of figures that are no means over volumes (see likeness_by_group.py), to be corrected together with these.
         seed: of bootstrap and permutations.
     """
     found = []
     for name, edges in bands.items():
         covariate = schema[name]
         for figure in figures:
-            given = [label(covariate, edges, row[name]) for row in figure.rows]
+            given = groups_of(covariate, edges, figure.rows)
             keep = [i for i, each in enumerate(given) if each is not None and np.isfinite(figure.values[i])]
             if keep:
                 cells = [given[i] for i in keep], figure.values[keep], [figure.people[i] for i in keep]
                 found.append(_gap(figure, name, labels_of(covariate, edges), *cells, seed))
-    return _corrected(found)
+    return _corrected([*found, *others])
 
 
 def _corrected(found: Sequence[Gap]) -> list[Gap]:

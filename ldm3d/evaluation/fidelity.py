@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from tqdm import tqdm
 
-from ldm3d.covariates import Value
+from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
@@ -25,6 +25,7 @@ from ldm3d.evaluation.comparison import Comparison, compare
 from ldm3d.evaluation.fairness import Gap, Judged
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.likeness import Seen, compare_all, look_at
+from ldm3d.evaluation.likeness_by_group import Volumes, gaps_of_likeness
 from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.metrics import psnr, ssim
 from ldm3d.evaluation.support import Beyond, beyond_training
@@ -64,7 +65,9 @@ class Evaluation:
         real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, for pictures.
         requests: of the generated volumes.
         subjects, people: covariates of each held-out volume, and whom it shows.
-        gaps: between groups of people.
+        judged: what is judged by group; who finds out more adds to it and calls `judge_groups`.
+        likeness_gaps: of the measures in `likeness`, not yet corrected for their number.
+        gaps: between groups of people, all of them.
         beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
         features: "real" (held-out) and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
@@ -80,6 +83,8 @@ class Evaluation:
     requests: list[dict[str, Value]] = field(default_factory=list)
     subjects: list[dict[str, Value]] = field(default_factory=list)
     people: list[Hashable] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
+    likeness_gaps: list[Gap] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     beyond: list[Beyond] = field(default_factory=list)
     joint: bool = False
@@ -113,6 +118,15 @@ class Evaluation:
         values = getattr(self, name)
         low, high = mean_interval(values, self.people or None)
         return {"mean": float(values.mean()), "low": low, "high": high, "std": float(values.std())}
+
+    @property
+    def asked(self) -> list[Hashable]:
+        """Whose covariates were asked of each generated volume."""
+        return [self.people[i % len(self.people)] for i in range(len(self.requests))]
+
+    def judge_groups(self, schema: CovariateSchema) -> None:
+        """Find `gaps`."""
+        self.gaps = fairness.gaps(schema, fairness.groupings(schema, self.subjects), self.judged, self.likeness_gaps)
 
     def find(self, covariate: str, kind: str) -> Comparison | None:
         return next((c for c in self.comparisons if (c.covariate, c.kind) == (covariate, kind)), None)
@@ -191,13 +205,16 @@ def evaluate(
         result.likeness = compare_all(real_seen, generated_seen, result.people, pipeline.device)
         for name, seen in (("real", real_seen), ("generated", generated_seen)):
             result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
+        volumes = Volumes(real_seen, rows, result.people), Volumes(generated_seen, requests, result.asked)
+        bands = fairness.groupings(pipeline.schema, rows)
+        result.likeness_gaps = gaps_of_likeness(pipeline.schema, bands, *volumes, pipeline.device)
 
     judged = [c.name for c in pipeline.schema if c.kind == "continuous" and c.name in on_real[0]]
-    asked = [result.people[i % len(rows)] for i in range(num_generated)]
     for name in judged:
         measured = ([m[name] for m in each] for each in (on_real, on_reconstructed, on_generated))
-        result.comparisons += _compare_kinds(name, result, asked, *measured)
-    result.gaps = fairness.gaps(pipeline.schema, fairness.groupings(pipeline.schema, rows), _by_group(result, asked))
+        result.comparisons += _compare_kinds(name, result, *measured)
+    result.judged = _by_group(result)
+    result.judge_groups(pipeline.schema)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
             name = covariate.name
@@ -208,18 +225,17 @@ def evaluate(
 def _compare_kinds(
     name: str,
     result: Evaluation,
-    asked: Sequence[Hashable],
     on_real: Sequence[float],
     on_reconstructed: Sequence[float],
     on_generated: Sequence[float],
 ) -> list[Comparison]:
-    """One covariate in every two places; `asked` is whose covariates were asked of each generated volume."""
+    """One covariate in every two places."""
     found, table = [], [row[name] for row in result.subjects]
     for kind, reference, measured, whom in (
         ("real", table, on_real, result.people),
         ("reconstructed", table, on_reconstructed, result.people),
         ("kept", on_real, on_reconstructed, result.people),
-        ("generated", [row[name] for row in result.requests], on_generated, asked),
+        ("generated", [row[name] for row in result.requests], on_generated, result.asked),
     ):
         try:
             found.append(compare(name, kind, reference, measured, whom))
@@ -228,8 +244,8 @@ def _compare_kinds(
     return found
 
 
-def _by_group(result: Evaluation, asked: Sequence[Hashable]) -> list[Judged]:
-    """What is judged by group: reconstruction, and every covariate's error; `asked` is whose covariates were asked."""
+def _by_group(result: Evaluation) -> list[Judged]:
+    """What is judged by group: reconstruction, and every covariate's error."""
     real = result.subjects, result.people
     figures = [
         Judged("PSNR (dB)", result.psnr_db, *real, "high", fairness.PSNR_DB),
@@ -238,7 +254,7 @@ def _by_group(result: Evaluation, asked: Sequence[Hashable]) -> list[Judged]:
     for c in result.comparisons:
         if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
             continue
-        rows, whom = (result.requests, asked) if c.kind == "generated" else real
+        rows, whom = (result.requests, result.asked) if c.kind == "generated" else real
         error, tolerance, own = np.full(len(rows), np.nan), fairness.tolerance(c), c.kind == "real"
         error[c.volumes] = c.error
         figures.append(Judged(f"{c.covariate}, {c.kind}: MAE", abs(error), rows, whom, "low", tolerance, own))

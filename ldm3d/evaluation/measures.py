@@ -266,7 +266,7 @@ def compare(
     if not chosen:
         raise InputError(f"no measure looks at {kind!r} by rows; give features, maps or probabilities, or use `compare_pairs`")
     real, synthetic = check_pair(real, synthetic, 2 * LEAST)
-    order = _subject_numbers(subjects, len(real))
+    order = subject_numbers(subjects, len(real))
     half = len(real) // 2
     size = min(len(synthetic) // 2, len(real) - half - int(order.bincount().max()) + 1)
     if size < LEAST:
@@ -274,15 +274,7 @@ def compare(
             f"one subject has {int(order.bincount().max())} of {len(real)} real volumes, so the rest cannot be split in two; "
             "leave some of them out"
         )
-    found, null = {name: [] for name in chosen}, {name: [] for name in chosen}
-    for split in range(splits):
-        rng = generator(seed, split)
-        rows = _halves(order, half, size, rng)
-        one, other = real[rows[0]], real[rows[1]]
-        drawn = synthetic[torch.randperm(len(synthetic), generator=rng)[:size]]
-        for results, pair in ((found, Pair(one, drawn)), (null, Pair(one, other))):
-            for name, measure in chosen.items():
-                results[name].append(measure.compute(pair))
+    found, null = draw(real, synthetic, chosen, order, half, size, splits, seed)
     return [
         Finding(
             name,
@@ -297,7 +289,39 @@ def compare(
     ]
 
 
-def _subject_numbers(subjects: Sequence[Any] | None, volumes: int) -> Tensor:
+def draw(
+    real: Tensor,
+    synthetic: Tensor,
+    measures: dict[str, Measure],
+    subjects: Tensor,
+    half: int,
+    size: int,
+    splits: int = 100,
+    seed: int = 0,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Every measure in every split: of synthetic against real volumes, and of real against real ones.
+
+    Args:
+        real, synthetic: (N, D) and (M, D).
+        measures: all of rows, by name.
+        subjects: number of each real volume's subject, (N,).
+        half, size: real volumes in a split, and others that they meet.
+        splits, seed: see `compare`.
+    """
+    found, null = {name: [] for name in measures}, {name: [] for name in measures}
+    for split in range(splits):
+        rng = generator(seed, split)
+        rows = _halves(subjects, half, size, rng)
+        one, other = real[rows[0]], real[rows[1]]
+        drawn = synthetic[torch.randperm(len(synthetic), generator=rng)[:size]]
+        for results, pair in ((found, Pair(one, drawn)), (null, Pair(one, other))):
+            for name, measure in measures.items():
+                results[name].append(measure.compute(pair))
+    return found, null
+
+
+def subject_numbers(subjects: Sequence[Any] | None, volumes: int) -> Tensor:
+    """Number of each volume's subject, (volumes,); None: all are different."""
     if subjects is None:
         return torch.arange(volumes)
     if len(subjects) != volumes:
@@ -343,19 +367,10 @@ def compare_pairs(
         InputError: fewer than 2 pairs of either, or volumes of different shapes.
     """
     chosen = {name: measure for name, measure in measures.items() if measure.kind == "volumes"}
-    found = []
-    for name, volumes, people in (("real", real, subjects), ("synthetic", synthetic, None)):
-        matched = _pairs(_subject_numbers(people, len(volumes)), pairs, generator(seed, name))
-        if len(matched) < 2:
-            raise InputError(f"{len(volumes)} {name} volumes make {len(matched)} pairs, and 2 are needed; give more volumes")
-        values = {name: [] for name in chosen}
-        for i, j in matched:
-            one, other = (
-                torch.as_tensor(np.ascontiguousarray(volumes[k], np.float32), device=device)[None, None] for k in (i, j)
-            )
-            for name, measure in chosen.items():
-                values[name].append(float(measure.compute(one, other)))
-        found.append({name: np.log((1 - np.array(v)).clip(LEAST_UNLIKE)) for name, v in values.items()})
+    found = [
+        unlikeness(name, volumes, people, pairs, device, seed, chosen)
+        for name, volumes, people in (("real", real, subjects), ("synthetic", synthetic, None))
+    ]
     figures = []
     for name, measure in chosen.items():
         on_real, on_synthetic = (values[name] for values in found)
@@ -365,6 +380,31 @@ def compare_pairs(
         ends = [1 - math.exp(end) for end in (mean, mean + own, mean - own, expected + usual, expected - usual)]
         figures.append(Finding(name, *ends, measure.direction, len(on_real), len(on_synthetic)))
     return figures
+
+
+def unlikeness(
+    name: str,
+    volumes: Sequence[NDArray],
+    subjects: Sequence[Any] | None,
+    pairs: int,
+    device: str | torch.device,
+    seed: int,
+    measures: dict[str, Measure] = MEASURES,
+) -> dict[str, NDArray]:
+    """log(1 - similarity) of random pairs of volumes, (P,), by each measure of pairs; `name` is of the set.
+
+    Raises:
+        InputError: fewer than 2 pairs.
+    """
+    matched = _pairs(subject_numbers(subjects, len(volumes)), pairs, generator(seed, name))
+    if len(matched) < 2:
+        raise InputError(f"{len(volumes)} {name} volumes make {len(matched)} pairs, and 2 are needed; give more volumes")
+    values = {key: [] for key, measure in measures.items() if measure.kind == "volumes"}
+    for i, j in matched:
+        one, other = (torch.as_tensor(np.ascontiguousarray(volumes[k], np.float32), device=device)[None, None] for k in (i, j))
+        for key, similarities in values.items():
+            similarities.append(float(measures[key].compute(one, other)))
+    return {key: np.log((1 - np.array(each)).clip(LEAST_UNLIKE)) for key, each in values.items()}
 
 
 def _t(values: int) -> float:

@@ -20,6 +20,7 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation.bootstrap import mean_interval
 from ldm3d.evaluation.categories import Reader, count_hits
 from ldm3d.evaluation.downstream import usefulness
+from ldm3d.evaluation.fairness import PART, SHARE, Judged
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
 from ldm3d.evaluation.likelihood import score
@@ -40,6 +41,7 @@ from ldm3d.report.sections import (
 )
 
 TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
+READ_OFF, NATS = 0.1, 0.05  # gaps between groups that are called small: of shares read off right, in nats per latent dimension
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Assessment:
     """
 
     found: Evaluation
-    goals: list[Goal]
+    goals: list[Goal] = field(default_factory=list)
     extra: list[Section] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -109,7 +111,7 @@ def assess(
     others = {"extractor": extractor, "people": people, "processes": processes, "training": known}
     found = evaluate(pipeline, subjects, load, measure, sampling, num_generated, **others)
 
-    result = Assessment(found, lights(found))
+    result = Assessment(found)
     if names:
         result.extra.append(prediction_section(found, schema, names, len(learnt.rows)))
         result.figures["predicted"] = {"covariates": names, "training_volumes": len(learnt.rows)}
@@ -121,6 +123,8 @@ def assess(
         _add_likelihood(result, pipeline, subjects[:SCORED], people[:SCORED], load, sampling.seed)
     if audit:
         _add_audit(result, pipeline, config, trained, held_out, sampling, num_generated, processes)
+    found.judge_groups(schema)
+    result.goals = [*lights(found), *result.goals]
     return result
 
 
@@ -151,18 +155,20 @@ def _add_categories(result: Assessment, learnt: Learnt, schema: CovariateSchema)
         if covariate.kind != "categorical" or not found.features:
             continue
         name, own = covariate.name, [i for i, row in enumerate(learnt.rows) if row[covariate.name] is not None]
-        people = [learnt.people[i] for i in own]
         try:
-            reader = Reader(learnt.features[own], [learnt.rows[i][name] for i in own], people)
+            reader = Reader(learnt.features[own], [learnt.rows[i][name] for i in own], [learnt.people[i] for i in own])
         except InputError as error:  # the other figures are worth having
             warnings.warn(f"{name} is not read off: {error}", stacklevel=2)
             continue
-        for kind, rows in (("real", found.subjects), ("generated", found.requests)):
+        for kind, rows, people in (("real", found.subjects, found.people), ("generated", found.requests, found.asked)):
             given = [i for i, row in enumerate(rows) if row[name] is not None]
             if given:
                 said = reader(found.features[kind][given])
-                whom = [found.people[i % len(found.people)] for i in given]
-                hits.append(count_hits(name, kind, said, [rows[i][name] for i in given], whom))
+                whom = [people[i] for i in given]
+                own = [rows[i] for i in given]
+                hits.append(count_hits(name, kind, said, [row[name] for row in own], whom))
+                figure = f"{name} read off, {kind}: share right"
+                found.judged.append(Judged(figure, hits[-1].right, own, whom, "high", READ_OFF, kind == "real"))
     if hits:
         result.extra.append(categories_section(hits))
         result.goals += categories_lights(hits)
@@ -180,6 +186,7 @@ def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str])
         real = learnt.features[own], values
         synthetic = _with_value(found.features["generated"], found.requests, name)
         tested = _with_value(found.features["real"], found.subjects, name)
+        rows = [row for row in found.subjects if row[name] is not None]
         people = [person for person, row in zip(found.people, found.subjects) if row[name] is not None]
         try:
             useful = usefulness(name, real, synthetic, tested, people)
@@ -189,6 +196,9 @@ def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str])
         result.extra.append(usefulness_section(useful))
         result.goals.append(usefulness_light(useful))
         result.figures["downstream"].append(useful.to_dict())
+        for kind, errors in useful.errors.items():
+            figure, tolerance = f"{name} learnt from {kind}: MAE", PART * useful.mae[kind]
+            found.judged.append(Judged(figure, errors, rows, people, "low", tolerance, kind == "real"))
 
 
 def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
@@ -206,6 +216,11 @@ def _add_likelihood(
         name: {"mean": float(table[name].mean()), "interval": mean_interval(table[name].to_numpy(), people)}
         for name in LIKELIHOOD
     }
+    for name, tolerance in (("bound", NATS), ("bits_per_voxel", SHARE * abs(float(table["bits_per_voxel"].mean())))):
+        figure = f"likelihood, {LIKELIHOOD[name][1]}"
+        result.found.judged.append(
+            Judged(figure, table[name].to_numpy(), result.found.subjects[: len(table)], people, "low", tolerance)
+        )
 
 
 def _add_audit(
@@ -230,3 +245,4 @@ def _add_audit(
         result.extra += audit_page.sections(found, pictures)
         result.goals += audit_page.goals(found)
         result.figures["audit"] = found.to_dict()
+        result.found.judged += found.judged

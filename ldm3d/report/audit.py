@@ -16,9 +16,11 @@ from ldm3d.audit.calibration import PLAINLY, Rate
 from ldm3d.audit.guard import FOLDER, Guard
 from ldm3d.audit.membership import LEVEL
 from ldm3d.description import Sampling
+from ldm3d.evaluation import fairness
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.evaluation import provenance
-from ldm3d.report.page import AMBER, GREEN, RED, Goal, Section, write_page
+from ldm3d.report.page import AMBER, GREEN, RED, Goal, Section, plain, write_page
+from ldm3d.report.sections import fairness_sections
 
 AUDIT = "audit.json"
 
@@ -40,9 +42,13 @@ def write_audit(folder: Path, title: str, pipeline: Pipeline, found: Audit, guar
         figures.save(figure, folder / f"{name}.png")
     guard.save(folder / FOLDER)
     made = provenance(pipeline, sampling)
-    values = found.to_dict() | {"goals": [goal.to_dict() for goal in goals(found)], "provenance": made}
-    (folder / AUDIT).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return write_page(folder, title, sections(found, pictures), made, goals(found))
+    # Bands of age by the training subjects, whom the last figures are of
+    bands = fairness.groupings(pipeline.schema, found.judged[-1].rows)
+    gaps = fairness.gaps(pipeline.schema, bands, found.judged)
+    values = found.to_dict() | {"fairness": [gap.to_dict() for gap in gaps]}
+    values |= {"goals": [goal.to_dict() for goal in goals(found)], "provenance": made}
+    (folder / AUDIT).write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return write_page(folder, title, [*sections(found, pictures), *fairness_sections(gaps)], made, goals(found))
 
 
 def summary(found: Audit) -> str:

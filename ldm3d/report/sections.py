@@ -12,7 +12,7 @@ from ldm3d.evaluation.bootstrap import mean_interval
 from ldm3d.evaluation.categories import Hits
 from ldm3d.evaluation.comparison import Comparison
 from ldm3d.evaluation.downstream import Usefulness
-from ldm3d.evaluation.fairness import Gap
+from ldm3d.evaluation.fairness import PART, Gap
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE
 from ldm3d.evaluation.support import SHARE
@@ -318,12 +318,14 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
             text += f" Too small to judge, with fewer than {fairness.LEAST} people: {', '.join(small)}."
         note = (
             "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for. "
+            "Beyond real: of generated volumes less that of real ones of the same group, with as many volumes in every group. "
             "Gap: the worst group less the best, with its 95% interval. By chance: what 95% of random groupings stay below. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
-            f"above the tolerance: {fairness.PSNR_DB:g} dB, {fairness.SSIM:g} of SSIM, or for errors {fairness.PART:.0%} of "
-            f"the overall mean absolute error or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger. Small gap "
-            "(amber): within the tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell "
-            "(grey): chance alone may make a gap beyond the tolerance."
+            f"above the tolerance: {fairness.PSNR_DB:g} dB, {fairness.SSIM:g} of SSIM, or for errors {PART:.0%} of "
+            f"the overall mean absolute error or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger, for "
+            f"distances {PART:.0%} of the distance; other figures' are in metrics.json. Small gap (amber): within the "
+            "tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell (grey): chance alone "
+            "may make a gap beyond the tolerance."
         )
         columns = ["figure", *labels, "gap", "by chance", "verdict"]
         found.append(
