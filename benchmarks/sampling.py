@@ -9,9 +9,9 @@ and deviation), and leave the rest open. Judged are
 - error: relative root mean square distance of the final latent to the converged one of the same noise (Heun, 100 steps).
   Not for DDPM, whose answer depends on the noise of its steps as well;
 - r, slope: between asked volumes and those that `measure_volumes` finds;
-- distance: energy distance (Szekely and Rizzo 2013) of the latents to those of DDPM, 1,000 steps, for the same requests from
-  other noise. Features of a latent are the mean and standard deviation of every channel in 3 x 3 x 3 blocks, each divided by
-  its deviation over the reference. The null is the 95 % point of the same figure under random exchange of the two samples.
+- distance: energy distance (Szekely and Rizzo 2013) of the volumes to those of DDPM, 1,000 steps, for the same requests from
+  other noise, by the features that `ldm3d evaluate` compares distributions by. The null is the 95 % point of the same figure
+  under random exchange of the two samples.
 
 The knee is the setting with the fewest denoiser calls that is within the noise of the best in r and in distance at once:
 requests are resampled 500 times (the same ones for all settings), and in more than 2.5 % of them it is no worse than the best.
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from protocol import denoiser_calls, spread, timed, write
-from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
+from ldm3d.evaluation.features import extract, load_extractor, standardise
 from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.pipeline import Pipeline
@@ -51,6 +51,7 @@ class Setting:
     sampling: Sampling
     calls: int
     latents: list[Tensor] = field(default_factory=list)  # (n, c, x, y, z) of each batch
+    features: list[Tensor] = field(default_factory=list)  # (1, D) of each volume
     measured: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # a volume, of each batch
 
@@ -118,7 +119,7 @@ def draw_requests(pipeline: Pipeline, count: int) -> list[dict]:
 
 def run(pipeline: Pipeline, settings: list[Setting], requests: list[dict]) -> None:
     """Fill in latents, measured volumes and seconds: batch by batch, all settings in turn."""
-    warm_up = pipeline.sampling.replace(steps=2)
+    extractor, warm_up = load_extractor("random"), pipeline.sampling.replace(steps=2)
     pipeline.decode(pipeline.latents(requests[:BATCH], warm_up, range(min(BATCH, len(requests))))[:1])
     for start in range(0, len(requests), BATCH):
         batch = requests[start : start + BATCH]
@@ -132,6 +133,7 @@ def run(pipeline: Pipeline, settings: list[Setting], requests: list[dict]) -> No
 
             setting.seconds.append(timed(generate) / len(batch))
             setting.latents.append(z[0].cpu())
+            setting.features += [extract([volume], extractor) for volume in volumes]
             setting.measured += [measure_volumes(volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
         print(f"{start + len(batch)} of {len(requests)} volumes of {len(settings)} settings", flush=True)
 
@@ -139,8 +141,7 @@ def run(pipeline: Pipeline, settings: list[Setting], requests: list[dict]) -> No
 def judge(settings: list[Setting], asked: NDArray) -> list[dict]:
     """A row of figures for every setting; "r_resampled" and "distance_resampled" are left in for `knee`."""
     converged = torch.cat(settings[0].latents)
-    reference = features(torch.cat(settings[1].latents))
-    scale = reference.std(axis=0) + 1e-6
+    reference = torch.cat(settings[1].features)
     generator = np.random.default_rng(0)
     weights = generator.multinomial(len(asked), np.full(len(asked), 1 / len(asked)), size=RESAMPLINGS).astype(float)
     rows = []
@@ -151,8 +152,8 @@ def judge(settings: list[Setting], asked: NDArray) -> list[dict]:
         if setting.name != "ddpm" and setting is not settings[0]:
             row["error"] = float((latents - converged).norm() / converged.norm())
         if setting is not settings[1]:
-            both = np.concatenate([features(latents), reference]) / scale
-            between = cdist(both, both)  # (2N, 2N)
+            both = torch.cat(standardise(reference, torch.cat(setting.features))[::-1])
+            between = torch.cdist(both, both).numpy()  # (2N, 2N)
             first = np.arange(len(both)) < len(asked)
             row["distance"] = energy_distance(between, first, np.ones(len(both)))
             row["distance_resampled"] = [energy_distance(between, first, np.tile(w, 2)) for w in weights]
@@ -176,14 +177,6 @@ def describe(setting: Setting, asked: NDArray) -> dict:
     except InputError:
         row |= {"r": 0.0, "slope": 0.0}
     return row
-
-
-def features(latents: Tensor) -> NDArray:
-    """(N, c, x, y, z) -> (N, 54 c): mean and standard deviation of each channel in 3 x 3 x 3 blocks."""
-    mean = torch.nn.functional.adaptive_avg_pool3d(latents.float(), 3)
-    square = torch.nn.functional.adaptive_avg_pool3d(latents.float().square(), 3)
-    deviation = (square - mean.square()).clamp_min(0).sqrt()
-    return torch.cat([mean, deviation], dim=1).flatten(1).numpy().astype(float)
 
 
 def energy_distance(between: NDArray, first: NDArray, weights: NDArray) -> float:
