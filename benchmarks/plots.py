@@ -87,9 +87,10 @@ def diffusion_quality(rows: list[dict]) -> Figure | None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     panels = [("ventricular_volume_ml_r", "r, asked and measured ventricles"), ("distance", "distance to real volumes")]
     for axis, (key, label) in zip(figure.subplots(1, 2), panels):
-        for colour, side in zip(COLOURS, dict.fromkeys(row["side"] for row in rows)):
+        for colour, side in zip(COLOURS, sorted({row["side"] for row in rows})):
             curve(axis, [row for row in rows if row["side"] == side], "seconds", key, side, colour)
         if key == "distance":
+            axis.set_yscale("log")
             axis.axhline(rows[0]["null_distance"], color=MUTED, linewidth=1, linestyle="--", label="real training volumes")
         finish(axis, "training time (s)", label)
     return figure
