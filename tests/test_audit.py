@@ -469,6 +469,10 @@ def test_a_guarded_series_goes_on_and_mends_itself(guarded, generator, tmp_path)
     assert (tally.kept, tally.made, tally.redone, tally.missing) == (5, 1, 2, 0) and digests(folder) == before
     write_volume(synthetic_path(folder, 2), np.ones((4, 4, 4), np.float32), np.eye(4))  # back by mistake
     assert again().redone == 1 and digests(folder) == before
+    sidecar = synthetic_path(folder, 2).with_name("sub-syn0003_desc-synthetic_T1w.json")
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    sidecar.write_text("{}")  # of a withheld volume, alone
+    assert again().redone == 1 and digests(folder) == before
     for rank in (1, 0):
         generate(generator, tmp_path / "shared", rows, generator.sampling, processes=Processes(rank, 2), guard=guard)
     assert digests(tmp_path / "shared") == before

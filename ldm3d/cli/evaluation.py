@@ -108,6 +108,8 @@ def audit(
         looked = written_in(synthetic, pipeline)
     else:
         looked = generated_for(pipeline, training, held_out, num, sampling, sampling.seed)
+    if processes.is_main:
+        print(f"looking at {len(training)} training, {len(held_out)} held-out and {len(looked)} synthetic volumes", flush=True)
     found, guard = audit(pipeline, training, held_out, looked, level, sampling.seed, processes=processes)
     if processes.is_main:
         page = write_audit(out, f"Audit of {model}", pipeline, found, guard, sampling)

@@ -62,7 +62,7 @@ def generate(
     rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
-    if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads:
+    if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads and len(rows) > pipeline.group_size:
         print(
             f"computing with {threads} of {cores_each()} cores: start more processes (torchrun --nproc_per_node N -m ldm3d "
             "generate ...), or use --threads, which changes the last bits",

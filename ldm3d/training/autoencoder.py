@@ -195,6 +195,7 @@ def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], 
     if accelerator.is_main_process:
         count = volumes_for(config.data.grid.shape)
         chosen = keys[:: max(1, len(keys) // count)][:count]
+        print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
         volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
         threads = torch.get_num_threads()
         torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm3d.data.loading import generator
 from ldm3d.models.autoencoder import Autoencoder
@@ -48,7 +49,7 @@ def train_linear_path(
         {"params": [analysis.bias, synthesis.bias], "orthogonal": False},
     ]
     optimizer = Muon(groups, LEARNING_RATE)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="linear path", unit="step", disable=None):  # nothing in a log file: seconds
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         chosen = torch.randint(len(volumes), (BATCH,), generator=generator(seed, "linear path", step))
