@@ -21,12 +21,12 @@ MARKS = "<!-- torture: begin -->\n", "<!-- torture: end -->\n"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="all, if none is given")
+    parser.add_argument("parts", nargs="*", choices=list(PARTS), help="all, if none is given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     started, outcomes = time.monotonic(), []
-    for name in arguments.parts:
+    for name in arguments.parts or PARTS:
         for outcome in PARTS[name].run(seed=arguments.seed):
             outcomes.append(outcome)
             print(f"{outcome.what}: {outcome.lost} of {outcome.tried} lost {outcome.detail}", flush=True)
