@@ -21,10 +21,12 @@ MARKS = "<!-- torture: begin -->\n", "<!-- torture: end -->\n"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=list(PARTS), help="all, if none is given")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all, if none is given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):  # choices= would refuse that none is given
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; give some of {', '.join(PARTS)}")
     started, outcomes = time.monotonic(), []
     for name in arguments.parts or PARTS:
         for outcome in PARTS[name].run(seed=arguments.seed):
