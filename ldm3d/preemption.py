@@ -29,7 +29,11 @@ def ignore_signals(*_: object) -> None:
 
 @contextmanager
 def preemption() -> Iterator[Stop]:
-    """Within it, `SIGNALS` do not end the process: they are noted in what it gives, for the work to stop where it can."""
+    """Within it, `SIGNALS` do not end the process: they are noted in what it gives, for the work to stop where it can.
+
+    A program that leaves with `REQUEUE` ignores them to its end: once one process of a job has, `srun --kill-on-bad-exit`
+    sends SIGTERM to the others, and one that died of it would change the job's exit code.
+    """
     stop = Stop()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -38,6 +42,10 @@ def preemption() -> Iterator[Stop]:
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield stop
+    except SystemExit as done:
+        if done.code == REQUEUE:
+            before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

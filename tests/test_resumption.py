@@ -70,6 +70,21 @@ def test_signals_are_noted_and_then_what_they_were():
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_a_signal_on_the_way_out_does_not_change_the_exit_code():
+    """As of srun --kill-on-bad-exit, when another process of the job was faster."""
+    program = (
+        "import os, signal\n"
+        "from ldm3d.preemption import REQUEUE, preemption\n"
+        "try:\n"
+        "    with preemption() as stop:\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        raise SystemExit(REQUEUE if stop.asked else 0)\n"
+        "finally:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == REQUEUE
+
+
 def test_another_number_of_processes_is_said(experiment, tmp_path, train_here, capsys):
     """A run of one process that was begun on two; the checkpoint says so."""
     config = another_run(experiment, tmp_path, "diffusion")

@@ -82,9 +82,11 @@ def generate(
                 print(f"{who}{finished} of {volumes} volumes there already", flush=True)
 
         tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop, guard)
-    if stop.asked:
-        print(f"{who}{tally}; stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there")
-        raise SystemExit(REQUEUE)
+        if stop.asked:
+            bar.close()
+            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there"
+            print(f"{who}{tally}; {there}", flush=True)
+            raise SystemExit(REQUEUE)
     if tally.missing:
         print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
     else:
