@@ -41,7 +41,8 @@ def test_a_planted_gap_is_found_with_its_size_and_sign(better, worst):
     means = [values[i::2].mean() for i in range(2)]
     assert gap.worst == worst and gap.gap == pytest.approx(abs(means[1] - means[0])) and gap.low < 3 < gap.high
     assert gap.high - gap.low == pytest.approx(2 * 1.96 * (2 / 60) ** 0.5, rel=0.15)
-    assert gap.verdict == GAP and gap.chance < 0.6
+    by_chance = 1.96 * values.std(ddof=1) * (2 / 60) ** 0.5
+    assert gap.verdict == GAP and gap.chance == pytest.approx(by_chance, rel=0.05)
     assert [(group.label, group.n) for group in gap.groups] == [("F", 60), ("M", 60)]
 
 

@@ -8,6 +8,7 @@ alone would call one in twenty; probabilities are corrected for their number (Ho
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from ldm3d.covariates import Covariate, CovariateSchema, Value
 from ldm3d.data.loading import generator
-from ldm3d.evaluation.bootstrap import SAMPLES, interval, means, numbered, resamples
+from ldm3d.evaluation.bootstrap import interval, means, numbered, resamples
 from ldm3d.evaluation.comparison import Comparison
 
 LEAST = 10  # people in a group; smaller ones are shown, and no gap is taken with them
 PART, SHARE = 0.25, 0.02  # of the overall error, and of the covariate's mean, that a gap of errors may be and still be small
 PSNR_DB, SSIM = 1.0, 0.02  # gaps that are called small
 LEVEL = 0.05  # chance of calling any gap where there is none
+PERMUTATIONS = 10_000  # the smallest probability is one in so many: a hundred gaps can be corrected for
 GAP, SMALL, NONE, FEW = "gap", "small gap", "no gap", "too few to tell"
 
 Better = Literal["high", "low", "neither"]
@@ -223,7 +225,13 @@ def _chance(values: NDArray, labels: Sequence[str], people: Sequence[Hashable], 
     sums, counts = np.bincount(unit, values), np.bincount(unit)  # (U,)
     group = np.empty(len(counts), dtype=int)
     group[unit] = numbered(labels)
-    order = torch.rand(SAMPLES, len(group), generator=generator("fairness", seed, len(group))).argsort(dim=1).numpy()
-    shuffled = group[order]  # (B, U)
+    shuffled = group[_orders(len(group), seed)]  # (B, U)
     inside = shuffled[:, None] == np.arange(group.max() + 1)[:, None]  # (B, G, U)
     return np.ptp((inside @ sums) / (inside @ counts), axis=1)
+
+
+@lru_cache(maxsize=4)
+def _orders(count: int, seed: int) -> NDArray:
+    """Random orders of so many things, (B, count); figures of the same people share them."""
+    random = torch.rand(PERMUTATIONS, count, generator=generator("fairness", seed, count))
+    return random.argsort(dim=1).to(torch.int32).numpy()

@@ -21,6 +21,7 @@ from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number
 # The page's lights for verdicts
 LIKENESS = {AS_REAL: GREEN, WORSE: RED, CLOSER: AMBER, UNDECIDED: GREY}
 FAIRNESS = {fairness.NONE: GREEN, fairness.GAP: RED, fairness.SMALL: AMBER, fairness.FEW: GREY}
+ALARMING = {fairness.GAP: 0, fairness.SMALL: 1}  # what stands first in a table
 
 # Thresholds of the lights. What can be asked of generated volumes is what the measure itself reaches on real ones.
 PSNR_DB, SSIM = 28.0, 0.9
@@ -307,7 +308,7 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
         own = [gap for gap in gaps if gap.grouping == grouping]
         labels = list(dict.fromkeys(group.label for gap in own for group in gap.groups))
         rows = []
-        for gap in own:
+        for gap in sorted(own, key=lambda gap: ALARMING.get(gap.verdict, len(ALARMING))):
             by_label = {group.label: group for group in gap.groups}
             cells = [_group(by_label.get(label)) for label in labels]
             rows.append([gap.figure, *cells, _with(gap.gap, (gap.low, gap.high)), number(gap.chance), gap.verdict])
