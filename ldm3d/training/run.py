@@ -63,12 +63,18 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         # accelerate launch leaves one thread to a process unless it is told otherwise
         torch.set_num_threads(cores_each())
     set_seed(seed)
-    accelerator.print(
+    say(
+        accelerator,
         f"{run}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"precision {precision}, batch {training.batch_size}",
-        flush=True,
     )
     return accelerator
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print a line once; `Accelerator.print` prints one on every node."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
 
 
 def ready_to_spread(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -188,9 +194,10 @@ def say_changes(before: dict[str, Any], accelerator: Accelerator) -> None:
     """Say what can no longer be bit-identical in a run that goes on under other circumstances."""
     changed = differences(before, circumstances(accelerator))
     if changed:
-        accelerator.print(
+        say(
+            accelerator,
             f"going on with {', '.join(changed)}: the same samples in the same order with the same random numbers, but sums "
-            "are rounded otherwise, so the weights are no longer bit-identical to an uninterrupted run's"
+            "are rounded otherwise, so the weights are no longer bit-identical to an uninterrupted run's",
         )
 
 
@@ -203,7 +210,7 @@ def asked_to_stop(stop: Stop, accelerator: Accelerator, meeting: bool) -> bool:
 
 def leave(stop: Stop, run: Path, step: int, accelerator: Accelerator) -> NoReturn:
     """End the program with exit code `REQUEUE`; the checkpoint of `step` is written."""
-    accelerator.print(f"{run}: {stop.signal or 'a signal'} after step {step}; the same command goes on from there", flush=True)
+    say(accelerator, f"{run}: {stop.signal or 'a signal'} after step {step}; the same command goes on from there")
     accelerator.end_training()
     raise SystemExit(REQUEUE)
 
@@ -251,7 +258,7 @@ class FiniteSteps:
                     f"the loss was NaN or infinite at {skipped} steps, more than training.max_skipped_steps {self.limit}; "
                     f"{which}. Look at their scans, lower training.learning_rate, or use mixed_precision bf16 or no"
                 )
-            self.accelerator.print(f"{skipped} step(s) skipped: the loss is NaN or infinite; {which}", flush=True)
+            say(self.accelerator, f"{skipped} step(s) skipped: the loss is NaN or infinite; {which}")
         return skipped
 
     def state(self) -> dict[str, int]:
