@@ -58,11 +58,13 @@ def sampling(rows: list[dict]) -> Figure:
         for row in shown:
             if row.get("knee") and key in row:
                 axis.plot(row["calls"], row[key], "o", markersize=11, markerfacecolor="none", color=INK, label="knee")
+        axis.set_xscale("log", base=2)
         if key == "distance":
             axis.axhline(judged[0]["distance_null"], color=MUTED, linewidth=1, linestyle="--", label="null, 95 %")
-        axis.set_xscale("log", base=2)
-        if key != "r":
-            axis.set_yscale("log" if key == "error" else "symlog", **({} if key == "error" else {"linthresh": 0.1}))
+            axis.set_yscale("symlog", linthresh=0.1)  # by chance it may be below 0
+            axis.set_ylim(bottom=min(0.0, *(row[key] for row in shown if key in row)))
+        if key == "error":
+            axis.set_yscale("log")
         finish(axis, "denoiser calls a volume", label)
     return figure
 
