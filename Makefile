@@ -30,8 +30,8 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/attention.py --quick
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/full_size.py --quick
-	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 1
-	$(BIN)/python benchmarks/diffusion_quality.py --minutes 1 --autoencoder-minutes 1
+	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 0.5
+	$(BIN)/python benchmarks/diffusion_quality.py --minutes 0.5 --autoencoder-minutes 0.5
 	if [ -d $(MODEL) ]; then $(BIN)/python benchmarks/sampling.py $(MODEL) --quick; \
 	else echo "sampling: skipped, there is no model in $(MODEL); run make demo first, or give MODEL=FOLDER"; fi
 	$(BIN)/python benchmarks/plots.py
