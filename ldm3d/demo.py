@@ -1,9 +1,12 @@
 """The whole path on toy brains: phantoms, both training stages, generation, evaluation; says what it reached."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
 from ldm3d.pipeline import Pipeline
+from ldm3d.preemption import REQUEUE
 from ldm3d.report.evaluation import Goal, summary, write_report
 from ldm3d.report.sections import lights
 
@@ -88,8 +92,34 @@ def _say(title: str) -> None:
 
 
 def _step(title: str, *command) -> None:
-    """Run a module as a user would; what it prints is shown."""
+    """Run a module as a user would; what it prints is shown. Who ends the demo ends all of its processes."""
     _say(title)
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    process = subprocess.Popen([sys.executable, "-m", *map(str, command)], start_new_session=True)
+    stopped = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        stopped.append(signal.Signals(number).name)
+        os.killpg(process.pid, signal.SIGTERM)  # on which training writes a checkpoint
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        while _is_there(process.pid):  # a launcher ends at once, its training when the checkpoint is written
+            time.sleep(0.1)
+        print(f"stopped by {stopped[0]}; the same command goes on", flush=True)
+        raise SystemExit(REQUEUE)
+    if code:
+        raise SystemExit(code)
+
+
+def _is_there(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -85,6 +85,20 @@ def test_a_signal_on_the_way_out_does_not_change_the_exit_code():
     assert subprocess.run([sys.executable, "-c", program]).returncode == REQUEUE
 
 
+def test_who_ends_the_demo_ends_its_steps():
+    program = (
+        "import os, signal, threading\n"
+        "from ldm3d import demo\n"
+        "threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "demo._step('wait', 'timeit', '-n', '1', '-r', '1', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == REQUEUE and "stopped by SIGTERM; the same command goes on" in done.stdout
+    (number,) = (int(line) for line in done.stdout.splitlines() if line.isdigit())
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
 def test_another_number_of_processes_is_said(experiment, tmp_path, train_here, capsys):
     """A run of one process that was begun on two; the checkpoint says so."""
     config = another_run(experiment, tmp_path, "diffusion")

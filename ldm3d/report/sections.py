@@ -307,12 +307,12 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
     for grouping in dict.fromkeys(gap.grouping for gap in gaps):
         own = [gap for gap in gaps if gap.grouping == grouping]
         labels = list(dict.fromkeys(group.label for gap in own for group in gap.groups))
+        sizes = {group.label: group.people for group in own[0].groups}
         rows = []
         for gap in sorted(own, key=lambda gap: ALARMING.get(gap.verdict, len(ALARMING))):
             by_label = {group.label: group for group in gap.groups}
-            cells = [_group(by_label.get(label)) for label in labels]
+            cells = [_group(by_label.get(label), sizes) for label in labels]
             rows.append([gap.figure, *cells, _with(gap.gap, (gap.low, gap.high)), number(gap.chance), gap.verdict])
-        sizes = {group.label: group.people for group in own[0].groups}
         small = [f"{label} ({n})" for label, n in sizes.items() if n < fairness.LEAST]
         text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
         if small:
@@ -320,7 +320,9 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
         note = (
             "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for. "
             "Beyond real: of generated volumes less that of real ones of the same group, with as many volumes in every group. "
-            "Gap: the worst group less the best, with its 95% interval. By chance: what 95% of random groupings stay below. "
+            "± half of a 95% interval; (of n people): where these are not all. Gap: the worst group less the best, "
+            "or for a bias the largest less the smallest, with its 95% interval. By chance: what 95% of random groupings stay "
+            "below in one row; the verdict asks for more, since some of so many rows exceed it by chance. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
             f"above the tolerance: {fairness.PSNR_DB:g} dB, {fairness.SSIM:g} of SSIM, or for errors {PART:.0%} of "
             f"the overall mean absolute error or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger, for "
@@ -341,8 +343,12 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
     return found
 
 
-def _group(group: fairness.Group | None) -> str:
-    return "none" if group is None else f"{number(group.value)} ± {number((group.high - group.low) / 2)}"
+def _group(group: fairness.Group | None, sizes: dict[str, int]) -> str:
+    """Its value, half of its 95% interval, and its people where they are not all of the group's."""
+    if group is None:
+        return "none"
+    some = f"\n(of {group.people} people)" if group.people != sizes.get(group.label) else ""
+    return f"{number(group.value)} ± {number((group.high - group.low) / 2)}{some}"
 
 
 def _with(value: float, interval: tuple[float, float]) -> str:
