@@ -90,7 +90,8 @@ def test_who_ends_the_demo_ends_its_steps():
         "import os, signal, threading\n"
         "from ldm3d import demo\n"
         "threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "demo._step('wait', 'timeit', '-n', '1', '-r', '1', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)')\n"
+        "waiting = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
+        "demo._step('wait', 'timeit', '-n', '1', '-r', '1', waiting)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == REQUEUE and "stopped by SIGTERM; the same command goes on" in done.stdout
