@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from ldm3d import cli
 from ldm3d.config import load_config
 from ldm3d.data.phantoms import write_dataset
-from ldm3d.preemption import Stop
+from ldm3d.preemption import SIGNALS, Stop
 
 torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
 
@@ -92,6 +93,15 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A command that leaves with `REQUEUE` ignores signals to its end; here that is not the process's."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
