@@ -20,17 +20,15 @@ from torch import Tensor
 
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fairness import LEAST, PART, Better, Gap, Group, groups_of, labels_of
+from ldm3d.evaluation.fairness import LEAST, PART, Gap, Group, groups_of, labels_of
 from ldm3d.evaluation.features import standardise
 from ldm3d.evaluation.likeness import IN_PAIRS, Seen
 from ldm3d.evaluation.measures import LEAST as IN_HALF
-from ldm3d.evaluation.measures import MEASURES, Direction, Kind, draw, subject_numbers, unlikeness
+from ldm3d.evaluation.measures import MEASURES, Kind, draw, subject_numbers, unlikeness
 
 DRAWS = 100_000  # of ranges by chance
 SHARE = 0.1  # a gap of precision, recall, density, coverage, ratio or similarity that is small
 REACH = 1.96  # standard errors to the end of a 95% interval
-
-BETTER: dict[Direction, Better] = {"low": "low", "high": "high", "real": "neither"}
 
 
 @dataclass(frozen=True)
