@@ -25,7 +25,7 @@ from ldm3d.evaluation.comparison import Comparison, compare
 from ldm3d.evaluation.fairness import Gap, Judged
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.likeness import Seen, compare_all, look_at
-from ldm3d.evaluation.likeness_by_group import Volumes, gaps_of_likeness
+from ldm3d.evaluation.likeness_by_group import SeenVolumes, gaps_of_likeness
 from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.metrics import psnr, ssim
 from ldm3d.evaluation.support import Beyond, beyond_training
@@ -205,7 +205,7 @@ def evaluate(
         result.likeness = compare_all(real_seen, generated_seen, result.people, pipeline.device)
         for name, seen in (("real", real_seen), ("generated", generated_seen)):
             result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
-        volumes = Volumes(real_seen, rows, result.people), Volumes(generated_seen, requests, result.asked)
+        volumes = SeenVolumes(real_seen, rows, result.people), SeenVolumes(generated_seen, requests, result.asked)
         bands = fairness.groupings(pipeline.schema, rows)
         result.likeness_gaps = gaps_of_likeness(pipeline.schema, bands, *volumes, pipeline.device)
 

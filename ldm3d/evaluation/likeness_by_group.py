@@ -32,22 +32,22 @@ REACH = 1.96  # standard errors to the end of a 95% interval
 
 
 @dataclass(frozen=True)
-class Volumes:
+class SeenVolumes:
     """What was seen of each volume, its covariates (or what was asked of it), and whom it shows."""
 
     seen: Sequence[Seen]
     rows: Sequence[Mapping[str, Value]]
     people: Sequence[Hashable]
 
-    def take(self, numbers: Sequence[int]) -> "Volumes":
-        return Volumes(*([values[i] for i in numbers] for values in (self.seen, self.rows, self.people)))
+    def take(self, numbers: Sequence[int]) -> "SeenVolumes":
+        return SeenVolumes(*([values[i] for i in numbers] for values in (self.seen, self.rows, self.people)))
 
     def stack(self, name: str) -> Tensor:
         """Their "features" or "maps", (N, D)."""
         return torch.cat([getattr(each, name) for each in self.seen]).double()
 
     @property
-    def kept(self) -> "Volumes":
+    def kept(self) -> "SeenVolumes":
         """Those that can be seen in pairs."""
         return self.take([i for i, each in enumerate(self.seen) if each.volume is not None])
 
@@ -67,14 +67,14 @@ class Estimate:
     size: float
 
 
-Groups = Mapping[str, tuple[Volumes, Volumes]]  # real and generated ones by label
+Groups = Mapping[str, tuple[SeenVolumes, SeenVolumes]]  # real and generated ones by label
 
 
 def gaps_of_likeness(
     schema: CovariateSchema,
     bands: Mapping[str, Sequence[float]],
-    real: Volumes,
-    synthetic: Volumes,
+    real: SeenVolumes,
+    synthetic: SeenVolumes,
     device: str | torch.device = "cpu",
     splits: int = 100,
     seed: int = 0,
