@@ -64,14 +64,19 @@ def started_processes() -> Processes:
     return found
 
 
-# OpenMP's own count of cores, from before it pinned this very thread to one of them (OMP_PROC_BIND)
-_FIRST_THREADS = torch.get_num_threads()
+# Where OpenMP pins every thread, this one included, to a core of its own: the cores that it counted before
+_BOUND_CORES = torch.get_num_threads() if os.environ.get("OMP_PROC_BIND", "false").lower() != "false" else 0
+
+
+def cores() -> int:
+    """Cores of this machine that the job may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(allowed, _BOUND_CORES)
 
 
 def cores_each() -> int:
     """Cores for each of the processes on this machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, max(allowed, _FIRST_THREADS) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def own_device() -> str:

@@ -1,4 +1,4 @@
-"""A tiny experiment, trained once for all tests that need a model."""
+"""A tiny experiment, trained once for all tests that need a model; and a core for each of pytest-xdist's workers."""
 
 import importlib
 import os
@@ -7,6 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+# Before PyTorch counts the cores, so that it and all that a test starts have one thread: threads that share cores wait for
+# each other, and sums over several of them were seen to be rounded otherwise once in a while (docs/reliability.md)
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import pytest
 import torch
@@ -18,7 +24,7 @@ from ldm3d.config import load_config
 from ldm3d.data.phantoms import write_dataset
 from ldm3d.preemption import SIGNALS, Stop
 
-torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
+torch.set_num_threads(1)
 
 SHAPE = (24, 28, 24)
 

@@ -236,20 +236,32 @@ def another_run(experiment, folder, stage) -> Path:
     return config
 
 
+def use_all_cores() -> None:
+    """In a new process of one of these tests, which have one core each."""
+    os.sched_setaffinity(0, range(os.cpu_count()))
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_two_processes_train_as_one(experiment, tmp_path, stage):
-    """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding."""
-    config = another_run(experiment, tmp_path, stage)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += ["-m", f"ldm3d.training.{stage}", str(config), "--set", "training.accumulation=2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (read_metrics(f / f"{stage}-training/metrics.jsonl") for f in (experiment / "run", tmp_path))
+    """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
+
+    Both have the machine's cores, so that the sums of one process are over as many threads as those of two: Muon makes an
+    update of full size even of a gradient that is little but rounding.
+    """
+    folders = {"1": tmp_path / "one", "2": tmp_path / "two"}
+    for processes, folder in folders.items():
+        folder.mkdir()
+        config = another_run(experiment, folder, stage)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port()]
+        command += ["-m", f"ldm3d.training.{stage}", config, "--set", f"training.accumulation={processes}"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=use_all_cores)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_metrics(folder / f"{stage}-training/metrics.jsonl") for folder in folders.values())
     assert len(one) == len(two) == 4
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     whole, shared = (
-        load_file(f / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors")
-        for f in (experiment / "run", tmp_path)
+        load_file(folder / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors") for folder in folders.values()
     )
     for name in whole:
         if name.startswith("model/"):

@@ -7,7 +7,6 @@ end, OUTPUT/autoencoder with the latents' statistics in it. Started again with t
 """
 
 import math
-import os
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +21,7 @@ from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network
 from ldm3d.preemption import Stop, preemption
+from ldm3d.processes import cores
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
@@ -198,7 +198,7 @@ def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], 
         print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
         volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
         threads = torch.get_num_threads()
-        torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(cores())
         train_linear_path(model, volumes, config.autoencoder.linear_path_steps, config.seed, accelerator.autocast)
         torch.set_num_threads(threads)
     same_start(model)
