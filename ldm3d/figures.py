@@ -109,8 +109,10 @@ def scatter(
     return figure
 
 
-def lines(x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label: str, title: str) -> Figure:
-    """Several curves over x; every series is (len(x), repeats), drawn as its mean with its range."""
+def lines(
+    x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label: str, title: str, limit: float | None = None
+) -> Figure:
+    """Several curves over x; every series is (len(x), repeats), drawn as its mean with its range. A dashed line at `limit`."""
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axis = figure.subplots()
     colours = [ACCENT, INK, MUTED, "#2a7f62"]
@@ -118,6 +120,8 @@ def lines(x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label:
         values = np.asarray(values, dtype=float).reshape(len(x), -1)
         axis.plot(x, values.mean(axis=1), color=colour, marker="o", markersize=3, label=name)
         axis.fill_between(x, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    if limit is not None:
+        axis.axhline(limit, color=INK, linewidth=1, linestyle="--")
     axis.set_title(title, fontsize=9, color=INK)
     if len(series) > 1:
         axis.legend(fontsize=7, frameon=False)

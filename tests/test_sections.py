@@ -88,8 +88,11 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
         found.gaps = gaps(SCHEMA, {"sex": []}, figures)
         assert light_of(found)["Gaps between groups of people"] == light
     (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]
-    assert section.table["columns"] == ["figure", "F", "M", "gap", "by chance", "verdict"] and "F: 60, M: 60" in section.text
-    assert [row[-1] for row in section.table["rows"]] == ["gap", "no gap"] and section.lights["gap"] == "red"
+    assert section.table["columns"] == ["figure", "F", "M", "gap", "by chance", "tolerance", "verdict"]
+    assert "F: 60, M: 60" in section.text
+    assert [row[-2:] for row in section.table["rows"]] == [["1.00", "gap"], ["1.00", "no gap"]] and section.lights[
+        "gap"
+    ] == "red"
 
 
 def pictures() -> dict[str, str]:

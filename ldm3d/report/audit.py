@@ -130,7 +130,7 @@ def sections(found: Audit, pictures: Mapping[str, figures.Figure]) -> list[Secti
             "Are there copies?",
             f"{found.verdict}. This page shows and names training subjects: keep it as you keep the training data.",
             table={"columns": ["copies", "count", "share", "95% interval"], "rows": rows},
-            plots=[picture("scores", "Scores; below the threshold a volume counts as a copy.")],
+            plots=[picture("scores", "Scores; below the threshold (dashed) a volume counts as a copy.")],
             note="A score says by how many usual deviations a volume is too near to one training subject, compared with "
             f"the next ones. The threshold is number {threshold.counted}, from below, of the scores of {threshold.held_out} "
             f"held-out subjects. A plain copy is less than {PLAINLY:g} times as far from its training subject, in units of "
@@ -196,10 +196,10 @@ def draw(pipeline: Pipeline, found: Audit) -> dict[str, figures.Figure]:
         "held out": np.percentile(found.held_out_scores, percent),
         "synthetic": np.percentile([each.likeness.score for each in found.looked], percent),
     }
-    title = f"threshold {found.threshold.score:.2f}"
+    threshold = found.threshold.score
     return {
         "pairs": figures.mosaic(volumes, titles, pipeline.output_grid.spacing_mm, columns=3),
-        "scores": figures.lines(percent, scores, "percent of volumes", "score", title),
+        "scores": figures.lines(percent, scores, "percent of volumes", "score", f"threshold {threshold:.2f}", limit=threshold),
     }
 
 

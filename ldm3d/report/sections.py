@@ -312,7 +312,8 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
         for gap in sorted(own, key=lambda gap: ALARMING.get(gap.verdict, len(ALARMING))):
             by_label = {group.label: group for group in gap.groups}
             cells = [_group(by_label.get(label), sizes) for label in labels]
-            rows.append([gap.figure, *cells, _with(gap.gap, (gap.low, gap.high)), number(gap.chance), gap.verdict])
+            found_gap = _with(gap.gap, (gap.low, gap.high))
+            rows.append([gap.figure, *cells, found_gap, number(gap.chance), number(gap.tolerance), gap.verdict])
         small = [f"{label} ({n})" for label, n in sizes.items() if n < fairness.LEAST]
         text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
         if small:
@@ -324,13 +325,12 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
             "or for a bias the largest less the smallest, with its 95% interval. By chance: what 95% of random groupings stay "
             "below in one row; the verdict asks for more, since some of so many rows exceed it by chance. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
-            f"above the tolerance: {fairness.PSNR_DB:g} dB, {fairness.SSIM:g} of SSIM, or for errors {PART:.0%} of "
-            f"the overall mean absolute error or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger, for "
-            f"distances {PART:.0%} of the distance; other figures' are in metrics.json. Small gap (amber): within the "
+            f"above the tolerance: for errors {PART:.0%} of the overall mean absolute error or {fairness.SHARE:.0%} of the "
+            f"covariate's mean, whichever is larger, for distances {PART:.0%} of the distance. Small gap (amber): within the "
             "tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell (grey): chance alone "
             "may make a gap beyond the tolerance."
         )
-        columns = ["figure", *labels, "gap", "by chance", "verdict"]
+        columns = ["figure", *labels, "gap", "by chance", "tolerance", "verdict"]
         found.append(
             Section(
                 f"By {grouping}: is it as good for everybody?",
