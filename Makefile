@@ -22,7 +22,7 @@ test-long: $(VENV)/installed
 torture: $(VENV)/installed
 	cd tests && ../$(BIN)/python -m torture --write ../docs/reliability.md
 
-# What two cores can do in about 20 minutes; MODEL is a trained pipeline, such as the demo's
+# What two cores can do in 15 minutes; MODEL is a trained pipeline, such as the demo's
 MODEL ?= demo/run/model
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/linear_path.py
@@ -30,9 +30,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/attention.py --quick
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/full_size.py --quick
-	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 0.5
-	$(BIN)/python benchmarks/diffusion_quality.py --minutes 0.5 --autoencoder-minutes 0.5
-	if [ -d $(MODEL) ]; then $(BIN)/python benchmarks/sampling.py $(MODEL) --quick; \
+	$(BIN)/python benchmarks/autoencoder_quality.py --minutes 0.4
+	$(BIN)/python benchmarks/diffusion_quality.py --minutes 0.4 --autoencoder-minutes 0.4
+	if [ -d $(MODEL) ]; then $(BIN)/python benchmarks/sampling.py $(MODEL) --quick --volumes 16; \
 	else echo "sampling: skipped, there is no model in $(MODEL); run make demo first, or give MODEL=FOLDER"; fi
 	$(BIN)/python benchmarks/plots.py
 
