@@ -22,7 +22,7 @@ test-long: $(VENV)/installed
 torture: $(VENV)/installed
 	cd tests && ../$(BIN)/python -m torture --write ../docs/reliability.md
 
-# What two cores can do in 15 minutes; MODEL is a trained pipeline, such as the demo's
+# What two cores can do in about 15 minutes; MODEL is a trained pipeline, such as the demo's
 MODEL ?= demo/run/model
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/linear_path.py

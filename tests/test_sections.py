@@ -90,9 +90,8 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
     (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]
     assert section.table["columns"] == ["figure", "F", "M", "gap", "by chance", "tolerance", "verdict"]
     assert "F: 60, M: 60" in section.text
-    assert [row[-2:] for row in section.table["rows"]] == [["1.000", "gap"], ["1.000", "no gap"]] and section.lights[
-        "gap"
-    ] == "red"
+    assert [row[-2:] for row in section.table["rows"]] == [["1.000", "gap"], ["1.000", "no gap"]]
+    assert section.lights["gap"] == "red"
 
 
 def pictures() -> dict[str, str]:
