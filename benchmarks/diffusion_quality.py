@@ -31,6 +31,7 @@ from turns import Training, in_turns
 from ldm3d import figures
 from ldm3d.covariates import CovariateSchema, drop_covariates
 from ldm3d.description import Sampling
+from ldm3d.diffusion.denoiser import TIMESTEPS
 from ldm3d.diffusion.process import make_process, times_from_quantiles
 from ldm3d.errors import InputError
 from ldm3d.evaluation.distribution import kernel_distance
@@ -39,7 +40,7 @@ from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.geometry import Grid
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
-from ldm3d.models.unet import TIMESTEPS, UNet, pad_to
+from ldm3d.models.unet import UNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate

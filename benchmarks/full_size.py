@@ -34,9 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm3d.config import Config, load_config
 from ldm3d.covariates import CovariateSchema
+from ldm3d.diffusion.denoiser import TIMESTEPS
 from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.unet import TIMESTEPS, Block, UNet
+from ldm3d.models.unet import Block, UNet
 from ldm3d.training.diffusion import diffusion_loss, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer

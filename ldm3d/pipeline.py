@@ -24,17 +24,20 @@ from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.loading import generator
 from ldm3d.data.nifti import to_image
 from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
-from ldm3d.diffusion.guidance import guided_denoiser
+from ldm3d.diffusion.denoiser import NetworkDenoiser
+from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
+from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 from ldm3d.generation import FINISHED, Series
 from ldm3d.geometry import Grid
 from ldm3d.memory import Plan, plan_decode
 from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import weights_hash
 from ldm3d.models.streaming import decode_streamed
-from ldm3d.models.unet import TIMESTEPS, LatentUNet, cut_to
+from ldm3d.models.unet import LatentUNet, cut_to
 
 FILL = 8192  # positions of latents that keep a network busy: as many volumes go through it together,
 MOST_TOGETHER = 4  # but no more than these
@@ -64,7 +67,8 @@ class Pipeline:
     """Autoencoder, U-Net and all that belongs to them.
 
     Args:
-        autoencoder, unet: networks in evaluation mode, on one device.
+        autoencoder, unet: networks in evaluation mode, on one device. Their weights are frozen: gradients pass through
+            `denoiser`, `latents` and `decode` to what they are given, and cost nothing where that asks for none.
         schema: fitted covariates.
         grid: of the volumes.
         process: of the diffusion.
@@ -100,7 +104,8 @@ class Pipeline:
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
-        self.autoencoder, self.unet, self.schema, self.grid = autoencoder, unet, schema, grid
+        self.autoencoder, self.unet = autoencoder.requires_grad_(False), unet.requires_grad_(False)
+        self.schema, self.grid = schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.model_hash = skull_stripped, model_hash
         self.crop = tuple(tuple(planes) for planes in crop)
@@ -365,10 +370,25 @@ class Pipeline:
         """A volume (X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
         return volume[tuple(slice(before, n - after) for n, (before, after) in zip(volume.shape, self.crop))]
 
-    @torch.no_grad()
+    def denoiser(
+        self,
+        requests: Sequence[Mapping[str, Value]],
+        guidance: float = 1.0,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = EVERYWHERE,
+    ) -> Denoiser:
+        """(z, t) -> the expected clean latent of normalised latents (N, c, x, y, z), padded as the U-Net needs them.
+
+        Args:
+            requests: from `parse`, one for each of the batch.
+            guidance, rescale, interval: see `ldm3d.diffusion.guidance.classifier_free`; without guidance the model itself.
+        """
+        asked = Conditions(self.schema.encode(requests).to(self.device))
+        denoise = NetworkDenoiser(self.unet, self.process, self.target)
+        return classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
+
     def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor:
         """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers in the series."""
-        context = self.schema.encode(requests).to(self.device)  # (N, K, 2)
         channels, *shape = self.autoencoder.latent_shape(self.grid.shape)
         padded = self.unet.padded_shape(shape)
         # One generator a sample, asked in the order start, step 0, step 1, ...: batches have no influence
@@ -377,22 +397,9 @@ class Pipeline:
         def fresh_noise(_step: int | None = None) -> Tensor:
             return torch.stack([torch.randn((channels, *padded), generator=g) for g in generators]).to(self.device)
 
-        def denoise(z: Tensor, t: float, context: Tensor) -> Tensor:
-            timesteps = torch.full((len(z),), TIMESTEPS * self.process.network_time(t), device=z.device)
-            output = self.unet(z.to(self.dtype), timesteps, context.to(self.dtype)).float()
-            return self.process.to_data(self.target, output, z, t)
-
-        denoiser = guided_denoiser(
-            denoise,
-            context,
-            torch.zeros_like(context),
-            sampling.guidance,
-            sampling.guidance_rescale,
-            sampling.guidance_interval,
-        )
         z = sample(
             sampling.sampler,
-            denoiser,
+            self.denoiser(requests, sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval),
             fresh_noise(),
             self.process,
             sampling.steps,
@@ -401,12 +408,10 @@ class Pipeline:
         )
         return cut_to(z, shape)
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""
         return self._decode(self.autoencoder.denormalise(z.to(self.dtype)))
 
-    @torch.no_grad()
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) through the autoencoder and back: the best that generation could look like."""
         moments = self.autoencoder.encode(volumes.to(self.device, self.dtype))
@@ -414,9 +419,9 @@ class Pipeline:
 
     def _decode(self, z: Tensor) -> Tensor:
         """Latents in their own scale to volumes, by a plan that is made once, so that it holds for every volume of a shape."""
-        if self._plan(z.shape, z.dtype, z.device).mode == "streamed":
+        if self._plan(z.shape, z.dtype, z.device).mode == "streamed" and not z.requires_grad:
             return decode_streamed(self.autoencoder, z).clamp_(0, 1)
-        return self.autoencoder.decode(z).float().clamp_(0, 1)
+        return self.autoencoder.decode(z).float().clamp(0, 1)
 
     def _plan(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
         case = (tuple(shape), dtype, device, self.decode_mode)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from ldm3d.diffusion.guidance import guided_denoiser, rescaled
+from ldm3d.diffusion.guidance import autoguided, classifier_free, rescaled
 from ldm3d.diffusion.process import PROCESSES, TARGETS, make_process
 from ldm3d.errors import InputError
+from ldm3d.models.conditioning import Conditions
 
 Z = torch.randn(3, 2, 4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-CONTEXT = torch.arange(6, dtype=torch.float64).reshape(3, 1, 2) + 1
-NULL = torch.zeros_like(CONTEXT)
+ASKED = Conditions(torch.arange(6, dtype=torch.float64).reshape(3, 1, 2) + 1)
+OPEN = ASKED.open()
 
 
 class Network:
@@ -18,38 +19,38 @@ class Network:
     def __init__(self):
         self.batches = []
 
-    def __call__(self, z, t, context):
+    def __call__(self, z, t, conditions):
         self.batches.append(len(z))
-        strength = context.sum((1, 2))[:, None] * torch.tensor([2.0, 1.0])  # (N, C)
+        strength = conditions.covariates.sum((1, 2))[:, None] * torch.tensor([2.0, 1.0])  # (N, C)
         return torch.tanh(z) * (1 + strength)[..., None, None, None] + t
 
 
 def test_mixture_in_one_batched_call():
     network = Network()
-    x = guided_denoiser(network, CONTEXT, NULL, 2.5)(Z, 0.3)
+    x = classifier_free(network, ASKED, OPEN, 2.5)(Z, 0.3)
     assert network.batches == [6]
-    with_condition, without = network(Z, 0.3, CONTEXT), network(Z, 0.3, NULL)
+    with_condition, without = network(Z, 0.3, ASKED), network(Z, 0.3, OPEN)
     torch.testing.assert_close(x, without + 2.5 * (with_condition - without))
 
 
-@pytest.mark.parametrize("scale, context", [(1.0, CONTEXT), (0.0, NULL)])
-def test_scales_that_need_one_side_ask_for_one(scale, context):
+@pytest.mark.parametrize("scale, conditions", [(1.0, ASKED), (0.0, OPEN)])
+def test_scales_that_need_one_side_ask_for_one(scale, conditions):
     network = Network()
-    x = guided_denoiser(network, CONTEXT, NULL, scale, rescale=0.7)(Z, 0.3)
+    x = classifier_free(network, ASKED, OPEN, scale, rescale=0.7)(Z, 0.3)
     assert network.batches == [3]
-    assert torch.equal(x, network(Z, 0.3, context))
+    assert torch.equal(x, network(Z, 0.3, conditions))
 
 
 def test_outside_the_interval_the_condition_alone_counts():
     network = Network()
-    guided = guided_denoiser(network, CONTEXT, NULL, 3.0, interval=(0.2, 0.8))
+    guided = classifier_free(network, ASKED, OPEN, 3.0, interval=(0.2, 0.8))
     for t in (0.1, 0.9):
-        assert torch.equal(guided(Z, t), network(Z, t, CONTEXT))
+        assert torch.equal(guided(Z, t), network(Z, t, ASKED))
     network.batches.clear()
     for t in (0.2, 0.5, 0.8):
         guided(Z, t)
     assert network.batches == [6, 6, 6]
-    everywhere = guided_denoiser(network, CONTEXT, NULL, 3.0)
+    everywhere = classifier_free(network, ASKED, OPEN, 3.0)
     network.batches.clear()
     everywhere(Z, 1.0), everywhere(Z, 0.0)
     assert network.batches == [6, 6]
@@ -57,8 +58,8 @@ def test_outside_the_interval_the_condition_alone_counts():
 
 def test_rescale_brings_back_each_samples_standard_deviation():
     network = Network()
-    x_c = network(Z, 0.3, CONTEXT)
-    plain, half, full = (guided_denoiser(network, CONTEXT, NULL, 4.0, rescale=r)(Z, 0.3) for r in (0, 0.5, 1))
+    x_c = network(Z, 0.3, ASKED)
+    plain, half, full = (classifier_free(network, ASKED, OPEN, 4.0, rescale=r)(Z, 0.3) for r in (0, 0.5, 1))
 
     def std(x):
         return x.flatten(1).std(1)
@@ -76,11 +77,11 @@ def test_rescale_brings_back_each_samples_standard_deviation():
 def test_guiding_data_is_guiding_the_networks_output(kind, target):
     process, network, t = make_process(kind), Network(), 0.4
 
-    def denoise(z, t, context):
-        return process.to_data(target, network(z, t, context), z, t)
+    def denoise(z, t, conditions):
+        return process.to_data(target, network(z, t, conditions), z, t)
 
-    x = guided_denoiser(denoise, CONTEXT, NULL, 3.0)(Z, t)
-    with_condition, without = network(Z, t, CONTEXT), network(Z, t, NULL)
+    x = classifier_free(denoise, ASKED, OPEN, 3.0)(Z, t)
+    with_condition, without = network(Z, t, ASKED), network(Z, t, OPEN)
     torch.testing.assert_close(x, process.to_data(target, without + 3 * (with_condition - without), Z, t))
 
 
@@ -90,9 +91,20 @@ def test_guiding_data_is_guiding_the_networks_output(kind, target):
         ({"interval": (0.8, 0.2)}, "guidance interval"),
         ({"interval": (0.0, 1000)}, "guidance interval"),
         ({"rescale": 7.5}, "rescale 7.5"),
-        ({"null_context": NULL[:1]}, "same shape"),
     ],
 )
 def test_errors_name_the_way_out(options, message):
     with pytest.raises(InputError, match=message):
-        guided_denoiser(Network(), **{"context": CONTEXT, "null_context": NULL, "scale": 2.0, **options})
+        classifier_free(Network(), **{"conditions": ASKED, "null": OPEN, "scale": 2.0, **options})
+
+
+def test_autoguidance_leads_away_from_the_worse_model():
+    def good(z, t):
+        return z + 1
+
+    def bad(z, t):
+        return z - 2
+
+    torch.testing.assert_close(autoguided(good, bad, 2.0)(Z, 0.5), Z + 4)
+    torch.testing.assert_close(autoguided(good, bad, 1.0)(Z, 0.5), Z + 1)
+    torch.testing.assert_close(autoguided(good, bad, 2.0, (0.6, 1.0))(Z, 0.5), Z + 1)

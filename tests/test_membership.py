@@ -73,8 +73,8 @@ def test_losses_of_a_network_that_answers_zero_are_the_targets_own(monkeypatch):
 def test_a_network_is_told_time_and_covariates(monkeypatch):
     pipeline, told = make_pipeline(), []
 
-    def listen(z, t, context):
-        told.append((t.item(), context))
+    def listen(z, t, conditions):
+        told.append((t.item(), conditions.covariates))
         return torch.zeros_like(z)
 
     monkeypatch.setattr(pipeline.unet, "forward", listen)

@@ -312,6 +312,9 @@ def test_errors_name_the_way_out(name, options, message):
         sample(name, gaussian_denoiser(Flow()), noise(0), Flow(), 5, **options)
 
 
-def test_times_must_decrease():
+def test_times_must_be_in_order():
     with pytest.raises(InputError, match="must decrease"):
-        sample_ddim(gaussian_denoiser(Flow()), noise(0), [0.0, 0.5, 1.0], Flow())
+        sample_ddpm(gaussian_denoiser(Flow()), noise(0), [0.0, 0.5, 1.0], Flow(), noise=noise)
+    for times in ([1.0, 0.2, 0.5], [1.0]):
+        with pytest.raises(InputError, match="must decrease or increase"):
+            sample_ddim(gaussian_denoiser(Flow()), noise(0), times, Flow())

@@ -18,8 +18,10 @@ from scipy import stats
 from ldm3d.audit.calibration import Rate
 from ldm3d.covariates import Value
 from ldm3d.data.loading import generator
+from ldm3d.diffusion.denoiser import NetworkDenoiser
 from ldm3d.errors import InputError
-from ldm3d.models.unet import TIMESTEPS, pad_to
+from ldm3d.models.conditioning import Conditions
+from ldm3d.models.unet import pad_to
 from ldm3d.pipeline import Pipeline
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # nearer to 1 there is no volume left to know again
@@ -89,16 +91,20 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None].to(pipeline.device, pipeline.dtype)
     x = pipeline.autoencoder.encode_stage_2_inputs(x).float()
     x = pad_to(x, pipeline.unet.padded_shape(x.shape[2:]))  # (1, c, x, y, z)
-    context = pipeline.schema.encode([row]).to(pipeline.device, pipeline.dtype)
+    model = NetworkDenoiser(pipeline.unet, pipeline.process, pipeline.target)
+    conditions = Conditions(pipeline.schema.encode([row]).to(pipeline.device))
     found = []
     for i, t in enumerate(TIMES):
         error = 0.0
         for repeat in range(REPEATS):
             noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
             z = pipeline.process.add_noise(x, noise, t)
-            timesteps = torch.full((1,), TIMESTEPS * pipeline.process.network_time(t), device=z.device)
-            output = pipeline.unet(z.to(pipeline.dtype), timesteps, context).float()
-            error += (output - pipeline.process.target(pipeline.target, x, noise, t)).square().mean().item()
+            error += (
+                (model.predict(z, t, conditions) - pipeline.process.target(pipeline.target, x, noise, t))
+                .square()
+                .mean()
+                .item()
+            )
         found.append(error / REPEATS)
     return np.array(found)
 

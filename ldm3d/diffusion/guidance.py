@@ -1,33 +1,37 @@
-"""Classifier-free guidance: one denoiser out of a conditional and an unconditional one.
+"""Guidance: functions that make one denoiser out of others, so that they compose.
 
 Legend: x_c, x_u the clean latent expected with and without the condition, (N, C, X, Y, Z); w the guidance scale.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import ConditionalDenoiser
+from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 
+EVERYWHERE = (0.0, 1.0)
 
-def guided_denoiser(
-    denoise: Callable[[Tensor, float, Tensor], Tensor],
-    context: Tensor,
-    null_context: Tensor,
+
+def classifier_free(
+    denoise: ConditionalDenoiser,
+    conditions: Any,
+    null: Any,
     scale: float,
     rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Callable[[Tensor, float], Tensor]:
+    interval: tuple[float, float] = EVERYWHERE,
+) -> Denoiser:
     """A denoiser (z, t) -> x = x_u + w (x_c - x_u) (Ho & Salimans 2022, eq. 6, with w here for their w + 1).
 
     It mixes clean latents. x is affine in every target (`Process.to_data`) and the weights w and 1 - w sum to 1, so to
     mix noise, v or velocity predictions comes to the same.
 
     Args:
-        denoise: (z, t, context) -> x; asked once a step, with z and both contexts stacked to a batch of 2N.
-        context: condition of each sample, (N, ...).
-        null_context: the same with the condition dropped, (N, ...).
+        denoise: (z, t, conditions) -> x; asked once a step, with z and both conditions stacked to a batch of 2N.
+        conditions: of each sample.
+        null: the same left open; `conditions + null` stacks them.
         scale: w. 1 is the conditional denoiser, 0 the unconditional one; neither asks for the other, a batch of N.
         rescale: share phi in [0, 1] of the mixture whose standard deviation is brought back to that of x_c, per sample
             over all its elements (Lin et al. 2024, eq. 15-16). Unlike the mixing this depends on the target: they
@@ -36,28 +40,45 @@ def guided_denoiser(
             below 1 for the upper end keep the variety that guiding near pure noise costs.
 
     Raises:
-        InputError: rescale or interval outside [0, 1], or contexts of different shapes.
+        InputError: rescale or interval outside [0, 1].
     """
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"guidance interval {interval} must be two times 0 <= low <= high <= 1; (0, 1) is everywhere")
+    low, high = _checked(interval)
     if not 0 <= rescale <= 1:
         raise InputError(f"guidance rescale {rescale} must be in [0, 1]; 0 is off")
-    if context.shape != null_context.shape:
-        raise InputError(
-            f"context {tuple(context.shape)} and null context {tuple(null_context.shape)} must have the same shape; "
-            "drop the condition sample by sample, not the axis"
-        )
-    both = torch.cat([context, null_context])
+    both = conditions + null
 
     def guided(z: Tensor, t: float) -> Tensor:
         if scale == 1 or not low <= t <= high:
-            return denoise(z, t, context)
+            return denoise(z, t, conditions)
         if scale == 0:
-            return denoise(z, t, null_context)
-        x_c, x_u = denoise(torch.cat([z, z]), t, both).chunk(2)  # (2N, C, X, Y, Z) -> 2 x (N, C, X, Y, Z)
+            return denoise(z, t, null)
+        x_c, x_u = denoise(torch.cat([z, z]), t, both).chunk(2)  # 2N -> 2 x (N, C, X, Y, Z)
         x = x_u + scale * (x_c - x_u)
         return rescaled(x, x_c, rescale) if rescale else x
+
+    return guided
+
+
+def autoguided(good: Denoiser, bad: Denoiser, scale: float, interval: tuple[float, float] = EVERYWHERE) -> Denoiser:
+    """Away from a worse model of the same thing: x = x_bad + w (x_good - x_bad) (Karras et al. 2024, eq. 2).
+
+    Args:
+        good: the model.
+        bad: a smaller one, or one that was trained for less time; under the same conditions.
+        scale: w; 1 is `good` alone.
+        interval: guide at these times only, see `classifier_free`.
+
+    Raises:
+        InputError: interval outside [0, 1].
+    """
+    low, high = _checked(interval)
+
+    def guided(z: Tensor, t: float) -> Tensor:
+        x = good(z, t)
+        if scale == 1 or not low <= t <= high:
+            return x
+        worse = bad(z, t)
+        return worse + scale * (x - worse)
 
     return guided
 
@@ -67,3 +88,10 @@ def rescaled(x: Tensor, reference: Tensor, share: float) -> Tensor:
     axes = tuple(range(1, x.ndim))
     factor = reference.std(axes, keepdim=True) / x.std(axes, keepdim=True).clamp_min(1e-8)
     return share * (x * factor) + (1 - share) * x
+
+
+def _checked(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance interval {interval} must be two times 0 <= low <= high <= 1; (0, 1) is everywhere")
+    return low, high

@@ -1,9 +1,13 @@
 """Samplers: from noise to a latent, given a denoiser.
 
 Every sampler is a function of `denoise(z, t) -> x`, the expected clean latent (guidance, target type and conditioning
-are already inside it), and of a decreasing list of times. None of them knows a network, a file or a configuration.
+are already inside it), and of a list of times. None of them knows a network, a file or a configuration.
 
-Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step, t > s; z_t = alpha x + sigma e;
+Decreasing times lead from noise to data. Those samplers that draw no noise follow the probability-flow ODE and take
+increasing times, too, which lead from data to the noise that it came from (`ldm3d.diffusion.inversion`). Gradients pass
+through all of them, unless the caller computes without.
+
+Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step; z_t = alpha x + sigma e;
 lambda = log(alpha / sigma). Step k of n is times[k] -> times[k + 1].
 
 Where the process begins with pure noise (flow: alpha(1) = 0), lambda(1) is -inf. Every formula here has a finite limit
@@ -23,6 +27,7 @@ from ldm3d.diffusion.steps import (
     Denoiser,
     Noise,
     Progress,
+    ddim_step,
     forward_step,
     heun_step,
     ode_scale,
@@ -85,11 +90,15 @@ def sample_ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): first order, one denoiser call a step.
 
-    eta = 0 is deterministic and needs no `noise`; eta = 1 is `sample_ddpm`. Other arguments as there.
+    eta = 0 is deterministic, needs no `noise` and takes times in either direction; eta = 1 is `sample_ddpm`. Other
+    arguments as there.
     """
     if eta and noise is None:
         raise InputError(f"DDIM with eta {eta} draws noise at every step: give noise=..., or eta 0")
-    for k, t, s in walk(times, progress):
+    for k, t, s in walk(times, progress, rising=not eta):
+        if s > t:
+            z = ddim_step(denoise(z, t) if t > 0 else z, z, t, s, process)
+            continue
         x = denoise(z, t)
         e = (z - process.alpha(t) * x) / process.sigma(t)
         _, forward = forward_step(process, t, s)
@@ -111,7 +120,7 @@ def sample_euler(
     and so is DDIM: in these variables the two are the same step.
     """
     y = z / ode_scale(process, times[0])
-    for _, t, s in walk(times, progress):
+    for _, t, s in walk(times, progress, rising=True):
         y = y + (ode_share(process, s) - ode_share(process, t)) * ode_slope(denoise, y, t, process)
     return y * ode_scale(process, times[-1])
 
@@ -124,7 +133,7 @@ def sample_heun(
     Two denoiser calls a step; one in a step to t = 0, where the slope is undefined and Euler's step is the denoised
     latent.
     """
-    for _, t, s in walk(times, progress):
+    for _, t, s in walk(times, progress, rising=True):
         z = heun_step(denoise, z, t, s, process)
     return z
 
@@ -137,9 +146,12 @@ def sample_dpmpp_2m(
     Gains over DDIM only with times that are even in lambda; see `Process.times`. Arguments as in `sample_ddpm`.
     """
     previous, previous_step = None, math.inf
-    for _, t, s in walk(times, progress):
-        x = denoise(z, t)
-        step = process.lam(s) - process.lam(t)  # inf from pure noise and to t = 0
+    for _, t, s in walk(times, progress, rising=True):
+        x = denoise(z, t) if t > 0 else z
+        step = process.lam(s) - process.lam(t)  # infinite from and to t = 0 and pure noise
+        if step == -math.inf:
+            z = ddim_step(x, z, t, s, process)
+            continue
         direction = x
         if previous is not None and math.isfinite(step):
             slope = step / (2 * previous_step)  # 0 after a step from pure noise: x changes by O(alpha) there
@@ -168,8 +180,8 @@ def sample_unipc(
         raise InputError(f"UniPC of order {order} is not available; choose 1, 2 or 3")
     nodes: list[tuple[float, Tensor]] = []  # (lambda, x) wherever the denoiser was asked, newest first
     start = p = None
-    for k, t, s in walk(times, progress):
-        x = denoise(z, t)
+    for k, t, s in walk(times, progress, rising=True):
+        x = denoise(z, t) if t > 0 else z
         if k > 0:  # correct the latent that was predicted for t, from where that step began
             z = _unipc_step(start, times[k - 1], t, nodes[:p], process, corrector=x)
         nodes = [(process.lam(t), x), *nodes][:order]
@@ -192,6 +204,8 @@ def _unipc_step(
     """
     (lam, x), *older = nodes
     h = process.lam(s) - lam
+    if h == -math.inf:
+        return ddim_step(x, z, t, s, process)
     r = [(other - lam) / h for other, _ in older]
     differences = [(other - x) / ratio for (_, other), ratio in zip(older, r)]
     if corrector is not None:
@@ -237,23 +251,22 @@ def recommended_spacing(name: str, process: Process) -> str:
     return {"heun": "quadratic", "dpmpp-2m": "lambda", "unipc": "lambda"}.get(name, "uniform")
 
 
-def sample(
+def follow(
     name: str,
     denoise: Denoiser,
     z: Tensor,
+    times: Sequence[float],
     process: Process,
-    steps: int,
     *,
-    spacing: str | None = None,
     noise: Noise | None = None,
     progress: Progress | None = None,
     **options,
 ) -> Tensor:
-    """The sampler of that name, from z, noise at t = 1, to the clean latent in `steps` steps.
+    """The sampler of that name, from z at times[0] to times[-1].
 
     Args:
         name: a key of SAMPLERS.
-        spacing: of the times, see `Process.times`; None for the `recommended_spacing`.
+        times: decreasing towards data; or, for samplers that draw no noise, increasing towards noise.
         noise: see `sample_ddpm`; left unused by the samplers that draw none.
         options: what that sampler takes beside these: `variance`, `eta` or `order`.
     """
@@ -263,5 +276,17 @@ def sample(
         choose(f"option of the {name} sampler", option, sorted(accepted - {"noise"}))
     if "noise" in accepted:
         options["noise"] = noise
-    times = process.times(steps, spacing or recommended_spacing(name, process))
     return sampler(denoise, z, times, process, progress=progress, **options)
+
+
+def sample(
+    name: str, denoise: Denoiser, z: Tensor, process: Process, steps: int, *, spacing: str | None = None, **options
+) -> Tensor:
+    """From z, noise at t = 1, to the clean latent in `steps` steps.
+
+    Args:
+        spacing: of the times, see `Process.times`; None for the `recommended_spacing`.
+        options: see `follow`.
+    """
+    choose("sampler", name, SAMPLERS)
+    return follow(name, denoise, z, process.times(steps, spacing or recommended_spacing(name, process)), process, **options)

@@ -1,6 +1,8 @@
 """What samplers share: the walk over the times, the forward step, and the variables of the probability-flow ODE.
 
-Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step, t > s; z_t = alpha x + sigma e.
+Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step; z_t = alpha x + sigma e.
+
+Deterministic samplers follow the probability-flow ODE in either direction: t > s towards the data, t < s towards noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +18,18 @@ Noise = Callable[[int], Tensor]
 Progress = Callable[[int], None]
 
 
-def walk(times: Sequence[float], progress: Progress | None) -> Iterator[tuple[int, float, float]]:
-    """(k, t, s) of every step; reports each one once the caller is done with it."""
-    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
-        raise InputError(f"sampling times must decrease and be two or more, got {list(times)}; see Process.times")
+def walk(times: Sequence[float], progress: Progress | None, rising: bool = False) -> Iterator[tuple[int, float, float]]:
+    """(k, t, s) of every step; reports each one once the caller is done with it.
+
+    Args:
+        times: two or more that fall; or, where `rising` permits it, that rise.
+        progress: called after each step with the number of steps done.
+        rising: whether the sampler can follow the ODE towards noise, too.
+    """
+    falls, rises = (all(sign * (t - s) > 0 for t, s in pairwise(times)) for sign in (1, -1))
+    if len(times) < 2 or not (falls or (rising and rises)):
+        other = " or increase" if rising else " (ddim, euler, heun, dpmpp-2m and unipc go towards noise, too)"
+        raise InputError(f"sampling times must decrease{other} and be two or more, got {list(times)}; see Process.times")
     for k, (t, s) in enumerate(pairwise(times)):
         yield k, t, s
         if progress:
@@ -43,7 +53,9 @@ def ode_share(process: Process, t: float) -> float:
 
 
 def ode_slope(denoise: Denoiser, y: Tensor, t: float, process: Process) -> Tensor:
-    """dy/du at t."""
+    """dy/du = e - x at t. At t = 0 x is z itself, and e = -sigma grad log p(z) has the limit 0."""
+    if t == 0:
+        return -y
     return (y - denoise(y * ode_scale(process, t), t)) / ode_share(process, t)
 
 
@@ -54,3 +66,10 @@ def heun_step(denoise: Denoiser, z: Tensor, t: float, s: float, process: Process
     if correct and s > 0:
         slope = (slope + ode_slope(denoise, y + step * slope, s, process)) / 2
     return (y + step * slope) * ode_scale(process, s)
+
+
+def ddim_step(x: Tensor, z: Tensor, t: float, s: float, process: Process) -> Tensor:
+    """z_s = alpha_s x + sigma_s e, where x is the denoised z_t and e the noise that is left of it (0 at t = 0)."""
+    sigma = process.sigma(t)
+    kept = process.alpha(s) * x
+    return kept if sigma == 0 else kept + process.sigma(s) / sigma * (z - process.alpha(t) * x)

@@ -27,7 +27,7 @@ from ldm3d.diffusion.likelihood import low_discrepancy, ode_nll, variational_bou
 from ldm3d.diffusion.process import choose
 from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
-from ldm3d.models.unet import TIMESTEPS, cut_to, pad_to
+from ldm3d.models.unet import cut_to, pad_to
 from ldm3d.pipeline import Pipeline
 
 METHODS = ("bound", "ode", "both")
@@ -84,8 +84,7 @@ def score_volume(
     position: tuple[int, int],
 ) -> dict[str, float]:
     """One row of `score`; `position` is (seed, number of the subject), volume (1, 1, X, Y, Z)."""
-    with torch.no_grad():
-        moments = pipeline.autoencoder.encode(volume.to(pipeline.dtype)).float()
+    moments = pipeline.autoencoder.encode(volume.to(pipeline.dtype)).float()
     mean, log_variance = moments.chunk(2, dim=1)
     spread = pipeline.autoencoder.latent_std[:, None, None, None].float()
     mean, std = pipeline.autoencoder.normalise(mean).float(), torch.exp(log_variance / 2) / spread  # (1, c, x, y, z)
@@ -122,7 +121,7 @@ def denoiser(pipeline: Pipeline, row: Mapping[str, Value], shape: Sequence[int],
     Where a network needs padding, it is trained on latents amid zeros. Zeros are known, so they cost nothing: around z stand
     noised zeros, always with the same noise, which makes the answer a function of z and a density of x alone.
     """
-    context = pipeline.schema.encode([row]).to(pipeline.device)
+    model = pipeline.denoiser([row])
     padded = pipeline.unet.padded_shape(shape[2:])
     outside = pad_to(torch.ones(tuple(shape)), padded) == 0
     frame = torch.where(outside, torch.randn(outside.shape, generator=generator("likelihood", *position, "frame")), 0.0)
@@ -130,9 +129,7 @@ def denoiser(pipeline: Pipeline, row: Mapping[str, Value], shape: Sequence[int],
 
     def denoise(z: Tensor, t: float) -> Tensor:
         whole = pad_to(z, padded) + pipeline.process.sigma(t) * frame
-        timesteps = torch.full((1,), TIMESTEPS * pipeline.process.network_time(t), device=z.device)
-        output = pipeline.unet(whole.to(pipeline.dtype), timesteps, context.to(pipeline.dtype)).float()
-        return cut_to(pipeline.process.to_data(pipeline.target, output, whole, t), shape[2:])
+        return cut_to(model(whole, t), shape[2:])
 
     return denoise
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm3d.errors import InputError
 from ldm3d.models.attention import xformers_works
 from ldm3d.models.autoencoder import LOG_VARIANCE_RANGE, START_LOG_VARIANCE, LatentSpace
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import CovariateTokens, LatentUNet
 
 LIBRARIES = ("monai", "monai-generative")
@@ -191,20 +192,18 @@ class MonaiUNet(LatentUNet):
         """`shape` rounded up to what can be halved at every level."""
         return tuple(-(-n // self.factor) * self.factor for n in shape)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Conditions | Tensor | None = None) -> Tensor:
         """Predict the target of a noisy latent.
 
         Args:
             x: (N, in_channels, X, Y, Z), of a shape that `padded_shape` leaves as it is.
             timesteps: (N,), the diffusion time in thousandths, 0 (data) to 1000 (noise).
-            context: (N, K, 2), see `ldm3d.covariates`; None leaves all covariates open.
+            context: conditions, or the covariates alone, (N, K, 2); None leaves all of them open.
 
         Returns:
             (N, out_channels, X, Y, Z).
         """
-        if context is None:
-            context = x.new_zeros(len(x), self.num_covariates, 2)
-        tokens = None
+        context, tokens = Conditions.of(context, x, self.num_covariates).covariates, None
         if self.tokens is not None:
             tokens = self.tokens(context.to(x.dtype))  # (N, tokens, context_dim)
         elif self.num_covariates:

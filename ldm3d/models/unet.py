@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm3d.errors import InputError
 from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, sinusoidal_embedding, zero
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import Pretrained
-
-TIMESTEPS = 1000  # what the time t = 1 is called when a U-Net is asked
 
 # Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
 FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
@@ -170,14 +169,14 @@ class UNet(LatentUNet):
         self.conv_out = zero(nn.Conv3d(channels[0], out_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last_3d)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Conditions | Tensor | None = None) -> Tensor:
         """Predict the target of a noisy latent.
 
         Args:
             x: (N, in_channels, X, Y, Z).
             timesteps: (N,), the diffusion time in thousandths: 0 (data) to 1000 (noise), whole or not, which is how MONAI's
                 schedulers and inferers count.
-            context: (N, K, 2), see `ldm3d.covariates`; None leaves all covariates open.
+            context: conditions, or the covariates alone, (N, K, 2); None leaves all of them open.
 
         Returns:
             (N, out_channels, X, Y, Z).
@@ -185,9 +184,8 @@ class UNet(LatentUNet):
         embedding = self.time_mlp(sinusoidal_embedding(timesteps, self.time_dim).to(self.conv_in.weight.dtype))
         tokens = None
         if self.tokens is not None:
-            if context is None:
-                context = x.new_zeros(len(x), self.num_covariates, 2)
-            tokens = self.tokens(context.to(self.conv_in.weight.dtype))  # (N, tokens, context_dim)
+            covariates = Conditions.of(context, x, self.num_covariates).covariates
+            tokens = self.tokens(covariates.to(self.conv_in.weight.dtype))  # (N, tokens, context_dim)
             if self.pooled is not None:
                 embedding = embedding + self.pooled(tokens.flatten(1))
         embedding = nn.functional.silu(embedding)

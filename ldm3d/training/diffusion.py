@@ -17,14 +17,16 @@ from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
 from ldm3d.data.loading import TrainingBatches, generator
 from ldm3d.description import Sampling
+from ldm3d.diffusion.denoiser import ask
 from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
 from ldm3d.diffusion.vdm import Schedule, variational_losses
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import make_network
-from ldm3d.models.unet import TIMESTEPS, LatentUNet, pad_to
+from ldm3d.models.unet import LatentUNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
@@ -226,7 +228,7 @@ def diffusion_loss(
 
     def predict(z: Tensor, network_time: Tensor) -> Tensor:
         with accelerator.autocast():
-            return unet(z, TIMESTEPS * network_time, context).float()
+            return ask(unet, z, network_time, Conditions(context))
 
     if isinstance(process, Schedule):
         return variational_losses(process, predict, settings.target, x, noise, t).mean()

@@ -1,0 +1,64 @@
+"""A network as a denoiser: the one place where times are scaled, types cast and targets turned into clean latents.
+
+Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 0 = data, 1 = noise. Conditions are what a
+network is told beside z and t (`ldm3d.models.conditioning.Conditions`); here they are passed on.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.steps import Denoiser
+
+TIMESTEPS = 1000  # what networks call the time t = 1, as MONAI's and diffusers' schedulers count
+
+
+class ConditionalDenoiser(Protocol):
+    """The expected clean latent of z at time t under conditions."""
+
+    def __call__(self, z: Tensor, t: float, conditions: Any) -> Tensor: ...
+
+
+class NetworkDenoiser:
+    """E[x | z_t, conditions] by a network; gradients pass, unless the caller computes without.
+
+    Args:
+        network: (z, timesteps (N,), conditions) -> prediction of `target`, like z. It may be wrapped for several
+            processes, and computes in the type of its parameters.
+        process: of the diffusion.
+        target: what the network predicts, see `Process.target`.
+    """
+
+    def __init__(self, network: nn.Module, process: Process, target: str):
+        self.network, self.process, self.target = network, process, target
+
+    def predict(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
+        """The network's prediction of the target at time t, a float or (N,); float32, like z."""
+        return ask(self.network, z, self.process.network_time(t), conditions)
+
+    def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
+        """The expected clean latent, like z."""
+        return self.process.to_data(self.target, self.predict(z, t, conditions), z, t)
+
+    def given(self, conditions: Any) -> Denoiser:
+        """The denoiser (z, t) -> x under these conditions."""
+        return lambda z, t: self(z, t, conditions)
+
+
+def ask(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
+    """What a network says of z, in float32.
+
+    Args:
+        network: see `NetworkDenoiser`.
+        z: (N, C, X, Y, Z).
+        network_time: `Process.network_time`, a float or (N,).
+        conditions: anything with `to(dtype)`.
+    """
+    dtype = next(network.parameters()).dtype
+    if isinstance(network_time, Tensor):
+        timesteps = TIMESTEPS * network_time  # in their own type: bfloat16 would round 998.9 to 1000
+    else:
+        timesteps = torch.full((len(z),), TIMESTEPS * network_time, device=z.device)
+    return network(z.to(dtype), timesteps, conditions.to(dtype)).float()

@@ -1,0 +1,41 @@
+"""From a clean latent back to the noise that it would be sampled from."""
+
+from torch import Tensor
+
+from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.samplers import follow, recommended_spacing
+from ldm3d.diffusion.steps import Denoiser, Progress
+
+
+def invert(
+    denoise: Denoiser,
+    x: Tensor,
+    process: Process,
+    steps: int,
+    *,
+    name: str = "heun",
+    until: float = 1.0,
+    spacing: str | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE from data towards noise (Song et al. 2021, sec. 4.3).
+
+    The same sampler with the same times then leads back to x, up to its own error, which falls with `steps` as its order
+    says.
+
+    Args:
+        denoise: expected clean latent of z at time t, under the conditions that x was made or measured with; unguided.
+        x: clean latents (N, C, X, Y, Z).
+        process: of the diffusion.
+        steps: from data to pure noise.
+        name: of a sampler that draws no noise.
+        until: stop at the sampling time nearest to this one; 1 is pure noise.
+        spacing: of the times, see `Process.times`; None for the sampler's own.
+        progress: called after each step with the number of steps done.
+
+    Returns:
+        The noisy latent at that time, like x.
+    """
+    times = process.times(steps, spacing or recommended_spacing(name, process))
+    first = min(range(steps), key=lambda k: abs(times[k] - until))
+    return follow(name, denoise, x, times[first:][::-1], process, progress=progress)

@@ -1,0 +1,94 @@
+"""Denoisers that know what was measured: functions from denoiser to denoiser, like guidance.
+
+Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); A a linear operator, y = A x + s n its measurement, n ~ N(0, 1);
+C the covariance of x given z.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm3d.diffusion.process import ALPHA_FLOOR, Process
+from ldm3d.diffusion.steps import Denoiser
+
+
+class Operator(Protocol):
+    """A linear map of a batch, with what its measurements are worth.
+
+    Attributes:
+        noise_std: s, above 0.
+    """
+
+    noise_std: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
+        ...
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """A' y, so that <A x, y> = <x, A' y>."""
+        ...
+
+
+def kept(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
+    """The denoiser for data of which a part is known exactly: there the clean latent is what is known.
+
+    Args:
+        denoise: (z, t) -> x.
+        known: (N, C, X, Y, Z), of any value where it is not known.
+        mask: 1 where it is known, 0 elsewhere, or shares in between; broadcasts against `known`.
+    """
+    return lambda z, t: torch.lerp(denoise(z, t), known, mask.to(known))
+
+
+def consistent(denoise: Denoiser, operator: Operator, y: Tensor, process: Process, iterations: int = 5) -> Denoiser:
+    """The denoiser given a measurement, E[x | z, y] = x' + C A' (A C A' + s^2)^-1 (y - A x') with x' = E[x | z].
+
+    C = sigma^2 / alpha dx'/dz (second-order Tweedie), which is exact for an exact denoiser; that x given z is Gaussian with
+    it is the approximation (Rozet et al. 2024, eq. 11-14). The system is solved by conjugate gradients, each of whose
+    iterations is a backward pass through the denoiser. Near pure noise (alpha < 0.001) the answer is x' itself.
+
+    Args:
+        denoise: (z, t) -> x; differentiable. The answer is not: it is computed for sampling.
+        operator: A and s.
+        y: the measurement, (N, ...).
+        process: that z follows.
+        iterations: of conjugate gradients.
+    """
+
+    def informed(z: Tensor, t: float) -> Tensor:
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        if alpha < ALPHA_FLOOR:
+            return denoise(z, t)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x = denoise(z, t)
+
+        def spread(v: Tensor) -> Tensor:  # C v; C is symmetric, so that the transposed Jacobian will do
+            return sigma**2 / alpha * torch.autograd.grad(x, z, v, retain_graph=True)[0]
+
+        def system(w: Tensor) -> Tensor:
+            return operator(spread(operator.transpose(w))) + operator.noise_std**2 * w
+
+        weights = conjugate_gradients(system, y - operator(x.detach()), iterations)
+        return x.detach() + spread(operator.transpose(weights))
+
+    return informed
+
+
+def conjugate_gradients(system: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """w of system(w) = b, for a symmetric positive system of each sample (Hestenes & Stiefel 1952); like b, (N, ...)."""
+
+    def inner(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).reshape(-1, *[1] * (u.ndim - 1))
+
+    w, residual, direction, size = torch.zeros_like(b), b, b, inner(b, b)
+    for _ in range(iterations):
+        image = system(direction)
+        step = size / inner(direction, image).clamp_min(torch.finfo(b.dtype).tiny)
+        w, residual = w + step * direction, residual - step * image
+        before, size = size, inner(residual, residual)
+        direction = residual + size / before.clamp_min(torch.finfo(b.dtype).tiny) * direction
+    return w

@@ -1,0 +1,63 @@
+"""What a network is told beside the noisy latent and the time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of a batch, all on one device.
+
+    Attributes:
+        covariates: (N, K, 2), the context of `ldm3d.covariates`: value and presence of each.
+        images: (N, C', x, y, z) on the latent grid, stacked behind z; zero where unknown. None: the network takes none.
+        known: (N, C', 1, 1, 1), 1 for channels of `images` that are given and 0 for those left open; goes with `images`.
+    """
+
+    covariates: Tensor
+    images: Tensor | None = None
+    known: Tensor | None = None
+
+    @classmethod
+    def of(cls, context: "Conditions | Tensor | None", z: Tensor, num_covariates: int) -> "Conditions":
+        """What a network was handed: conditions; covariates alone, as MONAI's inferers hand them on; or nothing."""
+        if isinstance(context, Conditions):
+            return context
+        return cls(z.new_zeros(len(z), num_covariates, 2) if context is None else context)
+
+    def __post_init__(self):
+        if (self.images is None) != (self.known is None):
+            raise ValueError("images and known go together: give both, or neither")
+
+    def __len__(self) -> int:
+        return len(self.covariates)
+
+    def __add__(self, other: "Conditions") -> "Conditions":
+        """Both batches one after the other."""
+        if self.covariates.shape[1:] != other.covariates.shape[1:] or (self.images is None) != (other.images is None):
+            raise ValueError("conditions of different kinds cannot be stacked")
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("covariates", "images", "known"))
+        return Conditions(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+    def open(self, covariates: Iterable[int] | None = None, images: bool = True) -> "Conditions":
+        """The same with conditions left open: what guidance guides away from.
+
+        Args:
+            covariates: numbers of the covariates to leave open; None for all.
+            images: whether images are left open, too.
+        """
+        left = torch.zeros_like(self.covariates) if covariates is None else self.covariates.clone()
+        if covariates is not None:
+            left[:, list(covariates)] = 0
+        opened = replace(self, covariates=left)
+        if images and self.images is not None:
+            opened = replace(opened, images=torch.zeros_like(self.images), known=torch.zeros_like(self.known))
+        return opened
+
+    def to(self, *args, **kwargs) -> "Conditions":
+        """As `Tensor.to`: another device or type."""
+        moved = (None if part is None else part.to(*args, **kwargs) for part in (self.covariates, self.images, self.known))
+        return Conditions(*moved)
