@@ -133,8 +133,10 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Fraction = 0.999
+    # What the stage hands on: the averaged network after the last step, or the best of validation by the loss that is trained
+    keep: Literal["last", "best"] = "last"
     max_skipped_steps: Annotated[int, Field(ge=0)] = 20  # whose loss is NaN or infinite; more end the training
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware multiplies it
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
     log_every: Positive = 10
     validate_every: Positive = 100
     preview_every: Positive = 500
@@ -144,6 +146,8 @@ class TrainingConfig(Section):
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError("float16 is no longer trained in; use bf16, which needs no loss scaling, or no (float32)")
         return "no" if value is False else value  # YAML reads an unquoted no as false
 
     @model_validator(mode="after")
@@ -235,7 +239,7 @@ class PerceptualConfig(Section):
 
 
 class AdversarialConfig(Section):
-    """MONAI's patch discriminator, from step `start` on."""
+    """MONAI's patch discriminator with instance norm, from step `start` on."""
 
     weight: Annotated[float, Field(gt=0)]
     start: Annotated[int, Field(ge=0)]
@@ -307,7 +311,6 @@ class UNetConfig(Section):
     covariates_in_time_embedding: bool = True
     activation_checkpointing: bool = False
     attention_backend: Literal["auto", "sdpa", "xformers", "math"] = "auto"
-    # None and not (): in the settings of a checkpoint from before this key, it is missing, which counts as None
     fourier_features: tuple[Annotated[int, Field(ge=-8, le=16)], ...] | None = None
 
     @model_validator(mode="after")

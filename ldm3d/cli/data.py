@@ -55,10 +55,12 @@ def encode(
     force: Annotated[bool, typer.Option(help="Encode even if the cache is up to date.")] = False,
 ) -> None:
     """Write the latents of all prepared scans with the trained autoencoder: what stage 2 reads."""
+    import warnings
+
     import torch
 
     from ldm3d.config import load_config
-    from ldm3d.data.latents import is_fresh, write_latents
+    from ldm3d.data.latents import describe_noise, is_fresh, noise_share, read_latents, write_latents
     from ldm3d.data.preprocess import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
     from ldm3d.models.autoencoder import LatentSpace
@@ -82,4 +84,7 @@ def encode(
     load = functools.partial(load_prepared, settings)
     write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes)
     if processes.is_main:
-        print(f"latents of {len(scans)} scans written to {settings.latents_folder}")
+        line, warning = describe_noise(noise_share(read_latents(settings.latents_folder, origin)[0]))
+        print(f"latents of {len(scans)} scans written to {settings.latents_folder}; {line}")
+        if warning:
+            warnings.warn(warning, stacklevel=1)

@@ -16,10 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ldm3d.data.loading import evenly
 from ldm3d.errors import InputError
 from ldm3d.processes import ALONE, Processes
 
 MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
+NOISE_LIMIT = 0.1  # of a channel's variance
 
 
 def write_latents(
@@ -68,6 +70,36 @@ def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> Non
     partial = folder / f"{ORIGIN}.partial"
     partial.write_text(json.dumps(dict(origin), indent=2) + "\n")
     os.replace(partial, folder / ORIGIN)
+
+
+def noise_share(moments: NDArray, most: int = 256) -> NDArray:
+    """Share of each channel's variance that is the posterior's noise, (c,): E var / (Var mean + E var), in [0, 1].
+
+    What is noise there tells nothing of a volume, and yet the diffusion model has to learn it like everything else.
+
+    Args:
+        moments: of all scans, (scans, 2c, x, y, z), for example a memory map.
+        most: at most so many scans, evenly chosen, are looked at.
+    """
+    total = np.zeros((3, moments.shape[1] // 2))  # means of: the mean, its square, the variance
+    chosen = evenly(range(len(moments)), most)
+    for scan in chosen:
+        mean, log_variance = np.split(moments[scan].astype(np.float64), 2)  # (c, x, y, z) each
+        total += np.stack([part.mean(axis=(1, 2, 3)) for part in (mean, mean**2, np.exp(log_variance))]) / len(chosen)
+    mean, square, noise = total
+    return noise / (square - mean**2 + noise)
+
+
+def describe_noise(shares: NDArray) -> tuple[str, str | None]:
+    """(the shares of `noise_share` in a line, what to do about those above `NOISE_LIMIT` or None)."""
+    line = f"posterior noise in the variance of each latent channel: {', '.join(f'{share:.2%}' for share in shares)}"
+    loud = [f"{channel} ({share:.0%})" for channel, share in enumerate(shares, 1) if share > NOISE_LIMIT]
+    if not loud:
+        return line, None
+    return line, (
+        f"more than {NOISE_LIMIT:.0%} of the variance of latent channel(s) {', '.join(loud)} is noise of the autoencoder, "
+        "and stage 2 would have to learn it: lower autoencoder.kl, train stage 1 longer, or use fewer latent_channels"
+    )
 
 
 def check_latents(folder: Path, origin: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ uninterrupted run on one process reads.
 import atexit
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ def generator(*position: int | str) -> torch.Generator:
     """A CPU generator for one position in the experiment, for example (seed, step, row); different ones are independent."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def evenly(items: Sequence, most: int) -> list:
+    """`most` of the items, evenly chosen; all of them where there are not more."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 class TrainingBatches(Dataset):

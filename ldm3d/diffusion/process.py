@@ -275,16 +275,16 @@ class Linear(VariancePreserving):
         return torch.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=torch.float64)
 
     @cached_property
-    def _table(self) -> Tensor:  # log(alpha) at t = 0, 1 / T, ..., 1
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self._betas()).cumsum(0) / 2])
+    def _table(self) -> "_Table":  # log(alpha) at t = 0, 1 / T, ..., 1
+        return _Table(torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self._betas()).cumsum(0) / 2]))
 
     def _log_alpha(self, t):
-        table, position = self._table.to(t), t * self.train_steps
+        table, position = self._table.beside(t), t * self.train_steps
         i = position.long().clamp(0, self.train_steps - 1)
         return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * self.train_steps
 
     def _t_of_log_alpha(self, log_alpha):
-        table = self._table.to(log_alpha)
+        table = self._table.beside(log_alpha)
         i = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, self.train_steps)
         return (i - 1 + (log_alpha - table[i - 1]) / (table[i] - table[i - 1])) / self.train_steps
 
@@ -328,12 +328,12 @@ class Variational(VariancePreserving):
         return -self.gamma[-1] / 2, -self.gamma[0] / 2
 
     @cached_property
-    def _table(self) -> Tensor:
-        return torch.tensor(self.gamma, dtype=torch.float64)
+    def _table(self) -> "_Table":
+        return _Table(torch.tensor(self.gamma, dtype=torch.float64))
 
     def _gamma(self, t):
         """(gamma, its derivative) at t > 0, and their limits at t = 0."""
-        table = self._table.to(t)
+        table = self._table.beside(t)
         position = t * (len(table) - 1)
         i = position.long().clamp(0, len(table) - 2)
         return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * (len(table) - 1)
@@ -344,7 +344,7 @@ class Variational(VariancePreserving):
         return torch.where(t > 0, log_alpha, 0.0), -torch.sigmoid(value) * rate / 2
 
     def _t_of_lam(self, lam):
-        table = self._table.to(lam)
+        table = self._table.beside(lam)
         i = torch.searchsorted(table, -2 * lam.contiguous()).clamp(1, len(table) - 1)
         t = (i - 1 + (-2 * lam - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
         return torch.where(lam == math.inf, 0.0, t.clamp(TIME_FLOOR, 1))
@@ -379,6 +379,21 @@ def choose(what: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise InputError(f"unknown {what} {name!r}; {hint}known: {', '.join(known) or 'none'}")
+
+
+class _Table:
+    """Numbers (n,) that are copied once to each device and type that asks for them: the host waits for such a copy."""
+
+    def __init__(self, values: Tensor):
+        self._copies = {(values.device, values.dtype): values}
+        self._values = values
+
+    def beside(self, t: Tensor) -> Tensor:
+        place = t.device, t.dtype
+        if place not in self._copies:
+            with torch.inference_mode(False):  # a copy made there could not be used where gradients are
+                self._copies[place] = self._values.to(t.device, t.dtype)
+        return self._copies[place]
 
 
 def _double(t) -> Tensor:

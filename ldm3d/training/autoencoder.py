@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ldm3d import figures
 from ldm3d.config import Config
-from ldm3d.data.loading import TrainingBatches
-from ldm3d.data.preprocess import load_prepared, read_scan_table
+from ldm3d.data.loading import TrainingBatches, evenly, generator
+from ldm3d.data.preprocess import read_scan_table
+from ldm3d.data.samples import VolumeSamples, load_volume
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
@@ -23,9 +24,10 @@ from ldm3d.models.pretrained import load_weights, make_network
 from ldm3d.preemption import Stop, preemption
 from ldm3d.processes import cores
 from ldm3d.training import checkpoint
+from ldm3d.training.choice import Choice
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
-from ldm3d.training.losses import kl_divergence
+from ldm3d.training.losses import AutoencoderLoss
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import (
     FiniteSteps,
@@ -43,7 +45,7 @@ from ldm3d.training.run import (
 )
 from ldm3d.training.sharding import whole
 
-MAX_VALIDATION = 64  # volumes; more would not change which checkpoint is best
+MAX_VALIDATION = 64  # volumes, evenly chosen; more would not change which checkpoint is best
 
 
 def train(config: Config, stop: Stop) -> None:
@@ -77,16 +79,13 @@ def train(config: Config, stop: Stop) -> None:
     newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
     restored = checkpoint.restore(run, newest, networks, described)
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
+    choice = Choice(training.keep, best, after=settings.adversarial.start if settings.adversarial else 0)
     if restored is None and settings.network.linear_path:
         start_from_linear_path(model, config, keys["train"], accelerator)
         load_weights(ema.network, model.state_dict(), "the linear path")
 
-    latent_shape = model.latent_shape(config.data.grid.shape)
-
-    def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"volume": load_volume(config, keys["train"][sample]), "noise": torch.randn(latent_shape, generator=rng)}
-
-    batches = TrainingBatches(read, len(keys["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
+    samples = VolumeSamples(config, tuple(keys["train"]), model.latent_shape(config.data.grid.shape))
+    batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
     network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
     model, optimizer = accelerator.prepare(network, optimizer)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
@@ -95,7 +94,8 @@ def train(config: Config, stop: Stop) -> None:
         adversary, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
-        say_changes(restored[1]["circumstances"], accelerator)
+        say_changes(restored[1], described, accelerator)
+    losses = AutoencoderLoss(settings, perceptual, adversary)
     finite = FiniteSteps(
         accelerator,
         training.max_skipped_steps,
@@ -109,40 +109,29 @@ def train(config: Config, stop: Stop) -> None:
     logged: dict[str, Tensor] = {}  # means over the parts of a batch
     for micro, batch in enumerate(loader, start=step * training.accumulation):
         step = micro // training.accumulation
-        adversarial = adversary is not None and step >= settings.adversarial.start
+        adversarial = losses.is_adversarial(step)
         set_learning_rate(optimizer, learning_rate(step, training))
         volume = batch["volume"].to(accelerator.device, non_blocking=True)  # (n, C, X, Y, Z)
         noise = batch["noise"].to(accelerator.device, non_blocking=True)  # (n, c, x, y, z)
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 reconstruction, moments = model(volume, noise)
-            error = reconstruction.float() - volume
-            l1, kl = error.abs().mean(), kl_divergence(moments) / volume[0].numel()
-            loss = settings.l1 * l1 + settings.l2 * error.square().mean() + settings.kl * kl
-            if perceptual:
-                loss = loss + settings.perceptual.weight * perceptual(reconstruction.float(), volume).mean()
             if adversarial:
                 adversary.requires_grad_(False)
-                with accelerator.autocast():
-                    fooled = adversary(None, reconstruction)
-                loss = loss + settings.adversarial.weight * fooled.float()
+            loss, parts = losses(volume, reconstruction, moments, step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-                finite.step(optimizer, step, gradient_norm, loss)
+                finite.step(optimizer, step, gradient_norm)
             optimizer.zero_grad()
             if adversarial:
                 adversary.requires_grad_(True)
-                with accelerator.autocast():
-                    caught = adversary(volume, reconstruction.detach())
-                accelerator.backward(caught.float())
+                parts["discriminator"] = adversary(volume, reconstruction.detach()).float()
+                accelerator.backward(parts["discriminator"])
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(adversary.parameters(), math.inf)
-                    finite.step(adversary_optimizer, step, norm, caught)
+                    finite.step(adversary_optimizer, step, norm)
                 adversary_optimizer.zero_grad()
-        parts = {"loss": loss, "l1": l1, "kl_per_voxel": kl}
-        if adversarial:
-            parts |= {"adversarial": fooled, "discriminator": caught}
         for name, value in parts.items():
             logged[name] = logged.get(name, 0) + value.detach() / training.accumulation
         if not accelerator.sync_gradients:
@@ -161,19 +150,16 @@ def train(config: Config, stop: Stop) -> None:
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
         logged = {}
         if keys["validation"] and (step % training.validate_every == 0 or last):
-            quality = validate(ema.network, config, keys["validation"][:MAX_VALIDATION], accelerator)
-            row["validation_psnr_db"] = quality
-            if best is None or quality > best["psnr_db"]:
-                best = {"step": step, "psnr_db": quality}
+            row |= validate(ema.network, losses, config, keys["validation"], step - 1, accelerator)
+            choice.add(step, row["validation_loss"])
         if row:
             metrics.add(step, row)
         stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
-        if step % training.checkpoint_every == 0 or last or stopping or (best and best["step"] == step):
+        if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
             metrics.to_disk()
             kept = {"settings": described, "circumstances": circumstances(accelerator)}
-            state = {"best": best, **finite.state(), **kept}
-            best_step = best and best["step"]
-            checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
+            state = {"best": choice.best, **finite.state(), **kept}
+            checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
         if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
             shown = (keys["validation"] or keys["train"])[:4]
@@ -183,7 +169,7 @@ def train(config: Config, stop: Stop) -> None:
             leave(stop, run, step, accelerator)
     bar.close()
     metrics.close()
-    export(config, ema.network, keys["train"], best, accelerator)
+    export(config, ema.network, keys["train"], choice.load(run, {"ema": ema.network}), accelerator)
     accelerator.end_training()
 
 
@@ -204,9 +190,11 @@ def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], 
     same_start(model)
 
 
-def export(config: Config, network: LatentSpace, keys: list[str], best: dict | None, accelerator: Accelerator) -> None:
-    """Write the best averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
-    best = checkpoint.load_best(config.autoencoder_run, best, {"ema": network})
+def export(config: Config, network: LatentSpace, keys: list[str], which: str, accelerator: Accelerator) -> None:
+    """Write the averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder.
+
+    `which` says in words what the network is.
+    """
     # Sums over this process's share, then over all: (sum, sum of squares) of c channels, and how many values
     count, total = 0, torch.zeros(2, network.latent_channels, dtype=torch.float64)
     with torch.no_grad(), accelerator.autocast():
@@ -224,14 +212,8 @@ def export(config: Config, network: LatentSpace, keys: list[str], best: dict | N
     network.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
     if accelerator.is_main_process:
         network.save_pretrained(config.autoencoder_folder)
-        chosen = f" (best of validation, step {best['step']}: {best['psnr_db']:.2f} dB)" if best else ""
-        print(f"autoencoder written to {config.autoencoder_folder}{chosen}")
+        print(f"autoencoder written to {config.autoencoder_folder} ({which})")
     accelerator.wait_for_everyone()
-
-
-def load_volume(config: Config, key: str) -> Tensor:
-    """A prepared volume as (1, X, Y, Z)."""
-    return torch.from_numpy(load_prepared(config, key))[None]
 
 
 @torch.no_grad()
@@ -240,15 +222,28 @@ def reconstruct(network: LatentSpace, volumes: Tensor) -> Tensor:
     return network.decode(network.sample(network.encode(volumes))).float().clamp(0, 1)
 
 
-def validate(network: LatentSpace, config: Config, keys: list[str], accelerator: Accelerator) -> float:
-    """Mean PSNR (dB) of held-out volumes, shared over the processes."""
-    total = torch.zeros(2, device=accelerator.device)
-    with accelerator.autocast():
-        for key in keys[accelerator.process_index :: accelerator.num_processes]:
-            volume = load_volume(config, key)[None].to(accelerator.device)
-            total += torch.tensor([psnr(reconstruct(network, volume), volume).item(), 1.0], device=accelerator.device)
-    total = accelerator.reduce(total, "sum")
-    return (total[0] / total[1]).item()
+@torch.no_grad()
+def validate(
+    network: LatentSpace, losses: AutoencoderLoss, config: Config, keys: list[str], step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean loss of held-out volumes, as step number `step` trains it, and their mean PSNR (dB).
+
+    Shared over the processes, which all call the networks equally often: what is spread over them needs that.
+    """
+    chosen, world = evenly(keys, MAX_VALIDATION), accelerator.num_processes
+    total = torch.zeros(2, dtype=torch.float64)
+    for turn in range(-(-len(chosen) // world)):
+        number = turn * world + accelerator.process_index
+        volume = load_volume(config, chosen[number % len(chosen)])[None].to(accelerator.device)
+        noise = torch.randn((1, *network.latent_shape(volume.shape[2:])), generator=generator("validation", number))
+        with accelerator.autocast():
+            again, moments = network(volume, noise.to(accelerator.device))
+            quality = psnr(reconstruct(network, volume), volume)
+        loss, _ = losses(volume, again, moments, step)
+        if number < len(chosen):
+            total += torch.tensor([loss.item(), quality.item()], dtype=torch.float64)
+    means = accelerator.reduce(total.float().to(accelerator.device), "sum") / len(chosen)
+    return dict(zip(("validation_loss", "validation_psnr_db"), means.tolist()))
 
 
 def draw_reconstructions(network: LatentSpace, config: Config, keys: list[str], device, path) -> None:

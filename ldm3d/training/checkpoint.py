@@ -6,6 +6,7 @@ RUN/checkpoints/step-00000500/tensors.safetensors   weights, averages and optimi
 Three are kept: the last two, for the last may turn out to be damaged, and the best.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ldm3d.config import AutoencoderConfig, DiffusionConfig, GridConfig
+from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights
 from ldm3d.training.sharding import spread_like, whole
@@ -27,7 +31,13 @@ from ldm3d.training.sharding import spread_like, whole
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 # Changing these between two starts of a run is fine; any other setting makes it another run
-FREE_SETTINGS = ("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps")
+ROUNDING = ("accumulation", "activation_checkpointing", "attention_backend")  # the next start says so
+FREE_SETTINGS = (
+    *("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps", "keep"),
+    *(*ROUNDING, "mixed_precision"),  # of the last, the precision that it leads to is said
+)
+
+SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "grid": GridConfig}
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -48,7 +58,7 @@ def load_optimizer_tensors(network: nn.Module, optimizer: Optimizer, tensors: Ma
         if value.ndim:  # shaped like the parameter: to its device, memory format and processes
             value = spread_like(value.to(parameter.device), parameter)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif optimizer.defaults.get("fused"):  # the one kind of optimiser whose step counters lie beside the parameters
+        else:  # a step counter: beside the parameter, so that a step can be skipped without the host's knowing
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
 
@@ -197,6 +207,7 @@ def restore(
     if step is None:
         return None
     tensors, state = load_checkpoint(run, step)
+    state["settings"] = with_defaults(state["settings"])
     changed = differences(state["settings"], settings, FREE_SETTINGS)
     if changed:
         raise InputError(
@@ -204,8 +215,43 @@ def restore(
             f"`output`, or delete {run} to start anew"
         )
     for name, network in networks.items():
-        load_weights(network, tensors[name], run)
+        try:
+            load_weights(network, tensors[name], run)
+        except InputError as error:
+            raise InputError(
+                f"{error}. The settings are the same, so another version of ldm3d began this run: end it with that version, "
+                f"choose another `output`, or delete {run} to start anew"
+            ) from None
     return tensors, state
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings as a run of today writes them: a key that is newer than the checkpoint has its default.
+
+    A section that today's config does not take stays as it is.
+    """
+    filled = dict(settings)
+    for name, section in SECTIONS.items():
+        try:
+            filled[name] = section.model_validate(settings[name]).model_dump(mode="json")
+        except (KeyError, ValidationError):
+            continue
+    with contextlib.suppress(KeyError, ValueError):
+        filled["covariates"] = as_json(CovariateSchema.from_dict(settings["covariates"]).to_dict())
+    return filled
+
+
+def as_json(values: Any) -> Any:
+    """Tuples as lists, as they come back from a JSON file."""
+    if isinstance(values, dict):
+        return {key: as_json(value) for key, value in values.items()}
+    return [as_json(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def rounding_changes(old: Any, new: Any) -> list[str]:
+    """Which settings changed that leave what is learned alone but for rounding, as `differences` says it."""
+    found = differences(old, new)
+    return [text for text in found if text.partition(":")[0].rpartition(".")[2] in ROUNDING]
 
 
 def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, nn.Module]) -> Mapping[str, Any] | None:

@@ -6,8 +6,12 @@ Reads OUTPUT/autoencoder and OUTPUT/latents, writes OUTPUT/diffusion-training (c
 TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command it goes on.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Adam
 
@@ -15,7 +19,8 @@ from ldm3d import figures
 from ldm3d.config import Config, ProcessConfig
 from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
-from ldm3d.data.loading import TrainingBatches, generator
+from ldm3d.data.loading import TrainingBatches, evenly, generator
+from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask
 from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
@@ -30,6 +35,7 @@ from ldm3d.models.unet import LatentUNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop, preemption
 from ldm3d.training import checkpoint
+from ldm3d.training.choice import Choice
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ldm3d.training.run import (
@@ -48,6 +54,7 @@ from ldm3d.training.run import (
 from ldm3d.training.sharding import whole
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
+MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 
 
@@ -80,26 +87,17 @@ def train(config: Config, stop: Stop) -> None:
 
     described = {
         "diffusion": settings.model_dump(mode="json"),
-        "covariates": schema.to_dict(),
+        "covariates": checkpoint.as_json(schema.to_dict()),
         "latents": origin,
         "seed": config.seed,
     }
     newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
-    restored = checkpoint.restore(run, newest, networks, as_json(described))
+    restored = checkpoint.restore(run, newest, networks, described)
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
+    choice = Choice(training.keep, best)
 
-    def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
-        index = split["train"][sample]
-        posterior = torch.from_numpy(moments[index].copy())  # (2c, x, y, z)
-        return {
-            "moments": posterior,
-            "context": contexts[index],
-            "posterior_noise": torch.randn(posterior[:channels].shape, generator=rng),
-            "noise": torch.randn((channels, *padded), generator=rng),
-            "drop": torch.rand(len(schema) + 2, generator=rng),
-        }
-
-    batches = TrainingBatches(read, len(split["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
+    samples = LatentSamples(config.latents_folder, tuple(split["train"]), contexts, padded)
+    batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
     network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
     model, optimizer = accelerator.prepare(network, optimizer)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
@@ -109,7 +107,7 @@ def train(config: Config, stop: Stop) -> None:
         optimizers["schedule_optimizer"] = (schedule, schedule_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
-        say_changes(restored[1]["circumstances"], accelerator)
+        say_changes(restored[1], described, accelerator)
     finite = FiniteSteps(
         accelerator,
         training.max_skipped_steps,
@@ -138,7 +136,7 @@ def train(config: Config, stop: Stop) -> None:
                 if schedule is not None:
                     learn(schedule, schedule_optimizer, logged, accelerator)
                 gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-                finite.step(optimizer, step, gradient_norm, loss)
+                finite.step(optimizer, step, gradient_norm)
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
@@ -156,21 +154,19 @@ def train(config: Config, stop: Stop) -> None:
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
-            held_out = split["validation"]
+            held_out = evenly(split["validation"], MAX_VALIDATION)
             row["validation_loss"] = validate(
-                ema.network, process, settings, autoencoder, moments[held_out], contexts[held_out], accelerator
+                ema.network, process, settings, autoencoder, moments, contexts, held_out, accelerator
             )
-            if best is None or row["validation_loss"] < best["validation_loss"]:
-                best = {"step": step, "validation_loss": row["validation_loss"]}
+            choice.add(step, row["validation_loss"])
         if row:
             metrics.add(step, row)
         stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
-        if step % training.checkpoint_every == 0 or last or stopping or (best and best["step"] == step):
+        if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
             metrics.to_disk()
-            kept = {"settings": as_json(described), "circumstances": circumstances(accelerator)}
-            state = {"best": best, **finite.state(), **kept}
-            best_step = best and best["step"]
-            checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
+            kept = {"settings": described, "circumstances": circumstances(accelerator)}
+            state = {"best": choice.best, **finite.state(), **kept}
+            checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
         if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
             pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
@@ -181,11 +177,10 @@ def train(config: Config, stop: Stop) -> None:
     bar.close()
     metrics.close()
     if accelerator.is_main_process:
-        best = checkpoint.load_best(run, best, chosen)
+        which = choice.load(run, chosen)
         make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
         save_experiment(config, config.model_folder)
-        which = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
-        print(f"model written to {config.model_folder}{which}")
+        print(f"model written to {config.model_folder} ({which})")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -208,8 +203,7 @@ def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accele
     Args:
         loss: mean over this process's parts of the batch, whose gradient is in `schedule.logits.grad`.
     """
-    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0  # of float16's gradients
-    schedule.logits.grad = accelerator.reduce(schedule.logits.grad / scale, "mean")
+    schedule.logits.grad = accelerator.reduce(schedule.logits.grad, "mean")
     schedule.learn_variance(accelerator.reduce(loss, "mean"))
     optimizer.found_inf = (~schedule.logits.grad.isfinite().all()).float()  # where it is 1, a fused optimiser does nothing
     optimizer.step()
@@ -243,29 +237,39 @@ def validate(
     process: Process | Schedule,
     settings,
     autoencoder: LatentSpace,
-    moments,
+    moments: NDArray,
     contexts: Tensor,
+    rows: Sequence[int],
     accelerator: Accelerator,
+    batch_size: int = 16,
 ) -> float:
-    """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare."""
-    device, total, batch_size = accelerator.device, 0.0, 16
-    mean = autoencoder.normalise(autoencoder.sample(torch.from_numpy(moments.copy()).to(device)))
-    mean = pad_to(mean, unet.padded_shape(mean.shape[2:]))
-    numbers = range(accelerator.process_index, len(mean) * VALIDATION_REPEATS, accelerator.num_processes)
+    """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare.
+
+    Each latent is scored `VALIDATION_REPEATS` times. Time and noise follow from the number of latent and repeat alone, so
+    the figure does not depend on the number of processes nor on `batch_size`, but for rounding.
+
+    Args:
+        moments: of all scans, (scans, 2c, x, y, z); a batch at a time is read.
+        contexts: of all scans, (scans, K, 2).
+        rows: of the held-out ones.
+    """
+    device, total = accelerator.device, 0.0
+    numbers = range(accelerator.process_index, len(rows) * VALIDATION_REPEATS, accelerator.num_processes)
     for first in range(0, len(numbers), batch_size):
         chosen = torch.tensor(numbers[first : first + batch_size])
-        sample = chosen % len(mean)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator("validation", int(n))) for n in chosen]).to(
-            device
-        )
+        scans = [rows[n % len(rows)] for n in chosen]
+        posterior = torch.from_numpy(np.stack([moments[scan] for scan in scans])).to(device)  # (n, 2c, x, y, z)
+        x = autoencoder.normalise(autoencoder.sample(posterior))
+        x = pad_to(x, unet.padded_shape(x.shape[2:]))
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
         # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
         u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
         t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)
-        x, context = mean[sample.to(device)], contexts[sample].to(device)
+        context = contexts[scans].to(device)
         loss = diffusion_loss(unet, process, settings, x, noise.to(device), t.to(device), context, accelerator)
         total += loss.item() * len(chosen)
     total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
-    return total / (len(mean) * VALIDATION_REPEATS)
+    return total / (len(rows) * VALIDATION_REPEATS)
 
 
 def make_pipeline(
@@ -293,13 +297,6 @@ def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int 
         volumes = [next(pipeline.volumes([row], pipeline.sampling)) for row in requests]
     titles = [describe(row) for row in requests]
     figures.save(figures.mosaic(volumes, titles, pipeline.grid.spacing_mm, columns=3), path)
-
-
-def as_json(values):
-    """Tuples as lists, as they come back from a JSON file."""
-    if isinstance(values, dict):
-        return {key: as_json(value) for key, value in values.items()}
-    return [as_json(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 @exit_on_input_error

@@ -59,12 +59,16 @@ class _Deepest(nn.Module):
 
 
 class Adversary(nn.Module):
-    """MONAI's patch discriminator with its least-squares loss (Isola et al. 2017; Mao et al. 2017)."""
+    """MONAI's patch discriminator with its least-squares loss (Isola et al. 2017; Mao et al. 2017).
+
+    Instance norm, as in MONAI's bundles: a volume is judged by itself. Batch norm would make the losses depend on how a
+    batch is cut over processes and accumulated parts.
+    """
 
     def __init__(self, config: AdversarialConfig, in_channels: int):
         super().__init__()
         self.discriminator = PatchDiscriminator(
-            spatial_dims=3, channels=config.channels, in_channels=in_channels, num_layers_d=config.layers
+            spatial_dims=3, channels=config.channels, in_channels=in_channels, num_layers_d=config.layers, norm="INSTANCE"
         )
         self.criterion = PatchAdversarialLoss(criterion="least_squares")
 

@@ -17,6 +17,9 @@ class Muon(Optimizer):
     0.2 sqrt(max(rows, columns)) so that its size is AdamW's (Liu et al. 2025, "Muon is scalable", eq. 4): one learning rate
     then fits both. PyTorch's own Muon takes two-dimensional weights only.
 
+    Like PyTorch's fused optimisers it reads an attribute `found_inf` (a tensor of no dimensions): where that is 1, a step
+    changes nothing.
+
     Args:
         groups: of parameters; `orthogonal` in each says whether they are matrices.
         lr: learning rate.
@@ -32,36 +35,50 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = closure() if closure is not None else None
+        # As in PyTorch's fused optimisers: where it is set and 1, nothing changes, and the host need not know
+        skip = getattr(self, "found_inf", None)
+        taken = 1.0 if skip is None else 1.0 - skip
         for group in self.param_groups:
-            update = self._orthogonal_update if group["orthogonal"] else self._adam_update
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.add_(update(parameter, group), alpha=-group["lr"])
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [p.grad if skip is None else torch.where(skip > 0, 0.0, p.grad) for p in moved]  # 0 * NaN is NaN
+            updates = self._orthogonal_updates if group["orthogonal"] else self._adam_updates
+            for parameter, update in zip(moved, updates(moved, gradients, taken, group)):
+                parameter.add_(update * taken, alpha=-group["lr"])
         return loss
 
-    def _orthogonal_update(self, parameter: Tensor, group: dict) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        direction = parameter.grad.lerp(state["momentum"], group["momentum"])
-        matrix = whole(direction).flatten(1)
-        size = 0.2 * math.sqrt(max(matrix.shape))
-        update = spread_like(size * orthogonalise(matrix).view(parameter.shape), parameter)
-        return update + group["weight_decay"] * parameter
+    def _orthogonal_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
+        """Matrices of one shape are orthogonalised together."""
+        together: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].add_(taken * (1 - group["momentum"]) * (gradient - state["momentum"]))
+            matrix = whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
+            together.setdefault(matrix.shape, {})[i] = matrix
+        updates = {}
+        for shape, matrices in together.items():
+            size = 0.2 * math.sqrt(max(shape))
+            orthogonal = size * orthogonalise(torch.stack(list(matrices.values())))  # (matrices, rows, columns)
+            updates |= dict(zip(matrices, orthogonal))
+        decay = group["weight_decay"]
+        return [spread_like(updates[i].view(p.shape), p) + decay * p for i, p in enumerate(parameters)]
 
-    def _adam_update(self, parameter: Tensor, group: dict) -> Tensor:
+    def _adam_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
         """Kingma & Ba 2015, algorithm 1."""
-        state = self.state[parameter]
+        return [self._adam_update(p, gradient, taken, group) for p, gradient in zip(parameters, gradients)]
+
+    def _adam_update(self, parameter: Tensor, gradient: Tensor, taken, group: dict) -> Tensor:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        step, (beta1, beta2) = state["step"].item(), group["betas"]
-        state["mean"].lerp_(parameter.grad, 1 - beta1)
-        state["square"].lerp_(parameter.grad.square(), 1 - beta2)
-        mean, square = state["mean"] / (1 - beta1**step), state["square"] / (1 - beta2**step)
-        return mean / (square.sqrt() + group["eps"])
+        state["step"] += taken
+        state["mean"].add_(taken * (1 - beta1) * (gradient - state["mean"]))
+        state["square"].add_(taken * (1 - beta2) * (gradient.square() - state["square"]))
+        # 1 - beta^step without the cancellation of float32; a run's first step may be one that is skipped: not 0 / 0
+        correction1, correction2 = (-torch.expm1(state["step"].clamp_min(1) * math.log(beta)) for beta in (beta1, beta2))
+        return state["mean"] / correction1 / ((state["square"] / correction2).sqrt() + group["eps"])
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
@@ -69,15 +86,18 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
     Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T and Jordan's coefficients. In float32, where theirs is
     in bfloat16: that would turn the rounding of another number of processes into a visibly different step.
+
+    Args:
+        matrix: (..., rows, columns); each matrix by itself.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).float()
-    x = x / (x.norm() + 1e-7)
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = (matrix if wide else matrix.mT).float()
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x if wide else x.mT).to(matrix.dtype)
 
 
 def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:

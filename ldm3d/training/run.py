@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -24,7 +31,8 @@ from ldm3d.config import Config, TrainingConfig, load_config
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
-from ldm3d.training.sharding import is_spread, whole
+from ldm3d.training.checkpoint import rounding_changes
+from ldm3d.training.sharding import whole
 
 
 def parse_command_line(description: str, section: str) -> Config:
@@ -45,9 +53,11 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         InputError: fewer processes than were asked for, or a batch that they cannot share.
     """
     run.mkdir(parents=True, exist_ok=True)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # the Accelerator's, before it is there
     precision = training.mixed_precision
     if precision == "auto":
-        precision = "bf16" if bf16_is_fast() else "no"
+        precision = "bf16" if bf16_is_fast(device) else "no"
+    use_fast_kernels(device)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=training.accumulation,
@@ -84,11 +94,18 @@ def ready_to_spread(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     return network
 
 
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """On a GPU, have cuDNN try its convolutions once for each shape, and float32 matrices multiplied in TF32."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        torch.set_float32_matmul_precision("high")
 
 
 class Metrics:
@@ -190,9 +207,9 @@ def circumstances(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def say_changes(before: dict[str, Any], accelerator: Accelerator) -> None:
-    """Say what can no longer be bit-identical in a run that goes on under other circumstances."""
-    changed = differences(before, circumstances(accelerator))
+def say_changes(state: dict[str, Any], settings: dict[str, Any], accelerator: Accelerator) -> None:
+    """Say what can no longer be bit-identical in a run that goes on from a checkpoint's state under other circumstances."""
+    changed = differences(state["circumstances"], circumstances(accelerator)) + rounding_changes(state["settings"], settings)
     if changed:
         say(
             accelerator,
@@ -218,6 +235,9 @@ def leave(stop: Stop, run: Path, step: int, accelerator: Accelerator) -> NoRetur
 class FiniteSteps:
     """Takes optimiser steps, but those whose gradient is NaN or infinite: they change nothing, and too many end the run.
 
+    The optimisers have to do nothing where their `found_inf` is 1, as PyTorch's fused ones and our Muon do: so the host
+    need not wait to know.
+
     Args:
         accelerator: the run's.
         limit: how many may be skipped.
@@ -229,18 +249,12 @@ class FiniteSteps:
         self.accelerator, self.limit, self.subjects, self.said = accelerator, limit, subjects, skipped
         self._skipped = torch.tensor([skipped, 0], device=accelerator.device)  # how many; 1 + the last of them
 
-    def step(self, optimizer: AcceleratedOptimizer, step: int, norm: Tensor, loss: Tensor) -> None:
-        """One step, number `step` from 0, with the gradients' norm and the loss of this process."""
-        scaled = self.accelerator.scaler is not None  # in float16 an infinite gradient is how the scale is found
-        bad = ~torch.isfinite(loss.detach() if scaled else whole(norm))
+    def step(self, optimizer: AcceleratedOptimizer, step: int, norm: Tensor) -> None:
+        """One step, number `step` from 0, with the gradients' norm."""
+        bad = ~torch.isfinite(whole(norm))
         last = torch.stack([self._skipped[0] + 1, torch.full_like(self._skipped[1], step + 1)])
         self._skipped = torch.where(bad, last, self._skipped)
-        inner = optimizer.optimizer
-        on_device = inner.defaults.get("fused") and bad.is_cuda and not is_spread(norm)
-        if on_device and not scaled:
-            inner.found_inf = bad.float()  # PyTorch's fused AdamW does nothing where this is 1, and the host need not know
-        elif not scaled and bad:
-            return
+        optimizer.optimizer.found_inf = bad.float()
         optimizer.step()
 
     def check(self) -> int:

@@ -1,0 +1,83 @@
+"""What training reads of one sample: volumes for stage 1, latents for stage 2.
+
+Both are small objects that a process which reads ahead gets as a copy. They name their files and open them when the first
+sample is read, in the process that reads: a memory map would be copied as its whole content.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from ldm3d.config import Config
+from ldm3d.data.latents import MOMENTS
+from ldm3d.data.preprocess import load_prepared
+
+
+def load_volume(config: Config, key: str) -> Tensor:
+    """A prepared volume as (1, X, Y, Z)."""
+    return torch.from_numpy(load_prepared(config, key))[None]
+
+
+@dataclass(frozen=True)
+class VolumeSamples:
+    """Prepared volumes: `volume` (1, X, Y, Z) and `noise` (c, x, y, z) for the posterior's sample.
+
+    Args:
+        config: of the experiment.
+        keys: of the prepared scans; sample i is the i-th.
+        latent_shape: (c, x, y, z).
+    """
+
+    config: Config
+    keys: tuple[str, ...]
+    latent_shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
+        return {"volume": load_volume(self.config, self.keys[sample]), "noise": torch.randn(self.latent_shape, generator=rng)}
+
+
+@dataclass(frozen=True)
+class LatentSamples:
+    """Cached posteriors: `moments` (2c, x, y, z), `context` (K, 2), and all random numbers that a step needs.
+
+    Args:
+        folder: of the latent cache.
+        rows: of the cache; sample i is the i-th.
+        contexts: encoded covariates of all rows of the cache, (scans, K, 2).
+        padded: (x, y, z) that the U-Net sees: the shape of `noise`.
+    """
+
+    folder: Path
+    rows: tuple[int, ...]
+    contexts: Tensor
+    padded: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_moments"}
+
+    @cached_property
+    def _moments(self) -> NDArray:
+        return np.load(self.folder / MOMENTS, mmap_mode="r")
+
+    def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
+        row = self.rows[sample]
+        moments = torch.from_numpy(self._moments[row].copy())  # (2c, x, y, z)
+        channels = len(moments) // 2
+        return {
+            "moments": moments,
+            "context": self.contexts[row],
+            "posterior_noise": torch.randn(moments[:channels].shape, generator=rng),
+            "noise": torch.randn((channels, *self.padded), generator=rng),
+            "drop": torch.rand(self.contexts.shape[1] + 2, generator=rng),
+        }
