@@ -36,18 +36,23 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016) over the channels of each position; the answer has the dtype of what is given.
-
-    On CUDA it is kept out of autocast, which would make a float32 copy of x, hold on to it for the backward pass and return
-    float32. PyTorch's kernel sums in float32 anyway, and torch.compile fuses it with its neighbours. CPU autocast leaves the norm alone.
-    """
+    """Layer normalisation (Ba et al. 2016) over the channels of each position."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        with torch.autocast("cuda", enabled=False):
-            return nn.functional.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
+        if x.is_cuda:
+            return normalise_channels(x, self.weight, self.bias, self.eps)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def normalise_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The norm of `ChannelNorm` kept out of autocast, in x's dtype: (N, C, ...) -> (N, C, ...).
+
+    CUDA's autocast would make a float32 copy of x, hold on to it for the backward pass and return float32; that of the CPU
+    leaves the norm alone. The kernel sums in float32 either way.
+    """
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):

@@ -36,12 +36,11 @@ from ldm3d.training.run import (
     leave,
     parse_command_line,
     progress_bar,
-    ready_to_spread,
     same_start,
     say_changes,
     start_accelerator,
 )
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import prepare, whole
 
 MAX_VALIDATION = 64  # volumes; more would not change which checkpoint is best
 
@@ -87,12 +86,13 @@ def train(config: Config, stop: Stop) -> None:
         return {"volume": load_volume(config, keys["train"][sample]), "noise": torch.randn(latent_shape, generator=rng)}
 
     batches = TrainingBatches(read, len(keys["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
-    model, optimizer = accelerator.prepare(network, optimizer)
+    network = model  # the bare one, for its parameters and for checkpoints
+    model, optimizer = prepare(accelerator, network, optimizer)
+    ema.spread_like(network)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
     if adversary:
         optimizers["adversary_optimizer"] = (adversary, adversary_optimizer)
-        adversary, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
+        adversary, adversary_optimizer = prepare(accelerator, adversary, adversary_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
         say_changes(restored[1]["circumstances"], accelerator)
@@ -161,7 +161,8 @@ def train(config: Config, stop: Stop) -> None:
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
         logged = {}
         if keys["validation"] and (step % training.validate_every == 0 or last):
-            quality = validate(ema.network, config, keys["validation"][:MAX_VALIDATION], accelerator)
+            with ema.gathered() as average:
+                quality = validate(average, config, keys["validation"][:MAX_VALIDATION], accelerator)
             row["validation_psnr_db"] = quality
             if best is None or quality > best["psnr_db"]:
                 best = {"step": step, "psnr_db": quality}
@@ -175,15 +176,18 @@ def train(config: Config, stop: Stop) -> None:
             best_step = best and best["step"]
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            shown = (keys["validation"] or keys["train"])[:4]
-            draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
-            metrics.draw()
+        if step % training.preview_every == 0 or last:
+            with ema.gathered() as average:
+                if accelerator.is_main_process:
+                    shown = (keys["validation"] or keys["train"])[:4]
+                    draw_reconstructions(average, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
+                    metrics.draw()
         if stopping:
             leave(stop, run, step, accelerator)
     bar.close()
     metrics.close()
-    export(config, ema.network, keys["train"], best, accelerator)
+    with ema.gathered() as average:
+        export(config, average, keys["train"], best, accelerator)
     accelerator.end_training()
 
 

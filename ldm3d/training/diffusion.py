@@ -39,11 +39,10 @@ from ldm3d.training.run import (
     leave,
     parse_command_line,
     progress_bar,
-    ready_to_spread,
     say_changes,
     start_accelerator,
 )
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import prepare, whole
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
@@ -98,8 +97,9 @@ def train(config: Config, stop: Stop) -> None:
         }
 
     batches = TrainingBatches(read, len(split["train"]), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
-    model, optimizer = accelerator.prepare(network, optimizer)
+    network = model  # the bare one, for its parameters and for checkpoints
+    model, optimizer = prepare(accelerator, network, optimizer)
+    ema.spread_like(network)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
     if schedule is not None:  # bare: 64 numbers, whose gradient `learn` brings together itself
         rate = settings.process.schedule_learning_rate
@@ -155,9 +155,10 @@ def train(config: Config, stop: Stop) -> None:
         logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
             held_out = split["validation"]
-            row["validation_loss"] = validate(
-                ema.network, process, settings, autoencoder, moments[held_out], contexts[held_out], accelerator
-            )
+            with ema.gathered() as average:
+                row["validation_loss"] = validate(
+                    average, process, settings, autoencoder, moments[held_out], contexts[held_out], accelerator
+                )
             if best is None or row["validation_loss"] < best["validation_loss"]:
                 best = {"step": step, "validation_loss": row["validation_loss"]}
         if row:
@@ -170,20 +171,23 @@ def train(config: Config, stop: Stop) -> None:
             best_step = best and best["step"]
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, best_step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
-            draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
-            metrics.draw()
+        if step % training.preview_every == 0 or last:
+            with ema.gathered() as average:
+                if accelerator.is_main_process:
+                    pipeline = make_pipeline(config, autoencoder, average, schema, process)
+                    draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
+                    metrics.draw()
         if stopping:
             leave(stop, run, step, accelerator)
     bar.close()
     metrics.close()
-    if accelerator.is_main_process:
-        best = checkpoint.load_best(run, best, chosen)
-        make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
-        save_experiment(config, config.model_folder)
-        which = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
-        print(f"model written to {config.model_folder}{which}")
+    with ema.gathered() as average:
+        if accelerator.is_main_process:
+            best = checkpoint.load_best(run, best, chosen)
+            make_pipeline(config, autoencoder, average, schema, process).save_pretrained(config.model_folder)
+            save_experiment(config, config.model_folder)
+            which = f" (best of validation, step {best['step']}: loss {best['validation_loss']:.4f})" if best else ""
+            print(f"model written to {config.model_folder}{which}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
