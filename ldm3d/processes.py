@@ -80,8 +80,17 @@ def cores_each() -> int:
 
 
 def own_device() -> str:
-    """The GPU of this process where there are any, else the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """The GPU of this process, made its current one; the CPU where there is none.
+
+    The number of a process on its machine comes from torchrun, accelerate launch or srun. Slurm may show each task all GPUs of
+    the machine, or its own alone (--gpus-per-task), whatever that number is.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    number = local % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def check_all_started() -> None:

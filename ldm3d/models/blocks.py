@@ -39,7 +39,20 @@ class ChannelNorm(nn.LayerNorm):
     """Layer normalisation (Ba et al. 2016) over the channels of each position."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return normalise_channels(x, self.weight, self.bias, self.eps)
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def normalise_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The norm of `ChannelNorm` kept out of autocast, in x's dtype: (N, C, ...) -> (N, C, ...).
+
+    CUDA's autocast would make a float32 copy of x, hold on to it for the backward pass and return float32; that of the CPU
+    leaves the norm alone. The kernel sums in float32 either way.
+    """
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):

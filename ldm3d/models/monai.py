@@ -205,7 +205,7 @@ class MonaiUNet(LatentUNet):
         """
         context, tokens = Conditions.of(context, x, self.num_covariates).covariates, None
         if self.tokens is not None:
-            tokens = self.tokens(context.to(x.dtype))  # (N, tokens, context_dim)
+            tokens = self.tokens(context)  # (N, tokens, context_dim)
         elif self.num_covariates:
             values = context[..., 0].to(x.dtype) / self.largest.to(x.dtype)  # (N, K)
             tokens = values[:, None]  # (N, 1, K)

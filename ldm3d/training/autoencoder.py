@@ -38,12 +38,11 @@ from ldm3d.training.run import (
     leave,
     parse_command_line,
     progress_bar,
-    ready_to_spread,
     same_start,
     say_changes,
     start_accelerator,
 )
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import prepare, whole
 
 MAX_VALIDATION = 64  # volumes, evenly chosen; more would not change which checkpoint is best
 
@@ -86,12 +85,13 @@ def train(config: Config, stop: Stop) -> None:
 
     samples = VolumeSamples(config, tuple(keys["train"]), model.latent_shape(config.data.grid.shape))
     batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
-    model, optimizer = accelerator.prepare(network, optimizer)
+    network = model  # the bare one, for its parameters and for checkpoints
+    model, optimizer = prepare(accelerator, network, optimizer)
+    ema.spread_like(network)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
     if adversary:
         optimizers["adversary_optimizer"] = (adversary, adversary_optimizer)
-        adversary, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
+        adversary, adversary_optimizer = prepare(accelerator, adversary, adversary_optimizer)
     if restored:
         checkpoint.restore_optimizers(restored[0], optimizers)
         say_changes(restored[1], described, accelerator)
@@ -150,7 +150,8 @@ def train(config: Config, stop: Stop) -> None:
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
         logged = {}
         if keys["validation"] and (step % training.validate_every == 0 or last):
-            row |= validate(ema.network, losses, config, keys["validation"], step - 1, accelerator)
+            with ema.gathered() as average:
+                row |= validate(average, losses, config, keys["validation"], step - 1, accelerator)
             choice.add(step, row["validation_loss"])
         if row:
             metrics.add(step, row)
@@ -161,15 +162,18 @@ def train(config: Config, stop: Stop) -> None:
             state = {"best": choice.best, **finite.state(), **kept}
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            shown = (keys["validation"] or keys["train"])[:4]
-            draw_reconstructions(ema.network, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
-            metrics.draw()
+        if step % training.preview_every == 0 or last:
+            with ema.gathered() as average:
+                if accelerator.is_main_process:
+                    shown = (keys["validation"] or keys["train"])[:4]
+                    draw_reconstructions(average, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
+                    metrics.draw()
         if stopping:
             leave(stop, run, step, accelerator)
     bar.close()
     metrics.close()
-    export(config, ema.network, keys["train"], choice.load(run, {"ema": ema.network}), accelerator)
+    with ema.gathered() as average:
+        export(config, average, keys["train"], choice.load(run, {"ema": average}), accelerator)
     accelerator.end_training()
 
 

@@ -41,9 +41,9 @@ SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "gri
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as whole tensors named after the network's parameters."""
+    """An optimiser's state, spread as it is, named after the network's parameters."""
     return {
-        f"{name}/{key}": whole(value)
+        f"{name}/{key}": value
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -74,7 +74,8 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `step`, then remove those that are neither it nor the best one.
 
-    Every process has to call this, for what is spread over processes is brought together first; one writes.
+    Every process has to call this, for what is spread over processes is brought together first, one tensor after the other;
+    one process writes, and the others keep nothing.
 
     Args:
         run: folder of the training run.
@@ -85,9 +86,14 @@ def save_checkpoint(
         best_step: the step of the best checkpoint so far; None if there is none.
         is_writer: whether this process is the one that writes.
     """
-    tensors = {f"{name}/{key}": whole(value) for name, net in networks.items() for key, value in net.state_dict().items()}
+    kept = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
     for name, (network, optimizer) in optimizers.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer_tensors(network, optimizer).items()}
+        kept |= {f"{name}/{key}": value for key, value in optimizer_tensors(network, optimizer).items()}
+    tensors = {}
+    for name, value in kept.items():
+        value = whole(value.detach())  # one at a time: on a GPU there is room for no more
+        if is_writer:
+            tensors[name] = value.cpu().contiguous()
     if not is_writer:
         return
     folder = _folder(run, step)
@@ -96,7 +102,7 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / TENSORS)
+        save_file(tensors, partial / TENSORS)
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (TENSORS, STATE)))
         for path in (*partial.iterdir(), partial):
@@ -268,9 +274,11 @@ def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, 
     return best
 
 
-def restore_optimizers(
-    tensors: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]
-) -> None:
-    """The second half of `restore`, once the networks are on their devices and spread as they will be."""
+def restore_optimizers(tensors: dict[str, dict[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]) -> None:
+    """The second half of `restore`, once the networks are on their devices and spread as they will be.
+
+    It empties `tensors`: a checkpoint is three to four times as large as the networks, and a run needs it no more.
+    """
     for name, (network, optimizer) in optimizers.items():
-        load_optimizer_tensors(network, optimizer, tensors.get(name, {}))
+        load_optimizer_tensors(network, optimizer, tensors.pop(name, {}))
+    tensors.clear()

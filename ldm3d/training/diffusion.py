@@ -47,11 +47,10 @@ from ldm3d.training.run import (
     leave,
     parse_command_line,
     progress_bar,
-    ready_to_spread,
     say_changes,
     start_accelerator,
 )
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import prepare, whole
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
@@ -98,8 +97,9 @@ def train(config: Config, stop: Stop) -> None:
 
     samples = LatentSamples(config.latents_folder, tuple(split["train"]), contexts, padded)
     batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = ready_to_spread(model, accelerator)  # the bare one, for its parameters and for checkpoints
-    model, optimizer = accelerator.prepare(network, optimizer)
+    network = model  # the bare one, for its parameters and for checkpoints
+    model, optimizer = prepare(accelerator, network, optimizer)
+    ema.spread_like(network)
     optimizers = {"optimizer": (network, optimizer.optimizer)}
     if schedule is not None:  # bare: 64 numbers, whose gradient `learn` brings together itself
         rate = settings.process.schedule_learning_rate
@@ -155,9 +155,10 @@ def train(config: Config, stop: Stop) -> None:
         logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
             held_out = evenly(split["validation"], MAX_VALIDATION)
-            row["validation_loss"] = validate(
-                ema.network, process, settings, autoencoder, moments, contexts, held_out, accelerator
-            )
+            with ema.gathered() as average:
+                row["validation_loss"] = validate(
+                    average, process, settings, autoencoder, moments, contexts, held_out, accelerator
+                )
             choice.add(step, row["validation_loss"])
         if row:
             metrics.add(step, row)
@@ -168,19 +169,22 @@ def train(config: Config, stop: Stop) -> None:
             state = {"best": choice.best, **finite.state(), **kept}
             checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
             accelerator.wait_for_everyone()
-        if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-            pipeline = make_pipeline(config, autoencoder, ema.network, schema, process)
-            draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
-            metrics.draw()
+        if step % training.preview_every == 0 or last:
+            with ema.gathered() as average:
+                if accelerator.is_main_process:
+                    pipeline = make_pipeline(config, autoencoder, average, schema, process)
+                    draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
+                    metrics.draw()
         if stopping:
             leave(stop, run, step, accelerator)
     bar.close()
     metrics.close()
-    if accelerator.is_main_process:
-        which = choice.load(run, chosen)
-        make_pipeline(config, autoencoder, ema.network, schema, process).save_pretrained(config.model_folder)
-        save_experiment(config, config.model_folder)
-        print(f"model written to {config.model_folder} ({which})")
+    with ema.gathered() as average:
+        if accelerator.is_main_process:
+            which = choice.load(run, {**chosen, "ema": average})
+            make_pipeline(config, autoencoder, average, schema, process).save_pretrained(config.model_folder)
+            save_experiment(config, config.model_folder)
+            print(f"model written to {config.model_folder} ({which})")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -16,7 +16,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DataLoaderConfiguration,
-    DistributedType,
     broadcast,
     broadcast_object_list,
     parse_flag_from_env,
@@ -32,7 +31,7 @@ from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.checkpoint import rounding_changes
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import sharding_plugin, whole
 
 
 def parse_command_line(description: str, section: str) -> Config:
@@ -62,6 +61,7 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         mixed_precision=precision,
         gradient_accumulation_steps=training.accumulation,
         dataloader_config=DataLoaderConfiguration(),
+        fsdp_plugin=sharding_plugin(precision),
     )
     check_all_started()
     if training.batch_size % (training.accumulation * accelerator.num_processes):
@@ -85,13 +85,6 @@ def say(accelerator: Accelerator, text: str) -> None:
     """Print a line once; `Accelerator.print` prints one on every node."""
     if accelerator.is_main_process:
         print(text, flush=True)
-
-
-def ready_to_spread(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network in the memory format that its distribution can take: FSDP2 spreads contiguous parameters only."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        network.to(memory_format=torch.contiguous_format)
-    return network
 
 
 def bf16_is_fast(device: torch.device) -> bool:
