@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm3d.errors import InputError
 from ldm3d.models.attention import attention, xformers_works
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 HEADS, HEAD_CHANNELS, TOKENS_IN_ALL = 3, 32, 8192  # of the table of few keys
 WIDTH, CONTEXT_TOKENS = 512, 4

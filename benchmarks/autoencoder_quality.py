@@ -29,7 +29,7 @@ from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 
 def main() -> None:

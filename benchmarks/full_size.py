@@ -34,14 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm3d.config import Config, load_config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.diffusion.denoiser import TIMESTEPS
+from ldm3d.diffusion.denoiser import TIMESTEPS, ask
 from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import Block, UNet
-from ldm3d.training.diffusion import diffusion_loss, make_pipeline
+from ldm3d.training.diffusion import make_objective, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 CONFIG = Path(__file__).parents[1] / "configs" / "brain-1mm.yaml"
 PARTS = ("step", "sample", "decode", "encode", "generate", "train-autoencoder", "train-diffusion")
@@ -303,13 +304,18 @@ class Ours(Side):
 
     def train_diffusion(self):
         schema, settings = self.schema(), self.config.diffusion
-        network = self.load(self.unet(schema))
-        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast() else "no")
+        network, objective = self.load(self.unet(schema)), make_objective(settings, device())
+        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast(device()) else "no")
         x = self.latent(network.arguments["in_channels"])
-        context, t = torch.ones(self.batch, len(schema), 2, device=device()), torch.full((self.batch,), 0.5, device=device())
+        conditions = Conditions(torch.ones(self.batch, len(schema), 2, device=device()))
+        u = torch.full((self.batch,), 0.5, device=device())
+
+        def predict(z: Tensor, time: Tensor) -> Tensor:
+            with accelerator.autocast():
+                return ask(network, z, time, conditions)
 
         def loss() -> Tensor:
-            return diffusion_loss(network, self.process, settings, x, torch.randn_like(x), t, context, accelerator)
+            return objective.losses(predict, x, torch.randn_like(x), u).mean()
 
         return self.train(network, make_optimizer(network, settings.training), loss)
 

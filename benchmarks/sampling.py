@@ -34,7 +34,7 @@ from ldm3d.evaluation.features import extract, load_extractor, standardise
 from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.pipeline import Pipeline
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 ASKED = "ventricular_volume_ml"
 CALLS, QUICK_CALLS = (2, 3, 5, 7, 11, 15, 19, 29, 39, 49), (3, 7, 15, 29)  # odd: Heun asks twice a step, but for the last

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm3d.config import Config, load_config
 from ldm3d.models.pretrained import make_network
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCHES = (2, 4, 8)

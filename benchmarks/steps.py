@@ -22,7 +22,7 @@ from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import scans_by_use
 from ldm3d.pipeline import Pipeline
-from ldm3d.training.run import bf16_is_fast
+from ldm3d.training.parallel import bf16_is_fast
 
 TRIED = [
     f"{sampler}:{steps}:{guidance}"

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import ldm3d
 from ldm3d.covariates import CovariateSchema, Value
-from ldm3d.data.loading import generator
 from ldm3d.data.nifti import to_image
 from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
 from ldm3d.diffusion.denoiser import NetworkDenoiser
@@ -38,6 +37,7 @@ from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import weights_hash
 from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import LatentUNet, cut_to
+from ldm3d.randomness import generator
 
 FILL = 8192  # positions of latents that keep a network busy: as many volumes go through it together,
 MOST_TOGETHER = 4  # but no more than these

@@ -12,7 +12,6 @@ import torch
 from test_samplers import AXES, COVARIANCE, MEAN, VARIANCES, gaussian_denoiser
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.data.loading import generator
 from ldm3d.diffusion.likelihood import low_discrepancy, ode_nll, variational_bound, window
 from ldm3d.diffusion.process import PROCESSES, Flow, Variational, make_process
 from ldm3d.errors import InputError
@@ -21,6 +20,7 @@ from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import LatentUNet, UNet
 from ldm3d.pipeline import Pipeline
+from ldm3d.randomness import generator
 
 N = 400
 

@@ -19,7 +19,7 @@ from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.pretrained import find_class, make_network
 from ldm3d.models.unet import LatentUNet, UNet, cut_to, pad_to
 from ldm3d.pipeline import Pipeline
-from ldm3d.training.run import read_metrics
+from ldm3d.training.metrics import read_metrics
 
 LIBRARIES = ("monai", "monai-generative")
 

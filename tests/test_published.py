@@ -24,13 +24,13 @@ from monai.networks import nets as core
 from monai.transforms import DivisiblePad
 from safetensors.torch import save_file
 
-from ldm3d.data.loading import generator
 from ldm3d.data.phantoms import write_dataset
 from ldm3d.diffusion.process import make_process
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
 from ldm3d.published import convert, find_weights, make_grid, read_settings
+from ldm3d.randomness import generator
 
 LIBRARIES = ("monai", "monai-generative")
 REGIONS = ("cerebral_cortex", "hippocampus", "amygdala", "cerebral_white_matter", "lateral_ventricle")

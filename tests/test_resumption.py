@@ -21,7 +21,8 @@ from torture.runs import send, wait_for
 from ldm3d.data.loading import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.preemption import REQUEUE, Stop, preemption
-from ldm3d.training.run import FiniteSteps, Metrics, read_metrics
+from ldm3d.training.finite import FiniteSteps
+from ldm3d.training.metrics import Metrics, read_metrics
 
 STAGES = ["autoencoder", "diffusion"]
 

@@ -14,8 +14,8 @@ from sharded import start, steps
 from test_end_to_end import another_run
 
 from ldm3d.training import checkpoint
+from ldm3d.training.metrics import read_metrics
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.run import read_metrics
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm3d.config import AdversarialConfig, TrainingConfig
 from ldm3d.data.latents import check_latents, is_fresh, read_latents, write_latents
-from ldm3d.data.loading import TrainingBatches, generator
+from ldm3d.data.loading import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.models.unet import UNet
+from ldm3d.randomness import generator
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.losses import kl_divergence

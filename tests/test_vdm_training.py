@@ -25,7 +25,7 @@ from ldm3d.errors import InputError, differences
 from ldm3d.models.pretrained import make_network
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.training import diffusion
-from ldm3d.training.run import read_metrics
+from ldm3d.training.metrics import read_metrics
 
 VDM = ("process={kind: vdm, gamma_min: -10, gamma_max: 8}", "diffusion.time_sampling={kind: uniform}")
 

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
+from ldm3d.randomness import generator
 
 COARSE_SIDE, LATENT_SIDE = 24, 12  # positions of an axis, at most
 FEATURES = 256

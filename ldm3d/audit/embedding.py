@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
+from ldm3d.randomness import generator
 
 FEATURES, WIDTH = 64, 16
 TEMPERATURE = 0.1

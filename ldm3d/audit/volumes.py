@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ldm3d.config import Config
 from ldm3d.covariates import Value
-from ldm3d.data.loading import generator
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preprocess import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
+from ldm3d.randomness import generator
 
 TRAINING, HELD_OUT = "training", "held-out"
 

@@ -5,7 +5,6 @@ uninterrupted run on one process reads.
 """
 
 import atexit
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,12 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm3d.errors import InputError
 from ldm3d.preemption import ignore_signals
-
-
-def generator(*position: int | str) -> torch.Generator:
-    """A CPU generator for one position in the experiment, for example (seed, step, row); different ones are independent."""
-    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+from ldm3d.randomness import generator
 
 
 def evenly(items: Sequence, most: int) -> list:

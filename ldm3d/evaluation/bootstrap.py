@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm3d.data.loading import generator
+from ldm3d.randomness import generator
 
 SAMPLES = 2000
 LEVEL = (2.5, 97.5)

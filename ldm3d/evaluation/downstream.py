@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.evaluation.bootstrap import SAMPLES, Interval, interval, resamples
 from ldm3d.evaluation.predictors import LEAST, fit_ridge
+from ldm3d.randomness import generator
 
 REPEATS = 20
 PART = 0.8  # of the volumes there are that a repeat trains on

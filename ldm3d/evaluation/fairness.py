@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.covariates import Covariate, CovariateSchema, Value
-from ldm3d.data.loading import generator
 from ldm3d.evaluation.bootstrap import interval, means, numbered, resamples
 from ldm3d.evaluation.comparison import Comparison
+from ldm3d.randomness import generator
 
 LEAST = 10  # people in a group; smaller ones are shown, and no gap is taken with them
 PART, SHARE = 0.25, 0.02  # of the overall error, and of the covariate's mean, that a gap of errors may be and still be small

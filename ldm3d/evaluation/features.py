@@ -18,10 +18,10 @@ from monai.networks.nets import ResNetFeatures, resnet50
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import load_weights
 from ldm3d.published import read_weights
+from ldm3d.randomness import generator
 
 Extractor = Callable[[Tensor], Tensor]
 

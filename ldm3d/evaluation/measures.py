@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.evaluation import distribution
 from ldm3d.evaluation.distribution import Features, Neighbours, check_pair
 from ldm3d.evaluation.diversity import four_g_r_ssim, ms_ssim
+from ldm3d.randomness import generator
 
 Direction = Literal["low", "high", "real"]
 Kind = Literal["features", "maps", "probabilities", "volumes"]

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.covariates import Value
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.evaluation.bootstrap import numbered
 from ldm3d.evaluation.features import Extractor, extract
 from ldm3d.evaluation.fidelity import spread
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
+from ldm3d.randomness import generator
 
 PENALTIES = 10.0 ** np.arange(-2, 6.1, 0.5)  # of weights of standardised features
 LEAST = 20  # people to fit on

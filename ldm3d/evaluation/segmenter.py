@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm3d.data.loading import generator
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import Pretrained
 from ldm3d.models.unet import cut_to, pad_to
+from ldm3d.randomness import generator
 
 CHANNELS = (16, 32, 64)
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3

@@ -6,7 +6,9 @@ Reads prepared volumes, writes OUTPUT/autoencoder-training (checkpoints, metrics
 end, OUTPUT/autoencoder with the latents' statistics in it. Started again with the same command it goes on.
 """
 
-import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,167 +16,124 @@ from torch import Tensor
 
 from ldm3d import figures
 from ldm3d.config import Config
-from ldm3d.data.loading import TrainingBatches, evenly, generator
+from ldm3d.data.loading import TrainingBatches, evenly
 from ldm3d.data.preprocess import read_scan_table
 from ldm3d.data.samples import VolumeSamples, load_volume
-from ldm3d.errors import InputError, exit_on_input_error
+from ldm3d.errors import InputError
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network
-from ldm3d.preemption import Stop, preemption
+from ldm3d.preemption import Stop
 from ldm3d.processes import cores
-from ldm3d.training import checkpoint
-from ldm3d.training.choice import Choice
+from ldm3d.randomness import generator
+from ldm3d.training import command
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
+from ldm3d.training.loop import fit
 from ldm3d.training.losses import AutoencoderLoss
-from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ldm3d.training.run import (
-    FiniteSteps,
-    Metrics,
-    agreed,
-    asked_to_stop,
-    circumstances,
-    leave,
-    parse_command_line,
-    progress_bar,
-    same_start,
-    say_changes,
-    start_accelerator,
-)
-from ldm3d.training.sharding import prepare, whole
+from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.parallel import same_start, start_accelerator
+from ldm3d.training.task import MAIN, Task, Trained
 
 MAX_VALIDATION = 64  # volumes, evenly chosen; more would not change which checkpoint is best
 
 
 def train(config: Config, stop: Stop) -> None:
     """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
-    settings, training, run = config.autoencoder, config.autoencoder.training, config.autoencoder_run
+    training, run = config.autoencoder.training, config.autoencoder_run
     scans = read_scan_table(config)
-    keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
-    subjects = list(scans.loc[scans["split"] == "train", "subject"])
-    if not keys["train"]:
+    if not (scans["split"] == "train").any():
         raise InputError(f"no scan in the training split of {config.prepared_folder}; lower data.splits")
     accelerator = start_accelerator(training, run, config.seed)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    fit(AutoencoderTask(config, scans, accelerator), training, run, accelerator, stop)
 
-    model = make_network("Autoencoder", **settings.network.model_dump()).to(accelerator.device)
-    ema = EMA(model, training.ema)
-    optimizer = make_optimizer(model, training)
-    networks = {"model": model, "ema": ema.network}
-    adversary = adversary_optimizer = perceptual = None
-    if settings.adversarial or settings.perceptual:
-        from ldm3d.training.monai_losses import Adversary, PerceptualLoss
-    if settings.adversarial:
-        adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
-        rate = settings.adversarial.learning_rate
-        adversary_optimizer = torch.optim.AdamW(adversary.parameters(), rate, (0.5, 0.9), fused=True)
-        networks["adversary"] = adversary
-    if settings.perceptual:
-        perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
 
-    described = {"autoencoder": settings.model_dump(mode="json"), "grid": config.data.grid.model_dump(mode="json")}
-    described["seed"] = config.seed
-    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
-    restored = checkpoint.restore(run, newest, networks, described)
-    step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
-    choice = Choice(training.keep, best, after=settings.adversarial.start if settings.adversarial else 0)
-    if restored is None and settings.network.linear_path:
-        start_from_linear_path(model, config, keys["train"], accelerator)
-        load_weights(ema.network, model.state_dict(), "the linear path")
+class AutoencoderTask(Task):
+    """The autoencoder and, if the config has one, its adversary.
 
-    samples = VolumeSamples(config, tuple(keys["train"]), model.latent_shape(config.data.grid.shape))
-    batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = model  # the bare one, for its parameters and for checkpoints
-    model, optimizer = prepare(accelerator, network, optimizer)
-    ema.spread_like(network)
-    optimizers = {"optimizer": (network, optimizer.optimizer)}
-    if adversary:
-        optimizers["adversary_optimizer"] = (adversary, adversary_optimizer)
-        adversary, adversary_optimizer = prepare(accelerator, adversary, adversary_optimizer)
-    if restored:
-        checkpoint.restore_optimizers(restored[0], optimizers)
-        say_changes(restored[1], described, accelerator)
-    losses = AutoencoderLoss(settings, perceptual, adversary)
-    finite = FiniteSteps(
-        accelerator,
-        training.max_skipped_steps,
-        lambda step: [subjects[sample] for sample in batches.samples(step)],
-        restored[1]["skipped_steps"] if restored else 0,
-    )
-    metrics = Metrics(run, accelerator, step)
-    bar = progress_bar(accelerator, "autoencoder", step, training.steps)
+    Args:
+        config: of the experiment.
+        scans: the table of prepared scans.
+        accelerator: of the run.
+    """
 
-    loader = batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
-    logged: dict[str, Tensor] = {}  # means over the parts of a batch
-    for micro, batch in enumerate(loader, start=step * training.accumulation):
-        step = micro // training.accumulation
-        adversarial = losses.is_adversarial(step)
-        set_learning_rate(optimizer, learning_rate(step, training))
-        volume = batch["volume"].to(accelerator.device, non_blocking=True)  # (n, C, X, Y, Z)
-        noise = batch["noise"].to(accelerator.device, non_blocking=True)  # (n, c, x, y, z)
-        with accelerator.accumulate(model):
-            with accelerator.autocast():
-                reconstruction, moments = model(volume, noise)
-            if adversarial:
-                adversary.requires_grad_(False)
-            loss, parts = losses(volume, reconstruction, moments, step)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-                finite.step(optimizer, step, gradient_norm)
-            optimizer.zero_grad()
-            if adversarial:
-                adversary.requires_grad_(True)
-                parts["discriminator"] = adversary(volume, reconstruction.detach()).float()
-                accelerator.backward(parts["discriminator"])
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(adversary.parameters(), math.inf)
-                    finite.step(adversary_optimizer, step, norm)
-                adversary_optimizer.zero_grad()
-        for name, value in parts.items():
-            logged[name] = logged.get(name, 0) + value.detach() / training.accumulation
-        if not accelerator.sync_gradients:
-            continue
+    title, shown = "autoencoder", "l1"
 
-        ema.update(network, step)
-        step += 1  # steps done
-        last = step == training.steps
-        bar.update()
-        row = {}
-        if step % training.log_every == 0 or last:
-            logged["gradient_norm"] = whole(gradient_norm)
-            row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
-            row["learning_rate"] = learning_rate(step - 1, training)
-            row["skipped_steps"] = finite.check()
-            bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
-        logged = {}
-        if keys["validation"] and (step % training.validate_every == 0 or last):
-            with ema.gathered() as average:
-                row |= validate(average, losses, config, keys["validation"], step - 1, accelerator)
-            choice.add(step, row["validation_loss"])
-        if row:
-            metrics.add(step, row)
-        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
-        if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
-            metrics.to_disk()
-            kept = {"settings": described, "circumstances": circumstances(accelerator)}
-            state = {"best": choice.best, **finite.state(), **kept}
-            checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
-            accelerator.wait_for_everyone()
-        if step % training.preview_every == 0 or last:
-            with ema.gathered() as average:
-                if accelerator.is_main_process:
-                    shown = (keys["validation"] or keys["train"])[:4]
-                    draw_reconstructions(average, config, shown, accelerator.device, run / f"preview-{step:08d}.png")
-                    metrics.draw()
-        if stopping:
-            leave(stop, run, step, accelerator)
-    bar.close()
-    metrics.close()
-    with ema.gathered() as average:
-        export(config, average, keys["train"], choice.load(run, {"ema": average}), accelerator)
-    accelerator.end_training()
+    def __init__(self, config: Config, scans, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        settings, training = config.autoencoder, config.autoencoder.training
+        self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
+        self.subjects = list(scans.loc[scans["split"] == "train", "subject"])
+        self.settings = {
+            "autoencoder": settings.model_dump(mode="json"),
+            "grid": config.data.grid.model_dump(mode="json"),
+            "seed": config.seed,
+        }
+        model = make_network("Autoencoder", **settings.network.model_dump()).to(accelerator.device)
+        rate = partial(learning_rate, training=training)
+        average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
+        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average)}
+        perceptual = None
+        if settings.adversarial or settings.perceptual:
+            from ldm3d.training.monai_losses import Adversary, PerceptualLoss
+        if settings.adversarial:
+            adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
+            own_rate = settings.adversarial.learning_rate
+            optimizer = torch.optim.AdamW(adversary.parameters(), own_rate, (0.5, 0.9), fused=True)
+            self.trained["adversary"] = Trained(adversary, optimizer)
+            self.settled = settings.adversarial.start
+        if settings.perceptual:
+            perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
+        self.loss = AutoencoderLoss(settings, perceptual, self.fooled if settings.adversarial else None)
+        samples = VolumeSamples(config, tuple(self.keys["train"]), model.latent_shape(config.data.grid.shape))
+        self.batches = TrainingBatches(
+            samples,
+            len(samples),
+            training.batch_size,
+            training.accumulation,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+    def begin(self) -> None:
+        if self.config.autoencoder.network.linear_path:
+            main = self.trained[MAIN]
+            start_from_linear_path(main.network, self.config, self.keys["train"], self.accelerator)
+            load_weights(main.average.network, main.network.state_dict(), "the linear path")
+
+    def subject(self, sample: int) -> str:
+        return self.subjects[sample]
+
+    def fooled(self, _real: None, reconstruction: Tensor) -> Tensor:
+        """The loss of not being taken for real."""
+        return self.trained["adversary"].module(None, reconstruction)
+
+    def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The autoencoder's, and then its adversary's; batch: volume (n, C, X, Y, Z), noise (n, c, x, y, z)."""
+        volume = batch["volume"]
+        with self.accelerator.autocast():
+            reconstruction, moments = self.trained[MAIN].module(volume, batch["noise"])
+        adversary = self.trained["adversary"] if self.loss.is_adversarial(step) else None
+        if adversary:
+            adversary.network.requires_grad_(False)
+        loss, parts = self.loss(volume, reconstruction, moments, step)
+        yield MAIN, loss, parts
+        if adversary:
+            adversary.network.requires_grad_(True)
+            caught = adversary.module(volume, reconstruction.detach()).float()
+            yield "adversary", caught, {"discriminator": caught}
+
+    def score(self, average: LatentSpace, step: int) -> dict[str, float]:
+        keys = self.keys["validation"]
+        return validate(average, self.loss, self.config, keys, step, self.accelerator) if keys else {}
+
+    def preview(self, average: LatentSpace, path: Path) -> None:
+        shown = (self.keys["validation"] or self.keys["train"])[:4]
+        draw_reconstructions(average, self.config, shown, self.accelerator.device, path)
+
+    def export(self, average: LatentSpace, which: str) -> None:
+        export(self.config, average, self.keys["train"], which, self.accelerator)
 
 
 def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], accelerator: Accelerator) -> None:
@@ -259,10 +218,8 @@ def draw_reconstructions(network: LatentSpace, config: Config, keys: list[str], 
     figures.save(figures.mosaic(shown, titles, config.data.grid.spacing_mm, columns=len(keys)), path)
 
 
-@exit_on_input_error
 def main() -> None:
-    with preemption() as stop:
-        train(parse_command_line("Train the autoencoder of an experiment (stage 1).", "autoencoder"), stop)
+    command.run(train, "Train the autoencoder of an experiment (stage 1).", "autoencoder")
 
 
 if __name__ == "__main__":

@@ -6,26 +6,28 @@ Reads OUTPUT/autoencoder and OUTPUT/latents, writes OUTPUT/diffusion-training (c
 TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command it goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 
 from ldm3d import figures
-from ldm3d.config import Config, ProcessConfig
+from ldm3d.config import Config, DiffusionConfig
 from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
-from ldm3d.data.loading import TrainingBatches, evenly, generator
+from ldm3d.data.loading import TrainingBatches, evenly
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask
-from ldm3d.diffusion.process import Process, make_process, times_from_quantiles
-from ldm3d.diffusion.vdm import Schedule, variational_losses
-from ldm3d.errors import InputError, exit_on_input_error
+from ldm3d.diffusion.objective import Denoising, Objective, VariationalBound
+from ldm3d.diffusion.process import Process, make_process
+from ldm3d.diffusion.vdm import Schedule
+from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
@@ -33,168 +35,159 @@ from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import make_network
 from ldm3d.models.unet import LatentUNet, pad_to
 from ldm3d.pipeline import Pipeline
-from ldm3d.preemption import Stop, preemption
-from ldm3d.training import checkpoint
-from ldm3d.training.choice import Choice
+from ldm3d.preemption import Stop
+from ldm3d.randomness import generator
+from ldm3d.training import checkpoint, command
 from ldm3d.training.ema import EMA
-from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ldm3d.training.run import (
-    FiniteSteps,
-    Metrics,
-    agreed,
-    asked_to_stop,
-    circumstances,
-    leave,
-    parse_command_line,
-    progress_bar,
-    say_changes,
-    start_accelerator,
-)
-from ldm3d.training.sharding import prepare, whole
+from ldm3d.training.loop import fit
+from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.parallel import start_accelerator
+from ldm3d.training.task import MAIN, Task, Trained
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
+VALIDATION_BATCH = 16
 
 
 def train(config: Config, stop: Stop) -> None:
     """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
-    settings, training, run = config.diffusion, config.diffusion.training, config.diffusion_run
+    training, run = config.diffusion.training, config.diffusion_run
     origin = latents_origin(config)
     autoencoder = LatentSpace.from_pretrained(config.autoencoder_folder)
     moments, scans = read_latents(config.latents_folder, origin)
-    rows = scans[[c.name for c in config.covariates]].to_dict("records")
-    split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
-    if not split["train"]:
+    if not (scans["split"] == "train").any():
         raise InputError("no scan in the training split; lower data.splits and run `ldm3d prepare` again")
-    schema = config.schema().fit([rows[i] for i in split["train"]])
-    contexts = schema.encode(rows)  # (scans, K, 2)
-
     accelerator = start_accelerator(training, run, config.seed)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    autoencoder.to(accelerator.device)
-    schedule = make_schedule(settings.process, accelerator)  # None: nothing of the process is learned
-    process = make_process(**settings.process.model_dump(exclude_none=True)) if schedule is None else schedule
-    channels = autoencoder.latent_channels
-    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": schema.num_categories}
-    model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
-    padded = model.padded_shape(moments.shape[2:])
-    ema = EMA(model, training.ema)
-    optimizer = make_optimizer(model, training)
-    chosen = {"ema": ema.network} if schedule is None else {"ema": ema.network, "schedule": schedule}  # what makes a pipeline
-    networks = {"model": model, **chosen}
-
-    described = {
-        "diffusion": settings.model_dump(mode="json"),
-        "covariates": checkpoint.as_json(schema.to_dict()),
-        "latents": origin,
-        "seed": config.seed,
-    }
-    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
-    restored = checkpoint.restore(run, newest, networks, described)
-    step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
-    choice = Choice(training.keep, best)
-
-    samples = LatentSamples(config.latents_folder, tuple(split["train"]), contexts, padded)
-    batches = TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, config.seed, rank, world)
-    network = model  # the bare one, for its parameters and for checkpoints
-    model, optimizer = prepare(accelerator, network, optimizer)
-    ema.spread_like(network)
-    optimizers = {"optimizer": (network, optimizer.optimizer)}
-    if schedule is not None:  # bare: 64 numbers, whose gradient `learn` brings together itself
-        rate = settings.process.schedule_learning_rate
-        schedule_optimizer = Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
-        optimizers["schedule_optimizer"] = (schedule, schedule_optimizer)
-    if restored:
-        checkpoint.restore_optimizers(restored[0], optimizers)
-        say_changes(restored[1], described, accelerator)
-    finite = FiniteSteps(
-        accelerator,
-        training.max_skipped_steps,
-        lambda step: [scans["subject"][split["train"][sample]] for sample in batches.samples(step)],
-        restored[1]["skipped_steps"] if restored else 0,
-    )
-    metrics = Metrics(run, accelerator, step)
-    bar = progress_bar(accelerator, "diffusion", step, training.steps)
-
-    loader = batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
-    logged = torch.zeros((), device=accelerator.device)  # mean loss over the parts of a batch
-    for micro, batch in enumerate(loader, start=step * training.accumulation):
-        step = micro // training.accumulation
-        set_learning_rate(optimizer, learning_rate(step, training))
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        # x (n, c, *padded)
-        x = pad_to(autoencoder.normalise(autoencoder.sample(batch["moments"], batch["posterior_noise"])), padded)
-        context = drop_covariates(batch["context"], batch["drop"], settings.drop_covariates)
-        time = settings.time_sampling
-        t = times_from_quantiles(time.kind, batch["quantile"].clamp(1e-5, 1 - 1e-5), time.location, time.scale)
-        with accelerator.accumulate(model):
-            loss = diffusion_loss(model, process, settings, x, batch["noise"], t, context, accelerator)
-            accelerator.backward(loss)
-            logged += loss.detach() / training.accumulation
-            if accelerator.sync_gradients:
-                if schedule is not None:
-                    learn(schedule, schedule_optimizer, logged, accelerator)
-                gradient_norm = accelerator.clip_grad_norm_(network.parameters(), training.gradient_clip)
-                finite.step(optimizer, step, gradient_norm)
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-
-        ema.update(network, step)
-        step += 1  # steps done
-        last = step == training.steps
-        bar.update()
-        row = {}
-        if step % training.log_every == 0 or last:
-            values = {"loss": logged, "gradient_norm": whole(gradient_norm)}
-            row = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
-            row["learning_rate"] = learning_rate(step - 1, training)
-            row["skipped_steps"] = finite.check()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        logged = torch.zeros_like(logged)
-        if split["validation"] and (step % training.validate_every == 0 or last):
-            held_out = evenly(split["validation"], MAX_VALIDATION)
-            with ema.gathered() as average:
-                row["validation_loss"] = validate(
-                    average, process, settings, autoencoder, moments, contexts, held_out, accelerator
-                )
-            choice.add(step, row["validation_loss"])
-        if row:
-            metrics.add(step, row)
-        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
-        if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
-            metrics.to_disk()
-            kept = {"settings": described, "circumstances": circumstances(accelerator)}
-            state = {"best": choice.best, **finite.state(), **kept}
-            checkpoint.save_checkpoint(run, step, networks, optimizers, state, choice.step, accelerator.is_main_process)
-            accelerator.wait_for_everyone()
-        if step % training.preview_every == 0 or last:
-            with ema.gathered() as average:
-                if accelerator.is_main_process:
-                    pipeline = make_pipeline(config, autoencoder, average, schema, process)
-                    draw_sweep(pipeline, run / f"preview-{step:08d}.png", accelerator)
-                    metrics.draw()
-        if stopping:
-            leave(stop, run, step, accelerator)
-    bar.close()
-    metrics.close()
-    with ema.gathered() as average:
-        if accelerator.is_main_process:
-            which = choice.load(run, {**chosen, "ema": average})
-            make_pipeline(config, autoencoder, average, schema, process).save_pretrained(config.model_folder)
-            save_experiment(config, config.model_folder)
-            print(f"model written to {config.model_folder} ({which})")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    fit(DiffusionTask(config, autoencoder, moments, scans, origin, accelerator), training, run, accelerator, stop)
 
 
-def make_schedule(settings: ProcessConfig, accelerator: Accelerator) -> Schedule | None:
-    """gamma(t) of a vdm, still a straight line; None for the processes that nobody learns."""
-    if settings.kind != "vdm":
-        return None
-    ends = settings.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
-    return Schedule(**ends).to(accelerator.device)
+class DiffusionTask(Task):
+    """The U-Net and, for a variational diffusion model, its schedule.
+
+    Args:
+        config: of the experiment.
+        autoencoder: from stage 1.
+        moments: the latent cache, (scans, 2c, x, y, z).
+        scans: its table.
+        origin: what the cache was made from.
+        accelerator: of the run.
+    """
+
+    title = "diffusion"
+
+    def __init__(self, config: Config, autoencoder: LatentSpace, moments, scans, origin: dict, accelerator: Accelerator):
+        settings, training = config.diffusion, config.diffusion.training
+        self.config, self.accelerator = config, accelerator
+        self.autoencoder, self.moments, self.scans = autoencoder.to(accelerator.device), moments, scans
+        self.split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
+        rows = scans[[c.name for c in config.covariates]].to_dict("records")
+        self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
+        self.contexts = self.schema.encode(rows)  # (scans, K, 2)
+        self.objective = make_objective(settings, accelerator.device)
+        channels = autoencoder.latent_channels
+        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
+        model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
+        self.padded = model.padded_shape(moments.shape[2:])
+        rate = partial(learning_rate, training=training)
+        average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
+        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average)}
+        if self.objective.schedule is not None:  # 64 numbers, whose gradient `learn` brings together itself
+            self.companions = {"schedule": (self.objective.schedule, schedule_optimizer(self.objective.schedule, settings))}
+        self.settings = {
+            "diffusion": settings.model_dump(mode="json"),
+            "covariates": checkpoint.as_json(self.schema.to_dict()),
+            "latents": origin,
+            "seed": config.seed,
+        }
+        samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
+        self.batches = TrainingBatches(
+            samples,
+            len(samples),
+            training.batch_size,
+            training.accumulation,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+    def subject(self, sample: int) -> str:
+        return self.scans["subject"][self.split["train"][sample]]
+
+    def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
+        x = self.normalised(batch["moments"], batch["posterior_noise"])  # (n, c, *padded)
+        context = drop_covariates(batch["context"], batch["drop"], self.config.diffusion.drop_covariates)
+        loss = self.loss(self.trained[MAIN].module, x, batch["noise"], batch["quantile"], context)
+        yield MAIN, loss, {"loss": loss}
+
+    def normalised(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A posterior's sample, or its mean, as the U-Net sees it."""
+        return pad_to(self.autoencoder.normalise(self.autoencoder.sample(moments, noise)), self.padded)
+
+    def loss(self, unet: nn.Module, x: Tensor, noise: Tensor, u: Tensor, context: Tensor) -> Tensor:
+        """Mean of the objective over a batch: x, noise (n, c, *padded); u (n,); context (n, K, 2)."""
+
+        def predict(z: Tensor, network_time: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return ask(unet, z, network_time, Conditions(context))
+
+        return self.objective.losses(predict, x, noise, u).mean()
+
+    def before_step(self, loss: Tensor) -> None:
+        for schedule, optimizer in self.companions.values():
+            learn(schedule, optimizer, loss, self.accelerator)
+
+    @torch.no_grad()
+    def score(self, average: LatentUNet, step: int) -> dict[str, float]:
+        """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare.
+
+        Each latent is scored `VALIDATION_REPEATS` times. Time and noise follow from the number of latent and repeat alone, so
+        the figure does not depend on the number of processes nor on the size of a batch, but for rounding.
+        """
+        if not self.split["validation"]:
+            return {}
+        rows, accelerator = evenly(self.split["validation"], MAX_VALIDATION), self.accelerator
+        device, total = accelerator.device, 0.0
+        numbers = range(accelerator.process_index, len(rows) * VALIDATION_REPEATS, accelerator.num_processes)
+        for first in range(0, len(numbers), VALIDATION_BATCH):
+            chosen = torch.tensor(numbers[first : first + VALIDATION_BATCH])
+            scans = [rows[n % len(rows)] for n in chosen]
+            x = self.normalised(torch.from_numpy(np.stack([self.moments[scan] for scan in scans])).to(device))
+            noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
+            # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
+            u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float()
+            loss = self.loss(average, x, noise.to(device), u.to(device), self.contexts[scans].to(device))
+            total += loss.item() * len(chosen)
+        total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
+        return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS)}
+
+    def preview(self, average: LatentUNet, path: Path) -> None:
+        draw_sweep(self.pipeline(average), path, self.accelerator)
+
+    def export(self, average: LatentUNet, which: str) -> None:
+        if self.accelerator.is_main_process:
+            self.pipeline(average).save_pretrained(self.config.model_folder)
+            save_experiment(self.config, self.config.model_folder)
+            print(f"model written to {self.config.model_folder} ({which})")
+
+    def pipeline(self, unet: LatentUNet) -> Pipeline:
+        return make_pipeline(self.config, self.autoencoder, unet, self.schema, self.objective.process)
+
+
+def make_objective(settings: DiffusionConfig, device: torch.device | str) -> Objective:
+    """What the config's U-Net is trained on; a vdm's gamma is still a straight line."""
+    if settings.process.kind == "vdm":
+        ends = settings.process.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
+        return VariationalBound(Schedule(**ends).to(device), settings.target)
+    time = settings.time_sampling
+    process = make_process(**settings.process.model_dump(exclude_none=True))
+    return Denoising(process, settings.target, settings.loss_weight, time.kind, time.location, time.scale)
+
+
+def schedule_optimizer(schedule: Schedule, settings: DiffusionConfig) -> Adam:
+    rate = settings.process.schedule_learning_rate
+    return Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
 
 
 def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
@@ -214,74 +207,10 @@ def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accele
     optimizer.zero_grad()
 
 
-def diffusion_loss(
-    unet, process: Process | Schedule, settings, x: Tensor, noise: Tensor, t: Tensor, context: Tensor, accelerator: Accelerator
-) -> Tensor:
-    """Weighted mean squared error of the predicted target, E w(t) |net(z_t, t, context) - target|^2.
-
-    With a schedule that is learned, the bound's diffusion term in nats per dimension instead: `variational_losses`.
-
-    x, noise (N, c, x, y, z); t (N,); context (N, K, 2).
-    """
-
-    def predict(z: Tensor, network_time: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return ask(unet, z, network_time, Conditions(context))
-
-    if isinstance(process, Schedule):
-        return variational_losses(process, predict, settings.target, x, noise, t).mean()
-    output = predict(process.add_noise(x, noise, t), process.network_time(t))
-    error = (output - process.target(settings.target, x, noise, t)).square().flatten(1).mean(dim=1)
-    return (process.loss_weight(settings.loss_weight, settings.target, t) * error).mean()
-
-
-@torch.no_grad()
-def validate(
-    unet: LatentUNet,
-    process: Process | Schedule,
-    settings,
-    autoencoder: LatentSpace,
-    moments: NDArray,
-    contexts: Tensor,
-    rows: Sequence[int],
-    accelerator: Accelerator,
-    batch_size: int = 16,
-) -> float:
-    """Loss on held-out latents with all covariates given; the same noise and times every time, so that steps compare.
-
-    Each latent is scored `VALIDATION_REPEATS` times. Time and noise follow from the number of latent and repeat alone, so
-    the figure does not depend on the number of processes nor on `batch_size`, but for rounding.
-
-    Args:
-        moments: of all scans, (scans, 2c, x, y, z); a batch at a time is read.
-        contexts: of all scans, (scans, K, 2).
-        rows: of the held-out ones.
-    """
-    device, total = accelerator.device, 0.0
-    numbers = range(accelerator.process_index, len(rows) * VALIDATION_REPEATS, accelerator.num_processes)
-    for first in range(0, len(numbers), batch_size):
-        chosen = torch.tensor(numbers[first : first + batch_size])
-        scans = [rows[n % len(rows)] for n in chosen]
-        posterior = torch.from_numpy(np.stack([moments[scan] for scan in scans])).to(device)  # (n, 2c, x, y, z)
-        x = autoencoder.normalise(autoencoder.sample(posterior))
-        x = pad_to(x, unet.padded_shape(x.shape[2:]))
-        noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
-        # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
-        u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float().clamp(1e-5, 1 - 1e-5)
-        t = times_from_quantiles(settings.time_sampling.kind, u, settings.time_sampling.location, settings.time_sampling.scale)
-        context = contexts[scans].to(device)
-        loss = diffusion_loss(unet, process, settings, x, noise.to(device), t.to(device), context, accelerator)
-        total += loss.item() * len(chosen)
-    total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
-    return total / (len(rows) * VALIDATION_REPEATS)
-
-
 def make_pipeline(
-    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process | Schedule
+    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
 ) -> Pipeline:
     """The pipeline of these networks with the config's defaults for generation, on as many threads as the training has."""
-    if isinstance(process, Schedule):
-        process = process.process()
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())
     target, stripped = config.diffusion.target, config.data.skull_stripped
@@ -303,10 +232,8 @@ def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int 
     figures.save(figures.mosaic(volumes, titles, pipeline.grid.spacing_mm, columns=3), path)
 
 
-@exit_on_input_error
 def main() -> None:
-    with preemption() as stop:
-        train(parse_command_line("Train the diffusion model of an experiment (stage 2).", "diffusion"), stop)
+    command.run(train, "Train the diffusion model of an experiment (stage 2).", "diffusion")
 
 
 if __name__ == "__main__":

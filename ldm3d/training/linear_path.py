@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm3d.data.loading import generator
 from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.randomness import generator
 from ldm3d.training.optimizer import Muon
 
 BATCH, LEARNING_RATE = 4, 1e-2

@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm3d.data.phantoms import write_dataset
-from ldm3d.training.run import read_metrics
+from ldm3d.training.metrics import read_metrics
 
 SHAPE = (16, 16, 16)
 STEPS = 24

@@ -1,0 +1,75 @@
+"""What a network is trained on: a loss for each sample, from clean latents, noise and quantiles of the time.
+
+Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (N,), which decide about the times. `predict`
+is the network, (z, network time (N,)) -> prediction of the target, like z.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from ldm3d.diffusion.process import Process, times_from_quantiles
+from ldm3d.diffusion.vdm import Schedule, variational_losses
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+MARGIN = 1e-5  # of quantiles: 0 and 1 have no finite logit
+
+
+class Objective(Protocol):
+    """A loss, and the process that its network belongs to.
+
+    Attributes:
+        process: as far as it has been learned.
+        schedule: what of it is learned; None where it is given.
+    """
+
+    process: Process
+    schedule: Schedule | None
+
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
+        """(N,), like x."""
+        ...
+
+
+class Denoising:
+    """Weighted mean squared error of the predicted target, w(t) |net(z_t, t) - target|^2.
+
+    Args:
+        process: given.
+        target: see `Process.target`.
+        weight: see `Process.loss_weight`.
+        times: "uniform" or "logit-normal", see `times_from_quantiles`.
+        location, scale: of logit-normal times.
+    """
+
+    schedule = None
+
+    def __init__(self, process: Process, target: str, weight: str, times: str, location: float = 0.0, scale: float = 1.0):
+        self.process, self.target, self.weight = process, target, weight
+        self.times, self.location, self.scale = times, location, scale
+
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
+        t = times_from_quantiles(self.times, u.clamp(MARGIN, 1 - MARGIN), self.location, self.scale)
+        output = predict(self.process.add_noise(x, e, t), self.process.network_time(t))
+        error = (output - self.process.target(self.target, x, e, t)).square().flatten(1).mean(dim=1)
+        return self.process.loss_weight(self.weight, self.target, t) * error
+
+
+class VariationalBound:
+    """The bound's diffusion term in nats per dimension, with a schedule that is learned: `variational_losses`.
+
+    Args:
+        schedule: gamma(t).
+        target: "noise", "v" or "data".
+    """
+
+    def __init__(self, schedule: Schedule, target: str):
+        self.schedule, self.target = schedule, target
+
+    @property
+    def process(self) -> Process:
+        return self.schedule.process()
+
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
+        return variational_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))

@@ -1,0 +1,130 @@
+"""The training loop: one for all tasks.
+
+All that a step does follows from (settings, seed, step). A run that is stopped after any step, or killed, and started again
+with the same command ends with the bits of one that was not.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldm3d.config import TrainingConfig
+from ldm3d.preemption import Stop
+from ldm3d.training import checkpoint
+from ldm3d.training.choice import Choice
+from ldm3d.training.finite import FiniteSteps
+from ldm3d.training.metrics import Metrics, progress_bar
+from ldm3d.training.optimizer import set_learning_rate
+from ldm3d.training.parallel import agreed, asked_to_stop, circumstances, leave, say_changes
+from ldm3d.training.sharding import whole
+from ldm3d.training.task import MAIN, Task
+
+
+def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerator, stop: Stop) -> None:
+    """Run a task, or go on with it, until it is done and exported, or a stop is asked for.
+
+    Args:
+        task: what is trained.
+        training: for how long, and how often there is what.
+        run: folder of checkpoints, metrics and previews.
+        accelerator: from `start_accelerator`.
+        stop: looked at after every step.
+
+    Raises:
+        InputError: the run's checkpoints are another task's, or its loss is NaN too often.
+        SystemExit: with `REQUEUE`, after a stop.
+    """
+    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
+    restored = checkpoint.restore(run, newest, task.networks(), task.settings)
+    tensors, state = restored or ({}, {"step": 0, "best": None, "skipped_steps": 0})
+    if restored is None:
+        task.begin()
+    for each in task.trained.values():
+        each.spread(accelerator)
+    if restored:
+        checkpoint.restore_optimizers(tensors, task.optimizers())
+        say_changes(state, task.settings, accelerator)
+    step, choice, main = state["step"], Choice(training.keep, state["best"], task.settled), task.trained[MAIN]
+    finite = FiniteSteps(
+        accelerator,
+        training.max_skipped_steps,
+        lambda step: [task.subject(sample) for sample in task.batches.samples(step)],
+        state["skipped_steps"],
+    )
+    metrics, bar = Metrics(run, accelerator, step), progress_bar(accelerator, task.title, step, training.steps)
+    loader = task.batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
+    logged: dict[str, Tensor] = {}  # means over the parts of a batch
+    for micro, batch in enumerate(loader, start=step * training.accumulation):
+        step = micro // training.accumulation
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        with accelerator.accumulate(*(each.module for each in task.trained.values())):
+            for name, loss, values in task.losses(batch, step):
+                each = task.trained[name]
+                accelerator.backward(loss)
+                add_means(logged, values, training.accumulation)
+                if accelerator.sync_gradients:
+                    if each is main:
+                        task.before_step(logged["loss"])
+                    norm = accelerator.clip_grad_norm_(each.network.parameters(), each.clip)
+                    if each.rate:
+                        set_learning_rate(each.stepper, each.rate(step))
+                    finite.step(each.stepper, step, norm)
+                    if each is main:
+                        main_norm = norm
+                each.stepper.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        for each in task.trained.values():
+            if each.average:
+                each.average.update(each.network, step)
+        step += 1  # steps done
+        last = step == training.steps
+        bar.update()
+        row = {}
+        if step % training.log_every == 0 or last:
+            logged["gradient_norm"] = whole(main_norm)
+            row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
+            row |= {"learning_rate": main.rate(step - 1), "skipped_steps": finite.check()}
+            bar.set_postfix({task.shown: f"{row[task.shown]:.4f}"}, refresh=False)
+        logged = {}
+        if step % training.validate_every == 0 or last:
+            with main.average.gathered() as average:
+                scored = task.score(average, step - 1)
+            if scored:
+                choice.add(step, scored["validation_loss"])
+            row |= scored
+        if row:
+            metrics.add(step, row)
+        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
+        if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
+            metrics.to_disk()
+            kept = {"settings": task.settings, "circumstances": circumstances(accelerator)}
+            state = {"best": choice.best, **finite.state(), **kept}
+            checkpoint.save_checkpoint(
+                run, step, task.networks(), task.optimizers(), state, choice.step, accelerator.is_main_process
+            )
+            accelerator.wait_for_everyone()
+        if step % training.preview_every == 0 or last:
+            with main.average.gathered() as average:
+                if accelerator.is_main_process:
+                    task.preview(average, run / f"preview-{step:08d}.png")
+                    metrics.draw()
+        if stopping:
+            leave(stop, run, step, accelerator)
+    bar.close()
+    metrics.close()
+    with main.average.gathered() as average:
+        task.export(average, choice.load(run, {**task.chosen(), "ema": average}))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def add_means(logged: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:
+    """Add what one part of a batch gave to the means over all of them."""
+    for name, value in values.items():
+        logged[name] = logged.get(name, 0) + value / parts

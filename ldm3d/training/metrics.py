@@ -1,0 +1,93 @@
+"""What a training leaves behind while it runs: metrics.jsonl, TensorBoard, loss curves, a progress bar."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ldm3d import figures
+
+
+class Metrics:
+    """metrics.jsonl, TensorBoard and the loss curves of a run; each step once, also after resuming.
+
+    metrics.jsonl is what counts: TensorBoard's files are made from it anew at every start, since a killed process leaves them
+    with steps that are missing and others that will come twice.
+
+    Args:
+        run: folder.
+        accelerator: only its main process writes.
+        first_step: lines of later steps, left by an interrupted run, are removed.
+    """
+
+    def __init__(self, run: Path, accelerator: Accelerator, first_step: int):
+        self.path, self.is_writer = run / "metrics.jsonl", accelerator.is_main_process
+        self.rows: list[dict[str, Any]] = []
+        if not self.is_writer:
+            return
+        if self.path.exists():
+            self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(partial, self.path)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+        self.tensorboard = SummaryWriter(run / "tensorboard")
+        for row in self.rows:
+            self._to_tensorboard(row)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        if not self.is_writer:
+            return
+        finite = {key: round(float(value), 6) for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        row = {"step": step, **finite}
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, row["step"])
+
+    def to_disk(self) -> None:
+        """Return when what was added would survive a power cut: before a checkpoint that follows it."""
+        if self.is_writer:
+            self.tensorboard.flush()
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
+
+    def draw(self) -> None:
+        """Loss curves as curves.png."""
+        if self.is_writer:
+            figures.save(figures.curves(self.rows), self.path.with_name("curves.png"))
+
+    def close(self) -> None:
+        if self.is_writer:
+            self.tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a half-written last line is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            warnings.warn(f"{path}: a half-written line is ignored", stacklevel=2)
+    return rows
+
+
+def progress_bar(accelerator: Accelerator, title: str, first_step: int, steps: int) -> tqdm:
+    """A bar on the main process alone; in a log file it moves twice a minute only."""
+    every = 0.1 if sys.stderr.isatty() else 30
+    hidden = not accelerator.is_main_process
+    return tqdm(total=steps, initial=first_step, desc=title, unit="step", mininterval=every, disable=hidden, smoothing=0.05)
