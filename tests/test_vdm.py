@@ -302,7 +302,7 @@ def test_fourier_features_show_fine_detail():
     torch.manual_seed(0)
     plain, unet = UNet(2, 2, [], [8], 1, [False]), UNet(2, 2, [], [8], 1, [False], fourier_features=[0, 3])
     assert plain.conv_in.weight.shape[1] == 2 and unet.conv_in.weight.shape[1] == 10
-    assert unet.arguments["fourier_features"] == [0, 3] and plain.arguments["fourier_features"] == []
+    assert unet.arguments["fourier_features"] == [0, 3] and plain.arguments["fourier_features"] is None
     seen = []
     unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     z = torch.randn(1, 2, 3, 4, 3)

@@ -116,15 +116,6 @@ class Autoencoder(LatentSpace):
                 f"downsampling {downsampling} with channels {list(channels)}: downsampling must be a power of two, 2^k, "
                 "with k numbers of channels (one at each of 1/2, 1/4, ... of the resolution)"
             )
-        self.arguments = {
-            "latent_channels": latent_channels,
-            "downsampling": downsampling,
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": attention,
-            "linear_path": linear_path,
-            "in_channels": in_channels,
-        }
         self.stem = min(2, downsampling)
         voxels = in_channels * self.stem**3
 

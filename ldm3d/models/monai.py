@@ -48,18 +48,6 @@ class MonaiAutoencoder(LatentSpace):
         library: str = "monai",
     ):
         super().__init__(in_channels, latent_channels, 2 ** (len(channels) - 1))
-        self.arguments = {
-            "latent_channels": latent_channels,
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": list(attention),
-            "middle_attention": middle_attention,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "flash_attention": flash_attention,
-            "in_channels": in_channels,
-            "library": library,
-        }
         self.network = _build(
             "AutoencoderKL",
             library,
@@ -140,26 +128,6 @@ class MonaiUNet(LatentUNet):
         super().__init__(in_channels, out_channels)
         if conditioning not in CONDITIONING:
             raise InputError(f"conditioning {conditioning!r} is not one of {', '.join(CONDITIONING)}")
-        self.arguments = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "num_categories": list(num_categories),
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": list(attention),
-            "head_channels": list(head_channels),
-            "context_dim": context_dim,
-            "tokens_per_covariate": tokens_per_covariate,
-            "transformer_layers": transformer_layers,
-            "resblock_updown": resblock_updown,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "upcast_attention": upcast_attention,
-            "flash_attention": flash_attention,
-            "conditioning": conditioning,
-            "concatenate": concatenate,
-            "library": library,
-        }
         self.num_covariates, self.concatenate = len(num_categories), concatenate
         self.factor = 2 ** (len(channels) - 1)
         self.tokens = None

@@ -5,13 +5,15 @@ header gives, on a device that holds no numbers: a description of a larger netwo
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,10 +39,26 @@ MODULES = {
 class Pretrained(nn.Module):
     """A module that can be saved to and loaded from a folder.
 
-    A subclass leaves the arguments of its constructor in `self.arguments`, all of them JSON values.
+    `arguments` holds what its constructor was called with, defaults included; all of them must be JSON values or sequences.
     """
 
-    arguments: ClassVar[dict[str, Any]]
+    arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "__init__" not in vars(cls):
+            return
+        construct, signature = cls.__init__, inspect.signature(cls.__init__)
+
+        @functools.wraps(construct)
+        def construct_and_record(self, *args: Any, **kwargs: Any) -> None:
+            construct(self, *args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            own = list(bound.arguments.items())[1:]  # but self; a subclass's come after its parents', and stay
+            self.arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in own}
+
+        cls.__init__ = construct_and_record
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, in the parameters' own dtype."""

@@ -154,21 +154,6 @@ class UNet(LatentUNet):
         self.fourier_features = tuple(fourier_features or ())
         if len(attention) != len(channels):
             raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
-        self.arguments = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "num_categories": list(num_categories),
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": list(attention),
-            "head_channels": head_channels,
-            "context_dim": context_dim,
-            "tokens_per_covariate": tokens_per_covariate,
-            "covariates_in_time_embedding": covariates_in_time_embedding,
-            "activation_checkpointing": activation_checkpointing,
-            "attention_backend": attention_backend,
-            "fourier_features": list(self.fourier_features),
-        }
         self.num_covariates = len(num_categories)
         self.time_dim, embedding_dim = channels[0], 4 * channels[0]
         self.time_mlp = nn.Sequential(
