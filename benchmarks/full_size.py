@@ -169,11 +169,11 @@ def utilisation(side: "Ours", repeats: int) -> dict:
 
 
 def half() -> torch.dtype:
-    return torch.bfloat16 if bf16_is_fast() else torch.float32
+    return torch.bfloat16 if bf16_is_fast(device()) else torch.float32
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast())
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast(device()))
 
 
 class Side:
@@ -303,7 +303,7 @@ class Ours(Side):
     def train_diffusion(self):
         schema, settings = self.schema(), self.config.diffusion
         network = self.load(self.unet(schema))
-        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast() else "no")
+        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast(device()) else "no")
         x = self.latent(network.arguments["in_channels"])
         context, t = torch.ones(self.batch, len(schema), 2, device=device()), torch.full((self.batch,), 0.5, device=device())
 
