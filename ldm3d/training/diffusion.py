@@ -152,7 +152,7 @@ def train(config: Config, stop: Stop) -> None:
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         logged = torch.zeros_like(logged)
         if split["validation"] and (step % training.validate_every == 0 or last):
-            held_out = evenly(split["validation"], MAX_VALIDATION)
+            held_out = split["validation"]
             row["validation_loss"] = validate(
                 ema.network, process, settings, autoencoder, moments, contexts, held_out, accelerator
             )
@@ -249,9 +249,9 @@ def validate(
     Args:
         moments: of all scans, (scans, 2c, x, y, z); a batch at a time is read.
         contexts: of all scans, (scans, K, 2).
-        rows: of the held-out ones.
+        rows: of the held-out ones; at most `MAX_VALIDATION` are scored.
     """
-    device, total = accelerator.device, 0.0
+    device, total, rows = accelerator.device, 0.0, evenly(rows, MAX_VALIDATION)
     numbers = range(accelerator.process_index, len(rows) * VALIDATION_REPEATS, accelerator.num_processes)
     for first in range(0, len(numbers), batch_size):
         chosen = torch.tensor(numbers[first : first + batch_size])
