@@ -98,7 +98,7 @@ class Side(Training):
         self.after(step)
 
     def autocast(self):
-        return torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast())
+        return torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast(self.where))
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -171,11 +171,11 @@ def utilisation(side: "Ours", repeats: int) -> dict:
 
 
 def half() -> torch.dtype:
-    return torch.bfloat16 if bf16_is_fast() else torch.float32
+    return torch.bfloat16 if bf16_is_fast(device()) else torch.float32
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast())
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast(device()))
 
 
 class Side:

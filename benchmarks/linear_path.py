@@ -33,7 +33,7 @@ def main() -> None:
     rows = []
 
     def half():
-        return torch.autocast(where.type, torch.bfloat16, enabled=bf16_is_fast())
+        return torch.autocast(where.type, torch.bfloat16, enabled=bf16_is_fast(where))
 
     print("factor channels  blocks alone  with neighbours  trained  seconds   PSNR in dB")
     for factor, widths in ((4, [8, 8]), (8, [8, 8, 8])):

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from protocol import denoiser_calls, spread, timed, write
+from protocol import denoiser_calls, device, spread, timed, write
 from torch import Tensor
 
 from ldm3d.description import Sampling
@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=Path("demo/run/model"), help="a trained pipeline's folder")
     parser.add_argument("--volumes", type=int, help="of each setting; 96, or 32 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer settings and volumes")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if bf16_is_fast() else "float32")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if bf16_is_fast(device()) else "float32"
+    )
     arguments = parser.parse_args()
     pipeline = Pipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline.threads = None  # all

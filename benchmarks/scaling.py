@@ -80,7 +80,7 @@ class Steps:
         found = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
                 output = self.model(x, t, context)
             (output.float() - x).square().mean().backward()
             self.optimizer.step()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from protocol import write
+from protocol import device, write
 from torch import Tensor
 
 from ldm3d.data.preprocess import load_prepared
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=100, help="of each setting, and real ones at most")
     parser.add_argument("--try", dest="tried", nargs="+", default=TRIED, metavar="SAMPLER:STEPS:GUIDANCE")
     arguments = parser.parse_args()
-    pipeline = Pipeline.from_pretrained(arguments.model, dtype=torch.bfloat16 if bf16_is_fast() else torch.float32)
+    pipeline = Pipeline.from_pretrained(arguments.model, dtype=torch.bfloat16 if bf16_is_fast(device()) else torch.float32)
     pipeline.threads = None  # all
     config, _, held_out = scans_by_use(arguments.model, arguments.data, arguments.model.parent / "benchmark-work")
     subjects = pipeline.parse(held_out[pipeline.schema.names].to_dict("records"))

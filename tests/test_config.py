@@ -361,3 +361,15 @@ def test_yaml_without_settings(tmp_path, content):
 def test_required_settings_are_asked_for(load):
     with pytest.raises(InputError, match=r"output: Field required.*diffusion\.network: Field required"):
         load(change=lambda values: (values.pop("output"), values["diffusion"].pop("network")))
+
+
+def test_float16_is_refused_with_a_way_out(load):
+    with pytest.raises(InputError, match=r"training\.mixed_precision: float16 is no longer trained in; use bf16.* or no"):
+        load("diffusion.training.mixed_precision=fp16")
+
+
+def test_what_a_stage_hands_on(load):
+    assert load().autoencoder.training.keep == "last"
+    assert load("diffusion.training.keep=best").diffusion.training.keep == "best"
+    with pytest.raises(InputError, match=r"training\.keep is 'first'"):
+        load("diffusion.training.keep=first")

@@ -239,3 +239,16 @@ def test_process_survives_json_and_pickle(process):
 def test_errors_name_the_way_out(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["vp-linear", "vp-scaled-linear", "vdm"])
+def test_tables_are_copied_once_to_a_device(kind):
+    """Such a copy makes the host wait for the GPU, three times a training step. "meta" is a device without values."""
+    process = make_process(kind)
+    t = torch.full((3,), 0.5, dtype=torch.float32)
+    first = process._table.beside(t)
+    assert process._table.beside(t.clone()) is first and first.dtype == torch.float32
+    double = process._table.beside(t.double())
+    assert process._table.beside(t.double()) is double and double.dtype == torch.float64
+    assert process._table.beside(t.to("meta")) is process._table.beside(t.to("meta"))
+    assert process == make_process(kind), "a copy is no part of what a process is"

@@ -116,6 +116,28 @@ def test_another_number_of_processes_is_said(experiment, tmp_path, train_here, c
     assert "processes: 2 -> 1" in said and "no longer bit-identical" in said
 
 
+def test_settings_that_only_round_otherwise_may_change_and_are_said(experiment, tmp_path, train_here, capsys):
+    """A run of more processes goes on on fewer with more parts of each batch: the same losses, to rounding."""
+    config = another_run(experiment, tmp_path, "diffusion")
+    with pytest.raises(SystemExit):
+        train_here("diffusion", config, stop=Stop("SIGTERM"))
+    capsys.readouterr()
+    train_here("diffusion", config, "training.accumulation=2", "network.attention_backend=math")
+    said = capsys.readouterr().out
+    assert "diffusion.training.accumulation: 1 -> 2" in said and "network.attention_backend: auto -> math" in said
+    assert "no longer bit-identical" in said and "mixed_precision" not in said
+    runs = (folder / "diffusion-training/metrics.jsonl" for folder in (experiment / "run", tmp_path))
+    one, other = ([row["loss"] for row in read_metrics(run)] for run in runs)
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_that_reads_ahead_changes_no_bit(experiment, tmp_path, train_here, stage):
+    """It gets the samples by pickle and opens their files itself."""
+    train_here(stage, another_run(experiment, tmp_path, stage), "training.workers=1")
+    end_alike(experiment, tmp_path, stage)
+
+
 def test_a_latent_that_is_not_finite_is_skipped_and_named(experiment, tmp_path, train_here, capsys):
     config = another_run(experiment, tmp_path, "diffusion")
     scans = pd.read_csv(tmp_path / "latents/scans.tsv", sep="\t", dtype=str)
@@ -150,7 +172,7 @@ def test_a_step_that_is_skipped_changes_nothing():
     def step(number, value):
         loss = network(torch.full((1, 3), value)).sum()
         accelerator.backward(loss)
-        finite.step(optimizer, number, accelerator.clip_grad_norm_(network.parameters(), 1.0), loss)
+        finite.step(optimizer, number, accelerator.clip_grad_norm_(network.parameters(), 1.0))
         optimizer.zero_grad()
         return network.weight.detach().clone()
 

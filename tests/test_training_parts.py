@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 
@@ -13,8 +14,9 @@ import torch
 from monai.networks.nets import ResNetFeatures
 from safetensors.torch import load_file, save_file
 
-from ldm3d.config import AdversarialConfig, TrainingConfig
-from ldm3d.data.latents import check_latents, is_fresh, read_latents, write_latents
+from ldm3d.config import AdversarialConfig, DiffusionConfig, TrainingConfig
+from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.data.latents import check_latents, describe_noise, is_fresh, noise_share, read_latents, write_latents
 from ldm3d.data.loading import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.models.unet import UNet
@@ -190,6 +192,68 @@ def test_muon_s_momentum_with_nesterov_s_correction(monkeypatch):
         momentum = 0.9 * momentum + 0.1 * gradient
         expected -= 0.2 * math.sqrt(4) * (0.1 * gradient + 0.9 * momentum)
         torch.testing.assert_close(parameter.detach(), torch.full((1, 4), expected))
+
+
+def test_muon_is_pytorch_s_for_one_matrix_after_the_other():
+    """Several of each shape, tall and wide, over a few steps; PyTorch's own iterates in bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=g) for shape in [(12, 30), (30, 12), (12, 30), (8, 8), (30, 12), (12, 30)]]
+    mine, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    ours = Muon(matrices(*mine), lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(mine, theirs):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.clone()
+        ours.step(), reference.step()
+    for before, a, b in zip(start, mine, theirs):
+        moved, expected = a.detach() - before, b.detach() - before
+        assert (moved - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 30), (3, 30, 12)])
+def test_matrices_are_orthogonalised_by_themselves(shape):
+    several = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100, 0.01])[:, None, None]
+    torch.testing.assert_close(orthogonalise(several), torch.stack([orthogonalise(matrix) for matrix in several]))
+
+
+def skipping(kind):
+    net = unet()
+    return net, make_optimizer(net, settings(optimizer=kind, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_skipped_on_the_device_changes_nothing(kind, first):
+    """Neither weights nor momenta nor counters, whatever is in the gradients; later steps are those of a run without it."""
+    (net, optimizer), (other, expected) = skipping(kind), skipping(kind)
+
+    def step(net, optimizer, number, bad=0.0):
+        for i, parameter in enumerate(net.parameters()):
+            gradient = torch.randn(parameter.shape, generator=generator(number, i))
+            parameter.grad = gradient * float("nan") if bad else gradient
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+
+    for number in range(3):
+        step(other, expected, number)
+        if number == (0 if first else 1):
+            step(net, optimizer, 100, bad=1.0)
+        step(net, optimizer, number)
+    assert equal(net.state_dict(), other.state_dict())
+    assert equal(checkpoint.optimizer_tensors(net, optimizer), checkpoint.optimizer_tensors(other, expected))
+
+
+def test_muon_s_step_never_waits_for_a_device():
+    """On a device without values, whatever asks for one is an error."""
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Conv3d(3, 4, 3), torch.nn.Linear(5, 6), torch.nn.LayerNorm(6))
+        optimizer = make_optimizer(net, settings(optimizer="muon"))
+        for _ in range(2):
+            for parameter in net.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.found_inf = torch.empty(())
+            optimizer.step()
 
 
 def test_muon_decays_matrices_only():
@@ -401,13 +465,33 @@ def test_adversary_teaches_one_side_at_a_time():
     assert fake.grad.abs().sum() > 0
 
 
+def test_a_batch_in_two_parts_teaches_the_adversary_the_same():
+    """As on two processes: a volume is judged by itself."""
+    g = torch.Generator().manual_seed(0)
+    volumes = torch.rand(2, 4, 1, 16, 16, 16, generator=g)  # real and fake
+    volumes[1, 2:] *= 3  # batches that are alike would hide what one of them does to the other
+    found = []
+    for parts in (1, 2):
+        net, losses = adversary(), []
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        for _ in range(3):
+            several = [(net(None, fake), net(real, fake)) for real, fake in zip(*(v.chunk(parts) for v in volumes))]
+            (sum(own for _, own in several) / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append([sum(values).item() / parts for values in zip(*several)])
+        found.append(torch.tensor(losses))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
 def test_discriminator_learns_to_tell_apart():
     net = adversary()
     g = torch.Generator().manual_seed(0)
-    real, fake = 1 + 0.1 * torch.randn(4, 1, 12, 12, 12, generator=g), 0.1 * torch.randn(4, 1, 12, 12, 12, generator=g)
+    coarse = torch.randn(4, 1, 6, 6, 6, generator=g)  # of the same mean and variance: what differs is how smooth they are
+    real, fake = torch.nn.functional.interpolate(coarse, scale_factor=2), torch.randn(4, 1, 12, 12, 12, generator=g)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     losses, fooled = [], []
-    for _ in range(15):
+    for _ in range(45):
         fooled.append(net(None, fake).item())
         loss = net(real, fake)
         optimizer.zero_grad()
@@ -613,6 +697,47 @@ def test_other_settings_are_listed(tmp_path):
     assert "seed: 0 -> 1" in message
 
 
+def test_settings_that_are_newer_than_a_checkpoint_have_their_defaults(tmp_path):
+    """An old run is not another run because a key with a default has come since, in the config or in a covariate."""
+    network = {"channels": [8, 8], "attention": [False, True], "head_channels": 4}
+    stage = DiffusionConfig(network=network, training={"steps": 8, "batch_size": 4, "learning_rate": 0.1})
+    schema = CovariateSchema((Covariate("age", "continuous", unit="years", range=(0, 120)),))
+    now = {"diffusion": stage.model_dump(mode="json"), "covariates": checkpoint.as_json(schema.to_dict()), "seed": 0}
+    before = copy.deepcopy(now)
+    for section, key in ((before["diffusion"], "loss_weight"), (before["diffusion"]["training"], "schedule")):
+        assert section.pop(key) is not None
+    assert before["covariates"][0].pop("unit") == "years" and before["covariates"][0].pop("std") == 1.0
+    now["covariates"][0]["unit"] = ""
+    parts = run_of("adamw")
+    save(tmp_path, 2, *parts, described=before)
+    assert restore(tmp_path, *parts, described=now)["step"] == 2
+    now["diffusion"]["loss_weight"] = "min-snr"
+    with pytest.raises(InputError, match=r"diffusion\.loss_weight: none -> min-snr"):
+        restore(tmp_path, *parts, described=now)
+
+
+def test_a_network_of_another_version_is_told_as_such(tmp_path):
+    parts = run_of("adamw")
+    save(tmp_path, 2, *parts)
+    parts[0].extra = torch.nn.BatchNorm3d(3)
+    with pytest.raises(InputError, match=r"extra.*another version of ldm3d began this run.*delete"):
+        restore(tmp_path, *parts)
+
+
+def test_what_only_rounds_otherwise_may_change(tmp_path):
+    parts = run_of("adamw")
+    save(tmp_path, 2, *parts, described=changed(accumulation=1, mixed_precision="no", keep="last"))
+    now = changed(accumulation=2, mixed_precision="bf16", keep="best")
+    now["diffusion"]["network"] |= {"activation_checkpointing": True, "attention_backend": "math"}
+    assert restore(tmp_path, *parts, described=now)["step"] == 2
+    said = checkpoint.rounding_changes(changed(accumulation=1, steps=3), {**now, "seed": 1})
+    assert said == [
+        "diffusion.network.activation_checkpointing: None -> True",
+        "diffusion.network.attention_backend: None -> math",
+        "diffusion.training.accumulation: 1 -> 2",
+    ]
+
+
 def test_a_run_may_be_made_longer(tmp_path):
     parts = run_of("adamw")
     save(tmp_path, 2, *parts)
@@ -648,6 +773,28 @@ def cached(folder, n=5, batch_size=2, origin=ORIGIN):
 
     write_latents(folder, scans, load, encode, origin, batch_size)
     return scans
+
+
+def moments_of(*log_variances):
+    """Posteriors whose means have variance 1."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(300, len(log_variances), 4, 4, 4, generator=g)
+    spread = torch.tensor(log_variances)[None, :, None, None, None].expand_as(mean)
+    return torch.cat([mean + 5, spread], dim=1).numpy()
+
+
+def test_share_of_the_posterior_s_noise():
+    """v / (1 + v) of a posterior of variance v around means of variance 1, wherever these lie."""
+    found = noise_share(moments_of(*np.log([0.01, 1 / 3, 1.0])))
+    np.testing.assert_allclose(found, [0.01 / 1.01, 0.25, 0.5], rtol=0.02)
+    np.testing.assert_allclose(noise_share(moments_of(0.0), most=10), 0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("variances, told", [((0.1, 0.01), None), ((0.01, 0.12, 0.5), r"channel\(s\) 2 \(11%\), 3 \(33%\)")])
+def test_channels_of_much_noise_are_named(variances, told):
+    line, warning = describe_noise(noise_share(moments_of(*np.log(variances))))
+    assert line.count("%") == len(variances)
+    assert warning is None if told is None else re.search(told, warning)
 
 
 def test_latent_cache_round_trip(tmp_path):

@@ -388,6 +388,9 @@ class _Table:
         self._copies = {(values.device, values.dtype): values}
         self._values = values
 
+    def __reduce__(self):
+        return _Table, (self._values,)  # the copies are this process's
+
     def beside(self, t: Tensor) -> Tensor:
         place = t.device, t.dtype
         if place not in self._copies:

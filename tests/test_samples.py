@@ -1,0 +1,59 @@
+"""What one sample of training is: small when it is handed to a process that reads ahead, and the same there."""
+
+import pickle
+
+import numpy as np
+import torch
+from conftest import tiny_settings
+
+from ldm3d.config import Config
+from ldm3d.data.loading import evenly, generator
+from ldm3d.data.samples import LatentSamples, VolumeSamples
+
+
+def latent_samples(folder, scans=50):
+    np.save(folder / "moments.npy", np.random.default_rng(0).standard_normal((scans, 6, 4, 5, 4), dtype=np.float32))
+    return LatentSamples(folder, tuple(range(10, scans)), torch.rand(scans, 2, 2), (4, 6, 4))
+
+
+def test_latents_travel_as_the_name_of_their_file(tmp_path):
+    """Also once it is open: a memory map pickles as its whole content."""
+    samples = latent_samples(tmp_path)
+    first = samples(3, generator(0))
+    sent = pickle.dumps(samples)
+    assert (tmp_path / "moments.npy").stat().st_size > 90_000 and len(sent) < 5_000
+    again = pickle.loads(sent)(3, generator(0))
+    assert first.keys() == again.keys() == {"moments", "context", "posterior_noise", "noise", "drop"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_latent_is_its_row_s(tmp_path):
+    samples = latent_samples(tmp_path)
+    sample = samples(3, generator(0))
+    assert len(samples) == 40
+    np.testing.assert_array_equal(sample["moments"], np.load(tmp_path / "moments.npy")[13])
+    assert torch.equal(sample["context"], samples.contexts[13])
+    assert sample["posterior_noise"].shape == (3, 4, 5, 4) and sample["noise"].shape == (3, 4, 6, 4)
+    assert sample["drop"].shape == (4,)
+
+
+def test_volumes_travel_as_their_keys(tmp_path):
+    config = Config.model_validate(tiny_settings(tmp_path))
+    (config.prepared_folder / "volumes").mkdir(parents=True)
+    for i in range(3):
+        np.save(config.prepared_folder / "volumes" / f"k{i}.npy", np.full((24, 28, 24), i / 2, np.float16))
+    samples = VolumeSamples(config, ("k2", "k1"), (3, 6, 7, 6))
+    sent = pickle.dumps(samples)
+    assert len(sent) < 10_000 and len(samples) == 2
+    for each in (samples, pickle.loads(sent)):
+        sample = each(1, generator(0))
+        assert (sample["volume"] == 0.5).all() and sample["volume"].shape == (1, 24, 28, 24)
+        assert sample["noise"].shape == (3, 6, 7, 6)
+
+
+def test_evenly():
+    assert evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert evenly("abc", 5) == ["a", "b", "c"]
+    assert evenly([], 5) == []
+    chosen = evenly(range(1000), 256)
+    assert len(set(chosen)) == 256 and set(np.diff(chosen)) == {3, 4}
