@@ -261,6 +261,17 @@ class AutoencoderConfig(Section):
     training: TrainingConfig
 
 
+class DecoderConfig(Section):
+    """Stage 3, which is optional: the decoder alone, sharpened. The encoder and the latents stay as they are."""
+
+    noise: Annotated[float, Field(ge=0)] = 0.2  # at most, in deviations of a latent: what the U-Net gets wrong
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    training: TrainingConfig
+
+
 class ProcessConfig(Section):
     """The diffusion process; betas belong to vp-linear and vp-scaled-linear, gamma and the schedule's rate to vdm."""
 
@@ -421,6 +432,7 @@ class Config(Section):
     covariates: tuple[CovariateConfig, ...]
     autoencoder: AutoencoderConfig
     diffusion: DiffusionConfig
+    decoder: DecoderConfig | None = None
     generation: GenerationConfig = GenerationConfig()
 
     @model_validator(mode="after")
@@ -473,6 +485,14 @@ class Config(Section):
     @property
     def diffusion_run(self) -> Path:
         return self.output / "diffusion-training"
+
+    @property
+    def decoder_run(self) -> Path:
+        return self.output / "decoder-training"
+
+    @property
+    def decoder_folder(self) -> Path:
+        return self.output / "decoder"
 
     @property
     def model_folder(self) -> Path:

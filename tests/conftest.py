@@ -55,6 +55,10 @@ def tiny_settings(folder: Path) -> dict:
             "network": {"channels": [16, 32], "attention": [False, True], "head_channels": 16, "context_dim": 16},
             "training": {"steps": 8, **training, **intervals},
         },
+        "decoder": {
+            "adversarial": {"weight": 0.01, "start": 2, "channels": 4, "layers": 1},
+            "training": {"steps": 8, **training, **intervals},
+        },
         "generation": {"sampler": "heun", "steps": 2, "guidance": 1.5},
     }
 

@@ -16,7 +16,7 @@ from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.unet import UNet
 from ldm3d.training import autoencoder, diffusion
 from ldm3d.training.choice import Choice
-from ldm3d.training.losses import AutoencoderLoss, kl_divergence
+from ldm3d.training.losses import VolumeLoss, kl_divergence
 
 # The rule
 
@@ -76,13 +76,13 @@ def test_the_loss_of_stage_1_is_the_sum_of_its_parts():
     network = {"latent_channels": 1, "downsampling": 2, "channels": [4]}
     training = {"steps": 9, "batch_size": 1, "learning_rate": 1}
     settings = AutoencoderConfig(network=network, l1=2, l2=3, kl=0.1, adversarial=adversarial, training=training)
-    losses = AutoencoderLoss(settings, None, lambda real, fake: fake.mean() if real is None else None)
+    losses = VolumeLoss(settings, None, SimpleNamespace(module=lambda real, fake: fake.mean() if real is None else None))
     volume, again = torch.zeros(2, 1, 2, 2, 2), torch.full((2, 1, 2, 2, 2), 0.5)
     moments = torch.ones(2, 2, 1, 1, 1)
-    without, parts = losses(volume, again, moments, 2)
+    without, parts = losses(volume, again, 2, moments)
     assert without.item() == pytest.approx(2 * 0.5 + 3 * 0.25 + 0.1 * kl_divergence(moments).item() / 8)
     assert set(parts) == {"loss", "l1", "kl_per_voxel"}
-    with_it, parts = losses(volume, again, moments, 3)
+    with_it, parts = losses(volume, again, 3, moments)
     assert with_it.item() == pytest.approx(without.item() + 0.5 * 0.5) and parts["adversarial"] == 0.5
 
 

@@ -214,7 +214,7 @@ def another_run(experiment, folder, stage) -> Path:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_settings(experiment) | {"output": str(folder)}))
     for name in ("prepared", "autoencoder", "latents"):
-        if name == "prepared" or stage == "diffusion":
+        if name == "prepared" or stage != "autoencoder":
             shutil.copytree(experiment / "run" / name, folder / name)
     return config
 

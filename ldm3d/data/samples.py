@@ -44,6 +44,15 @@ class VolumeSamples:
         return {"volume": load_volume(self.config, self.keys[sample]), "noise": torch.randn(self.latent_shape, generator=rng)}
 
 
+class PerturbedSamples(VolumeSamples):
+    """`VolumeSamples` with noise to disturb the latent by: `perturbation` (c, x, y, z), and `strength` () in [0, 1)."""
+
+    def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
+        read = super().__call__(sample, rng)
+        perturbation = torch.randn(self.latent_shape, generator=rng)
+        return {**read, "perturbation": perturbation, "strength": torch.rand((), generator=rng)}
+
+
 @dataclass(frozen=True)
 class LatentSamples:
     """Cached posteriors: `moments` (2c, x, y, z), `context` (K, 2), and all random numbers that a step needs.

@@ -47,6 +47,10 @@ class LatentSpace(Pretrained):
         """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
         raise NotImplementedError
 
+    def decoder_modules(self) -> list[nn.Module]:
+        """What `decode` consists of."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """One training pass: (reconstruction, moments) of x, with the posterior sampled by `noise` (shape of a latent)."""
         moments = self.encode(x)
@@ -171,6 +175,9 @@ class Autoencoder(LatentSpace):
         if self.synthesis is not None:
             volume = volume + depth_to_space(self.synthesis(z), self.downsampling)
         return volume
+
+    def decoder_modules(self) -> list[nn.Module]:
+        return [module for module in (self.decoder, self.to_voxels, self.synthesis) if module is not None]
 
     def through_linear_path(self, x: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) through the linear code alone: what the networks start from."""

@@ -81,6 +81,9 @@ class MonaiAutoencoder(LatentSpace):
         """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
         return self.network.decode(z.contiguous())
 
+    def decoder_modules(self) -> list[nn.Module]:
+        return [self.network.post_quant_conv, self.network.decoder]
+
 
 class MonaiUNet(LatentUNet):
     """MONAI's DiffusionModelUNet, told of time and covariates as ours is.

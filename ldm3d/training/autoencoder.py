@@ -6,7 +6,7 @@ Reads prepared volumes, writes OUTPUT/autoencoder-training (checkpoints, metrics
 end, OUTPUT/autoencoder with the latents' statistics in it. Started again with the same command it goes on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm3d import figures
 from ldm3d.config import Config
-from ldm3d.data.loading import TrainingBatches, evenly
+from ldm3d.data.loading import evenly
 from ldm3d.data.preprocess import read_scan_table
 from ldm3d.data.samples import VolumeSamples, load_volume
 from ldm3d.errors import InputError
@@ -30,10 +30,10 @@ from ldm3d.training import command
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.loop import fit
-from ldm3d.training.losses import AutoencoderLoss
+from ldm3d.training.losses import VolumeLoss
 from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.parallel import same_start, start_accelerator
-from ldm3d.training.task import MAIN, Task, Trained
+from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
 MAX_VALIDATION = 64  # volumes, evenly chosen; more would not change which checkpoint is best
 
@@ -72,29 +72,11 @@ class AutoencoderTask(Task):
         model = make_network("Autoencoder", **settings.network.model_dump()).to(accelerator.device)
         rate = partial(learning_rate, training=training)
         average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
-        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average)}
-        perceptual = None
-        if settings.adversarial or settings.perceptual:
-            from ldm3d.training.monai_losses import Adversary, PerceptualLoss
-        if settings.adversarial:
-            adversary = Adversary(settings.adversarial, model.in_channels).to(accelerator.device)
-            own_rate = settings.adversarial.learning_rate
-            optimizer = torch.optim.AdamW(adversary.parameters(), own_rate, (0.5, 0.9), fused=True)
-            self.trained["adversary"] = Trained(adversary, optimizer)
-            self.settled = settings.adversarial.start
-        if settings.perceptual:
-            perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
-        self.loss = AutoencoderLoss(settings, perceptual, self.fooled if settings.adversarial else None)
+        self.loss = VolumeLoss.of(settings, model.in_channels, accelerator)
+        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average), **self.loss.trained}
+        self.settled = self.loss.settled
         samples = VolumeSamples(config, tuple(self.keys["train"]), model.latent_shape(config.data.grid.shape))
-        self.batches = TrainingBatches(
-            samples,
-            len(samples),
-            training.batch_size,
-            training.accumulation,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        self.batches = batches_of(samples, training, config.seed, accelerator)
 
     def begin(self) -> None:
         if self.config.autoencoder.network.linear_path:
@@ -105,28 +87,20 @@ class AutoencoderTask(Task):
     def subject(self, sample: int) -> str:
         return self.subjects[sample]
 
-    def fooled(self, _real: None, reconstruction: Tensor) -> Tensor:
-        """The loss of not being taken for real."""
-        return self.trained["adversary"].module(None, reconstruction)
-
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The autoencoder's, and then its adversary's; batch: volume (n, C, X, Y, Z), noise (n, c, x, y, z)."""
-        volume = batch["volume"]
         with self.accelerator.autocast():
-            reconstruction, moments = self.trained[MAIN].module(volume, batch["noise"])
-        adversary = self.trained["adversary"] if self.loss.is_adversarial(step) else None
-        if adversary:
-            adversary.network.requires_grad_(False)
-        loss, parts = self.loss(volume, reconstruction, moments, step)
-        yield MAIN, loss, parts
-        if adversary:
-            adversary.network.requires_grad_(True)
-            caught = adversary.module(volume, reconstruction.detach()).float()
-            yield "adversary", caught, {"discriminator": caught}
+            made, moments = self.trained[MAIN].module(batch["volume"], batch["noise"])
+        return self.loss.in_turn(batch["volume"], made, step, moments)
 
     def score(self, average: LatentSpace, step: int) -> dict[str, float]:
+        def loss(volume: Tensor, noise: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                made, moments = average(volume, noise)
+            return self.loss(volume, made, step, moments)[0]
+
         keys = self.keys["validation"]
-        return validate(average, self.loss, self.config, keys, step, self.accelerator) if keys else {}
+        return validate(loss, average, self.config, keys, self.accelerator) if keys else {}
 
     def preview(self, average: LatentSpace, path: Path) -> None:
         shown = (self.keys["validation"] or self.keys["train"])[:4]
@@ -187,11 +161,18 @@ def reconstruct(network: LatentSpace, volumes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    network: LatentSpace, losses: AutoencoderLoss, config: Config, keys: list[str], step: int, accelerator: Accelerator
+    loss: Callable[[Tensor, Tensor], Tensor],
+    network: LatentSpace,
+    config: Config,
+    keys: list[str],
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean loss of held-out volumes, as step number `step` trains it, and their mean PSNR (dB).
+    """Mean loss of held-out volumes, and the mean PSNR (dB) of their reconstructions.
 
     Shared over the processes, which all call the networks equally often: what is spread over them needs that.
+
+    Args:
+        loss: (volume (1, C, X, Y, Z), noise like its latent) -> what is trained, in autocast.
     """
     chosen, world = evenly(keys, MAX_VALIDATION), accelerator.num_processes
     total = torch.zeros(2, dtype=torch.float64)
@@ -199,12 +180,11 @@ def validate(
         number = turn * world + accelerator.process_index
         volume = load_volume(config, chosen[number % len(chosen)])[None].to(accelerator.device)
         noise = torch.randn((1, *network.latent_shape(volume.shape[2:])), generator=generator("validation", number))
+        value = loss(volume, noise.to(accelerator.device)).item()
         with accelerator.autocast():
-            again, moments = network(volume, noise.to(accelerator.device))
-            quality = psnr(reconstruct(network, volume), volume)
-        loss, _ = losses(volume, again, moments, step)
+            quality = psnr(reconstruct(network, volume), volume).item()
         if number < len(chosen):
-            total += torch.tensor([loss.item(), quality.item()], dtype=torch.float64)
+            total += torch.tensor([value, quality], dtype=torch.float64)
     means = accelerator.reduce(total.float().to(accelerator.device), "sum") / len(chosen)
     return dict(zip(("validation_loss", "validation_psnr_db"), means.tolist()))
 

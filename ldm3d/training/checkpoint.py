@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config import AutoencoderConfig, DiffusionConfig, GridConfig
+from ldm3d.config import AutoencoderConfig, DecoderConfig, DiffusionConfig, GridConfig
 from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights
@@ -37,7 +37,7 @@ FREE_SETTINGS = (
     *(*ROUNDING, "mixed_precision"),  # of the last, the precision that it leads to is said
 )
 
-SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "grid": GridConfig}
+SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "decoder": DecoderConfig, "grid": GridConfig}
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ldm3d import figures
 from ldm3d.config import Config, DiffusionConfig
 from ldm3d.covariates import CovariateSchema, describe, drop_covariates
 from ldm3d.data.latents import read_latents
-from ldm3d.data.loading import TrainingBatches, evenly
+from ldm3d.data.loading import evenly
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask
@@ -38,11 +38,12 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
 from ldm3d.randomness import generator
 from ldm3d.training import checkpoint, command
+from ldm3d.training.decoder import best_decoder
 from ldm3d.training.ema import EMA
 from ldm3d.training.loop import fit
 from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.parallel import start_accelerator
-from ldm3d.training.task import MAIN, Task, Trained
+from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
@@ -101,15 +102,7 @@ class DiffusionTask(Task):
             "seed": config.seed,
         }
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
-        self.batches = TrainingBatches(
-            samples,
-            len(samples),
-            training.batch_size,
-            training.accumulation,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        self.batches = batches_of(samples, training, config.seed, accelerator)
 
     def subject(self, sample: int) -> str:
         return self.scans["subject"][self.split["train"][sample]]
@@ -167,7 +160,9 @@ class DiffusionTask(Task):
 
     def export(self, average: LatentUNet, which: str) -> None:
         if self.accelerator.is_main_process:
-            self.pipeline(average).save_pretrained(self.config.model_folder)
+            pipeline = self.pipeline(average)
+            pipeline.autoencoder = best_decoder(self.config, self.autoencoder)
+            pipeline.save_pretrained(self.config.model_folder)
             save_experiment(self.config, self.config.model_folder)
             print(f"model written to {self.config.model_folder} ({which})")
 

@@ -1,10 +1,15 @@
-"""Losses of the autoencoder; those that are MONAI's are in monai_losses.py."""
+"""Losses of volumes; those that are MONAI's are in monai_losses.py. Volumes are (N, C, X, Y, Z)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from ldm3d.config import AutoencoderConfig
+from ldm3d.config import AutoencoderConfig, DecoderConfig
+from ldm3d.training.task import MAIN, Trained
+
+ADVERSARY = "adversary"
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
@@ -13,32 +18,75 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / len(moments)
 
 
-class AutoencoderLoss:
-    """What stage 1 minimises: l1, l2, KL a voxel (Rombach et al. 2022), perceptual and, from its start on, adversarial.
+class VolumeLoss:
+    """How far a volume is from what it should be: l1, l2, KL a voxel (Rombach et al. 2022), perceptual and adversarial.
 
     Args:
         settings: the weights.
-        perceptual: (reconstruction, volume) -> loss, None if there is none.
-        adversary: (None, reconstruction) -> the loss of not being taken for real; None if there is none.
+        perceptual: (volume, volume) -> loss, None if there is none.
+        adversary: learns to tell the two apart, and takes part from its start on; None if there is none.
     """
 
-    def __init__(self, settings: AutoencoderConfig, perceptual: Callable | None, adversary: Callable | None):
+    def __init__(
+        self, settings: AutoencoderConfig | DecoderConfig, perceptual: Callable | None = None, adversary: Trained | None = None
+    ):
         self.settings, self.perceptual, self.adversary = settings, perceptual, adversary
+
+    @classmethod
+    def of(cls, settings: AutoencoderConfig | DecoderConfig, channels: int, accelerator: Accelerator) -> "VolumeLoss":
+        """The config's, for volumes of so many channels."""
+        perceptual = adversary = None
+        if settings.adversarial or settings.perceptual:  # MONAI takes seconds to import
+            from ldm3d.training.monai_losses import Adversary, PerceptualLoss
+        if settings.adversarial:
+            network = Adversary(settings.adversarial, channels).to(accelerator.device)
+            rate = settings.adversarial.learning_rate
+            adversary = Trained(network, torch.optim.AdamW(network.parameters(), rate, (0.5, 0.9), fused=True))
+        if settings.perceptual:
+            perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
+        return cls(settings, perceptual, adversary)
+
+    @property
+    def settled(self) -> int:
+        """Steps after which the loss stays the same sum."""
+        return self.settings.adversarial.start if self.adversary else 0
+
+    @property
+    def trained(self) -> dict[str, Trained]:
+        """The adversary, where there is one."""
+        return {ADVERSARY: self.adversary} if self.adversary else {}
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the adversary takes part in step number `step` (from 0)."""
         return self.adversary is not None and step >= self.settings.adversarial.start
 
-    def __call__(self, volume: Tensor, reconstruction: Tensor, moments: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its parts by name) of volumes (N, C, X, Y, Z); moments (N, 2c, x, y, z)."""
-        settings, reconstruction = self.settings, reconstruction.float()
-        error = reconstruction - volume
-        l1, kl = error.abs().mean(), kl_divergence(moments) / volume[0].numel()
-        loss = settings.l1 * l1 + settings.l2 * error.square().mean() + settings.kl * kl
-        parts = {"l1": l1, "kl_per_voxel": kl}
+    def __call__(
+        self, volume: Tensor, made: Tensor, step: int, moments: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its parts by name) of volumes that were made; moments (N, 2c, x, y, z) of a posterior, if that counts."""
+        settings, made = self.settings, made.float()
+        error = made - volume
+        parts = {"l1": error.abs().mean()}
+        loss = settings.l1 * parts["l1"] + settings.l2 * error.square().mean()
+        if moments is not None:
+            parts["kl_per_voxel"] = kl_divergence(moments) / volume[0].numel()
+            loss = loss + settings.kl * parts["kl_per_voxel"]
         if self.perceptual:
-            loss = loss + settings.perceptual.weight * self.perceptual(reconstruction, volume).mean()
+            loss = loss + settings.perceptual.weight * self.perceptual(made, volume).mean()
         if self.is_adversarial(step):
-            parts["adversarial"] = self.adversary(None, reconstruction).float()
+            parts["adversarial"] = self.adversary.module(None, made).float()
             loss = loss + settings.adversarial.weight * parts["adversarial"]
         return loss, {"loss": loss, **parts}
+
+    def in_turn(
+        self, volume: Tensor, made: Tensor, step: int, moments: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The loss of what made the volumes, and then the adversary's own; see `Task.losses`."""
+        adversarial = self.is_adversarial(step)
+        if adversarial:
+            self.adversary.network.requires_grad_(False)
+        yield MAIN, *self(volume, made, step, moments)
+        if adversarial:
+            self.adversary.network.requires_grad_(True)
+            caught = self.adversary.module(volume, made.detach()).float()
+            yield ADVERSARY, caught, {"discriminator": caught}

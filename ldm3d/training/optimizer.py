@@ -109,6 +109,8 @@ def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
     factors = {id(p): getattr(m, "learning_rate_factor", 1.0) for m in network.modules() for p in m.parameters(recurse=False)}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = (
             parameter.ndim >= 2
             and min(parameter.flatten(1).shape) > 1

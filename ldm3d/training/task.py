@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ldm3d.config import TrainingConfig
 from ldm3d.data.loading import TrainingBatches
+from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.training.ema import EMA
 from ldm3d.training.sharding import prepare
 
@@ -120,3 +122,11 @@ class Task:
         """All optimisers that a checkpoint keeps, each with its network."""
         own = {name: (each.network, each.optimizer) for name, each in self.trained.items()} | dict(self.companions)
         return {"optimizer" if name == MAIN else f"{name}_optimizer": pair for name, pair in own.items()}
+
+
+def batches_of(
+    samples: VolumeSamples | LatentSamples, training: TrainingConfig, seed: int, accelerator: Accelerator
+) -> TrainingBatches:
+    """This process's part of every batch of a run."""
+    processes = accelerator.process_index, accelerator.num_processes
+    return TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, seed, *processes)
