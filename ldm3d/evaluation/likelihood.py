@@ -131,7 +131,7 @@ def denoiser(pipeline: Pipeline, row: Mapping[str, Value], shape: Sequence[int],
     def denoise(z: Tensor, t: float) -> Tensor:
         whole = pad_to(z, padded) + pipeline.process.sigma(t) * frame
         timesteps = torch.full((1,), TIMESTEPS * pipeline.process.network_time(t), device=z.device)
-        output = pipeline.unet(whole.to(pipeline.dtype), timesteps, context.to(pipeline.dtype)).float()
+        output = pipeline.unet(whole.to(pipeline.dtype), timesteps, context).float()
         return cut_to(pipeline.process.to_data(pipeline.target, output, whole, t), shape[2:])
 
     return denoise

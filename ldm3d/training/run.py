@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from ldm3d import figures
 from ldm3d.config import Config, TrainingConfig, load_config
+from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
-from ldm3d.training.sharding import is_spread, sharding_plugin, whole
+from ldm3d.training.sharding import DTYPES, is_spread, sharding_plugin, whole
 
 
 def parse_command_line(description: str, section: str) -> Config:
@@ -55,6 +56,7 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         fsdp_plugin=sharding_plugin(precision),
     )
     check_all_started()
+    check_convolutions(accelerator.device, DTYPES[precision] or torch.float32)
     if training.batch_size % (training.accumulation * accelerator.num_processes):
         raise InputError(
             f"training.batch_size {training.batch_size} must be divisible by accumulation {training.accumulation} times "

@@ -4,6 +4,7 @@
 to call it. PyTorch's module of such tensors takes seconds to import, so it is only where it is used.
 """
 
+import dataclasses
 import os
 
 import torch
@@ -64,16 +65,19 @@ def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
 def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """`Accelerator.prepare`, for networks that have but some of the blocks that Accelerate's config names, or none of them.
 
-    Blocks that the config names are spread one by one, and what is left of a network as one piece.
+    Blocks that the config names are spread one by one, and what is left of a network as one piece. A network with running
+    statistics (batch normalisation, in a discriminator) keeps its parameters in float32, which the statistics are in.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(network, optimizer)
     network.to(memory_format=torch.contiguous_format)  # other parameters cannot be spread
     plugin = accelerator.state.fsdp_plugin
-    named = plugin.transformer_cls_names_to_wrap
+    named, policy = plugin.transformer_cls_names_to_wrap, plugin.mixed_precision_policy
     there = {type(module).__name__ for module in network.modules()}
     plugin.transformer_cls_names_to_wrap = [name for name in named or () if name in there]
+    if any(getattr(module, "running_mean", None) is not None for module in network.modules()):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, param_dtype=None)
     try:
         return accelerator.prepare(network, optimizer)
     finally:
-        plugin.transformer_cls_names_to_wrap = named
+        plugin.transformer_cls_names_to_wrap, plugin.mixed_precision_policy = named, policy
