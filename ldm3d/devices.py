@@ -23,9 +23,9 @@ def described(device: torch.device) -> str:
 def computing_alike(device: torch.device, threads: int | None) -> Iterator[None]:
     """Within it, PyTorch computes the same bits in every process on such a device, and fast; then it is as before.
 
-    On CUDA, products of float32 matrices are made of TF32 numbers (10 bits of mantissa), as PyTorch's convolutions are anyway. cuDNN
-    is not asked to choose its kernels by timing them (`torch.backends.cudnn.benchmark`, which training uses): it would choose
-    otherwise in another process, and a volume would have other last bits.
+    On CUDA, products of float32 matrices are made of TF32 numbers (10 bits of mantissa), as PyTorch's convolutions are anyway.
+    cuDNN is not asked to choose its kernels by timing them (`torch.backends.cudnn.benchmark`): it would choose otherwise in
+    another process, and a volume would have other last bits.
 
     Args:
         device: of the networks.
@@ -65,7 +65,7 @@ class HostCopy:
 
 
 def check_convolutions(device: torch.device, dtype: torch.dtype) -> None:
-    """Look whether a GPU's three-dimensional convolutions are right, in some milliseconds; on a CPU there is nothing to look at.
+    """Look whether a GPU's three-dimensional convolutions are right; on a CPU there is nothing to look at.
 
     Releases of cuDNN have given wrong numbers for large ones in half precision (pytorch issue 163539).
 
@@ -81,8 +81,8 @@ def check_convolutions(device: torch.device, dtype: torch.dtype) -> None:
         if not error < CONVOLUTION_ERROR:
             raise InputError(
                 f"3D convolutions in {str(dtype).removeprefix('torch.')} are wrong on {described(device)} with PyTorch "
-                f"{torch.__version__} and cuDNN {torch.backends.cudnn.version()}: off by {error:.2g} of the largest value. Install "
-                "another PyTorch, or compute in float32 or on the CPU"
+                f"{torch.__version__} and cuDNN {torch.backends.cudnn.version()}: off by {error:.2g} of the largest value. "
+                "Install another PyTorch, or compute in float32 or on the CPU"
             )
 
 

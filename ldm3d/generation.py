@@ -179,7 +179,7 @@ class _Writer:
         return self
 
     def write(self, i: int, volume: NDArray, withheld: dict[str, Any] | None = None) -> None:
-        """Hand over a volume, or why it is withheld; waits while there are `WAITING` a thread before it. Raises what writing raised."""
+        """Hand over a volume, or why it is withheld; waits while too many are before it. Raises what writing raised."""
         if len(self.waiting) == self.most:
             self.waiting.popleft().result()
         task = (self.series.withhold, i, withheld) if withheld else (self.series.write, i, volume)
@@ -269,8 +269,8 @@ class Series:
                 asked["computing"]["decode"] = found["computing"]["decode"]
             if found["computing"].get("device") == "cuda" != asked["computing"]["device"]:
                 raise InputError(
-                    f"{self.folder} was begun by a version of ldm3d that did not note on which GPU, so the last bits of its volumes "
-                    "cannot be had again; finish it with that version, or name another folder"
+                    f"{self.folder} was begun by a version of ldm3d that did not note on which GPU, so the last bits of its "
+                    "volumes cannot be had again; finish it with that version, or name another folder"
                 )
             changed = differences(found, asked)
             if changed:

@@ -83,9 +83,7 @@ def plan_decode(
 
 
 @torch.no_grad()
-def tried(
-    plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Plan:
+def tried(plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
     """A plan that has been seen to work: streamed, where a whole decode runs out of a GPU's memory all the same.
 
     What is counted is tensors. The workspace of cuDNN comes on top, and so does what another process takes meanwhile.
@@ -104,7 +102,9 @@ def tried(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     streamed = plan_decode(autoencoder, latent_shape, device, "streamed")
-    return dataclasses.replace(streamed, reason=f"whole it ran out of memory, though {_gib(plan.estimated_bytes)} were counted")
+    return dataclasses.replace(
+        streamed, reason=f"whole it ran out of memory, though {_gib(plan.estimated_bytes)} were counted"
+    )
 
 
 def _gib(size: float) -> str:

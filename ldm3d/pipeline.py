@@ -431,10 +431,12 @@ class Pipeline:
             except torch.OutOfMemoryError as error:
                 if self.decode_mode != "auto":  # as a series was begun: another way would give other last bits
                     raise InputError(
-                        f"decoding a whole volume runs out of GPU memory, which it did not when this was begun ({error}); end what "
-                        "else runs on this GPU, or name another folder: what is begun now is decoded in parts where that is needed"
+                        f"decoding a whole volume runs out of GPU memory, which it did not when this was begun ({error}); "
+                        "end what else runs on this GPU, or name another folder: a new series is decoded in parts if need be"
                     ) from None
-                logging.getLogger("ldm3d").warning("a whole decode ran out of memory: from here on volumes are decoded in parts")
+                logging.getLogger("ldm3d").warning(
+                    "a whole decode ran out of memory: from here on volumes are decoded in parts"
+                )
             # Outside of the handler, which holds on to the tensors of the decode
             streamed = plan_decode(self.autoencoder, z.shape, z.device, "streamed")
             self._plans[self._case(z.shape, z.dtype, z.device)] = streamed

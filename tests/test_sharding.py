@@ -39,12 +39,12 @@ def spread(experiment, tmp_path_factory) -> Path:
     running = []
     for rank in "01":
         environment = {**os.environ, **variables, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, program, folder, *configs]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        with open(folder / f"said-{rank}", "w") as said:
+            command = [sys.executable, program, folder, *configs]
+            running.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
     try:
-        for process in running:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors[-4000:]
+        for rank, process in enumerate(running):
+            assert process.wait(timeout=240) == 0, (folder / f"said-{rank}").read_text()[-4000:]
     finally:
         for process in running:
             process.kill()
@@ -87,10 +87,10 @@ def test_training_under_the_accelerate_config_is_that_of_one_process(experiment,
 
 
 def test_every_network_starts_under_the_accelerate_config(spread):
-    """Each is spread by those of the config's blocks that it has. That times and gradients keep float32, sharded.py asserts."""
+    """Each is spread by those of the config's blocks that it has. sharded.py asserts that times and gradients keep float32."""
     assert json.loads((spread / "spread.json").read_text()) == {
-        "U-Net": ["ResBlock", "TransformerBlock"],
-        "U-Net without attention": ["ResBlock"],
+        "U-Net": ["ChannelNorm", "ResBlock", "TransformerBlock"],  # Accelerate adds the last norm
+        "U-Net without attention": ["ChannelNorm", "ResBlock"],
         "MONAI U-Net": ["DiffusionUNetResnetBlock", "SpatialTransformer"],
         "MONAI autoencoder": ["AEKLResBlock", "SpatialAttentionBlock"],
         "adversary": [],

@@ -228,9 +228,7 @@ def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, 
     return best
 
 
-def restore_optimizers(
-    tensors: dict[str, dict[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]
-) -> None:
+def restore_optimizers(tensors: dict[str, dict[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]) -> None:
     """The second half of `restore`, once the networks are on their devices and spread as they will be.
 
     It empties `tensors`: a checkpoint is three to four times as large as the networks, and a run needs it no more.

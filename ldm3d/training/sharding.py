@@ -1,7 +1,7 @@
 """Parameters that are spread over processes (FSDP2): how they are spread, and how they are seen as whole tensors.
 
-`whole`, `local` and `spread_like` return what they are given where nothing is spread. `whole` is a collective: every process has
-to call it. PyTorch's module of such tensors takes seconds to import, so it is only where it is used.
+`whole`, `local` and `spread_like` return what they are given where nothing is spread. `whole` is a collective: every process
+has to call it. PyTorch's module of such tensors takes seconds to import, so it is only where it is used.
 """
 
 import dataclasses
