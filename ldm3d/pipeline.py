@@ -362,7 +362,12 @@ class Pipeline:
         size = self.group_size
         at = {number % size: k for k, number in enumerate(numbers)}
         filled = [at.get(place, 0) for place in range(size)]  # what stands in a place that nobody asked for changes nothing
-        z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
+        try:
+            z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"sampling {size} volumes at a time runs out of GPU memory ({error}); ask for fewer with --group (Pipeline.group)"
+            ) from None
         return [z[number % size] for number in numbers]
 
     @contextmanager

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils.other import compile_regions_fsdp2
 from test_end_to_end import another_run
 from torture.generation import make_pipeline
 
@@ -12,7 +13,7 @@ from ldm3d import devices, generation, pipeline
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
 from ldm3d.errors import InputError
 from ldm3d.models.blocks import ChannelNorm, normalise_channels
-from ldm3d.models.unet import CovariateTokens, double_last_planes, pad_to_even
+from ldm3d.models.unet import CovariateTokens, UNet, double_last_planes, pad_to_even
 from ldm3d.processes import own_device
 from ldm3d.training.run import read_metrics
 
@@ -142,6 +143,16 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_parts_and_a_series_does_not
         model.decode(z)
 
 
+def test_too_large_a_group_is_said(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = make_pipeline(channels=16)
+    monkeypatch.setattr(model, "latents", out_of_memory)
+    with pytest.raises(InputError, match="4 volumes at a time .* --group"):
+        next(model.volumes(model.parse(ROWS), model.sampling))
+
+
 def test_several_threads_pack_beside_a_gpu_and_one_beside_a_cpu(monkeypatch):
     monkeypatch.setattr(generation, "cores_each", lambda: 16)
     for device, threads in ((CPU, 1), (CUDA, generation.PACKING)):
@@ -236,6 +247,12 @@ def test_stage_2_trains_compiled_block_by_block(experiment, tmp_path, train_here
     assert compiled.count("Level") == 4  # two on the way down, two on the way up
     whole, blocks = (read_metrics(folder / "diffusion-training/metrics.jsonl") for folder in (experiment / "run", tmp_path))
     assert blocks[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+
+
+def test_levels_are_compiled_where_parameters_are_spread():
+    net = UNet(2, 2, [0], [8, 16], 1, [False, True], 8, 8)
+    compile_regions_fsdp2(net, backend="eager")
+    assert all(level._compiled_call_impl is not None for level in (*net.down, *net.up))
 
 
 def _counting(compile, compiled: list[str]):
