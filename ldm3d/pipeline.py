@@ -366,7 +366,8 @@ class Pipeline:
             z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"sampling {size} volumes at a time runs out of GPU memory ({error}); ask for fewer with --group (Pipeline.group)"
+                f"sampling {size} volumes at a time runs out of GPU memory ({error}); ask for fewer with --group "
+                "(Pipeline.group)"
             ) from None
         return [z[number % size] for number in numbers]
 

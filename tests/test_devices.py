@@ -149,7 +149,7 @@ def test_too_large_a_group_is_said(monkeypatch):
 
     model = make_pipeline(channels=16)
     monkeypatch.setattr(model, "latents", out_of_memory)
-    with pytest.raises(InputError, match="4 volumes at a time .* --group"):
+    with pytest.raises(InputError, match=r"4 volumes at a time .* --group"):
         next(model.volumes(model.parse(ROWS), model.sampling))
 
 
