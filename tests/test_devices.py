@@ -77,7 +77,7 @@ def test_a_series_that_does_not_say_its_gpu_is_refused_and_one_of_a_cpu_goes_on(
     assert generation.generate(model, out, rows, model.sampling).made == 1
     assert generation.generate(model, out, rows, model.sampling).kept == 1
     monkeypatch.setattr(pipeline, "described", lambda device: "cuda, NVIDIA X")
-    with pytest.raises(InputError, match="device: 'cpu' -> 'cuda, NVIDIA X'"):
+    with pytest.raises(InputError, match="device: cpu -> cuda, NVIDIA X"):
         generation.generate(model, out, rows, model.sampling)
     series = out / generation.SERIES
     series.write_text(series.read_text().replace('"device": "cpu"', '"device": "cuda"'))
