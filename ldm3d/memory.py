@@ -4,6 +4,7 @@ What a decode takes is not guessed from a formula. It is run once on tensors wit
 bytes alive at each moment are counted; so the answer holds for any network, ours or MONAI's.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SAFETY = 1.1  # of an estimate
 # What a C library (glibc) takes from its heap, blocks up to 32 MiB, leaves holes there: measured, 0.6 to 0.8 of what is in use
 HEAP_BLOCK, HOLES = 32 * 2**20, 0.8
 SMALL = 2**29  # half a GiB: what PyTorch itself takes
+NOT_STREAMED = "this decoder cannot be streamed"
 UNLIMITED = 2**60  # a limit above this is how cgroup v1 spells none
 
 
@@ -69,7 +71,7 @@ def plan_decode(
     try:
         streamed = decode_bytes(autoencoder, latent_shape, device, streamed=True)
     except InputError:
-        return Plan("whole", whole, "this decoder cannot be streamed")
+        return Plan("whole", whole, NOT_STREAMED)
     if whole <= max(streamed, SMALL):
         return Plan("whole", whole, "a stream would save nothing to speak of")
     if device.type == "cpu":
@@ -78,6 +80,31 @@ def plan_decode(
     if whole > free:
         return Plan("streamed", streamed, f"whole it would be {_gib(whole)}, and {_gib(free)} are free")
     return Plan("whole", whole, f"{_gib(free)} are free")
+
+
+@torch.no_grad()
+def tried(plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
+    """A plan that has been seen to work: streamed, where a whole decode runs out of a GPU's memory all the same.
+
+    What is counted is tensors. The workspace of cuDNN comes on top, and so does what another process takes meanwhile.
+
+    Args:
+        plan, autoencoder, latent_shape, device: as in `plan_decode`, which chose by itself.
+        dtype: of the latents.
+    """
+    if plan.mode != "whole" or plan.estimated_bytes <= SMALL or plan.reason == NOT_STREAMED:
+        return plan
+    try:
+        autoencoder.decode(torch.zeros(tuple(latent_shape), dtype=dtype, device=device))
+        return plan
+    except torch.OutOfMemoryError:
+        pass  # the exception holds on to the tensors of the decode: go on outside of it
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    streamed = plan_decode(autoencoder, latent_shape, device, "streamed")
+    return dataclasses.replace(
+        streamed, reason=f"whole it ran out of memory, though {_gib(plan.estimated_bytes)} were counted"
+    )
 
 
 def _gib(size: float) -> str:

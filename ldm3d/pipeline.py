@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import ldm3d
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
 from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
+from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
 from ldm3d.diffusion.denoiser import NetworkDenoiser
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
@@ -31,7 +33,7 @@ from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 from ldm3d.generation import FINISHED, Series
 from ldm3d.geometry import Grid
-from ldm3d.memory import Plan, plan_decode
+from ldm3d.memory import Plan, plan_decode, tried
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import weights_hash
@@ -39,8 +41,10 @@ from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import LatentUNet, cut_to
 from ldm3d.randomness import generator
 
-FILL = 8192  # positions of latents that keep a network busy: as many volumes go through it together,
-MOST_TOGETHER = 4  # but no more than these
+# Positions of latents that keep a network busy: as many volumes go through it together, but no more than the second number.
+# Measured on CPUs. For GPUs they are assumed: 8 volumes of 1 mm, 32 of 3 mm; fewer would leave most of one idle
+FILL = {"cpu": (8192, 4), "cuda": (2**17, 64)}
+AHEAD = {"cpu": 0, "cuda": 1}  # volumes that are decoded while the one before is on its way to the host
 
 
 @dataclass
@@ -128,19 +132,21 @@ class Pipeline:
 
     @property
     def group_size(self) -> int:
-        """Places of a batch: `group`, or 1 for large latents and up to `MOST_TOGETHER` for small ones.
+        """Places of a batch: `group`, or what fills the device.
 
-        One volume alone costs a whole batch. Where latents are large it is as fast to go one by one, and where they are small
-        a batch costs little.
+        One volume alone costs a whole batch. On a CPU it is as fast to go one by one where latents are large, and where they
+        are small a batch of up to 4 costs little. A GPU takes many at a time, a multiple of 8 of them.
         """
         positions = math.prod(self.autoencoder.latent_shape(self.grid.shape)[1:])
-        return self.group or max(1, min(MOST_TOGETHER, FILL // positions))
+        fill, most = FILL["cpu" if self.device.type == "cpu" else "cuda"]
+        size = max(1, min(most, fill // positions))
+        return self.group or (size - size % 8 if size > 8 else size)
 
     @property
     def computing(self) -> dict[str, Any]:
         """What the last bits of a volume follow from beside weights and request."""
         return {
-            "device": self.device.type,
+            "device": described(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": (self.threads or torch.get_num_threads()) if self.device.type == "cpu" else None,
             "group": self.group_size,
@@ -220,6 +226,7 @@ class Pipeline:
         parts = read_description(folder / DESCRIPTION)
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
+        check_convolutions(torch.device(device), dtype)
         check_parts(folder, autoencoder, unet, parts["schema"], parts["grid"])
         return cls(autoencoder, unet, model_hash=weights_hash(folder / "autoencoder", folder / "unet"), **parts)
 
@@ -334,37 +341,46 @@ class Pipeline:
         for start in range(0, len(groups), at_once):
             latents: list[Tensor] = []
             for places in groups[start : start + at_once]:
-                with self._fixed_threads():
+                with self._computing_alike():
                     latents += self._group([requests[k] for k in places], [numbers[k] for k in places], sampling)
-            # One volume at a time: the decoder is where memory peaks
-            for latent in latents:
-                with self._fixed_threads():
-                    volume = self.decode(latent[None])[0, 0].cpu().numpy()
+            for volume in self._decoded(latents):
                 if not np.isfinite(volume).all():
                     raise InputError(
                         "the model made a volume with NaN in it: its weights are damaged, or bfloat16 is too coarse for them"
                     )
                 yield self.cropped(volume)
 
+    def _decoded(self, latents: Sequence[Tensor]) -> Iterator[NDArray]:
+        """Volumes (X, Y, Z) of latents (c, x, y, z), one at a time: the decoder is where memory peaks."""
+        ahead = AHEAD["cpu" if self.device.type == "cpu" else "cuda"]
+        leaving: deque[HostCopy] = deque()
+        for latent in latents:
+            with self._computing_alike():
+                leaving.append(HostCopy(self.decode(latent[None])[0, 0]))
+            if len(leaving) > ahead:
+                yield leaving.popleft().numpy()
+        while leaving:
+            yield leaving.popleft().numpy()
+
     def _group(self, requests: Sequence[Mapping[str, Value]], numbers: Sequence[int], sampling: Sampling) -> list[Tensor]:
         """Latents of requests of one group, each sampled at its number's own place in a batch that is always full."""
         size = self.group_size
         at = {number % size: k for k, number in enumerate(numbers)}
         filled = [at.get(place, 0) for place in range(size)]  # what stands in a place that nobody asked for changes nothing
-        z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
+        try:
+            z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"sampling {size} volumes at a time runs out of GPU memory ({error}); ask for fewer with --group "
+                "(Pipeline.group)"
+            ) from None
         return [z[number % size] for number in numbers]
 
     @contextmanager
-    def _fixed_threads(self) -> Iterator[None]:
-        """Within it, PyTorch computes with `threads` threads of the CPU."""
-        before = torch.get_num_threads()
-        if self.threads and self.device.type == "cpu":
-            torch.set_num_threads(self.threads)
-        try:
+    def _computing_alike(self) -> Iterator[None]:
+        """Within it, PyTorch computes in the one way that volumes are bit-identical in, and fast."""
+        with computing_alike(self.device, self.threads):
             yield
-        finally:
-            if torch.get_num_threads() != before:
-                torch.set_num_threads(before)
 
     def cropped(self, volume: NDArray) -> NDArray:
         """A volume (X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
@@ -419,14 +435,34 @@ class Pipeline:
 
     def _decode(self, z: Tensor) -> Tensor:
         """Latents in their own scale to volumes, by a plan that is made once, so that it holds for every volume of a shape."""
-        if self._plan(z.shape, z.dtype, z.device).mode == "streamed" and not z.requires_grad:
-            return decode_streamed(self.autoencoder, z).clamp_(0, 1)
-        return self.autoencoder.decode(z).float().clamp(0, 1)
+        plan = self._plan(z.shape, z.dtype, z.device)
+        if plan.mode == "whole" or z.requires_grad:
+            try:
+                return self.autoencoder.decode(z).float().clamp(0, 1)
+            except torch.OutOfMemoryError as error:
+                if self.decode_mode != "auto":  # as a series was begun: another way would give other last bits
+                    raise InputError(
+                        f"decoding a whole volume runs out of GPU memory, which it did not when this was begun ({error}); "
+                        "end what else runs on this GPU, or name another folder: a new series is decoded in parts if need be"
+                    ) from None
+                logging.getLogger("ldm3d").warning(
+                    "a whole decode ran out of memory: from here on volumes are decoded in parts"
+                )
+            # Outside of the handler, which holds on to the tensors of the decode
+            streamed = plan_decode(self.autoencoder, z.shape, z.device, "streamed")
+            self._plans[self._case(z.shape, z.dtype, z.device)] = streamed
+        return decode_streamed(self.autoencoder, z).clamp_(0, 1)
+
+    def _case(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple:
+        return tuple(shape), dtype, device, self.decode_mode
 
     def _plan(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
-        case = (tuple(shape), dtype, device, self.decode_mode)
+        case = self._case(shape, dtype, device)
         if case not in self._plans:
-            self._plans[case] = plan_decode(self.autoencoder, shape, device, self.decode_mode)
+            plan = plan_decode(self.autoencoder, shape, device, self.decode_mode)
+            if self.decode_mode == "auto" and device.type == "cuda":
+                plan = tried(plan, self.autoencoder, shape, dtype, device)
+            self._plans[case] = plan
             logging.getLogger("ldm3d").info("%s", self._plans[case])
         return self._plans[case]
 

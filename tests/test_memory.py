@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm3d import memory
 from ldm3d.errors import InputError
-from ldm3d.memory import LiveBytes, decode_bytes, free_bytes, plan_decode
+from ldm3d.memory import LiveBytes, Plan, decode_bytes, free_bytes, plan_decode, tried
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.monai import MonaiAutoencoder
 
@@ -161,3 +161,31 @@ def test_cgroup_v1_in_a_container(tmp_path, monkeypatch):
     assert free_bytes(CPU, tmp_path) == 3.5 * GIB
     write(base, memory__limit_in_bytes="9223372036854771712\n")  # no limit
     assert free_bytes(CPU, tmp_path) == 50 * GIB
+
+
+# A plan that is tried
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_whole_decode_that_runs_out_of_memory_becomes_a_stream(monkeypatch, fits):
+    network, tries = Autoencoder(2, 2, [8]), []
+    whole = network.decode
+
+    def decode(z):
+        if z.is_meta:
+            return whole(z)
+        tries.append(tuple(z.shape))
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(z)
+
+    monkeypatch.setattr(network, "decode", decode)
+    shape, planned = (1, 2, 4, 4, 4), Plan("whole", 2 * memory.SMALL, "plenty is free")
+    plan = tried(planned, network, shape, torch.float32, CPU)
+    assert tries == [shape]
+    assert plan.mode == ("whole" if fits else "streamed")
+    assert fits or "ran out of memory" in plan.reason
+    # What is small, or cannot be streamed, is not tried
+    for other in (Plan("whole", memory.SMALL, "small"), Plan("whole", 2 * memory.SMALL, memory.NOT_STREAMED)):
+        assert tried(other, network, shape, torch.float32, CPU) is other
+    assert len(tries) == 1

@@ -217,6 +217,15 @@ def test_activation_checkpointing_changes_nothing():
         torch.testing.assert_close(plain.grad, checkpointed.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_weights_have_the_names_that_saved_models_know():
+    names = network(channels=[4, 8], blocks=2, head_channels=4).state_dict().keys()
+    for side in ("down", "up"):
+        assert {n.split(".residual")[0] for n in names if n.startswith(side) and ".residual" in n} == {
+            f"{side}.{level}.{block}" for level in range(2) for block in range(2)
+        }
+    assert "down.1.0.transformer.cross_attention.query.weight" in names
+
+
 def test_activation_checkpointing_recomputes():
     net = network(activation_checkpointing=True)
     calls, blocks = [], [block for level in (*net.down, *net.up) for block in level]

@@ -54,11 +54,11 @@ def ask(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions:
         network: see `NetworkDenoiser`.
         z: (N, C, X, Y, Z).
         network_time: `Process.network_time`, a float or (N,).
-        conditions: anything with `to(dtype)`.
+        conditions: as the network takes them; they keep their type, for half precision would round covariates.
     """
     dtype = next(network.parameters()).dtype
     if isinstance(network_time, Tensor):
         timesteps = TIMESTEPS * network_time  # in their own type: bfloat16 would round 998.9 to 1000
     else:
         timesteps = torch.full((len(z),), TIMESTEPS * network_time, device=z.device)
-    return network(z.to(dtype), timesteps, conditions.to(dtype)).float()
+    return network(z.to(dtype), timesteps, conditions).float()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ldm3d.training.sharding import local, spread_like, whole
+from ldm3d.training.sharding import is_spread, local, spread_like, whole
 
 
 class EMA:
@@ -23,7 +23,9 @@ class EMA:
 
     def spread_like(self, network: nn.Module) -> None:
         """Once the network's parameters are spread over processes, keep the same share of the average's on each."""
-        self._replace([spread_like(mine, theirs) for mine, theirs in zip(self.network.parameters(), network.parameters())])
+        pairs = zip(self.network.parameters(), network.parameters())
+        # A share is a view of the whole at first; its copy lets the whole go
+        self._replace([spread_like(mine, theirs).clone() if is_spread(theirs) else mine for mine, theirs in pairs])
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:

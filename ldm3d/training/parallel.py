@@ -9,11 +9,12 @@ from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_objec
 from torch import nn
 
 from ldm3d.config import TrainingConfig
+from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.checkpoint import rounding_changes
-from ldm3d.training.sharding import sharding_plugin
+from ldm3d.training.sharding import DTYPES, sharding_plugin
 
 
 def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Accelerator:
@@ -35,6 +36,7 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         fsdp_plugin=sharding_plugin(precision),
     )
     check_all_started()
+    check_convolutions(accelerator.device, DTYPES[precision] or torch.float32)
     if training.batch_size % (training.accumulation * accelerator.num_processes):
         raise InputError(
             f"training.batch_size {training.batch_size} must be divisible by accumulation {training.accumulation} times "
