@@ -134,7 +134,7 @@ def _covariates(arguments: list[str]) -> dict[str, str]:
 
 def read_requests(table: Path) -> list[dict]:
     """Rows of a table of requests; identifiers in it are not covariates."""
-    from ldm3d.data.bids import read_table
+    from ldm3d.data.tables import read_table
 
     frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
     if frame.empty:

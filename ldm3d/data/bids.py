@@ -4,16 +4,11 @@ In: which scans there are, whose they are and what the table says of them, from 
 Out: the files around generated volumes that make a folder a BIDS derivative dataset.
 """
 
-import collections
-import csv
-import difflib
 import hashlib
 import itertools
 import json
 import logging
 import os
-import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +20,10 @@ import pandas as pd
 from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
 from ldm3d.covariates import Covariate, Value
 from ldm3d.data.nifti import files_of
-from ldm3d.errors import InputError, shown
+from ldm3d.data.tables import as_tsv, check_column, check_unique, read_table
+from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
 BIDS_VERSION = "1.10.0"
-_SHOWN = 10  # of many like problems, those that a message spells out
-
-
-MAX_TABLE_BYTES = 2**30
-_PAIR = re.compile(r"\.(hdr|img)(\.gz|\.bz2)?$", re.IGNORECASE)
-_FORMULA = re.compile(r"'*[=+\-@](?=.)")  # how a cell begins that a spreadsheet may run; a lone + or - is a value
 # What BIDS files metadata of whole folders under; PyBIDS would take patterns to match file names with from it
 _NO_LAYOUT_FILE = ".no-such-file"
 
@@ -132,83 +122,7 @@ def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping
         raise ValueError(f"the first column must be participant_id, got {list(participants.columns)}")
     described = {"participant_id": {"Description": "Identifier of the synthetic subject"}}
     described |= {key: dict(value) for key, value in columns.items()}
-    return {"participants.json": as_json(described), "participants.tsv": _as_tsv(participants)}
-
-
-def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all.
-
-    Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
-    """
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    unfinished.write_text(_as_tsv(frame), encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or TSV as strings, "" where a cell is empty; the index is the line in the file.
-
-    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Columns
-    with neither name nor cells, which spreadsheets leave behind, are dropped.
-
-    Raises:
-        InputError: missing, too large, empty, no text, or rows of different lengths; control characters.
-    """
-    if not path.is_file():
-        raise InputError(f"no table {path}")
-    if path.stat().st_size > MAX_TABLE_BYTES:
-        raise InputError(
-            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest"
-        )
-    try:
-        # Excel starts its CSV files with a byte order mark; and csv, not pandas, which takes a millisecond for each column
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.readline(2**16)
-            file.seek(0)
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
-            columns, lines = [], []
-            for row in reader:
-                if not "".join(row).strip():
-                    continue
-                columns = columns or [[] for _ in row]
-                if len(row) != len(columns):
-                    if any(row[len(columns) :]):
-                        raise csv.Error(f"Expected {len(columns)} fields in line {reader.line_num}, saw {len(row)}")
-                    row = [*row, *[""] * len(columns)]
-                for column, cell in zip(columns, row):  # a million lists of cells would be too much for the memory's keeper
-                    column.append(cell)
-                lines.append(reader.line_num)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8; save it as CSV (UTF-8)") from None
-    except csv.Error as error:
-        raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
-    except MemoryError:
-        raise InputError(f"{path} is larger than this machine's memory; keep the columns of interest") from None
-    if not lines:
-        raise InputError(f"{path} is empty; its first line must name the columns")
-    columns = [_clean(cells, lines, path) for cells in columns]
-    names = [column[0] for column in columns]
-    twice = [name for name, count in collections.Counter(names).items() if name and count > 1]
-    if twice:
-        raise InputError(f"{path} has several columns {shown(twice[0])}; rename all but one")
-    kept = {name: column[1:] for name, column in zip(names, columns) if name or any(column)}
-    return pd.DataFrame(kept, index=lines[1:], dtype=object)
-
-
-def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
-    """A column's cells without blanks around them, nor the apostrophe that `write_table` puts before formulas."""
-    cells = [cell.strip() for cell in cells]
-    everything = "".join(cells)  # a million cells are looked at one by one only where there is something to find
-    if not everything.isprintable():
-        for line, cell in zip(lines, cells):
-            if any(unicodedata.category(letter) == "Cc" for letter in cell):
-                raise InputError(
-                    f"{path} line {line}: {shown(cell)} holds a line break or another control character; "
-                    "is a quotation mark missing?"
-                )
-    if "'" in everything:
-        cells = [cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell for cell in cells]
-    return cells
+    return {"participants.json": as_json(described), "participants.tsv": as_tsv(participants)}
 
 
 def root_of(data: DataConfig) -> Path:
@@ -233,29 +147,29 @@ def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     table_path = root / "participants.tsv"
     check_inside(table_path, root_of(data))
     table = read_table(table_path)
-    _check_column(table_path, table, data.subject_column, "data.subject_column")
+    check_column(table_path, table, data.subject_column, "data.subject_column")
     subjects = [_label(value) for value in table[data.subject_column]]
-    _check_unique(table_path, table.index, [f"sub-{subject}" for subject in subjects])
+    check_unique(table_path, table.index, [f"sub-{subject}" for subject in subjects])
     rows = dict(zip(subjects, range(len(subjects))))
 
     known = [(subject, session, path) for subject, session, path in files if subject in rows]
     strangers = sorted({subject for subject, _, _ in files} - set(rows))
     if strangers:
-        names = _some(f"sub-{s}" for s in strangers)
+        names = some(f"sub-{s}" for s in strangers)
         message = f"{table_path} has no row for {len(strangers)} subjects that have scans ({names})"
         if not known:
-            raise InputError(f"{message}; it has rows for {_some(f'sub-{s}' for s in rows)}")
+            raise InputError(f"{message}; it has rows for {some(f'sub-{s}' for s in rows)}")
         warnings.warn(f"{message}; their scans are left out", stacklevel=4)
     scanless = sorted(rows.keys() - {subject for subject, _, _ in files})
     if scanless:
-        names = _some(f"sub-{s}" for s in scanless)
+        names = some(f"sub-{s}" for s in scanless)
         warnings.warn(f"{table_path} has {len(scanless)} subjects without a {data.suffix} scan ({names})", stacklevel=4)
 
     sessions = {subject: _session_rows(data, subject) for subject in {subject for subject, _, _ in known}}
     in_sessions = {column for rows_ in sessions.values() for _, row in rows_.values() for column in row.index}
     for name, column in columns.items():
         if column not in in_sessions:
-            _check_column(table_path, table, column, f"covariate {name}")
+            check_column(table_path, table, column, f"covariate {name}")
 
     cells, lines = {name: [] for name in columns}, {name: [] for name in columns}
     for subject, session, _ in known:
@@ -324,20 +238,20 @@ def _session_rows(data: DataConfig, subject: str) -> dict[str, tuple[int, pd.Ser
         return {}
     check_inside(path, root_of(data))
     table = read_table(path)
-    _check_column(path, table, data.session_column, "data.session_column")
-    _check_unique(path, table.index, [f"ses-{_label(value)}" for value in table[data.session_column]])
+    check_column(path, table, data.session_column, "data.session_column")
+    check_unique(path, table.index, [f"ses-{_label(value)}" for value in table[data.session_column]])
     return {_label(row[data.session_column]): (line, row) for line, row in table.iterrows()}
 
 
 def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     path = Path(os.path.abspath(data.table))
     table = read_table(path)
-    _check_column(path, table, data.subject_column, "data.subject_column")
-    _check_column(path, table, data.path_column, "data.path_column")
+    check_column(path, table, data.subject_column, "data.subject_column")
+    check_column(path, table, data.path_column, "data.path_column")
     for name, column in columns.items():
-        _check_column(path, table, column, f"covariate {name}")
+        check_column(path, table, column, f"covariate {name}")
     if "session_column" in data.model_fields_set:
-        _check_column(path, table, data.session_column, "data.session_column")
+        check_column(path, table, data.session_column, "data.session_column")
     has_sessions = data.session_column in table
     if table.empty:
         raise InputError(f"{path} has a header but no rows")
@@ -349,13 +263,13 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
         raise InputError(f"{path} line {line}: {data.subject_column!r} is empty; every scan needs its subject")
     who = [f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in zip(subjects, sessions)]
     hint = "" if has_sessions else f"; several sessions need a column {data.session_column!r} (data.session_column)"
-    _check_unique(path, table.index, who, hint)
+    check_unique(path, table.index, who, hint)
 
     cells = table[data.path_column].tolist()
     kept = [i for i, cell in enumerate(cells) if cell.lower() not in ("", "n/a")]
     if len(kept) < len(cells):
         pathless = [name for name, cell in zip(who, cells) if cell.lower() in ("", "n/a")]
-        message = f"{path}: column {data.path_column!r} is empty for {len(pathless)} rows ({_some(pathless)})"
+        message = f"{path}: column {data.path_column!r} is empty for {len(pathless)} rows ({some(pathless)})"
         if not kept:
             raise InputError(f"{message}, so there is no scan")
         warnings.warn(f"{message}; they are left out", stacklevel=4)
@@ -364,11 +278,11 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     root = str(root_of(data))
     # normpath and not realpath: DataLad keeps files behind links, whose targets have no proper name
     files = [os.path.normpath(os.path.join(root, cell)) for cell in cells]
-    _check_unique(path, table.index, files, "; one file cannot be two scans")
+    check_unique(path, table.index, files, "; one file cannot be two scans")
     below = root.rstrip(os.sep) + os.sep
     outside = [i for i, file in enumerate(files) if not file.startswith(below) and not _is_alias(file, root)]
     if outside:
-        listed = _listed({f"line {table.index[i]}": shown(cells[i]) for i in outside[:_SHOWN]}, len(outside))
+        listed = itemised({f"line {table.index[i]}": shown(cells[i]) for i in outside[:SHOWN]}, len(outside))
         raise InputError(
             f"{path}: {len(outside)} scans lie outside of {root}:\n{listed}\nset data.root (evaluate: --root) to the folder "
             "that holds all scans; relative paths start there"
@@ -403,8 +317,8 @@ def _parse(scans: _Scans, covariates: Sequence[Covariate]) -> dict[str, list[Val
             parsed.append(value)
 
     def listed(problems: Mapping[tuple[str, int], str]) -> str:
-        return _listed(
-            {scans.where(i, name): what for (name, i), what in itertools.islice(problems.items(), _SHOWN)}, len(problems)
+        return itemised(
+            {scans.where(i, name): what for (name, i), what in itertools.islice(problems.items(), SHOWN)}, len(problems)
         )
 
     if bad:
@@ -416,26 +330,6 @@ def _parse(scans: _Scans, covariates: Sequence[Covariate]) -> dict[str, list[Val
     return values
 
 
-def _check_column(path: Path, table: pd.DataFrame, column: str, purpose: str) -> None:
-    if column not in table:
-        names = {name.lower(): name for name in table.columns if len(name) < 100}
-        close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[close[0]]!r}? " if close else ""
-        columns = _some((shown(name)[1:-1] for name in table.columns), 30)
-        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {columns}")
-
-
-def _check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:
-    """Raise InputError unless every name, of those on these lines, stands on one line only."""
-    if len(set(names)) == len(names):
-        return
-    at: dict[str, list[int]] = {}
-    for line, name in zip(lines, names):
-        at.setdefault(name, []).append(line)
-    twice = [f"{shown(name)[1:-1]} on lines {_some(map(str, found))}" for name, found in at.items() if len(found) > 1]
-    raise InputError(f"{path} has {len(twice)} duplicates: {_some(twice)}; keep one row each{hint}")
-
-
 def _label(value: str) -> str:
     """The bare label: "01" for "sub-01" as for "01"."""
     for prefix in ("sub-", "ses-"):
@@ -443,23 +337,6 @@ def _label(value: str) -> str:
     return "" if value.lower() == "n/a" else value
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _listed(problems: Mapping[str, str], count: int | None = None) -> str:
-    """The first _SHOWN problems, a line each, and how many more of `count` (default: of these) there are."""
-    count = len(problems) if count is None else count
-    lines = [f"  {where}: {what}" for where, what in itertools.islice(problems.items(), _SHOWN)]
-    return "\n".join(lines + ([f"  and {count - _SHOWN} more"] if count > _SHOWN else []))
-
-
 def as_json(values: Mapping[str, Any]) -> str:
     """The content of a JSON file."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _as_tsv(frame: pd.DataFrame) -> str:
-    frame = frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell)
-    return frame.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n")

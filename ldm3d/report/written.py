@@ -15,9 +15,9 @@ import pandas as pd
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import Covariate, CovariateSchema, Value
-from ldm3d.data.bids import read_table
 from ldm3d.data.label_maps import count_volumes, find_label_map
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
