@@ -8,6 +8,7 @@ classifier-free guidance alike.
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,50 @@ from torch import Tensor
 from ldm3d.errors import InputError, shown
 
 Value = float | str | None
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")  # as in 1,234: does the comma part thousands, or decimals?
+_NUMBER = r"[+-]?\d*[.,]?\d+"
+_OPEN_ENDED = re.compile(rf"[<>≤≥]=?\s*(?P<before>{_NUMBER})|(?P<after>{_NUMBER})\s*\+")
+_RANGE = re.compile(rf"(?P<low>{_NUMBER})\s*(?:[-–—]|to)\s*(?P<high>{_NUMBER})")
+
+
+def read_number(text: str) -> tuple[float, str]:
+    """A number as published tables write it, and which way that is.
+
+    Args:
+        text: a cell; missing values are the caller's to look for before.
+
+    Returns:
+        (value, kind): "plain" is 42.5; "decimal comma" is 42,5; "open-ended" is 89+ or >89, read as its limit; "range" is
+        35-40 or 35 to 40, read as its middle.
+
+    Raises:
+        ValueError: no number, not finite, or a number that can be read in two ways (1,234); says so in words.
+    """
+    text = text.strip()
+    if len(text) > 100 or "_" in text:  # float("1_2") is 12
+        raise ValueError(f"{shown(text)} is not a number")
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is not None:
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is not finite; leave the cell empty for a missing value")
+        return value, "plain"
+    if _THOUSANDS.fullmatch(text):
+        pointed = f"{text.replace(',', '.')} or " if text.count(",") == 1 else ""
+        raise ValueError(f"{shown(text)} can be read in two ways; write {pointed}{text.replace(',', '')}")
+    if _DECIMAL_COMMA.fullmatch(text):
+        return float(text.replace(",", ".")), "decimal comma"
+    if found := _OPEN_ENDED.fullmatch(text):
+        return read_number(found["before"] or found["after"])[0], "open-ended"
+    if found := _RANGE.fullmatch(text):
+        low, high = (read_number(found[end])[0] for end in ("low", "high"))
+        if low < high:
+            return (low + high) / 2, "range"
+    raise ValueError(f"{shown(text)} is not a number")
 
 
 @dataclass(frozen=True)
@@ -86,15 +131,19 @@ class Covariate:
             return None
         if self.kind == "categorical":
             return self._parse_category(text)
-        try:
-            number = float(text)
-        except ValueError:
-            raise InputError(f"{self.name}: {shown(text)} is not a number (expected {self.unit or 'a number'})") from None
-        if not math.isfinite(number):
-            raise InputError(f"{self.name}: {shown(text)[1:-1]} is not finite; leave the cell empty for a missing value")
+        number = self._parse_number(text)
         if self.range and not self.range[0] <= number <= self.range[1]:
             low, high = self.range
             raise InputError(f"{self.name}: {number:g} is outside its range {low:g} to {high:g} {self.unit}".rstrip())
+        return number
+
+    def _parse_number(self, text: str) -> float:
+        try:
+            number, kind = read_number(text)
+        except ValueError as error:
+            raise InputError(f"{self.name}: {error}" + (f" (expected {self.unit})" if self.unit else "")) from None
+        if kind not in ("plain", "decimal comma"):
+            raise InputError(f"{self.name}: {shown(text)} is not one number; write one, for example {number:g}")
         return number
 
     def _parse_category(self, text: str) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates
+from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates, read_number
 from ldm3d.errors import InputError
 
 AGE = Covariate("age", "continuous", unit="years", range=(0, 120))
@@ -33,6 +33,33 @@ def test_numbers(cell, value):
     parsed = AGE.parse(cell)
     assert parsed == value
     assert isinstance(parsed, float)
+
+
+@pytest.mark.parametrize(
+    "text, value, kind",
+    [
+        *[("42.5", 42.5, "plain"), (" 7 ", 7, "plain"), ("-1e1", -10, "plain"), ("+3", 3, "plain"), (".5", 0.5, "plain")],
+        *[("26,9", 26.9, "decimal comma"), ("0,743", 0.743, "decimal comma"), ("1234,567", 1234.567, "decimal comma")],
+        *[("89+", 89, "open-ended"), ("89 +", 89, "open-ended"), (">89", 89, "open-ended"), ("≥ 89,5", 89.5, "open-ended")],
+        *[("35-40", 37.5, "range"), ("35 – 40", 37.5, "range"), ("35 to 40", 37.5, "range"), ("1,5-2,5", 2, "range")],
+    ],
+)
+def test_numbers_as_published(text, value, kind):
+    assert read_number(text) == (pytest.approx(value), kind)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1,234", r"'1,234' can be read in two ways; write 1.234 or 1234$"),
+        ("1,234,567", r"can be read in two ways; write 1234567$"),
+        *[("nan", "nan is not finite"), ("1e999", "1e999 is not finite"), ("1_2", "'1_2' is not a number")],
+        *[(text, "is not a number") for text in ("", "old", "40-35", "1990-05-12", "-2+3", "1.234,5", "+", "-", "9" * 101)],
+    ],
+)
+def test_texts_that_are_no_number(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_number(text)
 
 
 @pytest.mark.parametrize("cell, category", [("F", "F"), ("f", "F"), (" m ", "M")])
