@@ -90,12 +90,11 @@ def test_scan_and_row_without_the_other_are_left_out_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "participants, message",
     [
-        (None, "no table .*participants.tsv"),
         ("", "participants.tsv is empty"),
         ("participant_id\tAge_scan\nsub-01\t50\n", "no column 'age' .*covariate age_years.*did you mean 'Age_scan'"),
         ("subject\tage\nsub-01\t50\n", "no column 'participant_id'"),
         ("participant_id\tage\nsub-01\t50\n01\t51\n", "sub-01 on lines 2, 3; keep one row"),
-        ("participant_id\tage\nsub-1\t50\n", r"no row for 1 subjects .*\(sub-01\); it has rows for sub-1"),
+        ("participant_id\tage\nsub-2\t50\n", r"no row for 1 subjects .*\(sub-01\); it has rows for sub-2"),
         (
             "participant_id\tage\nsub-01\tfifty\n",
             "participants.tsv line 2 .sub-01., column 'age': 'fifty' is not a num",

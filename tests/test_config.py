@@ -120,7 +120,7 @@ def test_values_arrive_as_written(load):
     assert config.data.grid.shape == (40, 48, 40)
     assert config.data.grid.spacing_mm == (4.5, 4.5, 4.5)  # one number is isotropic
     assert config.covariates[0].range == (0, 120)
-    assert config.covariates[1].categories == ("F", "M")
+    assert config.covariates[1].categories == {"F": (), "M": ()}
     assert config.diffusion.network.attention == (False, True)  # YAML's no and yes
     assert config.prepared_folder == Path("runs/example/prepared")
 

@@ -5,21 +5,21 @@ Out: the files around generated volumes that make a folder a BIDS derivative dat
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
-from ldm3d.covariates import Covariate, Value
-from ldm3d.data.nifti import files_of
+from ldm3d.data.cells import Where, read_cells, warn_of_ages_that_stand_still
+from ldm3d.data.inside import check_inside, root_of
+from ldm3d.data.participants import cells_of, label
 from ldm3d.data.tables import as_tsv, check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
@@ -36,33 +36,34 @@ class _Scans:
     session: Sequence[str]
     path: Sequence[str]
     cells: Mapping[str, Sequence[str]]  # by the covariate's name
-    where: Callable[[int, str], str]  # (number of the scan, name of the covariate) -> where the cell stands, for messages
+    where: Where
 
 
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
     """Every scan with its covariates.
 
-    BIDS: scans are the files of `data.suffix`, derivatives aside; their covariates come from participants.tsv, and from
-    sub-XX/sub-XX_sessions.tsv where that has the column too (an age differs between sessions). Table: one row a scan.
-    Identifiers may carry "sub-" and "ses-" or not. A number beyond its covariate's range counts as missing, with a
-    warning.
+    BIDS: scans are the files of `data.suffix`, derivatives aside; their covariates come from participants.tsv, a row a
+    subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an age differs between
+    sessions). Table: one row a scan. Identifiers may carry "sub-" and "ses-" or not, and may have lost leading zeros. 89+,
+    35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range counts as missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
         if there is none), path (absolute), and a column for every covariate: float with NaN, or category with None.
 
     Raises:
-        InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; anything
-            that leads out of `data.root` (by default the dataset, or the table's folder), links followed.
+        InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; numbers
+            that look like codes for a missing one (-9999) and are not said to be values or missing; anything that leads
+            out of `data.root` (by default the dataset, or the table's folder), links followed.
     """
     columns = {c.name: c.column or c.name for c in covariates}
     scans = _scans_of_bids(data, columns) if data.bids else _scans_of_table(data, columns)
-    parsed = [Covariate(**c.model_dump(exclude={"column"})) for c in covariates]
-    values = _parse(scans, parsed)
+    values = read_cells(scans.cells, covariates, data.missing, scans.where)
+    warn_of_ages_that_stand_still(scans.subject, scans.session, values, covariates)
     keys = list(zip(scans.subject, scans.session, scans.path))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     frame = pd.DataFrame([keys[i] for i in order], columns=["subject", "session", "path"])
-    for covariate in parsed:
+    for covariate in covariates:
         kind = float if covariate.kind == "continuous" else object
         frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
     return frame
@@ -125,67 +126,18 @@ def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping
     return {"participants.json": as_json(described), "participants.tsv": as_tsv(participants)}
 
 
-def root_of(data: DataConfig) -> Path:
-    """The folder that every file of a dataset lies below."""
-    return Path(os.path.abspath(data.root or data.bids or data.table.parent))
-
-
-def check_inside(path: Path | str, root: Path) -> None:
-    """Raise InputError unless a file lies below the dataset's root, links followed; both files of a pair .hdr and .img."""
-    for file in files_of(Path(path)):
-        real = Path(os.path.realpath(file))
-        if not real.is_relative_to(os.path.realpath(root)):
-            raise InputError(f"{path}: leads to {real}, outside of {root}; copy it there, or set data.root (evaluate: --root)")
-
-
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     root = Path(os.path.abspath(data.bids))
     files = _find_files(root, data.suffix, root_of(data))
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
-    table_path = root / "participants.tsv"
-    check_inside(table_path, root_of(data))
-    table = read_table(table_path)
-    check_column(table_path, table, data.subject_column, "data.subject_column")
-    subjects = [_label(value) for value in table[data.subject_column]]
-    check_unique(table_path, table.index, [f"sub-{subject}" for subject in subjects])
-    rows = dict(zip(subjects, range(len(subjects))))
-
-    known = [(subject, session, path) for subject, session, path in files if subject in rows]
-    strangers = sorted({subject for subject, _, _ in files} - set(rows))
-    if strangers:
-        names = some(f"sub-{s}" for s in strangers)
-        message = f"{table_path} has no row for {len(strangers)} subjects that have scans ({names})"
-        if not known:
-            raise InputError(f"{message}; it has rows for {some(f'sub-{s}' for s in rows)}")
-        warnings.warn(f"{message}; their scans are left out", stacklevel=4)
-    scanless = sorted(rows.keys() - {subject for subject, _, _ in files})
-    if scanless:
-        names = some(f"sub-{s}" for s in scanless)
-        warnings.warn(f"{table_path} has {len(scanless)} subjects without a {data.suffix} scan ({names})", stacklevel=4)
-
-    sessions = {subject: _session_rows(data, subject) for subject in {subject for subject, _, _ in known}}
-    in_sessions = {column for rows_ in sessions.values() for _, row in rows_.values() for column in row.index}
-    for name, column in columns.items():
-        if column not in in_sessions:
-            check_column(table_path, table, column, f"covariate {name}")
-
-    cells, lines = {name: [] for name in columns}, {name: [] for name in columns}
-    for subject, session, _ in known:
-        line_of_session, of_session = sessions[subject].get(session, (0, {}))
-        for name, column in columns.items():
-            if column in of_session:
-                cells[name].append(of_session[column])
-                lines[name].append(f"sub-{subject}_sessions.tsv line {line_of_session}")
-            else:
-                cells[name].append(table[column].iloc[rows[subject]] if column in table else "")
-                lines[name].append(f"participants.tsv line {table.index[rows[subject]]}")
+    files, cells, places = cells_of(data, files, columns)
 
     def where(i: int, name: str) -> str:
-        return f"{lines[name][i]} (sub-{known[i][0]}), column {columns[name]!r}"
+        return f"{places[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
 
-    return _Scans(*map(list, zip(*known)), cells, where)
+    return _Scans(*map(list, zip(*files)), cells, where)
 
 
 def _check_folders(dataset: Path, root: Path) -> None:
@@ -231,18 +183,6 @@ def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, 
     return files
 
 
-def _session_rows(data: DataConfig, subject: str) -> dict[str, tuple[int, pd.Series]]:
-    """Session -> (line, cells) of sub-XX_sessions.tsv; empty where there is none."""
-    path = Path(os.path.abspath(data.bids)) / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
-    if not path.is_file():
-        return {}
-    check_inside(path, root_of(data))
-    table = read_table(path)
-    check_column(path, table, data.session_column, "data.session_column")
-    check_unique(path, table.index, [f"ses-{_label(value)}" for value in table[data.session_column]])
-    return {_label(row[data.session_column]): (line, row) for line, row in table.iterrows()}
-
-
 def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     path = Path(os.path.abspath(data.table))
     table = read_table(path)
@@ -256,8 +196,8 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     if table.empty:
         raise InputError(f"{path} has a header but no rows")
 
-    subjects = [_label(cell) for cell in table[data.subject_column]]
-    sessions = [_label(cell) for cell in table[data.session_column]] if has_sessions else [""] * len(table)
+    subjects = [label(cell) for cell in table[data.subject_column]]
+    sessions = [label(cell) for cell in table[data.session_column]] if has_sessions else [""] * len(table)
     if not all(subjects):
         line = table.index[subjects.index("")]
         raise InputError(f"{path} line {line}: {data.subject_column!r} is empty; every scan needs its subject")
@@ -297,44 +237,6 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
 def _is_alias(file: str, root: str) -> bool:
     """Whether a path lies below the root under another name of it."""
     return os.path.realpath(file).startswith(os.path.realpath(root) + os.sep)
-
-
-def _parse(scans: _Scans, covariates: Sequence[Covariate]) -> dict[str, list[Value]]:
-    """Values of every covariate; all unreadable cells end up in one error, all numbers beyond range in one warning."""
-    values, bad, beyond = {}, {}, {}
-    for covariate in covariates:
-        values[covariate.name] = parsed = []
-        unlimited, limits = replace(covariate, range=None), covariate.range
-        for i, cell in enumerate(scans.cells[covariate.name]):
-            value = None
-            try:
-                value = unlimited.parse(cell)
-            except InputError as error:
-                bad[covariate.name, i] = str(error).removeprefix(f"{covariate.name}: ")
-            if limits and value is not None and not limits[0] <= value <= limits[1]:
-                beyond[covariate.name, i] = f"{value:g} is not within {limits[0]:g} to {limits[1]:g} {covariate.unit}".rstrip()
-                value = None
-            parsed.append(value)
-
-    def listed(problems: Mapping[tuple[str, int], str]) -> str:
-        return itemised(
-            {scans.where(i, name): what for (name, i), what in itertools.islice(problems.items(), SHOWN)}, len(problems)
-        )
-
-    if bad:
-        raise InputError(
-            f"{len(bad)} cells cannot be used:\n{listed(bad)}\ncorrect them, or leave them empty for a missing value"
-        )
-    if beyond:
-        warnings.warn(f"{len(beyond)} cells are out of range and count as missing:\n{listed(beyond)}", stacklevel=3)
-    return values
-
-
-def _label(value: str) -> str:
-    """The bare label: "01" for "sub-01" as for "01"."""
-    for prefix in ("sub-", "ses-"):
-        value = value.removeprefix(prefix)
-    return "" if value.lower() == "n/a" else value
 
 
 def as_json(values: Mapping[str, Any]) -> str:

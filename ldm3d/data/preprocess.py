@@ -33,7 +33,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ldm3d.config import Config
-from ldm3d.data.bids import assign_splits, check_inside, read_scans, root_of
+from ldm3d.data.bids import assign_splits, read_scans
+from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.nifti import files_of, read_volume
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError

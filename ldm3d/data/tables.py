@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -96,14 +96,14 @@ def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
     return cells
 
 
-def check_column(path: Path, table: pd.DataFrame, column: str, purpose: str) -> None:
-    """Raise InputError, with the nearest name, unless the table has the column; `purpose` says who wants it."""
-    if column not in table:
-        names = {name.lower(): name for name in table.columns if len(name) < 100}
+def check_column(path: Path, columns: Collection[str], column: str, purpose: str) -> None:
+    """Raise InputError, with the nearest name, unless the column is one of the table's; `purpose` says who wants it."""
+    if column not in columns:
+        names = {name.lower(): name for name in columns if len(name) < 100}
         close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
         hint = f"did you mean {names[close[0]]!r}? " if close else ""
-        columns = some((shown(name)[1:-1] for name in table.columns), 30)
-        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {columns}")
+        listed = some((shown(name)[1:-1] for name in columns), 30)
+        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {listed}")
 
 
 def check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:
