@@ -10,7 +10,7 @@ from statistics import median
 
 _SPREAD = 100  # robust standard deviations: skewed volumes come this far, so logarithms have a say, too
 _SPREAD_OF_LOGARITHMS = 10
-_SPREAD_OF_ANY_SIGN = 1000  # changes and ratios have heavy tails, and no logarithms to tell
+_SPREAD_OF_ANY_SIGN = 10_000  # changes and ratios have heavy tails, and no logarithms to tell
 _LEAST = 8  # numbers that a spread is judged by
 _NEGATIVE_CODES = {-1, -3, -4, -7, -8, -9}  # of surveys and cohorts, where nothing else is negative
 _LIMITS = {-32768, 32767, -(2**31), 2**31 - 1}  # of integers, which programs write for want of a number
@@ -19,35 +19,35 @@ _LIMITS = {-32768, 32767, -(2**31), 2**31 - 1}  # of integers, which programs wr
 def implausible(values: Iterable[float]) -> Counter[float]:
     """Which numbers of a column cannot be measurements like the others, and how often each stands there.
 
-    Codes: repeated 7, 8 or 9 (99, -999, 8888) and the limits of integers, farther from all others than these are from each
-    other; any negative one where all others are 0 or more, -1, -3, -4, -7, -8 and -9 among them where
-    half of these are three times as large. Any number: beyond 100
-    robust standard deviations (1.4826 MAD) from the median and, where all are positive, beyond 10 of their logarithms;
-    beyond 1000 where they are of either sign.
+    Codes are repeated 7, 8 or 9 (99, -999, 8888, -99.9), the limits of integers, and -1, -3, -4, -7, -8 and -9. One is found
+    where it lies farther from all other numbers than these lie from each other, or is the only kind of number below 0 (one
+    above -10 only where half of the others are at least 10 and three times its size).
+    Any other number is found beyond 100 robust standard deviations (1.4826 MAD) from the median if it is also beyond 10 of
+    the logarithms'; where not all are positive, beyond 10,000.
     """
     counts = Counter(values)
-    others = sorted(value for value in counts if not _is_code(value))
-    found = {value for value in counts if _is_code(value) and _stands_apart(value, others)}
-    rest = [value for value, count in counts.items() if value not in found for _ in range(count)]
-    found |= set(_far(rest))
+    others = {value: count for value, count in counts.items() if not _is_code(value)}
+    found = {value for value in counts if value not in others and _stands_apart(value, sorted(others), sum(others.values()))}
+    found |= set(_far([value for value, count in counts.items() if value not in found for _ in range(count)]))
     return Counter({value: counts[value] for value in found})
 
 
 def _is_code(value: float) -> bool:
-    if value in _NEGATIVE_CODES or value in _LIMITS:
-        return True
-    digits = f"{abs(value):.0f}"
-    return value == int(value) and 2 <= len(digits) <= 9 and digits[0] in "789" and len(set(digits)) == 1
+    digits = f"{abs(value):.10g}".replace(".", "")
+    repeated = len(digits) > 1 and digits[0] in "789" and len(set(digits)) == 1
+    return repeated or value in _NEGATIVE_CODES or value in _LIMITS
 
 
-def _stands_apart(code: float, others: Sequence[float]) -> bool:
-    """Whether a code is none of the measurements; `others` are all different numbers that are no codes, in order."""
-    if len(others) < (5 if 0 < code < 100 else 2):  # 99 may be an age
+def _stands_apart(code: float, others: Sequence[float], cells: int) -> bool:
+    """Whether a code is none of the measurements: `others`, all different and in order, in so many cells."""
+    if code < 0:
+        if cells < 2:
+            return False
+        if others[0] >= 0:
+            return code <= -10 or median(others) >= max(10, -3 * code)  # -1 may belong to a scale of -1, 0, 1
+    if abs(code) < 10 or len(others) < (3 if abs(code) > 100 else 5):  # 99 may be an age
         return False
-    low, high = others[0], others[-1]
-    if code < 0 <= low:
-        return code <= -10 or median(others) >= -3 * code  # -1 may belong to a scale of -1, 0, 1
-    return abs(code) >= 10 and max(low - code, code - high) > high - low
+    return max(others[0] - code, code - others[-1]) > others[-1] - others[0]
 
 
 def _far(values: Sequence[float]) -> list[float]:
