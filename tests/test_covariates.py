@@ -109,6 +109,32 @@ def test_two_covariates_of_one_name():
         CovariateSchema((AGE, AGE))
 
 
+@pytest.mark.parametrize("asked, example", [("89+", "89"), ("35-40", "37.5"), (">89", "89")])
+def test_a_request_is_one_number(asked, example):
+    with pytest.raises(InputError, match=f"^age: '.*' is not one number; write one, for example {example}$"):
+        AGE.parse(asked)
+    assert AGE.parse("26,9") == 26.9  # one number, as half of the world writes it
+
+
+def test_aliases_are_known_to_requests_and_kept_with_the_model():
+    lesion = Covariate("lesion", "categorical", categories=("none", "mild"), aliases={"none": ("0",), "mild": ("1", "MCI")})
+    assert [lesion.parse(text) for text in ("none", "None", 0, "0.0")] == ["none"] * 4
+    assert (lesion.parse("mci"), lesion.parse("")) == ("mild", None)
+    schema = CovariateSchema((AGE, lesion, SEX))
+    assert CovariateSchema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+    with pytest.raises(InputError, match="aliases of X, which are no categories"):
+        Covariate("sex", "categorical", categories=("F", "M"), aliases={"X": ("3",)})
+
+
+def test_schemas_without_aliases_read_and_write_as_before_there_were_any():
+    old = {
+        **{"name": "sex", "kind": "categorical", "unit": "", "range": None, "categories": ["F", "M"], "mean": 0.0, "std": 1.0},
+        **{"seen": None, "required": False},
+    }
+    schema = CovariateSchema.from_dict([old])
+    assert schema == CovariateSchema((SEX,)) and json.loads(json.dumps(schema.to_dict())) == [old]
+
+
 def test_labels_carry_units():
     assert (AGE.label, SEX.label) == ("age (years)", "sex")
 
