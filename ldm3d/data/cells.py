@@ -161,13 +161,14 @@ def warn_of_ages_that_stand_still(
     covariates: Iterable[CovariateConfig],
 ) -> None:
     """Warn where people are of one and the same age at all of their visits: that of the first one, most likely."""
+    of_age = [config for config in covariates if _is_age(config)]
+    if not of_age or len(set(sessions)) < 2:
+        return
     visits: dict[str, dict[str, int]] = {}
     for i, (subject, session) in enumerate(zip(subjects, sessions)):
         visits.setdefault(subject, {}).setdefault(session, i)
     several = {subject: list(at.values()) for subject, at in visits.items() if len(at) > 1}
-    for config in covariates:
-        if not several or not _is_age(config):
-            continue
+    for config in of_age:
         ages = {subject: [values[config.name][i] for i in at] for subject, at in several.items()}
         still = [subject for subject, found in ages.items() if found[0] is not None and len(set(found)) == 1]
         if still:
