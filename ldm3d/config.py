@@ -10,13 +10,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError, shown
 from ldm3d.yaml_files import parse_yaml, read_yaml
 
 MAX_VOXELS = 2**30  # of the grid: 1024^3
+# What no covariate can be called: columns of ldm3d's own tables, options of `ldm3d generate`, arguments of a pipeline's call
+RESERVED_NAMES = frozenset(
+    {
+        *("subject", "session", "path", "key", "split", "participant_id", "session_id"),
+        *("ask", "audit", "batch_size", "check", "compile", "device", "group", "guidance", "help", "no_check", "num", "out"),
+        *("precision", "sampler", "seed", "steps", "table", "threads", "volumes"),
+        *("guidance_interval", "guidance_rescale", "num_volumes", "progress", "rows", "self", "spacing"),
+    }
+)
 
 Positive = Annotated[int, Field(gt=0)]
 _SHOWN = 10  # of many mistakes, those that a message spells out
@@ -85,6 +106,23 @@ class SplitConfig(Section):
         return self
 
 
+def _texts(values: Any) -> Any:
+    """One word or a list of them as a tuple of texts; numbers as they are written in short."""
+    words = list(values) if isinstance(values, list | tuple | dict) else [values]
+    for word in words:
+        if isinstance(word, bool):
+            raise ValueError(f"{str(word).lower()} is no text: YAML reads yes, no, on and off so; put the word in quotes")
+        if not isinstance(word, str | int | float):
+            raise ValueError(f"{shown(word)} is neither text nor a number")
+    texts = tuple(str(word) for word in words)
+    if twice := [word for word in texts if texts.count(word) > 1]:
+        raise ValueError(f"{shown(twice[0])} is there twice; keep one")
+    return texts
+
+
+Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
+
+
 class DataConfig(Section):
     """Where the scans and covariates are: a BIDS dataset (`bids`), or any CSV or TSV with a column of paths (`table`)."""
 
@@ -96,6 +134,8 @@ class DataConfig(Section):
     path_column: str = "path"
     subject_column: str = "participant_id"
     session_column: str = "session_id"
+    participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
+    missing: Codes | None = None  # what stands for a missing value in any column; a covariate's own list takes its place
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
@@ -104,20 +144,75 @@ class DataConfig(Section):
     def _one_source(self):
         if (self.bids is None) == (self.table is None):
             raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
+        if self.participants and not self.bids:
+            raise ValueError("`participants` goes with `bids`; a `table` has the covariates itself")
         if self.percentiles[0] >= self.percentiles[1]:
             raise ValueError(f"percentiles {self.percentiles} must rise")
         return self
 
 
 class CovariateConfig(Section):
-    """One covariate and the column of the table that holds it (default: the column of its name)."""
+    """One covariate and the column of the table that holds it (default: the column of its name).
+
+    `categories` lists the values of a categorical one, [F, M], or says what else stands for them: {F: [female, 2], M: [1]}.
+    `missing` lists what stands for a missing value beside empty cells and n/a; given, it is complete: [] says that every
+    number in the column is a value, however odd.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     column: str | None = None
     kind: Literal["continuous", "categorical"]
     unit: str = ""
     range: tuple[float, float] | None = None
-    categories: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
+    categories: dict[str, Codes] = {}
+    missing: Annotated[Codes | None, Field(exclude_if=lambda codes: codes is None)] = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str, info: ValidationInfo) -> str:
+        if name in RESERVED_NAMES and not (info.context or {}).get("saved"):
+            raise ValueError(
+                f"{name!r} is the name of an option, an argument or a column of ldm3d's own tables; "
+                f"write `name: patient_{name}, column: {name}`"
+            )
+        return name
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _listed_or_named(cls, values: Any) -> Any:
+        if isinstance(values, list | tuple):
+            return {name: () for name in _texts(values)}
+        if isinstance(values, dict):
+            return dict(zip(_texts(values), (value if value is not None else () for value in values.values())))
+        return values
+
+    @field_validator("categories")
+    @classmethod
+    def _one_meaning_each(cls, values: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        meanings = {category.lower(): category for category in values}
+        for category, aliases in values.items():
+            if category.strip().lower() in ("", "n/a"):
+                raise ValueError(f"{category!r} is how tables write a missing value; leave it out, or call it otherwise")
+            for alias in aliases:
+                if (other := meanings.setdefault(alias.lower(), category)) != category:
+                    raise ValueError(f"{shown(alias)} stands for {shown(other)} and {shown(category)}; list it once")
+        return values
+
+    @model_validator(mode="after")
+    def _no_category_is_missing(self):
+        words = {word for category, aliases in self.categories.items() for word in (category, *aliases)}
+        if both := sorted(words & set(self.missing or ())):
+            raise ValueError(f"{shown(both[0])} is a category and stands for a missing value; drop it from one of them")
+        return self
+
+    @field_serializer("categories")
+    def _as_it_was_listed(self, values: dict[str, tuple[str, ...]]) -> Any:
+        return values if any(values.values()) else list(values)
+
+    def covariate(self) -> Covariate:
+        """The covariate, not yet fitted to a training split."""
+        aliases = {category: words for category, words in self.categories.items() if words}
+        return Covariate(self.name, self.kind, self.unit, self.range, tuple(self.categories), aliases=aliases)
 
 
 class TrainingConfig(Section):
@@ -463,7 +558,7 @@ class Config(Section):
 
     def schema(self) -> CovariateSchema:
         """The covariates, not yet fitted to a training split."""
-        return CovariateSchema(tuple(Covariate(**c.model_dump(exclude={"column"})) for c in self.covariates))
+        return CovariateSchema(tuple(c.covariate() for c in self.covariates))
 
     # Where the parts of an experiment lie; nobody else joins these names.
     @property

@@ -7,19 +7,73 @@ classifier-free guidance alike.
 """
 
 import difflib
+import functools
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ldm3d.errors import InputError, shown
+from ldm3d.errors import SHOWN, InputError, shown, some
 
 Value = float | str | None
+
+MISSING = ("", "n/a", "na", "nan", "none", "null")  # in lower case; a category of such a name is a category all the same
+# What the two sexes are called beside the names that a covariate gives them, if it knows both
+_SEXES = (("f", "female", "woman", "women", "girl"), ("m", "male", "man", "men", "boy"))
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")  # as in 1,234: does the comma part thousands, or decimals?
+_NUMBER = r"[+-]?\d*[.,]?\d+"
+_OPEN_ENDED = re.compile(rf"[<>≤≥]=?\s*(?P<before>{_NUMBER})|(?P<after>{_NUMBER})\s*\+")
+_RANGE = re.compile(rf"(?P<low>{_NUMBER})\s*(?:[-–—]|to)\s*(?P<high>{_NUMBER})")
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell of a table says that there is no value."""
+    return text.strip().lower() in MISSING
+
+
+def read_number(text: str) -> tuple[float, str]:
+    """A number as published tables write it, and which way that is.
+
+    Args:
+        text: a cell; missing values are the caller's to look for before.
+
+    Returns:
+        (value, kind): "plain" is 42.5; "decimal comma" is 42,5; "open-ended" is 89+ or >89, read as its limit; "range" is
+        35-40 or 35 to 40, read as its middle.
+
+    Raises:
+        ValueError: no number, not finite, or a number that can be read in two ways (1,234); says so in words.
+    """
+    text = text.strip()
+    if len(text) > 100 or "_" in text:  # float("1_2") is 12
+        raise ValueError(f"{shown(text)} is not a number")
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is not None:
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is not finite; leave the cell empty for a missing value")
+        return value, "plain"
+    if _THOUSANDS.fullmatch(text):
+        pointed = f"{text.replace(',', '.')} or " if text.count(",") == 1 else ""
+        raise ValueError(f"{shown(text)} can be read in two ways; write {pointed}{text.replace(',', '')}")
+    if _DECIMAL_COMMA.fullmatch(text):
+        return float(text.replace(",", ".")), "decimal comma"
+    if found := _OPEN_ENDED.fullmatch(text):
+        return read_number(found["before"] or found["after"])[0], "open-ended"
+    if found := _RANGE.fullmatch(text):
+        low, high = (read_number(found[end])[0] for end in ("low", "high"))
+        if low < high:
+            return (low + high) / 2, "range"
+    raise ValueError(f"{shown(text)} is not a number")
 
 
 @dataclass(frozen=True)
@@ -35,6 +89,7 @@ class Covariate:
         mean, std: of a continuous one over the training split; set by `CovariateSchema.fit`.
         seen: (lowest, highest) over the training split; a request beyond it draws a warning.
         required: whether it cannot be left open: a model that was trained without open values has no answer to them.
+        aliases: what else a category is called, {"F": ("2", "femme")}; "female" and its like are known where both sexes are.
     """
 
     name: str
@@ -46,6 +101,7 @@ class Covariate:
     std: float = 1.0
     seen: tuple[float, float] | None = None
     required: bool = False
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     # How `from_dict` has pydantic check what a file says
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
@@ -59,6 +115,8 @@ class Covariate:
             raise InputError(f"covariate {self.name!r}: range {self.range[0]:g} to {self.range[1]:g} must rise")
         if self.std <= 0:
             raise InputError(f"covariate {self.name!r}: std {self.std:g} must be positive")
+        if strangers := self.aliases.keys() - set(self.categories):
+            raise InputError(f"covariate {self.name!r}: aliases of {some(sorted(strangers))}, which are no categories")
 
     @property
     def label(self) -> str:
@@ -74,37 +132,64 @@ class Covariate:
         return text.rstrip() + (f"; training saw {self.seen[0]:g} to {self.seen[1]:g}" if self.seen else "")
 
     def parse(self, value: Any) -> Value:
-        """A cell of a table or an argument of a request as float or category; None if it is left open.
+        """An argument of a request, or a value that was read before, as float or category; None if it is left open.
+
+        A request is one number: 26,9 is, 89+ and 35-40 are not.
 
         Raises:
-            InputError: not a number, beyond `range`, none of the categories, or left open though `required`.
+            InputError: not one number, beyond `range`, none of the categories, or left open though `required`.
         """
-        text = "" if value is None else str(value).strip()
-        if text.lower() in ("", "n/a", "na", "nan", "none", "null"):
-            if self.required:
-                raise InputError(f"{self.name}: a value must be given; this model was trained with none of them left open")
-            return None
-        if self.kind == "categorical":
-            return self._parse_category(text)
-        try:
-            number = float(text)
-        except ValueError:
-            raise InputError(f"{self.name}: {shown(text)} is not a number (expected {self.unit or 'a number'})") from None
-        if not math.isfinite(number):
-            raise InputError(f"{self.name}: {shown(text)[1:-1]} is not finite; leave the cell empty for a missing value")
-        if self.range and not self.range[0] <= number <= self.range[1]:
+        number, kind = self.read(value)
+        if kind in ("open-ended", "range"):
+            raise InputError(f"{self.name}: {shown(value)} is not one number; write one, for example {number:g}")
+        if self.range and number is not None and not self.range[0] <= number <= self.range[1]:
             low, high = self.range
             raise InputError(f"{self.name}: {number:g} is outside its range {low:g} to {high:g} {self.unit}".rstrip())
         return number
 
-    def _parse_category(self, text: str) -> str:
-        for category in self.categories:
-            if text.lower() == category.lower():
-                return category
+    def read(self, cell: Any) -> tuple[Value, str]:
+        """A cell of a table as published, whatever `range` says, and how it is written.
+
+        Returns:
+            (value, kind): kind is "missing" (value None), "category", or a kind of `read_number`.
+
+        Raises:
+            InputError: no number, none of the categories, or left open though `required`.
+        """
+        text = "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell).strip()
+        if self.kind == "categorical" and (category := self._category(text)) is not None:
+            return category, "category"
+        if is_missing(text):
+            if self.required:
+                raise InputError(f"{self.name}: a value must be given; this model was trained with none of them left open")
+            return None, "missing"
+        if self.kind == "categorical":
+            raise InputError(f"{self.name}: {shown(text)} is not one of {some(self.categories, SHOWN)}")
+        try:
+            return read_number(text)
+        except ValueError as error:
+            raise InputError(f"{self.name}: {error}" + (f" (expected {self.unit})" if self.unit else "")) from None
+
+    def _category(self, text: str) -> str | None:
+        if text in self.categories:
+            return text
+        known = self._words.get(text.lower())
         # A column of 0/1 codes with a gap in it is read as 0.0/1.0
-        if text.endswith(".0") and text[:-2] in self.categories:
-            return text[:-2]
-        raise InputError(f"{self.name}: {shown(text)} is not one of {', '.join(self.categories)}")
+        return self._words.get(text[:-2].lower()) if known is None and text.endswith(".0") else known
+
+    @functools.cached_property
+    def _words(self) -> dict[str, str]:
+        """Category by what it may be called, in lower case."""
+        words = {name.lower(): name for name in reversed(self.categories)}
+        for category, aliases in self.aliases.items():
+            for alias in aliases:
+                words.setdefault(alias.lower(), category)
+        sexes = [[name for name in self.categories if name.lower() in group] for group in _SEXES]
+        if all(len(names) == 1 for names in sexes):
+            for (category,), group in zip(sexes, _SEXES):
+                for word in group:
+                    words.setdefault(word, category)
+        return words
 
     def encode(self, value: Value) -> tuple[float, float]:
         """(standardised value or category index, 1.0), or (0.0, 0.0) for None."""
@@ -206,7 +291,11 @@ class CovariateSchema:
         return torch.tensor(encoded, dtype=torch.float32).reshape(len(rows), len(self), 2)
 
     def to_dict(self) -> list[dict]:
-        return [asdict(covariate) for covariate in self.covariates]
+        items = [asdict(covariate) for covariate in self.covariates]
+        for item in items:
+            if not item["aliases"]:  # so that what was written before there were any compares equal
+                del item["aliases"]
+        return items
 
     @classmethod
     def from_dict(cls, items: Sequence[Mapping[str, Any]]) -> "CovariateSchema":

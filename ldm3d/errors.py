@@ -2,11 +2,13 @@
 
 import errno
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
+SHOWN = 10  # of many like problems, those that a message spells out
 
 
 class InputError(ValueError):
@@ -20,6 +22,19 @@ def shown(value: Any, most: int = 200) -> str:
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list that holds itself
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def itemised(problems: Mapping[str, str], count: int | None = None) -> str:
+    """The first SHOWN problems, a line each, and how many more of `count` (default: of these) there are."""
+    count = len(problems) if count is None else count
+    lines = [f"  {where}: {what}" for where, what in itertools.islice(problems.items(), SHOWN)]
+    return "\n".join(lines + ([f"  and {count - SHOWN} more"] if count > SHOWN else []))
 
 
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:

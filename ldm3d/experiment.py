@@ -77,7 +77,7 @@ def scans_by_use(
     """
     try:
         values = read_json(model / EXPERIMENT)
-        config, seen = Config.model_validate(values["config"]), set(values["seen"])
+        config, seen = Config.model_validate(values["config"], context={"saved": True}), set(values["seen"])
         trained = seen - set(values.get("validation", ()))
     except FileNotFoundError:
         raise InputError(f"{model} has no {EXPERIMENT}: it is no model that training stage 2 wrote") from None
@@ -90,7 +90,7 @@ def scans_by_use(
     own = config.data.bids or config.data.table
     if own.resolve() != data.resolve() or not config.prepared_folder.is_dir():
         source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
-        source["root"] = root
+        source |= {"root": root, "participants": None}
         config = config.model_copy(update={"data": config.data.model_copy(update=source), "output": work})
     prepare(config, processes=processes)
     scans = read_scan_table(config)

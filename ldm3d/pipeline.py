@@ -235,6 +235,7 @@ class Pipeline:
         num_volumes: int = 1,
         *,
         rows: Sequence[Mapping[str, Any]] | None = None,
+        ask: Mapping[str, Any] | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -251,6 +252,7 @@ class Pipeline:
         Args:
             num_volumes: how many of the same request.
             rows: instead, one request a volume: a mapping of covariates each.
+            ask: covariates as a mapping, for names that are arguments here.
             sampler, steps, guidance, guidance_rescale, guidance_interval, spacing, seed: see `Sampling`; None takes the
                 pipeline's own.
             batch_size: volumes sampled before they are decoded; of no influence on what they are.
@@ -260,8 +262,11 @@ class Pipeline:
         Raises:
             InputError: unknown covariate, category or sampler, value out of range.
         """
+        if ask and (twice := ask.keys() & covariates.keys()):
+            raise InputError(f"{', '.join(sorted(twice))}: asked twice, in `ask` and by name; keep one")
+        covariates |= ask or {}
         if rows is not None and covariates:
-            raise InputError("give either `rows` or covariates by name, not both")
+            raise InputError("give either `rows` or covariates, not both")
         if num_volumes < 1:
             raise InputError(f"num_volumes is {num_volumes}; ask for at least 1")
         requests = self.parse(rows if rows is not None else [covariates] * num_volumes)

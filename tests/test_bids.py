@@ -73,6 +73,73 @@ def test_column_may_stand_in_sessions_tables_alone(tmp_path):
     np.testing.assert_array_equal(read_scans(data, [AGE])["age_years"], [61, np.nan])
 
 
+def test_a_session_without_a_row_has_no_value_of_what_the_sessions_have(tmp_path):
+    data = bids(tmp_path, [anat("01", v) for v in "abc"], "participant_id\tage\tsex\nsub-01\t70\tF\n")
+    (tmp_path / "sub-01/sub-01_sessions.tsv").write_text("session_id\tage\nses-a\t70\nses-b\t71\n")
+    with pytest.warns(UserWarning, match=r"age_years counts as missing for 1 scans, .* \(sub-01 ses-c\)"):
+        scans = read_scans(data, [AGE, SEX])
+    np.testing.assert_array_equal(scans["age_years"], [70, 71, np.nan])
+    assert list(scans["sex"]) == ["F", "F", "F"]  # no sessions table has it
+
+
+def test_a_row_a_session_in_participants(tmp_path):
+    """Ages by session, with n/a where a visit has none; sex is one for all visits, wherever it is written."""
+    rows = ["sub-01\tses-01\t60\tF", "sub-01\tses-02\t62\tn/a", "2\t1\t50\tM", "2\t2\tn/a\tM", "sub-03\tses-01\t40\tM"]
+    files = [anat("01", "01"), anat("01", "02"), anat("02", "01"), anat("02", "02"), anat("02", "03"), anat("03")]
+    data = bids(tmp_path, files, "\n".join(["participant_id\tsession_id\tage\tsex", *rows, ""]))
+    with pytest.warns(UserWarning) as caught:
+        scans = read_scans(data, [AGE, SEX])
+    np.testing.assert_array_equal(scans["age_years"], [60, 62, 50, np.nan, np.nan, 40])
+    assert list(scans["sex"]) == ["F", "F", "M", "M", "M", "M"]
+    messages = [str(warning.message) for warning in caught]
+    assert "1 subjects are matched with rows of the table that differ by leading zeros only (sub-02 with 2)" in messages[0]
+    assert "age_years counts as missing for 1 scans" in messages[1] and "(sub-02 ses-03)" in messages[1]
+    assert len(messages) == 2
+
+
+def test_several_rows_of_a_subject_need_a_column_of_sessions(tmp_path):
+    data = bids(tmp_path, [anat("01", "a")], "participant_id\tage\nsub-01\t50\nsub-01\t51\n")
+    with pytest.raises(InputError, match="a row a session needs a column 'session_id'"):
+        read_scans(data, [AGE])
+    data = bids(tmp_path, [], "participant_id\tsession_id\tage\nsub-01\ta\t50\nsub-01\tses-a\t51\n")
+    with pytest.raises(InputError, match="sub-01 ses-a on lines 2, 3"):
+        read_scans(data, [AGE])
+
+
+def test_labels_that_lost_their_zeros_are_matched_where_that_is_unique(tmp_path):
+    files = [anat("001"), anat("010"), anat("07"), anat("7"), anat("0020")]
+    rows = "participant_id\tage\nsub-1\t50\n10\t51\n7\t52\n20\t53\n020\t54\n"
+    with pytest.warns(UserWarning) as caught:
+        scans = read_scans(bids(tmp_path, files, rows), [AGE])
+    assert dict(zip(scans["subject"], scans["age_years"])) == {"001": 50, "010": 51, "7": 52}
+    messages = [str(warning.message) for warning in caught]
+    assert "2 subjects are matched with rows" in messages[0] and "(sub-001 with 1, sub-010 with 10)" in messages[0]
+    assert "of sub-0020, sub-07 leading zeros apart there are several" in messages[1]
+
+
+def test_no_participants_at_all(tmp_path):
+    data = bids(tmp_path, [anat("01", "a"), anat("02")])
+    with pytest.raises(InputError) as caught:
+        read_scans(data, [AGE, SEX])
+    message = str(caught.value)
+    assert "has no participants.tsv, where age, sex would stand" in message and "`data.participants: PATH`" in message
+    (tmp_path / "people.csv").write_text("who,age,sex\n1,50,F\n02,60,M\n")
+    data = data.model_copy(update={"participants": tmp_path / "people.csv", "subject_column": "who"})
+    with pytest.warns(UserWarning, match="sub-01 with 1"):
+        assert list(read_scans(data, [AGE, SEX])["age_years"]) == [50, 60]
+
+
+@pytest.mark.parametrize("ages, warned", [(("70", "70"), True), (("70", "71"), False), (("n/a", "n/a"), False)])
+def test_one_age_at_all_visits(tmp_path, ages, warned):
+    text = f"participant_id,session_id,path,age\n1,a,a.nii,{ages[0]}\n1,b,b.nii,{ages[1]}\n2,a,c.nii,50\n"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_scans(table(tmp_path, text), [AGE])
+    messages = [str(warning.message) for warning in caught]
+    said = "age_years is the same at all visits of 1 of 1 people with several (sub-1: 70 at 2 visits)"
+    assert [said in message for message in messages] == [True] * warned
+
+
 def test_no_covariates_need_no_table(tmp_path):
     assert list(read_scans(bids(tmp_path, [anat("01")]), [])["subject"]) == ["01"]
 
@@ -90,12 +157,11 @@ def test_scan_and_row_without_the_other_are_left_out_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "participants, message",
     [
-        (None, "no table .*participants.tsv"),
         ("", "participants.tsv is empty"),
         ("participant_id\tAge_scan\nsub-01\t50\n", "no column 'age' .*covariate age_years.*did you mean 'Age_scan'"),
         ("subject\tage\nsub-01\t50\n", "no column 'participant_id'"),
         ("participant_id\tage\nsub-01\t50\n01\t51\n", "sub-01 on lines 2, 3; keep one row"),
-        ("participant_id\tage\nsub-1\t50\n", r"no row for 1 subjects .*\(sub-01\); it has rows for sub-1"),
+        ("participant_id\tage\nsub-2\t50\n", r"no row for 1 subjects .*\(sub-01\); it has rows for sub-2"),
         (
             "participant_id\tage\nsub-01\tfifty\n",
             "participants.tsv line 2 .sub-01., column 'age': 'fifty' is not a num",

@@ -1,17 +1,22 @@
 """The experiment file: shipped ones fit the networks, and every mistake is named with its way out."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from ldm3d.config import Config, load_config
+from ldm3d import cli
+from ldm3d.config import RESERVED_NAMES, Config, DataConfig, load_config
+from ldm3d.data.bids import read_scans
 from ldm3d.errors import InputError
 from ldm3d.models import blocks
 from ldm3d.models.pretrained import make_network
+from ldm3d.pipeline import Pipeline
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -120,7 +125,7 @@ def test_values_arrive_as_written(load):
     assert config.data.grid.shape == (40, 48, 40)
     assert config.data.grid.spacing_mm == (4.5, 4.5, 4.5)  # one number is isotropic
     assert config.covariates[0].range == (0, 120)
-    assert config.covariates[1].categories == ("F", "M")
+    assert config.covariates[1].categories == {"F": (), "M": ()}
     assert config.diffusion.network.attention == (False, True)  # YAML's no and yes
     assert config.prepared_folder == Path("runs/example/prepared")
 
@@ -137,6 +142,79 @@ def test_exponents_are_numbers(load):
 def test_spacing_of_each_axis(load):
     config = load(change=lambda values: values["data"]["grid"].update(spacing_mm=[1, 2.5, "3e0"]))
     assert config.data.grid.spacing_mm == (1.0, 2.5, 3.0)
+
+
+def test_categories_listed_or_with_what_else_stands_for_them(load):
+    named = load("covariates=[{name: sex, kind: categorical, categories: {F: [female, 2], M: 1, X: null}}]")
+    assert named.covariates[0].categories == {"F": ("female", "2"), "M": ("1",), "X": ()}
+    assert named.schema()["sex"].aliases == {"F": ("female", "2"), "M": ("1",)}
+    assert named.covariates[0].model_dump(mode="json")["categories"] == {"F": ["female", "2"], "M": ["1"], "X": []}
+    assert Config.model_validate(named.model_dump(mode="json")) == named
+
+
+def test_what_is_not_used_is_written_as_before(load):
+    """Prepared folders compare what they were made with."""
+    written = load().covariates[1].model_dump(mode="json")
+    assert written == {
+        **{"name": "sex", "column": None, "kind": "categorical", "unit": "", "range": None, "categories": ["F", "M"]},
+    }
+
+
+@pytest.mark.parametrize(
+    "covariate, message",
+    [
+        ("{name: x, kind: categorical, categories: [F, F]}", "'F' is there twice"),
+        ("{name: x, kind: categorical, categories: {F: [2], M: [1, 2]}}", "'2' stands for 'F' and 'M'; list it once"),
+        ("{name: x, kind: categorical, categories: {F: [m], M: []}}", "'m' stands for 'M' and 'F'"),
+        ("{name: x, kind: categorical, categories: [no, mild]}", "false is no text: YAML reads yes, no, on and off so"),
+        ("{name: x, kind: categorical, categories: [n/a, mild]}", "'n/a' is how tables write a missing value"),
+        ("{name: x, kind: categorical, categories: [[F], M]}", r"\['F'\] is neither text nor a number"),
+        ("{name: x, kind: categorical, categories: [F, M], missing: [M, 9]}", "'M' is a category and stands for a missing"),
+        ("{name: x, kind: continuous, missing: [[1]]}", r"covariates.0.missing.* is neither text nor a number"),
+    ],
+)
+def test_words_that_cannot_be(error, covariate, message):
+    assert re.search(message, error(f"covariates=[{covariate}]"))
+
+
+def test_missing_is_one_word_or_several(load):
+    config = load("covariates=[{name: x, kind: continuous, missing: -9999}]", "data.missing=[-1, unknown, 9.5]")
+    assert config.covariates[0].missing == ("-9999",) and config.data.missing == ("-1", "unknown", "9.5")
+
+
+def test_participants_go_with_bids(load, error):
+    assert load("data.participants=people.csv").data.participants == Path("people.csv")
+    assert "`participants` goes with `bids`" in error("data.participants=a.csv", "data.bids=null", "data.table=b.csv")
+
+
+# Names of covariates
+
+
+@pytest.mark.parametrize(
+    "name", ["group", "session", "key", "split", "seed", "path", "subject", "steps", "num", "table", "out", "rows", "ask"]
+)
+def test_names_that_are_taken(error, name):
+    message = error(f"covariates=[{{name: {name}, kind: continuous}}]")
+    assert f"covariates.0.name: '{name}' is the name of" in message
+    assert f"write `name: patient_{name}, column: {name}`" in message
+
+
+def test_models_of_before_keep_the_names_that_they_have(load):
+    values = load().model_dump(mode="json")
+    values["covariates"][0]["name"] = "group"
+    assert Config.model_validate(values, context={"saved": True}).covariates[0].name == "group"
+
+
+def test_names_are_taken_for_what_they_are_elsewhere(tmp_path):
+    """Options of the command that takes covariates as options, arguments of the call that does, columns beside them."""
+    command = typer.main.get_command(cli.app).commands["generate"]
+    options = [option for option in command.params if option.param_type_name == "option"]
+    names = {"--help"}.union(*([*option.opts, *option.secondary_opts] for option in options))
+    arguments = set(inspect.signature(Pipeline.__call__).parameters) - {"covariates"}
+    (tmp_path / "t.csv").write_text("participant_id,path\n1,a.nii\n")
+    columns = set(read_scans(DataConfig(table=tmp_path / "t.csv", grid={"shape": (8, 8, 8), "spacing_mm": 2}), []))
+    taken = {text.removeprefix("--").replace("-", "_") for text in names} | arguments | columns
+    assert taken | {"key", "split", "participant_id", "session_id"} == RESERVED_NAMES
 
 
 def test_codes_of_categories_become_strings(load):
@@ -222,7 +300,7 @@ def test_unknown_key_names_the_nearest(error, override, key, meant):
 
 def test_unknown_key_like_none_lists_the_valid_ones(error):
     message = error("covariates=[{name: a, kind: continuous}, {name: b, kind: continuous, qqqq: 1}]")
-    assert "unknown key 'covariates.1.qqqq'; valid keys here: name, column, kind, unit, range, categories" in message
+    assert "unknown key 'covariates.1.qqqq'; valid keys here: name, column, kind, unit, range, categories, missing" in message
     assert "valid keys here: name, output, seed, data" in error("qqqq=1")
 
 

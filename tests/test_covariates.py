@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates
+from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates, read_number
 from ldm3d.errors import InputError
 
 AGE = Covariate("age", "continuous", unit="years", range=(0, 120))
@@ -33,6 +33,33 @@ def test_numbers(cell, value):
     parsed = AGE.parse(cell)
     assert parsed == value
     assert isinstance(parsed, float)
+
+
+@pytest.mark.parametrize(
+    "text, value, kind",
+    [
+        *[("42.5", 42.5, "plain"), (" 7 ", 7, "plain"), ("-1e1", -10, "plain"), ("+3", 3, "plain"), (".5", 0.5, "plain")],
+        *[("26,9", 26.9, "decimal comma"), ("0,743", 0.743, "decimal comma"), ("1234,567", 1234.567, "decimal comma")],
+        *[("89+", 89, "open-ended"), ("89 +", 89, "open-ended"), (">89", 89, "open-ended"), ("≥ 89,5", 89.5, "open-ended")],
+        *[("35-40", 37.5, "range"), ("35 – 40", 37.5, "range"), ("35 to 40", 37.5, "range"), ("1,5-2,5", 2, "range")],
+    ],
+)
+def test_numbers_as_published(text, value, kind):
+    assert read_number(text) == (pytest.approx(value), kind)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1,234", r"'1,234' can be read in two ways; write 1.234 or 1234$"),
+        ("1,234,567", r"can be read in two ways; write 1234567$"),
+        *[("nan", "nan is not finite"), ("1e999", "1e999 is not finite"), ("1_2", "'1_2' is not a number")],
+        *[(text, "is not a number") for text in ("", "old", "40-35", "1990-05-12", "-2+3", "1.234,5", "+", "-", "9" * 101)],
+    ],
+)
+def test_texts_that_are_no_number(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_number(text)
 
 
 @pytest.mark.parametrize("cell, category", [("F", "F"), ("f", "F"), (" m ", "M")])
@@ -80,6 +107,32 @@ def test_covariates_that_cannot_be(arguments, message):
 def test_two_covariates_of_one_name():
     with pytest.raises(InputError, match="different names, got age, age"):
         CovariateSchema((AGE, AGE))
+
+
+@pytest.mark.parametrize("asked, example", [("89+", "89"), ("35-40", "37.5"), (">89", "89")])
+def test_a_request_is_one_number(asked, example):
+    with pytest.raises(InputError, match=f"^age: '.*' is not one number; write one, for example {example}$"):
+        AGE.parse(asked)
+    assert AGE.parse("26,9") == 26.9  # one number, as half of the world writes it
+
+
+def test_aliases_are_known_to_requests_and_kept_with_the_model():
+    lesion = Covariate("lesion", "categorical", categories=("none", "mild"), aliases={"none": ("0",), "mild": ("1", "MCI")})
+    assert [lesion.parse(text) for text in ("none", "None", 0, "0.0")] == ["none"] * 4
+    assert (lesion.parse("mci"), lesion.parse("")) == ("mild", None)
+    schema = CovariateSchema((AGE, lesion, SEX))
+    assert CovariateSchema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+    with pytest.raises(InputError, match="aliases of X, which are no categories"):
+        Covariate("sex", "categorical", categories=("F", "M"), aliases={"X": ("3",)})
+
+
+def test_schemas_without_aliases_read_and_write_as_before_there_were_any():
+    old = {
+        **{"name": "sex", "kind": "categorical", "unit": "", "range": None, "categories": ["F", "M"], "mean": 0.0, "std": 1.0},
+        **{"seen": None, "required": False},
+    }
+    schema = CovariateSchema.from_dict([old])
+    assert schema == CovariateSchema((SEX,)) and json.loads(json.dumps(schema.to_dict())) == [old]
 
 
 def test_labels_carry_units():

@@ -21,8 +21,9 @@ from torture.hostile.reading import Reader, problem_of
 
 from ldm3d.config import CovariateConfig, DataConfig, load_config
 from ldm3d.data import bids, preprocess
-from ldm3d.data.bids import read_scans, read_table, write_table
+from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
 from ldm3d.yaml_files import parse_yaml

@@ -19,6 +19,7 @@ from torture.generation import digests, make_pipeline, run
 
 from ldm3d import generation
 from ldm3d.data.bids import synthetic_path
+from ldm3d.data.nifti import read_volume
 from ldm3d.errors import InputError
 from ldm3d.generation import Series, generate, which_process
 from ldm3d.pipeline import Pipeline, grouped
@@ -211,6 +212,34 @@ def test_a_stop_is_heeded_after_a_volume(pipeline, series, tmp_path):
     assert (tally.made, tally.missing) == (3, 7) and not (out / "participants.tsv").exists()
     assert generate(pipeline, out, rows, pipeline.sampling).kept == 3
     assert digests(out) == digests(series)
+
+
+def test_a_covariate_with_the_name_of_an_option_can_be_asked(model, tmp_path, fails):
+    """Models that were trained before such names were refused have them."""
+    shutil.copytree(model, tmp_path / "model")
+    description = tmp_path / "model/pipeline.json"
+    description.write_text(
+        description.read_text().replace('"name": "sex"', '"name": "group"').replace('"name": "age"', '"name": "seed"')
+    )
+    generate = ["generate", tmp_path / "model", "--device", "cpu", "--out"]
+    command_line(*generate, tmp_path / "asked", "--ask", "group=female", "--ask", "seed=50", "--seed", 3)
+    rows = (tmp_path / "asked/participants.tsv").read_text().splitlines()
+    assert rows == ["participant_id\tseed\tgroup", "sub-syn0001\t50.0\tF"]
+    pipeline = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    result = pipeline(ask={"group": "f", "seed": 50}, seed=3)
+    assert result.rows == [{"seed": 50.0, "group": "F"}]
+    np.testing.assert_allclose(
+        result.images[0].get_fdata(),
+        read_volume(tmp_path / "asked/sub-syn0001/anat/sub-syn0001_desc-synthetic_T1w.nii.gz")[0],
+        atol=1e-6,
+    )
+    assert "write --ask NAME=VALUE" in fails(*generate, tmp_path / "b", "--ask", "group")
+    assert "'age' is asked twice" in fails("generate", model, "--out", tmp_path / "b", "--age", 50, "--ask", "age=60")
+    assert "'89+' is not one number; write one, for example 89" in fails(
+        "generate", model, "--out", tmp_path / "b", "--age", "89+"
+    )
+    with pytest.raises(InputError, match="group: asked twice"):
+        pipeline(ask={"group": "f"}, **{"group": "f"})
 
 
 def test_sigterm_ends_the_command_with_the_code_for_requeueing(model, tmp_path, capsys):

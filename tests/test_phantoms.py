@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ldm3d.data.bids import read_table
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom, write_dataset
+from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 
 SHAPE = (32, 38, 32)

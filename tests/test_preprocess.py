@@ -307,6 +307,7 @@ def test_oddities_are_warned_of_once(dataset):
     with pytest.warns(UserWarning) as caught:
         prepare(dataset("data.grid.shape=[16, 16, 16]"), workers=1)
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2
-    assert "6 scans lose foreground" in messages[0] and "and 1 more" in messages[0]
-    assert "1 files are scans of different subjects" in messages[1] and "sub-02, sub-03" in messages[1]
+    assert len(messages) == 3
+    assert "age_years is the same at all visits of 1 of 1 people" in messages[0]
+    assert "6 scans lose foreground" in messages[1] and "and 1 more" in messages[1]
+    assert "1 files are scans of different subjects" in messages[2] and "sub-02, sub-03" in messages[2]

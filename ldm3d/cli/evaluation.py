@@ -198,8 +198,8 @@ def likelihood(
     precision: Precision = "float32",
 ) -> None:
     """How likely the model finds each held-out subject: nats per latent dimension, and bits per voxel."""
-    from ldm3d.data.bids import write_table
     from ldm3d.data.preprocess import load_prepared
+    from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
     from ldm3d.experiment import held_out_scans
     from ldm3d.pipeline import Pipeline

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, dtype_of
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -18,6 +18,9 @@ def generate(
     num: Annotated[
         int | None, typer.Option("--num", "--volumes", min=1, help="Of one request; 1 if not given. (torchrun eats --num.)")
     ] = None,
+    ask: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="A covariate, where --name means an option of this command.")
+    ] = [],  # noqa: B006 (typer reads it, nobody changes it)
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -38,7 +41,8 @@ def generate(
 ) -> None:
     """Generate volumes for asked covariates, as a BIDS derivative.
 
-    Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45. Those left out are left open.
+    Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Those
+    left out are left open.
 
     The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
     ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
@@ -54,7 +58,7 @@ def generate(
     processes = which_process()
     pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
     pipeline.group, pipeline.threads = group, threads
-    asked = _covariates(context.args)
+    asked = _covariates(context.args, ask)
     if compile:
         pipeline.compile()
     if table is not None and (asked or num is not None):
@@ -117,8 +121,8 @@ def import_monai(
     print(f"{', '.join(pipeline.schema.names)} can be asked of the model written to {out}")
 
 
-def _covariates(arguments: list[str]) -> dict[str, str]:
-    """["--age", "72", "--sex=F"] -> {"age": "72", "sex": "F"}."""
+def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
+    """["--age", "72", "--sex=F"] and ["group=patient"] -> {"age": "72", "sex": "F", "group": "patient"}."""
     asked, rest = {}, list(arguments)
     while rest:
         name, separator, value = rest.pop(0).partition("=")
@@ -129,12 +133,19 @@ def _covariates(arguments: list[str]) -> dict[str, str]:
                 raise InputError(f"{name} needs a value")
             value = rest.pop(0)
         asked[name.removeprefix("--").replace("-", "_")] = value
+    for text in more:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise InputError(f"--ask {shown(text)}: write --ask NAME=VALUE, such as --ask age=72")
+        if name in asked:
+            raise InputError(f"{shown(name)} is asked twice; keep one")
+        asked[name] = value
     return asked
 
 
 def read_requests(table: Path) -> list[dict]:
     """Rows of a table of requests; identifiers in it are not covariates."""
-    from ldm3d.data.bids import read_table
+    from ldm3d.data.tables import read_table
 
     frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
     if frame.empty:

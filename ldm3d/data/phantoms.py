@@ -25,8 +25,9 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 import ldm3d
-from ldm3d.data.bids import BIDS_VERSION, write_table
+from ldm3d.data.bids import BIDS_VERSION
 from ldm3d.data.nifti import write_volume
+from ldm3d.data.tables import write_table
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 

@@ -33,8 +33,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ldm3d.config import Config
-from ldm3d.data.bids import assign_splits, check_inside, read_scans, read_table, root_of, write_table
+from ldm3d.data.bids import assign_splits, read_scans
+from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.nifti import files_of, read_volume
+from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid, place, resample, spacing_of
 from ldm3d.processes import ALONE, Processes, cores_each

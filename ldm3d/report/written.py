@@ -14,10 +14,10 @@ import pandas as pd
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.covariates import Covariate, CovariateSchema, Value
-from ldm3d.data.bids import read_table
+from ldm3d.covariates import Covariate, CovariateSchema, Value, is_missing
 from ldm3d.data.label_maps import count_volumes, find_label_map
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
@@ -37,7 +37,7 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
     Raises:
         InputError: no participants.tsv, or one without participant_id.
     """
-    table = read_table(folder / "participants.tsv").replace("n/a", "")
+    table = read_table(folder / "participants.tsv").map(lambda cell: "" if is_missing(cell) else cell)
     if "participant_id" not in table:
         raise InputError(f"{folder / 'participants.tsv'} has no column participant_id")
     described = folder / "participants.json"

@@ -41,6 +41,21 @@ CELLS = (
         "é" * 300,
         "x" * 10**5,
     ),
+    *(
+        "89+",
+        ">",
+        "+",
+        "35-40",
+        "40-35",
+        "26,9",
+        "1,234",
+        "1" * 50 + "-" + "2" * 50,
+        "1" * 10**4 + "+",
+        "-9999",
+        "999",
+        "1e308",
+    ),
+    *("none", "female", "2", "001", "sub-1", "ses-00a", "0" * 1000, "="),
     *("sub-", "sub-sub-01", "../01", "a/b", "-1", "1,5", "1.0", "True", "%s%n", "{0}", "${HOME}", "~"),
 )
 PATHS = (
@@ -65,6 +80,7 @@ PATHS = (
     ),
     *("x" * 5000, "a/" * 3000 + "b.nii", "pair.hdr", "con.nii", "01a.nii.gz\0.txt", "loop/x.nii"),
 )
+ROWS_A_SESSION = "participant_id\tsession_id\tage\tsex\nsub-01\tses-a\t50\tF\n1\tb\t51\tn/a\nsub-02\ta\t89+\tmale\n"
 LINKS = {
     "link": Link(f"../{OUTSIDE}"),
     "secret.nii.gz": Link(f"../{OUTSIDE}/secret.nii.gz"),
@@ -150,6 +166,11 @@ def tabular(draw) -> Case:
     if what == "sessions":
         content, more = draw(tables("session_id\tage\nses-a\t61\nses-b\t64\n", "\t"))
         files["sub-01/sub-01_sessions.tsv"], mutations = content, (*mutations, *more)
+    elif what == "rows a session":
+        content, mutations = draw(tables(ROWS_A_SESSION, "\t"))
+        files["participants.tsv"] = content
+    elif what == "none":
+        del files["participants.tsv"]
     elif what == "description":
         files["dataset_description.json"] = draw(st.sampled_from((b"", b"{", b"[]", b"[" * 10**5, b'{"Name": NaN}', b"\xff")))
     elif what == "layout":
@@ -171,4 +192,4 @@ BIDS_LINKS = {
         ".git/annex/objects/x.nii.gz": b"",
     },
 }
-BIDS_TRICKS = ("", "", "sessions", "sessions", "description", "layout", *sorted(BIDS_LINKS))
+BIDS_TRICKS = ("", "", "sessions", "sessions", "rows a session", "none", "description", "layout", *sorted(BIDS_LINKS))

@@ -1,0 +1,21 @@
+"""Nothing outside of a dataset's root is read: where that is, and whether a file lies below it."""
+
+import os
+from pathlib import Path
+
+from ldm3d.config import DataConfig
+from ldm3d.data.nifti import files_of
+from ldm3d.errors import InputError
+
+
+def root_of(data: DataConfig) -> Path:
+    """The folder that every file of a dataset lies below."""
+    return Path(os.path.abspath(data.root or data.bids or data.table.parent))
+
+
+def check_inside(path: Path | str, root: Path) -> None:
+    """Raise InputError unless a file lies below the dataset's root, links followed; both files of a pair .hdr and .img."""
+    for file in files_of(Path(path)):
+        real = Path(os.path.realpath(file))
+        if not real.is_relative_to(os.path.realpath(root)):
+            raise InputError(f"{path}: leads to {real}, outside of {root}; copy it there, or set data.root (evaluate: --root)")

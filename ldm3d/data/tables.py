@@ -1,0 +1,123 @@
+"""Tables of text, read and written: every cell a string, whoever wrote the file.
+
+What a cell means is others' business; here are files, lines and columns.
+"""
+
+import collections
+import csv
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ldm3d.errors import InputError, shown, some
+
+MAX_TABLE_BYTES = 2**30
+_FORMULA = re.compile(r"'*[=+\-@](?=.)")  # how a cell begins that a spreadsheet may run; a lone + or - is a value
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all.
+
+    Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
+    """
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    unfinished.write_text(as_tsv(frame), encoding="utf-8", newline="\n")
+    os.replace(unfinished, path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV or TSV as strings, "" where a cell is empty; the index is the line in the file.
+
+    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Columns
+    with neither name nor cells, which spreadsheets leave behind, are dropped.
+
+    Raises:
+        InputError: missing, too large, empty, no text, or rows of different lengths; control characters.
+    """
+    if not path.is_file():
+        raise InputError(f"no table {path}")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest"
+        )
+    try:
+        # Excel starts its CSV files with a byte order mark; and csv, not pandas, which takes a millisecond for each column
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline(2**16)
+            file.seek(0)
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
+            columns, lines = [], []
+            for row in reader:
+                if not "".join(row).strip():
+                    continue
+                columns = columns or [[] for _ in row]
+                if len(row) != len(columns):
+                    if any(row[len(columns) :]):
+                        raise csv.Error(f"Expected {len(columns)} fields in line {reader.line_num}, saw {len(row)}")
+                    row = [*row, *[""] * len(columns)]
+                for column, cell in zip(columns, row):  # a million lists of cells would be too much for the memory's keeper
+                    column.append(cell)
+                lines.append(reader.line_num)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8; save it as CSV (UTF-8)") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
+    except MemoryError:
+        raise InputError(f"{path} is larger than this machine's memory; keep the columns of interest") from None
+    if not lines:
+        raise InputError(f"{path} is empty; its first line must name the columns")
+    columns = [_clean(cells, lines, path) for cells in columns]
+    names = [column[0] for column in columns]
+    twice = [name for name, count in collections.Counter(names).items() if name and count > 1]
+    if twice:
+        raise InputError(f"{path} has several columns {shown(twice[0])}; rename all but one")
+    kept = {name: column[1:] for name, column in zip(names, columns) if name or any(column)}
+    return pd.DataFrame(kept, index=lines[1:], dtype=object)
+
+
+def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
+    """A column's cells without blanks around them, nor the apostrophe that `write_table` puts before formulas."""
+    cells = [cell.strip() for cell in cells]
+    everything = "".join(cells)  # a million cells are looked at one by one only where there is something to find
+    if not everything.isprintable():
+        for line, cell in zip(lines, cells):
+            if any(unicodedata.category(letter) == "Cc" for letter in cell):
+                raise InputError(
+                    f"{path} line {line}: {shown(cell)} holds a line break or another control character; "
+                    "is a quotation mark missing?"
+                )
+    if "'" in everything:
+        cells = [cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell for cell in cells]
+    return cells
+
+
+def check_column(path: Path, columns: Collection[str], column: str, purpose: str) -> None:
+    """Raise InputError, with the nearest name, unless the column is one of the table's; `purpose` says who wants it."""
+    if column not in columns:
+        names = {name.lower(): name for name in columns if len(name) < 100}
+        close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
+        hint = f"did you mean {names[close[0]]!r}? " if close else ""
+        listed = some((shown(name)[1:-1] for name in columns), 30)
+        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {listed}")
+
+
+def check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:
+    """Raise InputError unless every name, of those on these lines, stands on one line only."""
+    if len(set(names)) == len(names):
+        return
+    at: dict[str, list[int]] = {}
+    for line, name in zip(lines, names):
+        at.setdefault(name, []).append(line)
+    twice = [f"{shown(name)[1:-1]} on lines {some(map(str, found))}" for name, found in at.items() if len(found) > 1]
+    raise InputError(f"{path} has {len(twice)} duplicates: {some(twice)}; keep one row each{hint}")
+
+
+def as_tsv(frame: pd.DataFrame) -> str:
+    """The content of a TSV as `write_table` writes it."""
+    frame = frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell)
+    return frame.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n")
