@@ -1,4 +1,8 @@
-"""Every config in configs/ trains: two steps of both stages with small networks and volumes, and all settings as they are."""
+"""Every config in configs/ trains: two steps of both stages with small networks and volumes, and all settings as they are.
+
+Sizes and lengths are cut (grid, widths, scans, batch, steps), and nothing else: precision, workers, optimiser, averages,
+schedule, losses and validation are those of the file.
+"""
 
 from pathlib import Path
 
@@ -6,25 +10,27 @@ import pytest
 import yaml
 from conftest import command_line
 
+from ldm3d import figures
 from ldm3d.data.phantoms import write_dataset
 from ldm3d.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-SHAPE = (24, 32, 24)
+LATENT = (9, 10, 9)  # in three levels no side is 2: there oneDNN's bfloat16 gradient of a convolution is at times NaN
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_dataset(folder, subjects=20, shape=SHAPE, seed=3, workers=1)
+    write_dataset(folder, subjects=6, shape=(24, 28, 24), seed=3, workers=1)
     return folder
 
 
 def cut(settings: dict, data: Path, output: Path) -> dict:
-    """The settings with sizes and lengths cut, and nothing else."""
+    factor = settings["autoencoder"]["network"]["downsampling"]
     settings["output"] = str(output)
-    settings["data"] |= {"bids": str(data), "grid": {"shape": list(SHAPE), "spacing_mm": 7}}
-    settings["autoencoder"]["linear_path_steps"] = 2
+    settings["data"]["bids"] = str(data)
+    settings["data"]["grid"] = {"shape": [factor * side for side in LATENT], "spacing_mm": 20 / factor}
+    settings["autoencoder"]["linear_path_steps"] = settings["generation"]["steps"] = 2
     for stage, width in (("autoencoder", 8), ("diffusion", 16)):
         network, training = settings[stage]["network"], settings[stage]["training"]
         network["channels"] = [width] * len(network["channels"])
@@ -38,7 +44,9 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_trains_as_shipped(path, phantoms, tmp_path, train_here):
+def test_a_shipped_config_trains_as_shipped(path, phantoms, tmp_path, train_here, monkeypatch):
+    for picture in ("mosaic", "curves", "save"):  # what a run draws takes longer than its two steps
+        monkeypatch.setattr(figures, picture, lambda *_, **__: None)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(cut(yaml.safe_load(path.read_text()), phantoms, tmp_path)))
     command_line("prepare", config, "--workers", 1)
