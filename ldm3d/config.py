@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.errors import InputError, shown
 from ldm3d.yaml_files import parse_yaml, read_yaml
 
@@ -112,7 +112,7 @@ class DataConfig(Section):
 class CovariateConfig(Section):
     """One covariate and the column of the table that holds it (default: the column of its name)."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     column: str | None = None
     kind: Literal["continuous", "categorical"]
     unit: str = ""

@@ -34,7 +34,7 @@ from ldm3d.config import (
     Section,
     explain,
 )
-from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.description import WHOLE, Sampling
 from ldm3d.diffusion.process import choose, make_process
 from ldm3d.errors import InputError
@@ -105,7 +105,7 @@ Planes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 class ScaledCovariate(Section):
     """A covariate that the network sees as a number from 0 to 1: by its `range`, or categories in equal steps."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     unit: str = ""
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()

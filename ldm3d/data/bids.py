@@ -26,6 +26,7 @@ from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
 from ldm3d.covariates import Covariate, Value
 from ldm3d.data.nifti import files_of
 from ldm3d.errors import InputError, shown
+from ldm3d.files import checked_name, write_whole
 
 BIDS_VERSION = "1.10.0"
 _SHOWN = 10  # of many like problems, those that a message spells out
@@ -140,9 +141,7 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
     Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
     """
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    unfinished.write_text(_as_tsv(frame), encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    write_whole(path, _as_tsv(frame))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -319,7 +318,8 @@ def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, 
 
 def _session_rows(data: DataConfig, subject: str) -> dict[str, tuple[int, pd.Series]]:
     """Session -> (line, cells) of sub-XX_sessions.tsv; empty where there is none."""
-    path = Path(os.path.abspath(data.bids)) / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
+    name = f"sub-{checked_name(subject, 'subject')}"
+    path = Path(os.path.abspath(data.bids)) / name / f"{name}_sessions.tsv"
     if not path.is_file():
         return {}
     check_inside(path, root_of(data))

@@ -7,7 +7,6 @@ FOLDER/latents.json   what the cache was made from; another origin is a stale ca
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm3d.errors import InputError
+from ldm3d.files import write_whole
 from ldm3d.processes import ALONE, Processes
 
 MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
@@ -64,10 +64,8 @@ def write_latents(
 
 
 def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:
-    scans.to_csv(folder / SCANS, sep="\t", index=False, na_rep="n/a")
-    partial = folder / f"{ORIGIN}.partial"
-    partial.write_text(json.dumps(dict(origin), indent=2) + "\n")
-    os.replace(partial, folder / ORIGIN)
+    write_whole(folder / SCANS, scans.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n"))
+    write_whole(folder / ORIGIN, json.dumps(dict(origin), indent=2) + "\n")
 
 
 def check_latents(folder: Path, origin: Mapping[str, str]) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from ldm3d.config import Config
 from ldm3d.data.bids import assign_splits, check_inside, read_scans, read_table, root_of, write_table
 from ldm3d.data.nifti import files_of, read_volume
 from ldm3d.errors import InputError
+from ldm3d.files import checked_name, write_whole
 from ldm3d.geometry import Grid, place, resample, spacing_of
 from ldm3d.processes import ALONE, Processes, cores_each
 
@@ -113,7 +113,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
-        _write(folder / "settings.json", json.dumps(_settings(config), indent=2).encode())
+        write_whole(folder / "settings.json", json.dumps(_settings(config), indent=2))
     processes.wait()
     cached = sum(result["cached"] for result in good)
     return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
@@ -143,7 +143,7 @@ def read_scan_table(config: Config) -> pd.DataFrame:
 
 def load_prepared(config: Config, key: str) -> NDArray:
     """The prepared volume of a key as float32 (X, Y, Z) in [0, 1]."""
-    path = config.prepared_folder / "volumes" / f"{key}.npy"
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.npy"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
@@ -154,7 +154,7 @@ def load_prepared(config: Config, key: str) -> NDArray:
 
 def load_info(config: Config, key: str) -> dict[str, Any]:
     """What is known of a key's scan: the `info` of `to_grid`."""
-    path = config.prepared_folder / "volumes" / f"{key}.json"
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.json"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -294,8 +294,8 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
             info["notes"] = [str(warning.message) for warning in caught]
             buffer = io.BytesIO()
             np.save(buffer, volume.astype(np.float16))
-            _write(volume_path, buffer.getvalue())
-            _write(info_path, json.dumps(info).encode())  # last: it says that the volume is there
+            write_whole(volume_path, buffer.getvalue())
+            write_whole(info_path, json.dumps(info))  # last: it says that the volume is there
         return {"key": key, "cached": cached, "cut_mm": info["cut_mm"], "notes": info["notes"]}
     except InputError as error:
         return {"reason": str(error)}
@@ -401,13 +401,3 @@ def _settings(config: Config) -> dict[str, Any]:
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
     return {"version": VERSION, **settings}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

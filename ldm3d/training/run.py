@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ldm3d import figures
 from ldm3d.config import Config, TrainingConfig, load_config
 from ldm3d.errors import InputError, differences
+from ldm3d.files import write_whole
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.sharding import is_spread, whole
@@ -110,9 +111,7 @@ class Metrics:
             return
         if self.path.exists():
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(run / "tensorboard")
         for row in self.rows:
