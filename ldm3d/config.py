@@ -254,6 +254,7 @@ class AutoencoderConfig(Section):
     kl: Annotated[float, Field(ge=0)] = 1e-6
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    changed_data: Literal["refuse", "go-on"] = "refuse"  # where a run that goes on finds other scans than it has seen
     training: TrainingConfig
 
 

@@ -79,6 +79,11 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return path.with_name(stem + kinds[0] + packing), path.with_name(stem + kinds[1] + packing)
 
 
+def in_ras_order(volume: NDArray, affine: NDArray) -> NDArray:
+    """The voxels with axes that run mostly to the right, the front and the top, in whatever order a file has them."""
+    return nibabel.orientations.apply_orientation(volume, nibabel.orientations.io_orientation(affine))
+
+
 def write_volume(
     path: Path | str, array: NDArray, affine: NDArray, description: str = "", dtype: DTypeLike | None = None
 ) -> None:

@@ -19,9 +19,10 @@ from ldm3d.data.preprocess import load_prepared, read_scan_table
 from ldm3d.errors import InputError, exit_on_input_error
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
-from ldm3d.models.pretrained import load_weights, make_network
+from ldm3d.models.pretrained import load_weights, make_network, weights_hash
 from ldm3d.preemption import Stop, preemption
 from ldm3d.processes import cores
+from ldm3d.seen import GO_ON, sign
 from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
@@ -34,6 +35,7 @@ from ldm3d.training.run import (
     asked_to_stop,
     circumstances,
     leave,
+    note_seen,
     parse_command_line,
     progress_bar,
     ready_to_spread,
@@ -77,6 +79,7 @@ def train(config: Config, stop: Stop) -> None:
     newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
     restored = checkpoint.restore(run, newest, networks, described)
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
+    note_seen(run, scans, accelerator, begun=restored is not None, go_on=settings.changed_data == GO_ON)
     if restored is None and settings.network.linear_path:
         start_from_linear_path(model, config, keys["train"], accelerator)
         load_weights(ema.network, model.state_dict(), "the linear path")
@@ -224,6 +227,7 @@ def export(config: Config, network: LatentSpace, keys: list[str], best: dict | N
     network.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
     if accelerator.is_main_process:
         network.save_pretrained(config.autoencoder_folder)
+        sign(config.autoencoder_run, weights_hash(config.autoencoder_folder))
         chosen = f" (best of validation, step {best['step']}: {best['psnr_db']:.2f} dB)" if best else ""
         print(f"autoencoder written to {config.autoencoder_folder}{chosen}")
     accelerator.wait_for_everyone()

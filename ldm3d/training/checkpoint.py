@@ -27,7 +27,10 @@ from ldm3d.training.sharding import spread_like, whole
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 # Changing these between two starts of a run is fine; any other setting makes it another run
-FREE_SETTINGS = ("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps")
+FREE_SETTINGS = (
+    *("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps"),
+    "changed_data",
+)
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

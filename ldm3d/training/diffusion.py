@@ -37,6 +37,7 @@ from ldm3d.training.run import (
     asked_to_stop,
     circumstances,
     leave,
+    note_seen,
     parse_command_line,
     progress_bar,
     ready_to_spread,
@@ -85,6 +86,7 @@ def train(config: Config, stop: Stop) -> None:
     newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
     restored = checkpoint.restore(run, newest, networks, as_json(described))
     step, best = (restored[1]["step"], restored[1]["best"]) if restored else (0, None)
+    note_seen(run, scans, accelerator, begun=restored is not None)  # the same as before: `restore` compares `latents`
 
     def read(sample: int, rng: torch.Generator) -> dict[str, Tensor]:
         index = split["train"][sample]
