@@ -22,6 +22,13 @@ from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT, find_experiment, save_experiment, scans_by_use
 from ldm3d.seen import RECORD, note_scans, seen_by, sign
 
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Scans are prepared here: starting workers takes longer than 20 tiny scans."""
+    monkeypatch.setattr("ldm3d.data.preprocess.cores_each", lambda: 1)
+
+
 # Identity of a scan
 
 
