@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.errors import InputError, shown
 from ldm3d.yaml_files import parse_yaml, read_yaml
 
@@ -159,7 +159,7 @@ class CovariateConfig(Section):
     number in the column is a value, however odd.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     column: str | None = None
     kind: Literal["continuous", "categorical"]
     unit: str = ""
@@ -353,6 +353,7 @@ class AutoencoderConfig(Section):
     kl: Annotated[float, Field(ge=0)] = 1e-6
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    changed_data: Literal["refuse", "go-on"] = "refuse"  # where a run that goes on finds other scans than it has seen
     training: TrainingConfig
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm3d.errors import SHOWN, InputError, shown, some
 
 Value = float | str | None
+NAME = r"^[a-z][a-z0-9_]{0,99}$"  # how requests, columns and files can be called
 
 MISSING = ("", "n/a", "na", "nan", "none", "null")  # in lower case; a category of such a name is a category all the same
 # What the two sexes are called beside the names that a covariate gives them, if it knows both
@@ -107,6 +108,11 @@ class Covariate:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
     def __post_init__(self):
+        if not re.fullmatch(NAME.rstrip("$"), self.name):  # $ lets a line break follow
+            raise InputError(
+                f"covariate {shown(self.name)}: a name begins with a small letter and goes on with small letters, digits and "
+                "_, at most 100; rename it (`column:` says what it is called in the table)"
+            )
         if self.kind not in ("continuous", "categorical"):
             raise InputError(f"covariate {self.name!r}: kind is {self.kind!r}; use continuous or categorical")
         if (self.kind == "categorical") != bool(self.categories):
@@ -198,6 +204,12 @@ class Covariate:
         if self.kind == "categorical":
             return float(self.categories.index(value)), 1.0
         return (value - self.mean) / self.std, 1.0
+
+
+def as_name(text: str) -> str:
+    """A name that a covariate may have, for a column of any name: "age_at_scan" for "Age at scan"."""
+    name = re.sub("[^a-z0-9]+", "_", text.lower()).strip("_")
+    return (name if name[:1].isalpha() else f"column_{name or text.encode().hex()}")[:100]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,60 @@
 """What belongs to which: latents to their autoencoder and data, a trained model to the settings and scans it was made with.
 
-MODEL/experiment.json lets `evaluate` prepare other scans in the same way and keep to those that the model never saw. Scans
-are named by a hash of their content, so the model folder carries no subject's identifier.
+OUTPUT/experiment.json lets `evaluate` prepare other scans in the same way and keep to those that the model never saw. It names
+scans, subjects and local paths, so it stays with the run, beside the model folder, which is what is handed on.
 """
 
 import json
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
 
 from ldm3d.config import Config, explain
+from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.preprocess import fingerprint, prepare, read_scan_table
+from ldm3d.description import DESCRIPTION, read_description
 from ldm3d.errors import InputError, shown
+from ldm3d.files import write_whole
+from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.processes import ALONE, Processes
+from ldm3d.seen import Seen, seen_by
 
 EXPERIMENT = "experiment.json"
+FORMAT = 2  # 1: in the model folder, scans by the bytes of their files
+NONE = "none"  # instead of a file: the user's word that the model has seen nothing of the data
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is known of how a model came to be.
+
+    Attributes:
+        config: its own; `output` is where the run lies now.
+        base: folder that relative paths of its data start from.
+        train: scans that either stage was trained on.
+        seen: these, and those of validation.
+        subjects: labels of all that were seen; empty in old files.
+        by_file: whether scans are named by the bytes of their files, as old files do.
+        place: the file; None for a model that is told to have seen nothing.
+    """
+
+    config: Config
+    base: Path = Path()
+    train: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
+    subjects: frozenset[str] = frozenset()
+    by_file: bool = False
+    place: Path | None = None
+
+    @property
+    def data(self) -> Path:
+        """BIDS folder or table that it was trained on."""
+        return (self.base / (self.config.data.bids or self.config.data.table)).resolve()
 
 
 def latents_origin(config: Config) -> dict[str, str]:
@@ -33,17 +71,70 @@ def latents_origin(config: Config) -> dict[str, str]:
     return {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
 
 
-def save_experiment(config: Config, folder: Path) -> None:
-    """Write experiment.json beside a model of this config."""
-    scans = read_scan_table(config)
-    seen = sorted(scans.loc[scans["split"] != "test", "key"])
-    validation = sorted(scans.loc[scans["split"] == "validation", "key"])  # seen, but not trained on
-    values = {"config": config.model_dump(mode="json", exclude_unset=True), "seen": seen, "validation": validation}
-    (folder / EXPERIMENT).write_text(json.dumps(values, indent=1) + "\n")
+def save_experiment(config: Config, model: Path) -> None:
+    """Write OUTPUT/experiment.json for a model of this config: what all stages have seen, or, where no run noted it, what
+    the table of prepared scans says."""
+    first, second = seen_by(config.autoencoder_run), seen_by(config.diffusion_run) or _seen_by_table(config)
+    if first and first.network != weights_hash(config.autoencoder_folder):
+        first = None  # of another autoencoder
+    known = [stage for stage in (first, second, seen_by(config.decoder_run)) if stage]
+    train = frozenset.union(*(stage.train for stage in known))
+    seen = frozenset.union(train, *(stage.validation for stage in known))
+    values = {
+        "format": FORMAT,
+        "model": weights_hash(model / "autoencoder", model / "unet"),
+        "base": str(Path.cwd()),
+        "config": config.model_dump(mode="json", exclude_unset=True),
+        "train": sorted(train),
+        "validation": sorted(seen - train),
+        "subjects": sorted(frozenset.union(*(stage.subjects for stage in known))),
+        "autoencoder_known": first is not None,
+    }
+    write_whole(config.output / EXPERIMENT, json.dumps(values, indent=1) + "\n")
+    (model / EXPERIMENT).unlink(missing_ok=True)  # an older version's
+
+
+def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
+    """What is known of a model.
+
+    Args:
+        model: pipeline folder.
+        given: its experiment.json; None for the one beside the folder, or, of old models, in it; NONE for a model that
+            has seen nothing of the data, as the user knows.
+
+    Raises:
+        InputError: there is none, it is damaged, or of another model.
+    """
+    if str(given) == NONE:
+        return Experiment(_config_of(model))
+    places = [Path(given)] if given else [model.resolve().parent / EXPERIMENT, model / EXPERIMENT]
+    weights = weights_hash(model / "autoencoder", model / "unet")
+    for place in places:
+        if place.is_file():
+            values = read_json(place)
+            inside = place.resolve().parent == model.resolve()
+            if inside:
+                warnings.warn(
+                    f"{place} names scans and local paths of the training: before you hand the model folder on, move "
+                    f"that file to {model.resolve().parent} or elsewhere (--experiment FILE then says where)",
+                    stacklevel=3,
+                )
+            if inside or given or values.get("model") == weights:
+                return _read_experiment(place, values, weights)
+    raise InputError(
+        f"nothing says which scans {model} was trained on, so that none can be called held out: there is no "
+        f"{' or '.join(map(str, places))} of it. Give the {EXPERIMENT} of the run that made it (--experiment FILE); or, if "
+        f"you know that it has never seen a scan of --data, say so (--experiment {NONE})"
+    )
 
 
 def held_out_scans(
-    model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
+    model: Path,
+    data: Path,
+    work: Path,
+    root: Path | None = None,
+    processes: Processes = ALONE,
+    experiment: str | Path | None = None,
 ) -> tuple[Config, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
 
@@ -52,14 +143,21 @@ def held_out_scans(
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table).
     """
-    config, _, held_out = scans_by_use(model, data, work, root, processes)
+    config, _, held_out = scans_by_use(model, data, work, root, processes, experiment)
     return config, held_out
 
 
 def scans_by_use(
-    model: Path, data: Path, work: Path, root: Path | None = None, processes: Processes = ALONE
+    model: Path,
+    data: Path,
+    work: Path,
+    root: Path | None = None,
+    processes: Processes = ALONE,
+    experiment: str | Path | None = None,
 ) -> tuple[Config, pd.DataFrame, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's own were, and say which it was trained on and which it has never seen.
+
+    The experiment's own folder is read only: scans that are not prepared there as the model's were are prepared in `work`.
 
     Args:
         model: pipeline folder.
@@ -67,35 +165,136 @@ def scans_by_use(
         work: where to put prepared volumes, unless it is the experiment's own data, prepared already.
         root: folder that holds all files of `data`, see `DataConfig`; None for its own.
         processes: that share the work; all of them have to call this.
+        experiment: see `find_experiment`.
 
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table that were trained on, those of subjects that
         were not seen in any way). Subjects of the validation split are in neither.
 
     Raises:
-        InputError: no experiment.json, no such data, or nothing held out in it.
+        InputError: what `find_experiment` raises; no such data, or nothing held out in it.
     """
-    try:
-        values = read_json(model / EXPERIMENT)
-        config, seen = Config.model_validate(values["config"], context={"saved": True}), set(values["seen"])
-        trained = seen - set(values.get("validation", ()))
-    except FileNotFoundError:
-        raise InputError(f"{model} has no {EXPERIMENT}: it is no model that training stage 2 wrote") from None
-    except ValidationError as error:
-        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {explain(error)}") from None
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{model / EXPERIMENT} is damaged or of another version: {shown(error)}") from None
+    known = find_experiment(model, experiment)
     if not data.exists():
         raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
-    own = config.data.bids or config.data.table
-    if own.resolve() != data.resolve() or not config.prepared_folder.is_dir():
-        source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
-        source |= {"root": root, "participants": None}
-        config = config.model_copy(update={"data": config.data.model_copy(update=source), "output": work})
-    prepare(config, processes=processes)
-    scans = read_scan_table(config)
-    known = set(scans.loc[scans["key"].isin(seen), "subject"])
-    held_out = scans[~scans["subject"].isin(known)].reset_index(drop=True)
+    own = known.place is not None and known.data == data.resolve()
+    config, scans = _prepared(known, data, work, root, own, processes)
+    if known.by_file:
+        grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+        before = settings_of(grid, config.data.percentiles, version=1)
+        names = pd.Series([file_key(Path(path), before) for path in scans["path"]], dtype=object)
+    else:
+        names = scans["key"].map(scan_of)
+    seen = set(scans.loc[names.isin(known.seen), "subject"])
+    seen |= _seen_by_label(known, scans, seen, data, own, processes.is_main)
+    held_out = scans[~scans["subject"].isin(seen)].reset_index(drop=True)
     if held_out.empty:
         raise InputError(f"all {len(scans)} scans of {data} are of subjects that the model was trained on; give others")
-    return config, scans[scans["key"].isin(trained)].reset_index(drop=True), held_out
+    return config, scans[names.isin(known.train)].reset_index(drop=True), held_out
+
+
+def _prepared(
+    known: Experiment, data: Path, work: Path, root: Path | None, own: bool, processes: Processes
+) -> tuple[Config, pd.DataFrame]:
+    """(config whose prepared folder holds them, table) of a dataset's scans."""
+    config = known.config
+    if own and config.prepared_folder.is_dir():
+        try:
+            return config, read_scan_table(config)
+        except InputError as error:
+            if processes.is_main:
+                print(f"{error}\npreparing the scans in {work} for now", flush=True)
+    if own and root is None and config.data.root:
+        root = known.base / config.data.root
+    source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
+    data_of = config.data.model_copy(update={**source, "root": root, "participants": None})
+    config = config.model_copy(update={"data": data_of, "output": work})
+    prepare(config, processes=processes)
+    return config, read_scan_table(config)
+
+
+def _seen_by_label(
+    known: Experiment, scans: pd.DataFrame, by_scan: set[str], data: Path, own: bool, is_main: bool
+) -> set[str]:
+    """Subjects that are called like seen ones though their scans are others; of the experiment's own data they are seen."""
+    alike = sorted((known.subjects & set(scans["subject"])) - by_scan)
+    if own and known.by_file and not by_scan:
+        raise InputError(
+            f"{data} is what the model was trained on, but none of its {len(scans)} files is what it was: packed anew? This "
+            f"model's {EXPERIMENT} knows scans by the bytes of their files; give the files of then, or train the model again"
+        )
+    if alike and is_main:
+        what = f"{len(alike)} subjects of {data} are called like subjects that the model has seen ({', '.join(alike[:5])}"
+        what += ", ...), and none of their scans has the voxels that it saw: "
+        if own:
+            what += "their scans were changed since the training. They count as seen, and are neither trained on nor held out"
+        else:
+            what += "if they are the same people, processed otherwise, they are not held out, whatever the figures say"
+        warnings.warn(what, stacklevel=4)
+    return set(alike) if own else set()
+
+
+def _seen_by_table(config: Config) -> Seen:
+    """By the table of prepared scans, for runs that began before they noted what they see."""
+    scans = read_scan_table(config)
+    of = {split: scans[scans["split"] == split] for split in ("train", "validation")}
+    names = {split: frozenset(rows["key"].map(scan_of)) for split, rows in of.items()}
+    return Seen(names["train"], names["validation"], frozenset(pd.concat(of.values())["subject"]))
+
+
+def _read_experiment(place: Path, values: dict[str, Any], weights: str) -> Experiment:
+    """What a file says; a warning where it does not know everything."""
+    try:
+        config, form = Config.model_validate(values["config"], context={"saved": True}), values.get("format", 1)
+        if form == 1:
+            seen = frozenset(values["seen"])
+            train = seen - {*values.get("validation", ())}
+            if seen:
+                warnings.warn(
+                    f"{place} is of an older version: it knows scans by the bytes of their files, and those of stage 2 alone. "
+                    "Scans that were packed anew since count as never seen",
+                    stacklevel=4,
+                )
+            return Experiment(config, Path(), train, seen, by_file=True, place=place)
+        if form != FORMAT:
+            raise InputError(f"{place} is of another version of ldm3d (format {shown(form)}, here {FORMAT}); update ldm3d")
+        if values["model"] != weights:
+            raise InputError(f"{place} is of model {shown(values['model'])}, and this is {weights}; give its own")
+        if not values["autoencoder_known"]:
+            warnings.warn(
+                f"{place} does not know which scans the autoencoder was trained on: some that count as held out may be among "
+                "them, so that reconstructions look better than they are. Train stage 1 again to know",
+                stacklevel=4,
+            )
+        train = frozenset(values["train"])
+        config = config.model_copy(update={"output": place.resolve().parent})
+        everything = train | {*values["validation"]}
+        return Experiment(config, Path(values["base"]), train, everything, frozenset(values["subjects"]), place=place)
+    except ValidationError as error:
+        raise InputError(f"{place} is damaged or of another version: {explain(error)}") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{place} is damaged or of another version: {shown(error)}") from None
+
+
+def _config_of(model: Path) -> Config:
+    """A config that scans can be prepared by, with the model's covariates as columns; its training never takes place."""
+    if not (model / DESCRIPTION).is_file():
+        raise InputError(f"{model} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
+    parts = read_description(model / DESCRIPTION)
+    grid, schema = parts["grid"], parts["schema"]
+    never = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}
+    columns = ("name", "kind", "unit", "categories")
+    values = {
+        "name": "unknown",
+        "output": "not-given",
+        "data": {
+            "table": "not-given.csv",
+            "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm)},
+            "skull_stripped": parts["skull_stripped"],
+            "splits": {"validation": 0, "test": 0},
+        },
+        "covariates": [{name: getattr(c, name) for name in columns} | {"range": c.range} for c in schema],
+        "autoencoder": {"network": {"latent_channels": 1, "downsampling": 1, "channels": [1]}, "training": never},
+        "diffusion": {"network": {"channels": [1], "attention": [False]}, "training": never},
+    }
+    return Config.model_validate(values)

@@ -31,6 +31,7 @@ from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
 from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
+from ldm3d.files import write_whole
 from ldm3d.generation import FINISHED, Series
 from ldm3d.geometry import Grid
 from ldm3d.memory import Plan, plan_decode, tried
@@ -202,7 +203,7 @@ class Pipeline:
             "crop": self.crop,
             "generates": "synthetic volumes; no patient's data",
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_whole(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
         self.model_hash = weights_hash(folder / "autoencoder", folder / "unet")
 
     @classmethod

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm3d.config import (
-    Config,
     GenerationConfig,
     GridConfig,
     MonaiAutoencoderConfig,
@@ -34,11 +33,10 @@ from ldm3d.config import (
     Section,
     explain,
 )
-from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.description import WHOLE, Sampling
 from ldm3d.diffusion.process import choose, make_process
 from ldm3d.errors import InputError
-from ldm3d.experiment import EXPERIMENT
 from ldm3d.geometry import Grid, spacing_of
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
 from ldm3d.pipeline import Pipeline
@@ -105,7 +103,7 @@ Planes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 class ScaledCovariate(Section):
     """A covariate that the network sees as a number from 0 to 1: by its `range`, or categories in equal steps."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     unit: str = ""
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
@@ -185,7 +183,6 @@ def import_model(folder: Path, out: Path, library: str = "monai", settings: Path
     stripped = config.skull_stripped
     pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.target, sampling, stripped, crop=config.crop)
     pipeline.save_pretrained(out)
-    (out / EXPERIMENT).write_text(json.dumps({"config": describe(config, out), "seen": []}, indent=1) + "\n")
     return pipeline
 
 
@@ -349,34 +346,6 @@ def make_grid(config: ImportConfig) -> Grid:
         raise InputError(f"affine has voxels of {spacing_of(affine).tolist()} mm, grid.spacing_mm says {spacing}")
     affine[:, 3] = affine @ [*(-before for before, _ in config.crop), 1]
     return Grid(shape, spacing, affine)
-
-
-def describe(config: ImportConfig, out: Path) -> dict[str, Any]:
-    """An experiment's config that scans can be prepared by, as `ldm3d evaluate` does; its training never took place here."""
-    never = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}
-    kinds = [{"kind": "categorical" if c.categories else "continuous"} for c in config.covariates]
-    named = [c.model_dump(mode="json", exclude={"range"}) for c in config.covariates]
-    values = {
-        "name": out.name,
-        "output": str(out),
-        "data": {
-            "table": "not-given.csv",
-            "grid": config.grid.model_dump(mode="json"),
-            "skull_stripped": config.skull_stripped,
-            "splits": {"validation": 0, "test": 0},
-        },
-        "covariates": [kind | covariate for kind, covariate in zip(kinds, named)],
-        "autoencoder": {"network": config.autoencoder.model_dump(mode="json"), "training": never},
-        "diffusion": {
-            "process": config.process.model_dump(mode="json"),
-            "target": config.target,
-            "network": config.unet.model_dump(mode="json", include=set(MonaiUNetConfig.model_fields)),
-            "training": never,
-        },
-        "generation": config.generation.model_dump(mode="json"),
-    }
-    Config.model_validate(values)
-    return values
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def test_reader_sees_every_form_of_import():
     "modules, allowed",
     [
         (["errors.py"], ()),
-        (["geometry.py", "covariates.py"], ("ldm3d.errors",)),
+        (["geometry.py", "covariates.py", "files.py"], ("ldm3d.errors",)),
         (["yaml_files.py"], ("ldm3d.errors",)),
         (["config.py"], ("ldm3d.errors", "ldm3d.covariates", "ldm3d.yaml_files")),
         (["models/"], ("ldm3d.errors", "ldm3d.models")),
@@ -75,7 +75,7 @@ def test_reader_sees_every_form_of_import():
             ["data/"],
             (
                 *("ldm3d.errors", "ldm3d.geometry", "ldm3d.covariates", "ldm3d.config", "ldm3d.data"),
-                *("ldm3d.preemption", "ldm3d.processes"),
+                *("ldm3d.files", "ldm3d.preemption", "ldm3d.processes"),
             ),
         ),
     ],

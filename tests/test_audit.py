@@ -526,7 +526,7 @@ def experiment(tmp_path_factory) -> Path:
     write_dataset(folder / "data", subjects=16, shape=(16, 16, 16), seed=3, workers=1)
     settings = {
         "name": "tiny",
-        "output": str(folder / "run"),
+        "output": str(folder),
         "data": {
             "bids": str(folder / "data"),
             "grid": {"shape": [16, 16, 16], "spacing_mm": 13.5},

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
-from ldm3d.data.bids import assign_splits, derivative_files, participants_files, read_scans, synthetic_path
+from ldm3d.config import CovariateConfig, DataConfig
+from ldm3d.data.bids import derivative_files, participants_files, read_scans, synthetic_path
 from ldm3d.data.nifti import write_volume
 from ldm3d.errors import InputError
 
@@ -260,33 +260,6 @@ def test_out_of_range_counts_as_missing_with_one_warning(tmp_path):
     assert len(caught) == 1
     assert "line 3 (sub-2), column 'age': 999 is not within 0 to 110 years" in str(caught[0].message)
     np.testing.assert_array_equal(scans["age_years"], [50, np.nan, np.nan])
-
-
-# Splits
-
-
-def test_splits_have_their_shares_whatever_the_order():
-    subjects = [f"s{i}" for i in range(100)]
-    splits = assign_splits(subjects, SplitConfig(validation=0.1, test=0.2))
-    assert pd.Series(splits).value_counts().to_dict() == {"train": 70, "test": 20, "validation": 10}
-    assert assign_splits(reversed(subjects + subjects[:30]), SplitConfig(validation=0.1, test=0.2)) == splits
-    assert assign_splits(subjects, SplitConfig(validation=0.1, test=0.2, seed=1)) != splits
-
-
-@pytest.mark.parametrize(
-    "n, validation, test, expected",
-    [
-        (3, 0.1, 0.1, {"train": 1, "validation": 1, "test": 1}),
-        (3, 0.9, 0.05, {"train": 1, "validation": 1, "test": 1}),
-        (5, 0.1, 0.0, {"train": 4, "validation": 1}),
-        (2, 0.1, 0.1, {"train": 2}),
-        (1, 0.5, 0.4, {"train": 1}),
-        (0, 0.1, 0.1, {}),
-    ],
-)
-def test_few_subjects_leave_no_split_empty(n, validation, test, expected):
-    splits = assign_splits(map(str, range(n)), SplitConfig(validation=validation, test=test, seed=3))
-    assert pd.Series(splits, dtype=object).value_counts().to_dict() == expected
 
 
 # Derivatives

@@ -282,7 +282,7 @@ def test_full_disk_stops_the_run(dataset, monkeypatch):
     def fail(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(preprocess, "_write", fail)
+    monkeypatch.setattr(preprocess, "write_whole", fail)
     with pytest.raises(OSError, match="No space left"):
         prepare(dataset(), workers=1)
 

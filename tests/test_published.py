@@ -394,7 +394,7 @@ def test_generate_and_evaluate(tmp_path, zoo):
     arguments = ["--data", tmp_path / "data", "--num", 3, "--steps", 1, "--out", tmp_path / "report"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # phantoms are no brains of this model's range
-        command_line("evaluate", tmp_path / "imported", *arguments)
+        command_line("evaluate", tmp_path / "imported", "--experiment", "none", *arguments)
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert metrics["reconstruction"]["volumes"] == 4
     assert {sweep["covariate"] for sweep in metrics["sweeps"]} == {"age", "ventricular_volume_ml", "brain_volume_ml"}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app, dtype_of
+from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app, dtype_of
 from ldm3d.errors import InputError
 
 
@@ -16,6 +16,7 @@ def evaluate(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
+    experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")] = 64,
     measure: Annotated[
@@ -57,7 +58,7 @@ def evaluate(
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     function, extractor = load_measure(measure), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    scans = scans_by_use(model, data, out / "work", root, processes)  # the config, trained on, held out
+    scans = scans_by_use(model, data, out / "work", root, processes, experiment)  # the config, trained on, held out
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "audit": with_audit}
     done = assess(pipeline, *scans, function, extractor, sampling, num, **parts, processes=processes)
     if processes.is_main:
@@ -72,6 +73,7 @@ def audit(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
     root: Root = None,
+    experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
     num: Annotated[
         int, typer.Option("--num", "--volumes", min=1, help="To generate, half of them for training subjects' own covariates.")
@@ -102,7 +104,7 @@ def audit(
     pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    config, *groups = scans_by_use(model, data, out / "work", root, processes)
+    config, *groups = scans_by_use(model, data, out / "work", root, processes, experiment)
     training, held_out = (of_scans(config, scans, pipeline) for scans in groups)
     if synthetic:
         looked = written_in(synthetic, pipeline)
@@ -124,6 +126,7 @@ def segmenter(
     labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and what counts for it.")],
     root: Root = None,
+    experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
     steps: Annotated[int, typer.Option(min=1)] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -138,7 +141,7 @@ def segmenter(
     from ldm3d.processes import own_device
 
     groups = parse_groups(volume)
-    config, *tables = scans_by_use(model, data, out / "work", root)
+    config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment)
     trained, held_out = (
         [
             functools.partial(load_labels, config, key, find_label_map(labels, subject, session), groups)
@@ -189,6 +192,7 @@ def likelihood(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
+    experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Table to write, a row for each subject.")] = Path("likelihood.tsv"),
     method: Annotated[str, typer.Option(help="bound, ode or both.")] = "both",
     times: Annotated[int, typer.Option(min=1, help="U-Net calls of the bound, for each subject.")] = 128,
@@ -205,7 +209,7 @@ def likelihood(
     from ldm3d.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(model, device, dtype_of(precision))
-    config, scans = held_out_scans(model, data, out.parent / "work", root)
+    config, scans = held_out_scans(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
     def load(i: int):

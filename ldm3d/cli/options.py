@@ -20,6 +20,10 @@ Device = Annotated[str | None, typer.Option(help="Where to compute; the first GP
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16 (faster on GPUs and recent CPUs).")]
 ModelPath = Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)]
 Root = Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")]
+Experiment = Annotated[
+    str | None,
+    typer.Option(help="The experiment.json of its run, where it is not beside MODEL; none: it has seen nothing of --data."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="The model's own if not given, as the next three.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Of the sampler.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none.")]

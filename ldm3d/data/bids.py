@@ -4,19 +4,18 @@ In: which scans there are, whose they are and what the table says of them, from 
 Out: the files around generated volumes that make a folder a BIDS derivative dataset.
 """
 
-import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
+from ldm3d.config import CovariateConfig, DataConfig
 from ldm3d.data.cells import Where, read_cells, warn_of_ages_that_stand_still
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.participants import cells_of, label
@@ -67,23 +66,6 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
         kind = float if covariate.kind == "continuous" else object
         frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
     return frame
-
-
-def assign_splits(subjects: Iterable[str], splits: SplitConfig) -> dict[str, str]:
-    """Split every subject into "train", "validation" or "test", all of its scans together.
-
-    Subjects are ranked by a hash of seed and name, so the same subjects are split alike in whatever order they come.
-    From three subjects on, no split that has a share is empty.
-    """
-    ranked = sorted(set(subjects), key=lambda subject: hashlib.sha256(f"{splits.seed}:{subject}".encode()).hexdigest())
-    count = {}
-    for name, share in (("test", splits.test), ("validation", splits.validation)):
-        count[name] = max(round(share * len(ranked)), 1 if share > 0 and len(ranked) >= 3 else 0)
-    while ranked and sum(count.values()) > len(ranked) - 1:  # someone has to train
-        count[max(count, key=count.__getitem__)] -= 1
-    names = ["test"] * count["test"] + ["validation"] * count["validation"]
-    names += ["train"] * (len(ranked) - len(names))
-    return dict(zip(ranked, names))
 
 
 def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readme: str) -> dict[str, str]:

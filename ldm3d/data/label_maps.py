@@ -10,6 +10,7 @@ from ldm3d.config import Config
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preprocess import load_info, load_prepared
 from ldm3d.errors import InputError
+from ldm3d.files import checked_name
 from ldm3d.geometry import resample
 
 
@@ -19,7 +20,7 @@ def find_label_map(folder: Path, subject: str, session: str = "") -> Path:
     Raises:
         InputError: none, or several.
     """
-    name = f"sub-{subject}_ses-{session}" if session else f"sub-{subject}"
+    name = f"sub-{checked_name(subject, 'subject')}" + (f"_ses-{checked_name(session, 'session')}" if session else "")
     found = sorted(p for p in folder.rglob(f"{name}[_.]*") if p.name.endswith((".nii", ".nii.gz")))
     if len(found) != 1:
         shown = ", ".join(p.name for p in found[:3]) or "none"

@@ -7,7 +7,6 @@ FOLDER/latents.json   what the cache was made from; another origin is a stale ca
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from ldm3d.data.loading import evenly
 from ldm3d.errors import InputError
+from ldm3d.files import write_whole
 from ldm3d.processes import ALONE, Processes
 
 MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
@@ -66,10 +66,8 @@ def write_latents(
 
 
 def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:
-    scans.to_csv(folder / SCANS, sep="\t", index=False, na_rep="n/a")
-    partial = folder / f"{ORIGIN}.partial"
-    partial.write_text(json.dumps(dict(origin), indent=2) + "\n")
-    os.replace(partial, folder / ORIGIN)
+    write_whole(folder / SCANS, scans.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n"))
+    write_whole(folder / ORIGIN, json.dumps(dict(origin), indent=2) + "\n")
 
 
 def noise_share(moments: NDArray, most: int = 256) -> NDArray:

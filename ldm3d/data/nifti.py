@@ -7,7 +7,6 @@ extensions are skipped: nothing here needs them, and their sizes are one more th
 import gzip
 import logging
 import math
-import os
 import warnings
 import zlib
 from pathlib import Path
@@ -21,6 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
 from ldm3d.errors import InputError
+from ldm3d.files import replacing
 
 MAX_VOXELS = 2**30  # 1024^3, 4 GiB as float32: beyond any whole-brain scan
 # deflate cannot shrink more than 1032 : 1 (zlib's technical details); some room for the file's own header
@@ -79,6 +79,11 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return path.with_name(stem + kinds[0] + packing), path.with_name(stem + kinds[1] + packing)
 
 
+def in_ras_order(volume: NDArray, affine: NDArray) -> NDArray:
+    """The voxels with axes that run mostly to the right, the front and the top, in whatever order a file has them."""
+    return nibabel.orientations.apply_orientation(volume, nibabel.orientations.io_orientation(affine))
+
+
 def write_volume(
     path: Path | str, array: NDArray, affine: NDArray, description: str = "", dtype: DTypeLike | None = None
 ) -> None:
@@ -96,13 +101,8 @@ def write_volume(
     if dtype is not None:
         image.set_data_dtype(dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the last step is a rename; nibabel chooses the format by the end of the name
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as unfinished:
         nibabel.save(image, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def pack_volume(array: NDArray, affine: NDArray, description: str = "") -> bytes:

@@ -16,6 +16,7 @@ from ldm3d.covariates import is_missing
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import InputError, some
+from ldm3d.files import checked_name
 
 Scan = tuple[str, str, str]  # subject, session, path
 
@@ -193,7 +194,8 @@ def _known(table: _Table, scans: Sequence[Scan], data: DataConfig) -> list[Scan]
 
 def _sessions(data: DataConfig, subject: str, visits: Collection[str]) -> _Table | None:
     """sub-XX_sessions.tsv; None if there is none."""
-    path = Path(os.path.abspath(data.bids)) / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
+    name = f"sub-{checked_name(subject, 'subject')}"
+    path = Path(os.path.abspath(data.bids)) / name / f"{name}_sessions.tsv"
     if not path.is_file():
         return None
     check_inside(path, root_of(data))

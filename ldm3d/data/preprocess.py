@@ -2,13 +2,14 @@
 
 Below `config.prepared_folder`:
     volumes/<key>.npy   float16 (X, Y, Z); <key>.json what the way back needs, and what was odd
+            <file>.key  the key of a file by its bytes, so that one that is as it was need not be unpacked
     scans.tsv           subject, session, path, key, split and the covariates of every scan that could be prepared
     splits.tsv          the split of every subject
     settings.json       what the rest was made with
     failed.tsv          scans that could not be prepared, and why; only if there are any
 
-A key is a hash of the scan's content and of the settings that shape the volume, so nothing is prepared twice and
-nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
+A key is a hash of the scan's voxels and of the settings that shape the volume (`ldm3d.data.keys`), so nothing is prepared
+twice and nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
 """
 
 import errno
@@ -16,7 +17,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,15 +33,18 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ldm3d.config import Config
-from ldm3d.data.bids import assign_splits, read_scans
+from ldm3d.data.bids import read_scans
 from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.nifti import files_of, read_volume
+from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
+from ldm3d.data.nifti import read_volume
+from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
+from ldm3d.files import checked_name, write_whole
 from ldm3d.geometry import Grid, place, resample, spacing_of
 from ldm3d.processes import ALONE, Processes, cores_each
 
-VERSION = 1  # raise it when the numbers that this file makes change: every volume is then prepared again
+VERSION = 2  # raise it when the numbers that this file makes change: every volume is then prepared again
 
 _BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
 _FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
@@ -77,6 +80,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     started = time.monotonic()
     folder = config.prepared_folder
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
+    kept = _kept_splits(config, processes)
     scans = read_scans(config.data, config.covariates)
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
@@ -108,14 +112,14 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
 
     good = [result for result in results if "reason" not in result]
     table = scans[~bad].reset_index(drop=True)
-    splits = assign_splits(table["subject"], config.data.splits)
+    splits = assign_splits(table["subject"], config.data.splits, kept)
     table.insert(3, "key", [result["key"] for result in good])
     table.insert(4, "split", table["subject"].map(splits))
     _warn(table, good, grid)
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
-        _write(folder / "settings.json", json.dumps(_settings(config), indent=2).encode())
+        write_whole(folder / "settings.json", json.dumps(_settings(config), indent=2))
     processes.wait()
     cached = sum(result["cached"] for result in good)
     return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
@@ -130,7 +134,9 @@ def read_scan_table(config: Config) -> pd.DataFrame:
     folder = config.prepared_folder
     if not (folder / "settings.json").is_file() or not (folder / "scans.tsv").is_file():
         raise InputError(f"no prepared scans in {folder}; run `ldm3d prepare` with this config first")
-    before, now = json.loads((folder / "settings.json").read_text(encoding="utf-8")), _settings(config)
+    before, now = _read_settings(folder), _settings(config)
+    if before.get("version") != VERSION:
+        raise InputError(f"{folder} was prepared by another version of ldm3d; run `ldm3d prepare` with this config again")
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys]
     if changed:
@@ -145,7 +151,7 @@ def read_scan_table(config: Config) -> pd.DataFrame:
 
 def load_prepared(config: Config, key: str) -> NDArray:
     """The prepared volume of a key as float32 (X, Y, Z) in [0, 1]."""
-    path = config.prepared_folder / "volumes" / f"{key}.npy"
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.npy"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
@@ -156,7 +162,7 @@ def load_prepared(config: Config, key: str) -> NDArray:
 
 def load_info(config: Config, key: str) -> dict[str, Any]:
     """What is known of a key's scan: the `info` of `to_grid`."""
-    path = config.prepared_folder / "volumes" / f"{key}.json"
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.json"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -285,19 +291,26 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
     """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
     try:
         check_inside(path, root)  # before a byte of it is read
-        key = _key(Path(path), grid, percentiles)
-        volume_path, info_path = folder / f"{key}.npy", folder / f"{key}.json"
-        info = _read_info(info_path) if volume_path.is_file() else None
+        settings = settings_of(grid, percentiles, VERSION)
+        known = folder / f"{file_key(Path(path), settings)}.key"
+        key = _read_key(known)
+        info = _read_info(folder, key)
         cached = info is not None
         if not cached:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                volume, info = to_grid(*read_volume(path), grid, percentiles)
-            info["notes"] = [str(warning.message) for warning in caught]
-            buffer = io.BytesIO()
-            np.save(buffer, volume.astype(np.float16))
-            _write(volume_path, buffer.getvalue())
-            _write(info_path, json.dumps(info).encode())  # last: it says that the volume is there
+                volume, affine = read_volume(path)
+                key = volume_key(volume, affine, settings)
+                info = _read_info(folder, key)  # the same voxels in another file
+                cached = info is not None
+                volume, info = (None, info) if cached else to_grid(volume, affine, grid, percentiles)
+            if not cached:
+                info["notes"] = [str(warning.message) for warning in caught]
+                buffer = io.BytesIO()
+                np.save(buffer, volume.astype(np.float16))
+                write_whole(folder / f"{key}.npy", buffer.getvalue())
+                write_whole(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
+            write_whole(known, key)
         return {"key": key, "cached": cached, "cut_mm": info["cut_mm"], "notes": info["notes"]}
     except InputError as error:
         return {"reason": str(error)}
@@ -309,26 +322,24 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
 
 
-def _read_info(path: Path) -> dict[str, Any] | None:
-    """What stands beside a prepared volume; None if it is not there or damaged, and then the scan is prepared again."""
+def _read_key(path: Path) -> str | None:
+    """The key of a file that was prepared; None if it was not."""
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        key = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, ValueError):
+        return None
+    return key if KEY.fullmatch(key) else None
+
+
+def _read_info(folder: Path, key: str | None) -> dict[str, Any] | None:
+    """What stands beside a prepared volume; None if it is not there or damaged, and then the scan is prepared again."""
+    if key is None or not (folder / f"{key}.npy").is_file():
+        return None
+    try:
+        info = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         return info if info.keys() >= {"cut_mm", "notes"} else None
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return None
-
-
-def _key(path: Path, grid: Grid, percentiles: tuple[float, float]) -> str:
-    for file in files_of(path):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file")
-    settings = {"version": VERSION, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for each in files_of(path):
-        with open(each, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()[:20]
 
 
 def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -405,11 +416,32 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"version": VERSION, **settings}
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What a prepared folder was made with; {} where it is new, or damaged."""
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
+    """The splits that a prepared folder has already: they stay, by whatever rule they were made, until data.splits changes."""
+    folder = config.prepared_folder
+    before, now = _read_settings(folder), _settings(config)
+    if processes.is_main and before and before.get("version") != VERSION:
+        print(f"{folder} was prepared by another version of ldm3d: all scans are prepared anew, and older volumes stay there")
+    if not (folder / "splits.tsv").is_file() or before.get("data.splits") != now["data.splits"]:
+        return {}
+    table = read_table(folder / "splits.tsv")
+    if not {"subject", "split"} <= set(table) or not set(table["split"]) <= {TRAIN, VALIDATION, TEST}:
+        raise InputError(f"{folder / 'splits.tsv'} is damaged; restore it, or delete it to split all subjects anew")
+    kept = dict(zip(table["subject"], table["split"]))
+    by_rule = assign_splits(kept, config.data.splits)
+    moved = sum(by_rule[subject] != split for subject, split in kept.items())
+    if processes.is_main and moved:
+        print(
+            f"{moved} of {len(kept)} subjects keep the split of {folder / 'splits.tsv'}, though the rule would now give them "
+            "another: what is trained already has seen them so. To split anew, delete that file and train both stages again"
+        )
+    return kept

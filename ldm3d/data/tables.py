@@ -6,7 +6,6 @@ What a cell means is others' business; here are files, lines and columns.
 import collections
 import csv
 import difflib
-import os
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ldm3d.errors import InputError, shown, some
+from ldm3d.files import write_whole
 
 MAX_TABLE_BYTES = 2**30
 _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # how a cell begins that a spreadsheet may run; a lone + or - is a value
@@ -25,9 +25,7 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
     Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
     """
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    unfinished.write_text(as_tsv(frame), encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    write_whole(path, as_tsv(frame))
 
 
 def read_table(path: Path) -> pd.DataFrame:

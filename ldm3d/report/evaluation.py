@@ -13,6 +13,7 @@ from ldm3d.description import Sampling
 from ldm3d.evaluation.fairness import GAP, SMALL
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measures import MEASURES
+from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.page import METRICS, Goal, Section, command, now, plain, write_page
 from ldm3d.report.sections import fidelity_table, lights, sections
@@ -46,7 +47,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw(pipeline, evaluation)
     for name, figure in drawn.items():
-        figures.save(figure, folder / f"{name}.png")
+        figures.save(figure, folder / f"{checked_name(name, 'picture')}.png")
     goals = lights(evaluation) if goals is None else goals
     fidelity_table(evaluation).to_csv(folder / FIDELITY, sep="\t", index=False)
     made = provenance(pipeline, sampling)

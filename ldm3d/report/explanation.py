@@ -11,6 +11,7 @@ from ldm3d import figures
 from ldm3d.covariates import Value, describe
 from ldm3d.data.nifti import write_volume
 from ldm3d.evaluation.explanation import ALL, LEVEL, NOTABLE, Contrast, Explanation
+from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline, Sampling
 from ldm3d.report.evaluation import provenance
 from ldm3d.report.page import METRICS, Section, write_page
@@ -29,10 +30,10 @@ def write_explanation(folder: Path, title: str, pipeline: Pipeline, found: Expla
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, volume in _maps(found):
-        write_volume(folder / f"{name}.nii.gz", volume, pipeline.output_grid.affine, pipeline.mark)
+        write_volume(folder / f"{checked_name(name, 'map')}.nii.gz", volume, pipeline.output_grid.affine, pipeline.mark)
     pictures = draw(pipeline, found)
     for name, figure in pictures.items():
-        figures.save(figure, folder / f"{name}.png")
+        figures.save(figure, folder / f"{checked_name(name, 'picture')}.png")
     made = provenance(pipeline, sampling)
     values = {
         "synthetic": True,

@@ -14,13 +14,14 @@ import pandas as pd
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.covariates import Covariate, CovariateSchema, Value, is_missing
+from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing
 from ldm3d.data.label_maps import count_volumes, find_label_map
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
+from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
 from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
 from ldm3d.report.sections import agreements, fairness_sections
@@ -32,7 +33,8 @@ _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str, Value]]]:
     """Covariates of every participant of a BIDS dataset, by participant_id.
 
-    A column of numbers is continuous, with the unit that participants.json gives; any other is categorical.
+    A column of numbers is continuous, with the unit that participants.json gives; any other is categorical. Names become
+    those of covariates: a column "Age at scan" is the covariate age_at_scan.
 
     Raises:
         InputError: no participants.tsv, or one without participant_id.
@@ -43,16 +45,17 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
     described = folder / "participants.json"
     known = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
     covariates = []
-    for name in table.columns.drop("participant_id"):
-        cells = table[name][table[name] != ""]
+    for column in table.columns.drop("participant_id"):
+        cells, name = table[column][table[column] != ""], as_name(column)
         if cells.empty:
             continue
         numbers = pd.to_numeric(cells, errors="coerce")
         if numbers.notna().all():
-            covariates.append(Covariate(name, "continuous", known.get(name, {}).get("Units", "")))
+            covariates.append(Covariate(name, "continuous", known.get(column, {}).get("Units", "")))
         else:
             covariates.append(Covariate(name, "categorical", categories=tuple(sorted(set(cells)))))
     schema = CovariateSchema(tuple(covariates))
+    table = table.rename(columns=as_name)
     rows = table[["participant_id", *schema.names]].to_dict("records")
     return schema, {row.pop("participant_id"): schema.parse(row) for row in rows}
 
@@ -98,7 +101,7 @@ def count_labels(
     """
     found = {}
     for name in participants:
-        if not any(folder.rglob(f"{name}[_.]*")):
+        if not any(folder.rglob(f"{checked_name(name, 'participant')}[_.]*")):
             continue
         labels, affine = read_volume(find_label_map(folder, name.removeprefix("sub-")))
         found[name] = count_volumes(labels, spacing_of(affine), groups)
@@ -135,6 +138,7 @@ def compare_written(
         InputError: no quantity is a column, or too few participants were measured.
     """
     schema, rows = read_participants(folder)
+    measured = {person: {as_name(name): value for name, value in values.items()} for person, values in measured.items()}
     people = [name for name in rows if name in measured]
     quantities = [c.name for c in schema if c.kind == "continuous" and any(c.name in values for values in measured.values())]
     if not quantities or not people:

@@ -22,10 +22,11 @@ from ldm3d.data.samples import VolumeSamples, load_volume
 from ldm3d.errors import InputError
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
-from ldm3d.models.pretrained import load_weights, make_network
+from ldm3d.models.pretrained import load_weights, make_network, weights_hash
 from ldm3d.preemption import Stop
 from ldm3d.processes import cores
 from ldm3d.randomness import generator
+from ldm3d.seen import GO_ON, sign
 from ldm3d.training import command
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
@@ -60,7 +61,7 @@ class AutoencoderTask(Task):
     title, shown = "autoencoder", "l1"
 
     def __init__(self, config: Config, scans, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        self.config, self.scans, self.accelerator = config, scans, accelerator
         settings, training = config.autoencoder, config.autoencoder.training
         self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
         self.subjects = list(scans.loc[scans["split"] == "train", "subject"])
@@ -74,7 +75,7 @@ class AutoencoderTask(Task):
         average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
         self.loss = VolumeLoss.of(settings, model.in_channels, accelerator)
         self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average), **self.loss.trained}
-        self.settled = self.loss.settled
+        self.settled, self.takes_other_scans = self.loss.settled, settings.changed_data == GO_ON
         samples = VolumeSamples(config, tuple(self.keys["train"]), model.latent_shape(config.data.grid.shape))
         self.batches = batches_of(samples, training, config.seed, accelerator)
 
@@ -149,6 +150,7 @@ def export(config: Config, network: LatentSpace, keys: list[str], which: str, ac
     network.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
     if accelerator.is_main_process:
         network.save_pretrained(config.autoencoder_folder)
+        sign(config.autoencoder_run, weights_hash(config.autoencoder_folder))
         print(f"autoencoder written to {config.autoencoder_folder} ({which})")
     accelerator.wait_for_everyone()
 

@@ -34,6 +34,7 @@ TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 ROUNDING = ("accumulation", "activation_checkpointing", "attention_backend")  # the next start says so
 FREE_SETTINGS = (
     *("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps", "keep"),
+    "changed_data",
     *(*ROUNDING, "mixed_precision"),  # of the last, the precision that it leads to is said
 )
 

@@ -19,10 +19,12 @@ from ldm3d.config import Config
 from ldm3d.data.preprocess import read_scan_table
 from ldm3d.data.samples import PerturbedSamples
 from ldm3d.errors import InputError
+from ldm3d.experiment import save_experiment
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import weights_hash
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
+from ldm3d.seen import GO_ON, sign
 from ldm3d.training import command
 from ldm3d.training.autoencoder import draw_reconstructions, validate
 from ldm3d.training.ema import EMA
@@ -75,7 +77,7 @@ class DecoderTask(Task):
     title, shown = "decoder", "l1"
 
     def __init__(self, config: Config, scans, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        self.config, self.scans, self.accelerator = config, scans, accelerator
         settings, training = config.decoder, config.decoder.training
         self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
         self.subjects = list(scans.loc[scans["split"] == "train", "subject"])
@@ -93,7 +95,7 @@ class DecoderTask(Task):
         average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
         self.loss = VolumeLoss.of(settings, model.autoencoder.in_channels, accelerator)
         self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average), **self.loss.trained}
-        self.settled = self.loss.settled
+        self.settled, self.takes_other_scans = self.loss.settled, config.autoencoder.changed_data == GO_ON
         samples = PerturbedSamples(config, tuple(self.keys["train"]), copy.latent_shape(config.data.grid.shape))
         self.batches = batches_of(samples, training, config.seed, accelerator)
 
@@ -133,12 +135,14 @@ class DecoderTask(Task):
             return
         config = self.config
         average.autoencoder.save_pretrained(config.decoder_folder)
+        sign(config.decoder_run, weights_hash(config.decoder_folder))
         (config.decoder_folder / ORIGIN).write_text(self.settings["autoencoder"] + "\n")
         print(f"autoencoder with the sharpened decoder written to {config.decoder_folder} ({which})")
         if config.model_folder.is_dir():
             pipeline = Pipeline.from_pretrained(config.model_folder, "cpu")
             pipeline.autoencoder = LatentSpace.from_pretrained(config.decoder_folder)
             pipeline.save_pretrained(config.model_folder)
+            save_experiment(config, config.model_folder)
             print(f"and put into {config.model_folder}")
 
 

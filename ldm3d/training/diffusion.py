@@ -75,7 +75,7 @@ class DiffusionTask(Task):
         accelerator: of the run.
     """
 
-    title = "diffusion"
+    title, takes_other_scans = "diffusion", True  # it has those of its latents, which are compared
 
     def __init__(self, config: Config, autoencoder: LatentSpace, moments, scans, origin: dict, accelerator: Accelerator):
         settings, training = config.diffusion, config.diffusion.training

@@ -18,7 +18,7 @@ from ldm3d.training.choice import Choice
 from ldm3d.training.finite import FiniteSteps
 from ldm3d.training.metrics import Metrics, progress_bar
 from ldm3d.training.optimizer import set_learning_rate
-from ldm3d.training.parallel import agreed, asked_to_stop, circumstances, leave, say_changes
+from ldm3d.training.parallel import agreed, asked_to_stop, circumstances, leave, note_seen, say_changes
 from ldm3d.training.sharding import whole
 from ldm3d.training.task import MAIN, Task
 
@@ -40,6 +40,7 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
     newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
     restored = checkpoint.restore(run, newest, task.networks(), task.settings)
     tensors, state = restored or ({}, {"step": 0, "best": None, "skipped_steps": 0})
+    note_seen(run, task.scans, accelerator, begun=restored is not None, go_on=task.takes_other_scans)
     if restored is None:
         task.begin()
     for each in task.trained.values():

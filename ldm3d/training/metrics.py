@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ldm3d import figures
+from ldm3d.files import write_whole
 
 
 class Metrics:
@@ -35,9 +36,7 @@ class Metrics:
             return
         if self.path.exists():
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(run / "tensorboard")
         for row in self.rows:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, parse_flag_from_env, set_seed
@@ -13,6 +14,7 @@ from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
+from ldm3d.seen import note_scans
 from ldm3d.training.checkpoint import rounding_changes
 from ldm3d.training.sharding import DTYPES, sharding_plugin
 
@@ -83,6 +85,20 @@ def same_start(network: nn.Module) -> None:
 def agreed(value: Any) -> Any:
     """The main process's value, on every process."""
     return broadcast_object_list([value])[0]
+
+
+def note_seen(run: Path, scans: pd.DataFrame, accelerator: Accelerator, begun: bool, go_on: bool = True) -> None:
+    """Write down which scans the run sees: `ldm3d.seen.note_scans` by the main process, its InputError on all of them."""
+    said, problem = "", None
+    if accelerator.is_main_process:
+        try:
+            said = note_scans(run, scans, go_on, begun)
+        except InputError as error:
+            problem = str(error)
+    if problem := agreed(problem):
+        raise InputError(problem)
+    if said:
+        say(accelerator, said)
 
 
 def circumstances(accelerator: Accelerator) -> dict[str, Any]:

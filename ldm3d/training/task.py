@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -62,6 +63,8 @@ class Task:
         trained: networks by name; the first is called `MAIN` and has an average.
         companions: networks that the task itself trains, in `before_step`, with their optimisers.
         batches: what is read.
+        scans: the table of all scans, of which those of training and validation are seen.
+        takes_other_scans: whether a run may go on with other scans than it began with.
         settled: steps after which the validation loss of all later ones compares.
     """
 
@@ -71,6 +74,8 @@ class Task:
     trained: dict[str, Trained]
     companions: Mapping[str, tuple[nn.Module, Optimizer]] = {}
     batches: TrainingBatches
+    scans: pd.DataFrame
+    takes_other_scans: bool = False
     settled: int = 0
 
     def begin(self) -> None:

@@ -19,15 +19,21 @@ import yaml
 from torture.hostile.case import CONFIG, GRID, TABLE_OF_ONE, Case
 from torture.hostile.configs import configs
 from torture.hostile.models import models
+from torture.hostile.names import names
 from torture.hostile.reading import Reader
 from torture.hostile.scans import scans
 from torture.hostile.tables import tabular
 from torture.outcome import Outcome
 
 COMMANDS = 30  # inputs that go through the command line
+COMMANDS_OF = {
+    "model": "generate model --out out --steps 1",
+    "explain": "explain model --from age=40 --to age=60 --seeds 6 --steps 1 --out out",
+    "compare": "compare . --labels labels --volume age=1 --out out",
+}
 LONGEST_START = 300  # seconds for a command, most of them its imports on a busy machine
-FAMILIES = {"NIfTI": scans(), "tables": tabular(), "configs": configs(), "models": models()}
-SHARES = {"NIfTI": 0.35, "tables": 0.3, "configs": 0.2, "models": 0.15}
+FAMILIES = {"NIfTI": scans(), "tables": tabular(), "configs": configs(), "models": models(), "names": names()}
+SHARES = {"NIfTI": 0.35, "tables": 0.25, "configs": 0.2, "models": 0.15, "names": 0.05}
 
 
 def cases_of(family: str, examples: int, seed: int, do: Callable[[Case], None]) -> None:
@@ -65,9 +71,7 @@ def try_commands(examples: int, seed: int) -> Outcome:
         if case.reader == "BIDS":
             values = {**CONFIG, "data": {"bids": ".", "grid": GRID}}
             settings = {"config.yaml": yaml.safe_dump(values).encode()}
-        arguments = (
-            ["generate", "model", "--out", "out", "--steps", "1"] if case.reader == "model" else ["prepare", "config.yaml"]
-        )
+        arguments = COMMANDS_OF.get(case.reader, "prepare config.yaml").split()
         case = replace(case, files={**settings, **case.files})
         with tempfile.TemporaryDirectory() as name:
             case.write(Path(name))

@@ -22,11 +22,15 @@ from torture.hostile.tables import bids_files
 from ldm3d.cli.generation import read_requests
 from ldm3d.config import CovariateConfig, DataConfig, load_config
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.data.bids import read_scans
+from ldm3d.data.bids import read_scans, read_table
+from ldm3d.data.label_maps import find_label_map
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preprocess import prepare
+from ldm3d.data.preprocess import load_prepared, prepare
 from ldm3d.errors import exit_on_input_error
+from ldm3d.evaluation.explanation import explain
 from ldm3d.pipeline import Pipeline
+from ldm3d.report.explanation import write_explanation
+from ldm3d.report.written import compare_written, count_labels, read_participants
 
 SECONDS, BYTES = 10, 2 * 2**30  # that reading one input may take; the bytes on top of what the libraries hold
 MOST_LINES, MOST_LETTERS = 30, 6000  # of a message
@@ -66,6 +70,30 @@ def _read_model(case: Case) -> None:
     assert np.isfinite(volume).all(), "a volume of NaN was made"
 
 
+def _explain(case: Case) -> None:
+    pipeline = Pipeline.from_pretrained("model", "cpu")
+    sampling = pipeline.sampling.replace(steps=1)
+    found = explain(pipeline, {"age": 40}, {"age": 60}, sampling, seeds=6)
+    write_explanation(Path("out/explanation"), "", pipeline, found, sampling)
+
+
+def _find_label_maps(case: Case) -> None:
+    """As `ldm3d segmenter` does for the subjects of a table, and `ldm3d compare` for participants."""
+    scans = read_scans(DataConfig(table="scans.csv", grid=GRID), [])
+    for row in scans.itertuples():
+        find_label_map(Path("labels"), row.subject, row.session)
+
+
+def _compare(case: Case) -> None:
+    compare_written(Path(), count_labels(Path("labels"), list(read_participants(Path())[1]), {"age": [1]}))
+
+
+def _load_prepared(case: Case) -> None:
+    config = load_config("config.yaml")
+    for key in read_table(config.prepared_folder / "scans.tsv")["key"]:
+        load_prepared(config, key)
+
+
 READERS: dict[str, Callable[[Case], None]] = {
     "read_volume": _read_volume,
     "prepare": _prepare,
@@ -74,6 +102,10 @@ READERS: dict[str, Callable[[Case], None]] = {
     "requests": _read_requests,
     "config": _read_config,
     "model": _read_model,
+    "explain": _explain,
+    "labels": _find_label_maps,
+    "compare": _compare,
+    "key": _load_prepared,
 }
 
 
@@ -82,6 +114,7 @@ def problem_of(case: Case, readers: dict[str, Callable[[Case], None]] = READERS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         case.write(folder)
+        there = set(folder.rglob("*"))
         started, message = time.process_time(), io.StringIO()
         with contextlib.chdir(folder / "input"), _watched(folder / OUTSIDE) as seen, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,9 +130,15 @@ def problem_of(case: Case, readers: dict[str, Callable[[Case], None]] = READERS)
                 message = None
         if seen:
             return seen[0]
+        if written := {path for path in folder.rglob("*") if path not in there and not _may_be_written(path, folder)}:
+            return f"wrote {min(written)}, where nothing was to be written"
         if time.process_time() - started > SECONDS:
             return f"took {time.process_time() - started:.0f} s"
         return None if message is None else _problem_of_message(message.getvalue(), case)
+
+
+def _may_be_written(path: Path, folder: Path) -> bool:
+    return any(path.is_relative_to(folder / "input" / name) for name in ("out", "run"))
 
 
 def _problem_of_message(text: str, case: Case) -> str | None:
@@ -111,7 +150,10 @@ def _problem_of_message(text: str, case: Case) -> str | None:
     if "Traceback" in text or re.search(r"unexpected \w+(Error|Exception)", text):
         return f"no message for a user: {text[:300]!r}"
     named = (
-        {part for name in case.files for part in (name, *Path(name).parts)} | {"covariate"} | {c["name"] for c in COVARIATES}
+        {"subject", "session", "participant", "key", "measured"}
+        | {part for name in case.files for part in (name, *Path(name).parts)}
+        | {"covariate"}
+        | {c["name"] for c in COVARIATES}
     )
     if not any(name in text for name in named) and "input" not in text:
         return f"a message that names no file: {text[:300]!r}"

@@ -1,0 +1,60 @@
+"""Keys of scans: what is in them, not where they lie, how they are packed or what their header says beside it.
+
+A key is SCAN-PLACING. SCAN, a hash of the voxels, says whether a model has seen a scan. It stays the same where a file is
+renamed, packed anew or converted without loss, and where its header is corrected or its axes are stored in another order. It
+changes with any voxel: by resampling, cropping, defacing, bias correction, or rounding. PLACING is a hash of the affine and
+of the settings of preparing: both together name a prepared volume.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm3d.data.nifti import files_of, in_ras_order
+from ldm3d.errors import InputError
+from ldm3d.geometry import Grid
+
+KEY = re.compile(r"[0-9a-f]{20}-[0-9a-f]{8}")
+
+
+def scan_of(key: str) -> str:
+    """The part of a key that follows from the scan's voxels alone."""
+    return key.partition("-")[0]
+
+
+def settings_of(grid: Grid, percentiles: tuple[float, float], version: int) -> dict[str, Any]:
+    """What a prepared volume follows from beside the scan."""
+    return {"version": version, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
+
+
+def volume_key(volume: NDArray, affine: NDArray, settings: Mapping[str, Any]) -> str:
+    """The key of a scan.
+
+    Args:
+        volume, affine: from `ldm3d.data.nifti.read_volume`, so intensities carry the header's scale factor.
+        settings: from `settings_of`.
+    """
+    voxels = np.ascontiguousarray(in_ras_order(volume, affine), dtype="<f4") + np.float32(0)  # -0 is 0
+    scan = hashlib.sha256(json.dumps(voxels.shape).encode())
+    scan.update(voxels)
+    # To 0.1 micrometres: programs that rewrite a header round its numbers otherwise
+    place = json.dumps([(np.round(affine, 4) + 0.0).tolist(), settings])
+    return f"{scan.hexdigest()[:20]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
+def file_key(path: Path, settings: Mapping[str, Any]) -> str:
+    """20 hex digits that follow from the bytes of a scan's files and the settings: quick to make, other once packed anew."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for file in files_of(path):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+        with open(file, "rb") as opened:
+            while chunk := opened.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:20]

@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and names from other files that become part of a path."""
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldm3d.errors import InputError, shown
+
+LONGEST_NAME = 100  # file systems hold 255 bytes, and more is put before and behind a name
+# Letters of any script, digits and a few signs. No separator of folders or drives, nothing hidden, no option, no pattern
+_NAME = re.compile(r"\w[\w .,+=@()-]*")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file that appears whole or not at all: write to the path that is given; at the end it becomes `path`.
+
+    It lies in the same folder, which must be there, so that the last step is a rename, and ends in the same suffixes, by
+    which some libraries choose the format. Where writing fails it is removed, and what was at `path` stays.
+    """
+    unfinished = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write text (UTF-8, lines end in a line feed) or bytes as a file that appears whole or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def checked_name(text: str, what: str) -> str:
+    """A name that came from a file, once it is known to stay in its folder when it becomes part of a path.
+
+    Args:
+        text: the name.
+        what: it is, for the message: "subject", "covariate".
+
+    Raises:
+        InputError: it could lead elsewhere (a separator, a leading dot), or is no name that every file system takes.
+    """
+    if not (isinstance(text, str) and len(text) <= LONGEST_NAME and _NAME.fullmatch(text)):
+        raise InputError(
+            f"{what} {shown(text)} cannot become part of a file's name: begin with a letter or digit, go on with those, "
+            f"blanks and _ . , + = @ ( ) -, and use at most {LONGEST_NAME} of them"
+        )
+    return text
