@@ -85,13 +85,25 @@ class SplitConfig(Section):
         return self
 
 
+# What BIDS file names say of a file beside its subject, as it stands there
+Entity = Literal[
+    *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
+    *("res", "run", "sample", "seg", "space", "trc"),
+]
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9+]+$", coerce_numbers_to_str=True)]
+
+
 class DataConfig(Section):
     """Where the scans and covariates are: a BIDS dataset (`bids`), or any CSV or TSV with a column of paths (`table`)."""
 
     bids: Path | None = None
     table: Path | None = None
     root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
-    suffix: str = "T1w"  # of the BIDS files
+    # Of the BIDS files, and of the volumes that a model of them generates
+    suffix: Suffix = "T1w"
+    # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null for without, a list for each of them
+    filter: dict[Entity, Label | tuple[Label | None, ...] | None] = {}
     skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"

@@ -32,6 +32,7 @@ from ldm3d.config import (
     MonaiUNetConfig,
     ProcessConfig,
     Section,
+    Suffix,
     explain,
 )
 from ldm3d.covariates import Covariate, CovariateSchema
@@ -146,6 +147,7 @@ class ImportConfig(Section):
     scale_factor: Annotated[float, Field(gt=0)]  # what the U-Net's latents are, times the autoencoder's
     generation: GenerationConfig
     skull_stripped: bool = False
+    suffix: Suffix = "T1w"  # BIDS suffix of what it generates
 
 
 def import_model(folder: Path, out: Path, library: str = "monai", settings: Path | None = None) -> Pipeline:
@@ -184,6 +186,7 @@ def import_model(folder: Path, out: Path, library: str = "monai", settings: Path
     sampling = Sampling(**config.generation.model_dump())
     stripped = config.skull_stripped
     pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.target, sampling, stripped, crop=config.crop)
+    pipeline.suffix = config.suffix
     pipeline.save_pretrained(out)
     (out / EXPERIMENT).write_text(json.dumps({"config": describe(config, out), "seen": []}, indent=1) + "\n")
     return pipeline
@@ -363,6 +366,7 @@ def describe(config: ImportConfig, out: Path) -> dict[str, Any]:
             "table": "not-given.csv",
             "grid": config.grid.model_dump(mode="json"),
             "skull_stripped": config.skull_stripped,
+            "suffix": config.suffix,
             "splits": {"validation": 0, "test": 0},
         },
         "covariates": [kind | covariate for kind, covariate in zip(kinds, named)],

@@ -25,6 +25,7 @@ import pandas as pd
 from ldm3d.config import CovariateConfig, DataConfig, SplitConfig
 from ldm3d.covariates import Covariate, Value
 from ldm3d.data.nifti import files_of
+from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.errors import InputError, shown
 
 BIDS_VERSION = "1.10.0"
@@ -52,10 +53,10 @@ class _Scans:
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
     """Every scan with its covariates.
 
-    BIDS: scans are the files of `data.suffix`, derivatives aside; their covariates come from participants.tsv, and from
-    sub-XX/sub-XX_sessions.tsv where that has the column too (an age differs between sessions). Table: one row a scan.
-    Identifiers may carry "sub-" and "ses-" or not. A number beyond its covariate's range counts as missing, with a
-    warning.
+    BIDS: scans are files of `data.suffix`, derivatives aside, one a session (`ldm3d.data.selection`); their covariates come
+    from participants.tsv, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an age differs between
+    sessions). Table: one row a scan. Identifiers may carry "sub-" and "ses-" or not. A number beyond its covariate's range
+    counts as missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -112,13 +113,13 @@ def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readm
     return {"dataset_description.json": as_json(description), "README": readme.rstrip() + "\n"}
 
 
-def synthetic_path(folder: Path | str, i: int, volumes: int = 1) -> Path:
+def synthetic_path(folder: Path | str, i: int, volumes: int = 1, suffix: str = "T1w") -> Path:
     """Where the volume of sample i (from 0) of a dataset of so many volumes goes; its subject is syn0001 for i = 0.
 
     Subjects of one dataset have numbers of one width, four digits or more, so that they sort by name.
     """
     subject = f"sub-syn{i + 1:0{max(4, len(str(volumes)))}d}"
-    return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_T1w.nii.gz"
+    return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_{suffix}.nii.gz"
 
 
 def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -226,7 +227,7 @@ def check_inside(path: Path | str, root: Path) -> None:
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     root = Path(os.path.abspath(data.bids))
-    files = _find_files(root, data.suffix, root_of(data))
+    files = _find_files(root, data.suffix, root_of(data), data.filter)
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
@@ -288,7 +289,7 @@ def _check_folders(dataset: Path, root: Path) -> None:
                     raise InputError(f"{path} links to a folder that it lies in itself; remove the link")
 
 
-def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, str]]:
+def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(subject, session, path) of every scan of a BIDS dataset that reads nothing outside of `root`."""
     if not dataset.is_dir():
         raise InputError(f"no folder {dataset} (data.bids)")
@@ -304,17 +305,14 @@ def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, 
         found = layout.get(suffix=suffix, extension=[".nii", ".nii.gz"])
     except Exception as error:  # PyBIDS lets through whatever a broken dataset sets off, SQL errors among it
         raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
-    files = []
-    for file in found:
-        entities = file.get_entities()
-        if "subject" in entities:
-            files.append((str(entities["subject"]), str(entities.get("session", "")), file.path))
-    if not files:
+    named = [(file.path, entities) for file in found if "subject" in (entities := file.get_entities())]
+    if not named:
         raise InputError(
             f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
             "check data.bids and data.suffix"
         )
-    return files
+    chosen = choose_scans([Candidate.of(*each) for each in named], wanted, suffix)
+    return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
 
 def _session_rows(data: DataConfig, subject: str) -> dict[str, tuple[int, pd.Series]]:
