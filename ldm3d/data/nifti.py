@@ -218,7 +218,8 @@ def _read_mgh_header(path: Path) -> MGHHeader:
             raise HeaderDataError(f"voxels of type {header['type']}; mri_convert -odt float writes one that is read")
     except Exception as error:  # as above
         raise InputError(f"{path}: cannot be read as FreeSurfer's MGH ({_one_line(error)})") from None
-    if content[28:30] == b"\0\0":  # goodRASFlag, which nibabel sets when it fills in a default
+    if content[28:30] == b"\0\0":  # goodRASFlag, which nibabel sets when it fills in a default, turned by 180 degrees
+        header["Mdc"] = [[-1, 0, 0], [0, 0, -1], [0, 1, 0]]  # to the left, down, to the front
         warnings.warn(
             f"{path}: the header does not say how the head lies; it is taken as coronal, as FreeSurfer does", stacklevel=3
         )

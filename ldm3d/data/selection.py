@@ -1,6 +1,6 @@
 """Which of a session's files is its scan: one of them, magnitude, in native space, unless `data.filter` asks for others.
 
-BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.Entity`. The choice never depends on
+BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.ENTITIES`. The choice never depends on
 the order of files:
 
 1. `data.filter` keeps the files that it describes.
@@ -16,9 +16,9 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from ldm3d.config import Entity
+from ldm3d.config import ENTITIES
 from ldm3d.errors import InputError
 
 # PyBIDS has long names for these
@@ -37,7 +37,7 @@ _RULES = {
     "echo": "the first echo is used",
     "run": "the lowest run is used",
 }
-_ORDER = (*("desc", "rec", "res"), *(e for e in get_args(Entity) if e not in {*_PLAIN, *_RULES, "ses"}), "echo", "run")
+_ORDER = (*("desc", "rec", "res"), *(e for e in ENTITIES if e not in {*_PLAIN, *_RULES, "ses"}), "echo", "run")
 _SHOWN = 5  # of many files or sessions, those that a message names
 
 
@@ -53,9 +53,7 @@ class Candidate:
     @classmethod
     def of(cls, path: str, entities: Mapping[str, Any]) -> "Candidate":
         """From a path and what PyBIDS reads off it."""
-        found = {
-            name: _text(entities[_LONG.get(name, name)]) for name in get_args(Entity) if _LONG.get(name, name) in entities
-        }
+        found = {name: _text(entities[_LONG.get(name, name)]) for name in ENTITIES if _LONG.get(name, name) in entities}
         return cls(str(entities["subject"]), str(entities.get("session", "")), path, found)
 
     def has(self, entity: str) -> str:
@@ -166,7 +164,7 @@ def _left_aside(files: Sequence[Candidate], why: Mapping[str, str], scanless: Se
 def _inventory(candidates: Sequence[Candidate]) -> str:
     """What values the files have of every entity that any of them has."""
     found = []
-    for entity in get_args(Entity):
+    for entity in ENTITIES:
         values = _by_frequency(candidates, entity)
         if values != [""]:
             found.append(f"{entity}: {_some(value or 'null' for value in values)}")
