@@ -116,16 +116,13 @@ class DataConfig(Section):
     def _entities(cls, wanted: dict[str, Any]) -> dict[str, Any]:
         for entity, value in wanted.items():
             if entity not in ENTITIES:
-                close = {"acquisition": ["acq"], "session": ["ses"]}.get(entity) or difflib.get_close_matches(
-                    entity, ENTITIES, 1
-                )
+                close = {"acquisition": ["acq"], "session": ["ses"]}.get(entity)
+                close = close or difflib.get_close_matches(entity[:100], ENTITIES, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(ENTITIES)}"
                 raise ValueError(f"{shown(entity)} is no entity of file names that is known; {hint}")
             for each in value if isinstance(value, list) and value else [value]:
-                is_label = (
-                    isinstance(each, str | int) and not isinstance(each, bool) and re.fullmatch("[A-Za-z0-9+]+", str(each))
-                )
-                if each is not None and not is_label:
+                is_text = isinstance(each, str | int) and not isinstance(each, bool)
+                if each is not None and not (is_text and re.fullmatch("[A-Za-z0-9+]+", str(each))):
                     raise ValueError(f"{entity} is {shown(each)}; give a label, a list of them, or null for none")
         return wanted
 

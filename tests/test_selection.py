@@ -1,4 +1,4 @@
-"""Which files of a BIDS dataset are its scans: one a session, the one that a neuroimager expects, and what is said of others."""
+"""Which files of a BIDS dataset are its scans: one a session, the one that a neuroimager expects, and what is said then."""
 
 import itertools
 import random

@@ -1,7 +1,7 @@
 """Which of a session's files is its scan: one of them, magnitude, in native space, unless `data.filter` asks for others.
 
-BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.ENTITIES`. The choice never depends on
-the order of files:
+BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.ENTITIES`. The choice never
+depends on the order of files:
 
 1. `data.filter` keeps the files that it describes.
 2. The dataset has one kind of scan: magnitudes, in native space, without contrast agent; where no file is in native space
