@@ -6,6 +6,7 @@ in an `InputError` that says where and what to write instead. Relative paths sta
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -121,6 +122,11 @@ def _texts(values: Any) -> Any:
 
 
 Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
+ENTITIES = (  # what BIDS file names say of a file beside its subject, as it stands there
+    *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
+    *("res", "run", "sample", "seg", "space", "trc"),
+)
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
 
 
 class DataConfig(Section):
@@ -129,7 +135,10 @@ class DataConfig(Section):
     bids: Path | None = None
     table: Path | None = None
     root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
-    suffix: str = "T1w"  # of the BIDS files
+    # Of the BIDS files, and of the volumes that a model of them generates
+    suffix: Suffix = "T1w"
+    # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null for without, a list for each of them
+    filter: dict[str, Any] = {}
     skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"
@@ -139,6 +148,21 @@ class DataConfig(Section):
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
+
+    @field_validator("filter")
+    @classmethod
+    def _entities(cls, wanted: dict[str, Any]) -> dict[str, Any]:
+        for entity, value in wanted.items():
+            if entity not in ENTITIES:
+                close = {"acquisition": ["acq"], "session": ["ses"]}.get(entity)
+                close = close or difflib.get_close_matches(entity[:100], ENTITIES, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(ENTITIES)}"
+                raise ValueError(f"{shown(entity)} is no entity of file names that is known; {hint}")
+            for each in value if isinstance(value, list) and value else [value]:
+                is_text = isinstance(each, str | int) and not isinstance(each, bool)
+                if each is not None and not (is_text and re.fullmatch("[A-Za-z0-9+]+", str(each))):
+                    raise ValueError(f"{entity} is {shown(each)}; give a label, a list of them, or null for none")
+        return wanted
 
     @model_validator(mode="after")
     def _one_source(self):

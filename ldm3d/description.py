@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ldm3d.config import MAX_VOXELS
+from ldm3d.config import MAX_VOXELS, Suffix
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS, choose, make_process
 from ldm3d.diffusion.samplers import SAMPLERS
@@ -78,6 +78,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "target": choose("target", values["target"], TARGETS),
             "sampling": TypeAdapter(Sampling).validate_python(values["sampling"]),
             "skull_stripped": bool(values["skull_stripped"]),
+            "suffix": TypeAdapter(Suffix).validate_python(values.get("suffix", "T1w")),  # older folders do not say it
             "crop": TypeAdapter(Crop).validate_python(values.get("crop", WHOLE)),
         }
     except ValidationError as error:

@@ -291,6 +291,7 @@ def _config_of(model: Path) -> Config:
             "table": "not-given.csv",
             "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm)},
             "skull_stripped": parts["skull_stripped"],
+            "suffix": parts["suffix"],
             "splits": {"validation": 0, "test": 0},
         },
         "covariates": [{name: getattr(c, name) for name in columns} | {"range": c.range} for c in schema],

@@ -80,6 +80,7 @@ class Pipeline:
         target: what the U-Net predicts.
         sampling: what calls do unless asked otherwise.
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
+        suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -106,13 +107,14 @@ class Pipeline:
         decode_mode: str = "auto",
         group: int | None = None,
         threads: int | None = 1,
+        suffix: str = "T1w",
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
         self.autoencoder, self.unet = autoencoder.requires_grad_(False), unet.requires_grad_(False)
         self.schema, self.grid = schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
-        self.skull_stripped, self.model_hash = skull_stripped, model_hash
+        self.skull_stripped, self.suffix, self.model_hash = skull_stripped, suffix, model_hash
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
@@ -200,6 +202,7 @@ class Pipeline:
             "target": self.target,
             "sampling": self.sampling.to_dict(),
             "skull_stripped": self.skull_stripped,
+            "suffix": self.suffix,
             "crop": self.crop,
             "generates": "synthetic volumes; no patient's data",
         }

@@ -31,6 +31,7 @@ from ldm3d.config import (
     MonaiUNetConfig,
     ProcessConfig,
     Section,
+    Suffix,
     explain,
 )
 from ldm3d.covariates import NAME, Covariate, CovariateSchema
@@ -144,6 +145,7 @@ class ImportConfig(Section):
     scale_factor: Annotated[float, Field(gt=0)]  # what the U-Net's latents are, times the autoencoder's
     generation: GenerationConfig
     skull_stripped: bool = False
+    suffix: Suffix = "T1w"  # BIDS suffix of what it generates
 
 
 def import_model(folder: Path, out: Path, library: str = "monai", settings: Path | None = None) -> Pipeline:
@@ -182,6 +184,7 @@ def import_model(folder: Path, out: Path, library: str = "monai", settings: Path
     sampling = Sampling(**config.generation.model_dump())
     stripped = config.skull_stripped
     pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.target, sampling, stripped, crop=config.crop)
+    pipeline.suffix = config.suffix
     pipeline.save_pretrained(out)
     return pipeline
 

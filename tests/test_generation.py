@@ -18,6 +18,7 @@ from conftest import command_line
 from torture.generation import digests, make_pipeline, run
 
 from ldm3d import generation
+from ldm3d.audit.volumes import written_in
 from ldm3d.data.bids import synthetic_path
 from ldm3d.data.nifti import read_volume
 from ldm3d.errors import InputError
@@ -63,6 +64,36 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# What it is called
+
+
+def test_volumes_have_the_suffix_of_what_was_trained_on(pipeline, tmp_path):
+    pipeline.suffix = "FLAIR"
+    pipeline.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert again.suffix == "FLAIR"
+    generate(again, tmp_path / "out", again.parse(ROWS[:1]), again.sampling)
+    volume = synthetic_path(tmp_path / "out", 0, suffix="FLAIR")
+    assert volume.name == "sub-syn0001_desc-synthetic_FLAIR.nii.gz" and volume.is_file()
+    sidecar = json.loads(volume.with_name(volume.name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Description"].startswith("Synthetic FLAIR-like")
+    assert "FLAIR-like" in (tmp_path / "out/README").read_text()
+    assert not [path for path in (tmp_path / "out").rglob("*") if "T1w" in path.name]
+    assert written_in(tmp_path / "out", again).names == ["sub-syn0001"]
+
+
+def test_suffix_of_older_models_is_t1w_and_no_path(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model/pipeline.json"
+    description = json.loads(path.read_text())
+    del description["suffix"]
+    path.write_text(json.dumps(description))
+    assert Pipeline.from_pretrained(tmp_path / "model", device="cpu").suffix == "T1w"
+    path.write_text(json.dumps({**description, "suffix": "../T1w"}))
+    with pytest.raises(InputError, match=r"pipeline.json is damaged .*T1w"):
+        Pipeline.from_pretrained(tmp_path / "model", device="cpu")
 
 
 # To the last bit

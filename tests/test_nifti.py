@@ -30,6 +30,30 @@ def tamper(path, **fields):
     return path
 
 
+def tamper_mgh(path, **fields):
+    """As `tamper`, of FreeSurfer's format."""
+    image = nib.MGHImage(VOLUME, AFFINE)
+    content = bytearray(image.to_bytes())
+    for name, value in fields.items():
+        image.header[name] = value
+    content[:90] = image.header.binaryblock[:90]  # all fields but the footer's
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".mgz") else content)
+    return path
+
+
+def save_forms(path, sform, qform):
+    image = nib.Nifti1Image(VOLUME, None)
+    image.set_sform(sform, 1)
+    image.set_qform(qform, 1)
+    nib.save(image, path)
+    return path
+
+
+def with_value_outside(value):
+    """A block of voxels with values, touching no face, and another value around it."""
+    return np.where(np.pad(np.ones((4, 5, 6), bool), 2), VOLUME, np.float32(value))
+
+
 # Out and in again
 
 
@@ -109,6 +133,55 @@ def test_unknown_orientation_is_said(tmp_path):
         read_volume(tamper(tmp_path / "x.nii", sform_code=0, qform_code=0))
 
 
+def test_nan_around_the_head_is_background_and_nan_within_it_is_none(tmp_path):
+    around = with_value_outside(np.nan)
+    with pytest.warns(UserWarning, match="NaN in 83% of its voxels, around the head"):
+        volume, _ = read_volume(save(tmp_path / "x.nii.gz", around))
+    np.testing.assert_array_equal(volume, np.nan_to_num(around))
+    around[4, 4, 5] = np.nan
+    with pytest.raises(InputError, match="1 of 720 voxels are NaN or infinite and not the background"):
+        read_volume(save(tmp_path / "y.nii.gz", around))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "f4"])
+@pytest.mark.parametrize("kind", ["mgz", "mgh"])
+def test_freesurfer_files_are_read_where_they_lie(kind, dtype, tmp_path):
+    array = (VOLUME * 100).astype(dtype)
+    nib.save(nib.MGHImage(array, AFFINE.astype(np.float32)), tmp_path / f"brain.{kind}")
+    volume, affine = read_volume(tmp_path / f"brain.{kind}")
+    np.testing.assert_array_equal(volume, array)
+    np.testing.assert_allclose(affine, AFFINE, atol=1e-5)
+    assert volume.dtype == np.float32
+
+
+def test_freesurfer_file_without_orientation_is_coronal(tmp_path):
+    content = bytearray(nib.MGHImage(VOLUME, AFFINE).to_bytes())
+    content[28:30] = b"\0\0"
+    (tmp_path / "x.mgh").write_bytes(content)
+    with pytest.warns(UserWarning, match="taken as coronal"):
+        _, affine = read_volume(tmp_path / "x.mgh")
+    np.testing.assert_array_equal(np.sign(np.round(affine[:3, :3])), [[-1, 0, 0], [0, 0, 1], [0, -1, 0]])
+
+
+@pytest.mark.parametrize(
+    "sform, qform, message",
+    [
+        (np.diag([0.2, 0.2, 0.2, 1]), np.diag([1.0, 1, 1, 1]), "voxels of 0.2 x 0.2 x 0.2 mm by the sform, of 1 x 1 x 1 mm"),
+        (np.diag([1.0, 1, 1, 1]), np.eye(4)[[1, 2, 0, 3]], "axes that run in other directions"),
+    ],
+)
+def test_sform_and_qform_that_disagree_are_named(sform, qform, message, tmp_path):
+    with pytest.warns(UserWarning, match=message):
+        _, affine = read_volume(save_forms(tmp_path / "x.nii", sform, qform))
+    np.testing.assert_allclose(affine, sform)
+
+
+def test_forms_that_agree_but_for_rounding_and_place_are_not(tmp_path, recwarn):
+    moved = AFFINE + np.array([[1e-3, 0, 0, 20]] + [[0] * 4] * 3)
+    read_volume(save_forms(tmp_path / "x.nii", moved, AFFINE))
+    assert not recwarn
+
+
 # Bad files
 
 
@@ -127,7 +200,20 @@ BAD_FILES = {
     "voxel-type.nii": (lambda path: tamper(path, datatype=77), "cannot be read as NIfTI"),
     "cut-short.nii": (truncated, "2,880 bytes of voxels, more than a file of 800 bytes can hold"),
     "cut-short.nii.gz": (truncated, "cut short or damaged"),
-    "freesurfer.mgz": (lambda path: nib.save(nib.MGHImage(VOLUME, AFFINE), path), "is not NIfTI by its name"),
+    "brain.dcm": (lambda path: save(path.with_suffix(".nii"), VOLUME).rename(path), "neither NIfTI nor .mgz by its name"),
+    "nifti.mgz": (lambda path: path.write_bytes(nib.Nifti1Image(VOLUME, AFFINE).to_bytes()), "read as FreeSurfer's MGH"),
+    "no-mgh.mgh": (lambda path: path.write_bytes(nib.Nifti1Image(VOLUME, AFFINE).to_bytes()), "its version is"),
+    "empty.mgh": (lambda path: path.touch(), "ends after 0 of 284 bytes"),
+    "type.mgh": (lambda path: tamper_mgh(path, type=7), "voxels of type 7; mri_convert"),
+    "claims.mgz": (lambda path: tamper_mgh(path, dims=[600] * 3 + [1]), "bytes of voxels, more than a file of"),
+    "frames.mgh": (lambda path: tamper_mgh(path, dims=[8, 9, 5, 2]), "2 volumes in one file"),
+    "flat.mgh": (lambda path: tamper_mgh(path, delta=[1, 0, 1]), "affine is singular"),
+    "mirrored.nii": (
+        lambda path: save_forms(path, AFFINE, AFFINE @ np.diag([-1.0, 1, 1, 1])),
+        "left and right cannot be told",
+    ),
+    "all-nan.nii.gz": (lambda path: save(path, VOLUME * np.nan), "720 of 720 voxels are NaN"),
+    "inf-outside.nii.gz": (lambda path: save(path, with_value_outside(np.inf)), "of 720 voxels are NaN or infinite"),
     "series.nii.gz": (lambda path: save(path, np.stack([VOLUME] * 3, -1)), "3 volumes in one file"),
     "slice.nii.gz": (lambda path: save(path, VOLUME[0]), r"shape \(9, 10\); a volume has three axes"),
     "no-voxels.nii": (lambda path: tamper(path, dim=[3, 0, 9, 10, 1, 1, 1, 1]), r"\(0, 9, 10\), so no voxels"),

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import ndimage
 
 from ldm3d.config import load_config
 from ldm3d.data import preprocess
 from ldm3d.data.nifti import read_volume, write_volume
+from ldm3d.data.oddities import people_of, warn_of_oddities
 from ldm3d.data.preprocess import (
     fingerprint,
     load_info,
@@ -42,6 +45,7 @@ diffusion:
 """
 SHAPE = (30, 34, 28)
 AFFINE = np.diag([2.0, 2.0, 2.0, 1])
+GRID = Grid.centred((24, 28, 24), (2, 2, 2))
 
 
 def head(seed=0, centre=(15, 17, 14), radii=(9, 11, 9), shape=SHAPE):
@@ -310,4 +314,73 @@ def test_oddities_are_warned_of_once(dataset):
     assert len(messages) == 3
     assert "age_years is the same at all visits of 1 of 1 people" in messages[0]
     assert "6 scans lose foreground" in messages[1] and "and 1 more" in messages[1]
-    assert "1 files are scans of different subjects" in messages[2] and "sub-02, sub-03" in messages[2]
+    assert "6 scans have the size of no human head" in messages[2] and "sub-02: 34 x 42 x 34 mm" in messages[2]
+    assert "1 scans are of several subjects" in messages[3] and "sub-02, sub-03" in messages[3]
+
+
+def test_one_scan_under_two_names_is_in_one_split(dataset):
+    config = dataset("data.splits={validation: 0.3, test: 0.3}")
+    for seed in range(4):
+        for one, other in (("02", "03"), ("03", "05")):  # each pair in turn; the second through the first's copy
+            shutil.copy(scan_path(config, one), scan_path(config, other))
+        with pytest.warns(UserWarning, match="sub-02, sub-03, sub-05"):
+            table = prepare(dataset(f"data.splits={{validation: 0.3, test: 0.3, seed: {seed}}}"), workers=1).table
+        split = table.set_index("subject")["split"]
+        assert len({split["02"], split["03"], split["05"]}) == 1 and len(set(table["split"])) == 3
+
+
+def test_people_are_joined_over_scans_between_them():
+    table = pd.DataFrame({"subject": ["d", "b", "b", "a", "a", "c"], "key": ["1", "1", "2", "2", "3", "4"]})
+    assert people_of(table) == {"a": "a", "b": "a", "c": "c", "d": "a"}
+
+
+def _odd(extents=((180, 200, 170),), around_zero=(False,)):
+    """Warnings of scans of these sizes."""
+    count = max(len(extents), len(around_zero))
+    table = pd.DataFrame({"subject": [f"{i}" for i in range(count)], "session": "", "path": "x"})
+    table["key"] = table["subject"]
+    results = [
+        {"cut_mm": 0, "notes": [], "extent_mm": extents[i % len(extents)], "around_zero": around_zero[i % len(around_zero)]}
+        for i in range(count)
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_oddities(table, results, 2.0)
+    return [str(warning.message) for warning in caught]
+
+
+def test_sizes_of_no_human_head_are_named():
+    newborn, whole_head = (100, 120, 80), (180, 250, 320)
+    assert _odd([newborn, whole_head, (140, 175, 120)]) == []
+    (message,) = _odd([whole_head, (28, 36, 26), (1400, 1750, 1200)])
+    assert message.startswith("2 scans have the size of no human head (40 to 350 mm")
+    assert "sub-1: 28 x 36 x 26 mm" in message and "sub-2: 1400 x" in message
+
+
+def test_standardised_scans_among_raw_ones_are_named():
+    assert _odd(around_zero=[True, True]) == _odd(around_zero=[False, False]) == []
+    (message,) = _odd(around_zero=[False, True, False])
+    assert "1 scans have intensities around 0" in message and message.endswith("sub-1")
+    (message,) = _odd(around_zero=[True, True, False])
+    assert "1 scans have no intensities below 0" in message and message.endswith("sub-2")
+
+
+def test_info_tells_standardised_scans_and_the_size_of_the_head():
+    raw = ndimage.gaussian_filter(head(), 0.7)
+    inside = raw > 100
+    standardised = np.where(inside, (raw - raw[inside].mean()) / raw[inside].std(), 0).astype(np.float32)
+    everywhere = (raw - raw.mean()) / raw.std()  # with its air
+    ringing = raw + np.where(inside, 0, np.random.default_rng(0).normal(0, 5, raw.shape)).astype(np.float32)
+    told = [to_grid(volume, AFFINE, GRID, (0, 100))[1] for volume in (raw, standardised, everywhere, ringing)]
+    assert [info["around_zero"] for info in told] == [False, True, True, False]
+    np.testing.assert_allclose(told[0]["extent_mm"], (36, 44, 36), atol=4.1)
+
+
+def test_nan_around_the_brain_is_prepared_and_counted(dataset):
+    config = dataset()
+    write_volume(scan_path(config, "02"), np.where(head(2) > 0, head(2), np.nan), AFFINE)
+    with pytest.warns(UserWarning, match="1 scans were read with a guess:\n.*NaN in .* of its voxels"):
+        done = prepare(config, workers=1)
+    key = done.table.set_index("subject")["key"]["02"]
+    assert len(done.failed) == 0
+    np.testing.assert_allclose(load_prepared(config, key), to_grid(head(2), AFFINE, GRID, (0, 99.8))[0], atol=1e-3)

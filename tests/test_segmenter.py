@@ -1,13 +1,14 @@
 """A segmenter learns balls of known volume; label maps go to the grid of their scans."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from conftest import command_line
 
-from ldm3d.data.label_maps import count_volumes, find_label_map, load_labels, parse_groups
+from ldm3d.data.label_maps import LabelMaps, count_volumes, load_labels, parse_groups
 from ldm3d.errors import InputError
 from ldm3d.evaluation.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
 from ldm3d.experiment import scans_by_use
@@ -91,11 +92,41 @@ def test_one_label_map_belongs_to_a_scan(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert find_label_map(tmp_path, "1").name == "sub-1_dseg.nii.gz"
-    assert find_label_map(tmp_path, "2", "b").name == "sub-2_ses-b_x.nii"
-    for subject, found in (("3", "found 0"), ("2", "found 2")):
+    maps = LabelMaps(tmp_path)
+    assert maps.one("1").name == "sub-1_dseg.nii.gz"
+    assert maps.one("2", "b").name == "sub-2_ses-b_x.nii"
+    for subject, found in (("3", "found 0 .*right folder"), ("2", "found 2 .*sub-2_ses-b_x.nii.*--pattern")):
         with pytest.raises(InputError, match=found):
-            find_label_map(tmp_path, subject)
+            maps.one(subject)
+
+
+def test_pattern_chooses_among_label_maps_and_folders_may_name_the_subject(tmp_path):
+    for name in (
+        *("sub-1/anat/sub-1_dseg.nii.gz", "sub-1/anat/sub-1_desc-aseg_dseg.nii.gz", "sub-1/anat/sub-1_desc-aparc_dseg.nii.gz"),
+        *("fs/sub-2/mri/aseg.mgz", "fs/sub-2/mri/T1.mgz", "fs/sub-20/mri/aseg.mgz", "fs/sub-3/ses-b/aseg.mgz"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"found 3 .*choose one kind with --pattern"):
+        LabelMaps(tmp_path).one("1")
+    assert LabelMaps(tmp_path, "*desc-aseg_dseg*").one("1").name == "sub-1_desc-aseg_dseg.nii.gz"
+    aseg = LabelMaps(tmp_path, "*/mri/aseg.mgz")
+    assert aseg.one("2") == tmp_path / "fs/sub-2/mri/aseg.mgz"
+    assert LabelMaps(tmp_path).one("3", "b") == tmp_path / "fs/sub-3/ses-b/aseg.mgz"
+    with pytest.raises(InputError, match=r"--pattern '.*aseg.mgz' may leave it out"):
+        aseg.one("1")
+
+
+def test_label_maps_of_many_subjects_take_one_walk(tmp_path, monkeypatch):
+    subjects = [f"{i:03d}" for i in range(200)]
+    for subject in subjects:
+        (tmp_path / f"sub-{subject}").mkdir()
+        (tmp_path / f"sub-{subject}/sub-{subject}_dseg.nii.gz").touch()
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    maps = LabelMaps(tmp_path)
+    assert [maps.one(subject).parent.name for subject in subjects] == [f"sub-{subject}" for subject in subjects]
+    assert len(listed) == 1 + len(subjects)
 
 
 def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmenter(experiment, tmp_path, capsys):
@@ -103,9 +134,9 @@ def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmente
     labels = experiment / "data/derivatives/labels"
     groups = {"ventricular_volume_ml": [6, 7], "brain_volume_ml": [4, 5]}
     config, trained, _ = scans_by_use(experiment / "run/model", experiment / "data", tmp_path)
-    counted = []
+    counted, maps = [], LabelMaps(labels)
     for key, subject in zip(trained["key"], trained["subject"]):
-        volume, classes = load_labels(config, key, find_label_map(labels, subject), groups)
+        volume, classes = load_labels(config, key, maps.one(subject), groups)
         counted.append((classes == 1).sum() * 7.5**3 / 1000)
         assert volume[classes == 2].mean() > 2 * volume[classes == 0].mean()
     true = trained["ventricular_volume_ml"]

@@ -93,9 +93,10 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
     Raises:
         InputError: no such volume in the folder; when one is read, that it lies on another grid.
     """
-    paths = sorted(folder.glob("sub-*/anat/*_desc-synthetic_T1w.nii.gz"))
+    paths = sorted(folder.glob(f"sub-*/anat/*_desc-synthetic_{pipeline.suffix}.nii.gz"))
     if not paths:
-        raise InputError(f"no synthetic volume in {folder}; give a folder that `ldm3d generate` wrote, or leave it out")
+        kind = f"synthetic {pipeline.suffix} volume"
+        raise InputError(f"no {kind} in {folder}; give a folder that `ldm3d generate` wrote, or leave it out")
     others = {path.name for path in paths if _model_of(path) != pipeline.model_hash}
     if others:
         warnings.warn(

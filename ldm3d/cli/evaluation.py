@@ -10,6 +10,11 @@ import typer
 from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app, dtype_of
 from ldm3d.errors import InputError
 
+Pattern = Annotated[
+    str | None,
+    typer.Option(help="Which of the label maps, where a scan has several: glob of name or path, '*desc-aseg_dseg*'."),
+]
+
 
 @app.command()
 def evaluate(
@@ -125,6 +130,7 @@ def segmenter(
     data: Annotated[Path, typer.Option(help="BIDS folder or table that the model was trained on.")],
     labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and what counts for it.")],
+    pattern: Pattern = None,
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
@@ -135,16 +141,16 @@ def segmenter(
     """Train a small segmentation network on scans with label maps, for: ldm3d evaluate --measure segmenter:FOLDER."""
     import numpy as np
 
-    from ldm3d.data.label_maps import find_label_map, load_labels, parse_groups
+    from ldm3d.data.label_maps import LabelMaps, load_labels, parse_groups
     from ldm3d.evaluation.segmenter import dice, train_segmenter
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
 
-    groups = parse_groups(volume)
+    groups, maps = parse_groups(volume), LabelMaps(labels, pattern)
     config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment)
     trained, held_out = (
         [
-            functools.partial(load_labels, config, key, find_label_map(labels, subject, session), groups)
+            functools.partial(load_labels, config, key, maps.one(subject, session), groups)
             for key, subject, session in zip(table["key"], table["subject"], table["session"])
         ]
         for table in tables
@@ -164,10 +170,11 @@ def compare(
     to_ml: Annotated[float, typer.Option(help="Millilitres of the table's unit; 0.001 for cubic mm.")] = 1e-3,
     labels: Annotated[Path | None, typer.Option(help="Instead, a folder with a label map of each participant.")] = None,
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A covariate and its labels.")] = [],  # noqa: B006
+    pattern: Pattern = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("comparison"),
 ) -> None:
     """Compare what another program measured (SynthSeg, FreeSurfer) with what was asked, or with a table of real subjects."""
-    from ldm3d.data.label_maps import parse_groups
+    from ldm3d.data.label_maps import LabelMaps, parse_groups
     from ldm3d.report.written import (
         compare_written,
         count_labels,
@@ -182,7 +189,8 @@ def compare(
     if table is not None:
         measured = read_volumes(table, parse_columns(column), to_ml)
     else:
-        measured = count_labels(labels, list(read_participants(folder)[1]), parse_groups(volume))
+        maps = LabelMaps(labels, pattern)
+        measured = count_labels(maps, list(read_participants(folder)[1]), parse_groups(volume))
     page = write_comparison(out, f"Measured volumes of {folder}", *compare_written(folder, measured))
     print(f"page written to {page}")
 

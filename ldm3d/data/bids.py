@@ -19,6 +19,7 @@ from ldm3d.config import CovariateConfig, DataConfig
 from ldm3d.data.cells import Where, read_cells, warn_of_ages_that_stand_still
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.participants import cells_of, label
+from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import as_tsv, check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
@@ -41,10 +42,11 @@ class _Scans:
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
     """Every scan with its covariates.
 
-    BIDS: scans are the files of `data.suffix`, derivatives aside; their covariates come from participants.tsv, a row a
-    subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an age differs between
-    sessions). Table: one row a scan. Identifiers may carry "sub-" and "ses-" or not, and may have lost leading zeros. 89+,
-    35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range counts as missing, with a warning.
+    BIDS: scans are files of `data.suffix`, derivatives aside, one a session (`ldm3d.data.selection`); their covariates come
+    from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an
+    age differs between sessions). Table: one row a scan. Identifiers may carry "sub-" and "ses-" or not, and may have lost
+    leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range counts as
+    missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -85,13 +87,13 @@ def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readm
     return {"dataset_description.json": as_json(description), "README": readme.rstrip() + "\n"}
 
 
-def synthetic_path(folder: Path | str, i: int, volumes: int = 1) -> Path:
+def synthetic_path(folder: Path | str, i: int, volumes: int = 1, suffix: str = "T1w") -> Path:
     """Where the volume of sample i (from 0) of a dataset of so many volumes goes; its subject is syn0001 for i = 0.
 
     Subjects of one dataset have numbers of one width, four digits or more, so that they sort by name.
     """
     subject = f"sub-syn{i + 1:0{max(4, len(str(volumes)))}d}"
-    return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_T1w.nii.gz"
+    return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_{suffix}.nii.gz"
 
 
 def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -110,7 +112,7 @@ def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     root = Path(os.path.abspath(data.bids))
-    files = _find_files(root, data.suffix, root_of(data))
+    files = _find_files(root, data.suffix, root_of(data), data.filter)
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
@@ -136,7 +138,7 @@ def _check_folders(dataset: Path, root: Path) -> None:
                     raise InputError(f"{path} links to a folder that it lies in itself; remove the link")
 
 
-def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, str]]:
+def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(subject, session, path) of every scan of a BIDS dataset that reads nothing outside of `root`."""
     if not dataset.is_dir():
         raise InputError(f"no folder {dataset} (data.bids)")
@@ -152,17 +154,14 @@ def _find_files(dataset: Path, suffix: str, root: Path) -> list[tuple[str, str, 
         found = layout.get(suffix=suffix, extension=[".nii", ".nii.gz"])
     except Exception as error:  # PyBIDS lets through whatever a broken dataset sets off, SQL errors among it
         raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
-    files = []
-    for file in found:
-        entities = file.get_entities()
-        if "subject" in entities:
-            files.append((str(entities["subject"]), str(entities.get("session", "")), file.path))
-    if not files:
+    named = [(file.path, entities) for file in found if "subject" in (entities := file.get_entities())]
+    if not named:
         raise InputError(
             f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
             "check data.bids and data.suffix"
         )
-    return files
+    chosen = choose_scans([Candidate.of(*each) for each in named], wanted, suffix)
+    return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
 
 def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:

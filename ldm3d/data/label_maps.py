@@ -1,5 +1,8 @@
 """Label maps that lie beside scans: which belongs to which, brought to the experiment's grid, and volumes counted on them."""
 
+import bisect
+import fnmatch
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,22 +13,70 @@ from ldm3d.config import Config
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preprocess import load_info, load_prepared
 from ldm3d.errors import InputError
-from ldm3d.files import checked_name
 from ldm3d.geometry import resample
 
+_KINDS = (".nii", ".nii.gz", ".mgz", ".mgh")
 
-def find_label_map(folder: Path, subject: str, session: str = "") -> Path:
-    """The one NIfTI file below `folder` whose name begins with this subject (and session).
 
-    Raises:
-        InputError: none, or several.
+class LabelMaps:
+    """The label maps below a folder, found in one walk of it.
+
+    A file belongs to a subject (and session) by its name, sub-XX[_ses-YY]_...nii.gz, or where none does, by its folders:
+    FreeSurfer has sub-XX/mri/aseg.mgz, other programs sub-XX/ses-YY/labels.nii.gz.
+
+    Args:
+        folder: to walk.
+        pattern: glob of the path below `folder` or of the file's name, such as "*desc-aseg_dseg*"; None takes all.
     """
-    name = f"sub-{checked_name(subject, 'subject')}" + (f"_ses-{checked_name(session, 'session')}" if session else "")
-    found = sorted(p for p in folder.rglob(f"{name}[_.]*") if p.name.endswith((".nii", ".nii.gz")))
-    if len(found) != 1:
-        shown = ", ".join(p.name for p in found[:3]) or "none"
-        raise InputError(f"{folder} must hold one label map named {name}_...nii.gz, found {len(found)} ({shown})")
-    return found[0]
+
+    def __init__(self, folder: Path, pattern: str | None = None):
+        self.folder, self.pattern = folder, pattern
+        by_name: list[tuple[str, Path]] = []
+        by_folder: list[tuple[str, Path]] = []
+        for above, _, names in os.walk(folder):
+            parts = Path(above).relative_to(folder).parts
+            first = next((i for i, part in enumerate(parts) if part.startswith("sub-")), len(parts))
+            for name in names:
+                if name.endswith(_KINDS) and (pattern is None or self._fits("/".join((*parts, name)))):
+                    by_name.append((name, Path(above, name)))
+                    by_folder.append(("_".join((*parts[first:], "")), Path(above, name)))
+        self._indexes = sorted(by_name), sorted(by_folder)
+
+    def _fits(self, path: str) -> bool:
+        return fnmatch.fnmatchcase(path, self.pattern) or fnmatch.fnmatchcase(path.rpartition("/")[2], self.pattern)
+
+    def find(self, subject: str, session: str = "") -> list[Path]:
+        """All label maps of this subject (and session), by name."""
+        name = _stem(subject, session)
+        for index in self._indexes:
+            found = []
+            for start in (f"{name}.", f"{name}_"):
+                found += index[bisect.bisect_left(index, (start,)) : bisect.bisect_left(index, (f"{start}\uffff",))]
+            if found:
+                return sorted(path for _, path in found)
+        return []
+
+    def one(self, subject: str, session: str = "") -> Path:
+        """The one label map of this subject (and session).
+
+        Raises:
+            InputError: none, or several.
+        """
+        found = self.find(subject, session)
+        if len(found) != 1:
+            listed = ", ".join(str(path.relative_to(self.folder)) for path in found[:3]) or "none"
+            way = "choose one kind with --pattern, such as '*desc-aseg_dseg*'" if found else "is --labels the right folder?"
+            if self.pattern and not found:
+                way = f"--pattern {self.pattern!r} may leave it out"
+            raise InputError(
+                f"{self.folder} must hold one label map named {_stem(subject, session)}_...nii.gz, found {len(found)} "
+                f"({listed}); {way}"
+            )
+        return found[0]
+
+
+def _stem(subject: str, session: str) -> str:
+    return f"sub-{subject}_ses-{session}" if session else f"sub-{subject}"
 
 
 def load_labels(config: Config, key: str, path: Path, classes: Mapping[str, Sequence[int]]) -> tuple[NDArray, NDArray]:

@@ -1,4 +1,4 @@
-"""NIfTI files in and out; the only place that knows nibabel.
+"""NIfTI files in and out, and FreeSurfer's .mgz in; the only place that knows nibabel.
 
 What is read is checked first from the header, so that a file which claims a terabyte fails before memory is taken. Header
 extensions are skipped: nothing here needs them, and their sizes are one more thing that a file can lie about.
@@ -15,9 +15,11 @@ import nibabel
 import numpy as np
 import psutil
 from nibabel.arrayproxy import ArrayProxy
+from nibabel.freesurfer.mghformat import MGHHeader
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialHeader
 from numpy.typing import DTypeLike, NDArray
+from scipy import ndimage
 
 from ldm3d.errors import InputError
 from ldm3d.files import replacing
@@ -26,28 +28,34 @@ MAX_VOXELS = 2**30  # 1024^3, 4 GiB as float32: beyond any whole-brain scan
 # deflate cannot shrink more than 1032 : 1 (zlib's technical details); some room for the file's own header
 _MAX_GZIP_RATIO = 1100
 _MAX_OFFSET = 2**26  # bytes of header extensions before the voxels; a packed file is unpacked up to there
-_PACKED = (".gz", ".bz2")
+_PACKED = (".gz", ".bz2", ".mgz")
 _SILENT = logging.Logger("silent", logging.CRITICAL + 1)
 _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+_MGH = (".mgz", ".mgh")
+_MGH_BYTES, _MGH_TYPES = 284, (0, 1, 3, 4)  # of header before the voxels; unsigned 8 bits, 32 bits, float32, 16 bits
+_SAME_SIZE, _SAME_DIRECTION = 0.02, math.cos(math.radians(2))  # what sform and qform may differ by, unsaid
 _MM = {"meter": 1000.0, "micron": 0.001}
 
 
 def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
     """One scan as float32 (X, Y, Z) in the file's own order of axes, and its affine (4, 4) to RAS+ mm.
 
-    Intensities carry the header's scale factor. (X, Y, Z, 1) counts as one volume.
+    Intensities carry the header's scale factor. (X, Y, Z, 1) counts as one volume. NaN around the head, as SPM, CAT12 and
+    ANTs write it, becomes 0, with a warning.
 
     Raises:
-        InputError: the file is missing, no NIfTI or cut short; several volumes; no or too many voxels; complex or
-            colour values; NaN, infinite or all-equal voxels; an affine that maps voxels nowhere; too little memory.
+        InputError: the file is missing, no NIfTI (or .mgz) or cut short; several volumes; no or too many voxels; complex or
+            colour values; infinite or all-equal voxels, NaN that voxels with values enclose; an affine that maps voxels
+            nowhere, or sform and qform that mirror each other; too little memory.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, not a NIfTI file' if path.is_dir() else 'no such file'}")
-    header, raw = _read_header(path)
+    is_mgh = _split_name(path)[1].lower() in _MGH
+    header, raw = (_read_mgh_header(path), None) if is_mgh else _read_header(path)
     data_path = files_of(path)[-1]
     shape, dtype = _check_header(path, header, data_path)
-    affine = _check_affine(path, header, raw["pixdim"][1:4])
+    affine = _check_affine(path, header.get_affine() if is_mgh else _nifti_affine(path, header, raw))
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes inf, which is reported below
             # No memory map: a file that shrinks meanwhile would kill the process
@@ -59,15 +67,30 @@ def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
             f"{path}: cut short or damaged, its {math.prod(shape):,} voxels of type {dtype} cannot be read "
             f"({_one_line(error)}); copy or convert it again"
         ) from None
-    finite = np.isfinite(volume)
-    if not finite.all():
-        raise InputError(
-            f"{path}: {volume.size - int(finite.sum()):,} of {volume.size:,} voxels are NaN or infinite; "
-            "replace them (by 0 in the background) and run again"
-        )
+    if not np.isfinite(volume).all():
+        _fill_background(path, volume)
     if volume.min() == volume.max():
         raise InputError(f"{path}: every voxel is {volume.flat[0]:g}; there is no image in it")
     return volume, affine
+
+
+def _fill_background(path: Path, volume: NDArray) -> None:
+    """Set NaN that reaches the faces of the volume to 0, in place; an InputError for any other, and where nothing is left."""
+    nan = np.isnan(volume)
+    parts, _ = ndimage.label(nan)
+    faces = [np.take(parts, end, axis) for axis in range(3) for end in (0, -1)]
+    outside = np.unique(np.concatenate([face.ravel() for face in faces]))
+    background = np.isin(parts, outside[outside > 0])
+    bad = int(np.isinf(volume).sum() + nan.sum() - background.sum())
+    if bad or background.all():
+        raise InputError(
+            f"{path}: {bad or volume.size:,} of {volume.size:,} voxels are NaN or infinite and not the background around the "
+            "head; replace them and run again"
+        )
+    volume[background] = 0
+    warnings.warn(
+        f"{path}: NaN in {background.mean():.0%} of its voxels, around the head, is taken as background", stacklevel=3
+    )
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -148,7 +171,7 @@ def to_image(array: NDArray, affine: NDArray, description: str = "") -> nibabel.
 
 def _split_name(path: Path) -> tuple[str, str, str]:
     """(stem, kind, packing): "brain.nii.gz" is "brain", ".nii" and ".gz"."""
-    packing = path.suffix if path.suffix.lower() in _PACKED else ""
+    packing = path.suffix if path.suffix.lower() in (".gz", ".bz2") else ""
     name = Path(path.name.removesuffix(packing))
     return name.stem, name.suffix, packing
 
@@ -156,7 +179,7 @@ def _split_name(path: Path) -> tuple[str, str, str]:
 def _read_header(path: Path) -> tuple[nibabel.Nifti1Header, nibabel.Nifti1Header]:
     """The header as nibabel mends it, and as it stands in the file."""
     if _split_name(path)[1].lower() not in (".nii", ".hdr", ".img"):
-        raise InputError(f"{path}: is not NIfTI by its name; convert it to .nii.gz with mri_convert or nibabel")
+        raise InputError(f"{path}: is neither NIfTI nor .mgz by its name; convert it to .nii.gz with mri_convert or nibabel")
     holder = files_of(path)[0]
     if not holder.is_file():
         raise InputError(f"{path}: its header should be in {holder.name}, which is not there")
@@ -180,9 +203,32 @@ def _read_header(path: Path) -> tuple[nibabel.Nifti1Header, nibabel.Nifti1Header
         raise InputError(f"{path}: cannot be read as NIfTI ({_one_line(error)})") from None
 
 
-def _check_header(path: Path, header: nibabel.Nifti1Header, data_path: Path) -> tuple[tuple[int, ...], np.dtype]:
+def _read_mgh_header(path: Path) -> MGHHeader:
+    """FreeSurfer's header; a warning where it does not say how the head lies."""
+    try:
+        with ImageOpener(path) as file:
+            content = file.read(_MGH_BYTES)
+        if len(content) < _MGH_BYTES:
+            raise HeaderDataError(f"it ends after {len(content)} of {_MGH_BYTES} bytes of header")
+        with np.errstate(all="ignore"):
+            header = MGHHeader(content, check=False)
+        if header["version"] != 1:
+            raise HeaderDataError(f"its version is {header['version']}, not 1")
+        if int(header["type"]) not in _MGH_TYPES:
+            raise HeaderDataError(f"voxels of type {header['type']}; mri_convert -odt float writes one that is read")
+    except Exception as error:  # as above
+        raise InputError(f"{path}: cannot be read as FreeSurfer's MGH ({_one_line(error)})") from None
+    if content[28:30] == b"\0\0":  # goodRASFlag, which nibabel sets when it fills in a default, turned by 180 degrees
+        header["Mdc"] = [[-1, 0, 0], [0, 0, -1], [0, 1, 0]]  # to the left, down, to the front
+        warnings.warn(
+            f"{path}: the header does not say how the head lies; it is taken as coronal, as FreeSurfer does", stacklevel=3
+        )
+    return header
+
+
+def _check_header(path: Path, header: SpatialHeader, data_path: Path) -> tuple[tuple[int, ...], np.dtype]:
     """Shape (X, Y, Z) and voxel type, once they are known to be usable."""
-    shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
+    shape, dtype = tuple(int(n) for n in header.get_data_shape()), np.dtype(header.get_data_dtype())
     if any(n <= 0 for n in shape) or not shape:
         raise InputError(f"{path}: has shape {shape}, so no voxels at all")
     if len(shape) < 3:
@@ -199,8 +245,9 @@ def _check_header(path: Path, header: nibabel.Nifti1Header, data_path: Path) -> 
         raise InputError(f"{path}: header claims {shape} = {voxels:,} voxels; at most {MAX_VOXELS:,} are read")
     if not data_path.is_file():
         raise InputError(f"{path}: its voxels should be in {data_path.name}, which is not there")
-    offset = float(header["vox_offset"])
-    first = 0 if len(files_of(path)) == 2 else header.sizeof_hdr
+    is_mgh = isinstance(header, MGHHeader)
+    offset = float(_MGH_BYTES if is_mgh else header["vox_offset"])
+    first = 0 if is_mgh or len(files_of(path)) == 2 else header.sizeof_hdr
     if not first <= offset <= _MAX_OFFSET:  # NaN is not, either
         raise InputError(f"{path}: its voxels should begin at byte {offset:g}; correct vox_offset in its header")
     held, wanted = data_path.stat().st_size, int(offset) + voxels * dtype.itemsize
@@ -215,23 +262,57 @@ def _check_header(path: Path, header: nibabel.Nifti1Header, data_path: Path) -> 
     return shape, dtype
 
 
-def _check_affine(path: Path, header: nibabel.Nifti1Header, pixdim: NDArray) -> NDArray:
-    """The affine in mm, once it is known to map voxels to places."""
+def _nifti_affine(path: Path, header: nibabel.Nifti1Header, raw: nibabel.Nifti1Header) -> NDArray:
+    """The affine in mm: sform where there is one, else qform."""
+    # `raw` is what the file says itself: nibabel mends zero voxel sizes to 1 mm
+    pixdim = np.array(raw["pixdim"][1:4], dtype=np.float64)
+    usable = (np.isfinite(pixdim) & (pixdim != 0)).all()
     if header["sform_code"] <= 0:
-        # `pixdim` is what the file says itself: nibabel mends zero voxel sizes to 1 mm
-        if not (np.isfinite(pixdim) & (pixdim != 0)).all():
+        if not usable:
             raise InputError(f"{path}: voxel sizes are {_numbers(pixdim)} mm; correct pixdim in its header")
         if header["qform_code"] <= 0:
             warnings.warn(
                 f"{path}: the header does not say how the head lies (sform and qform codes are 0); its axes "
                 "are taken to run to the left, the front and the top, as nibabel does",
-                stacklevel=3,
+                stacklevel=4,
             )
     try:
         affine = np.array(header.get_best_affine(), dtype=np.float64)
     except (ValueError, HeaderDataError) as error:
         raise InputError(f"{path}: its qform is no rotation ({_one_line(error)}); correct it in its header") from None
+    if header["sform_code"] > 0 and usable:
+        _compare_forms(path, header, affine[:3, :3], np.abs(pixdim))
     affine[:3] *= _MM.get(_unit(header), 1.0)
+    return affine
+
+
+def _compare_forms(path: Path, header: nibabel.Nifti1Header, sform: NDArray, pixdim: NDArray) -> None:
+    """Warn where voxel sizes or axes of sform, (3, 3), are not those of pixdim and qform; InputError for mirror images."""
+    try:
+        qform = np.array(header.get_qform(), dtype=np.float64)[:3, :3] if header["qform_code"] > 0 else None
+    except (ValueError, HeaderDataError):
+        qform = None  # no rotation, and not what is used
+    sides = np.linalg.norm(sform, axis=0)
+    if not (np.isfinite(sides) & (sides > 0)).all() or (qform is not None and not np.isfinite(qform).all()):
+        return  # `_check_affine` judges the first; the second is not used
+    said = []
+    if (np.abs(pixdim / sides - 1) > _SAME_SIZE).any():
+        said.append(f"voxels of {_numbers(sides)} mm by the sform, of {_numbers(pixdim)} mm by pixdim")
+    if qform is not None:
+        if np.linalg.det(sform) * np.linalg.det(qform) < 0:
+            raise InputError(
+                f"{path}: sform and qform are mirror images, so left and right cannot be told apart; correct the header "
+                "(fslorient -copysform2qform, or -copyqform2sform)"
+            )
+        if ((sform / sides) * (qform / np.linalg.norm(qform, axis=0))).sum(0).min() < _SAME_DIRECTION:
+            said.append("axes that run in other directions by the sform than by the qform")
+    if said:
+        warnings.warn(f"{path}: {', and '.join(said)}; the sform is used, as nibabel does", stacklevel=5)
+
+
+def _check_affine(path: Path, affine: NDArray) -> NDArray:
+    """The affine (4, 4), once it is known to map voxels to places."""
+    affine = np.asarray(affine, dtype=np.float64)
     if not np.isfinite(affine).all():
         raise InputError(f"{path}: its affine holds NaN or infinite values; correct sform or qform in its header")
     sides = np.linalg.norm(affine[:3, :3], axis=0)
@@ -254,7 +335,8 @@ def _unit(header: nibabel.Nifti1Header) -> str:
 
 
 def _bytes_per_voxel(dtype: np.dtype) -> int:
-    return dtype.itemsize + 5  # as stored, as float32, and a flag for whether it is finite
+    # As stored, as float32, and a flag for whether it is finite; where NaN can be, which of its regions a voxel is in, too
+    return dtype.itemsize + (11 if dtype.kind == "f" else 5)
 
 
 def _memory(shape: tuple[int, ...], dtype: np.dtype) -> str:

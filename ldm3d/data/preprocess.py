@@ -37,6 +37,7 @@ from ldm3d.data.bids import read_scans
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.oddities import people_of, warn_of_oddities, who
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
@@ -48,6 +49,7 @@ VERSION = 2  # raise it when the numbers that this file makes change: every volu
 
 _BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
 _FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
+_TOLD = ("cut_mm", "extent_mm", "around_zero", "notes")  # of a scan's `info`, what all scans together are judged by
 _SHOWN = 20  # failed scans that are named on the terminal; failed.tsv has them all
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -101,7 +103,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
         if processes.is_main:
             write_table(folder / "failed.tsv", failed)
         report = f"{len(failed)} of {len(scans)} scans could not be prepared:\n" + "\n".join(
-            f"  {_who(row)}: {row.reason}" for row in failed.head(_SHOWN).itertuples()
+            f"  {who(row)}: {row.reason}" for row in failed.head(_SHOWN).itertuples()
         )
         if len(failed) > _SHOWN:
             report += f"\n  and {len(failed) - _SHOWN} more, see {folder / 'failed.tsv'}"
@@ -112,10 +114,12 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
 
     good = [result for result in results if "reason" not in result]
     table = scans[~bad].reset_index(drop=True)
-    splits = assign_splits(table["subject"], config.data.splits, kept)
     table.insert(3, "key", [result["key"] for result in good])
+    people = people_of(table)
+    splits = assign_splits(people.values(), config.data.splits, kept)
+    splits = {subject: splits[person] for subject, person in people.items()}
     table.insert(4, "split", table["subject"].map(splits))
-    _warn(table, good, grid)
+    warn_of_oddities(table, good, max(_BLOCK_MM, *grid.spacing_mm))
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
@@ -191,15 +195,17 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
 
     Returns:
         float32 (X, Y, Z) on the Grid; and the info that `restore` needs, plain JSON: shape and affine of the source,
-        affine of the placed Grid, the intensities `low` and `high` that became 0 and 1, and cut_mm, the most that the
-        Grid cuts off the foreground on any side.
+        affine of the placed Grid, the intensities `low` and `high` that became 0 and 1, cut_mm, the most that the
+        Grid cuts off the foreground on any side, extent_mm of the foreground along the axes of the scan, and around_zero,
+        whether intensities reach well below 0, as those of a standardised scan do.
 
     Raises:
         InputError: both percentiles are the same intensity.
     """
     affine = np.asarray(affine, dtype=np.float64)
     volume, background, threshold = _level_background(volume)
-    placed, cut_mm = _place_on_foreground(_foreground_box(volume, background + threshold, affine), volume, affine, grid)
+    first, last = box = _foreground_box(volume, background + threshold, affine)
+    placed, cut_mm = _place_on_foreground(box, volume, affine, grid)
     # `resample` is 0 outside of the scan; after this subtraction so is the background
     on_grid = resample(volume - background, affine, placed, grid.shape)
     foreground = on_grid[on_grid > threshold]
@@ -217,6 +223,8 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
         "low": low + background,
         "high": high + background,
         "cut_mm": round(cut_mm, 1),
+        "extent_mm": ((last - first + 1) * spacing_of(affine)).round(1).tolist(),
+        "around_zero": bool(background < -threshold),  # what interpolation undershoots is less
     }
     return ((on_grid - low) / (high - low)).clip(0, 1), info
 
@@ -311,7 +319,7 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
                 write_whole(folder / f"{key}.npy", buffer.getvalue())
                 write_whole(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
             write_whole(known, key)
-        return {"key": key, "cached": cached, "cut_mm": info["cut_mm"], "notes": info["notes"]}
+        return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}}
     except InputError as error:
         return {"reason": str(error)}
     except MemoryError:
@@ -337,7 +345,7 @@ def _read_info(folder: Path, key: str | None) -> dict[str, Any] | None:
         return None
     try:
         info = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        return info if info.keys() >= {"cut_mm", "notes"} else None
+        return info if info.keys() >= {*_TOLD} else None
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return None
 
@@ -373,38 +381,6 @@ def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[s
             del waiting[culprit]
             yield culprit, {"reason": "its worker process died; out of memory? Try it with workers=1"}
         now = max(now // 2, 1) if now > 1 else workers
-
-
-def _warn(table: pd.DataFrame, results: Sequence[Mapping], grid: Grid) -> None:
-    """One warning for each kind of oddity, not one for each scan."""
-
-    def say(what: str, scans: Sequence[str]) -> None:
-        more = f"\n  and {len(scans) - 5} more" if len(scans) > 5 else ""
-        warnings.warn(f"{len(scans)} {what}:\n  " + "\n  ".join(scans[:5]) + more, stacklevel=4)
-
-    rows = [*table.itertuples()]
-    tolerance = max(_BLOCK_MM, *grid.spacing_mm)
-    cut = sorted([(result["cut_mm"], _who(row)) for row, result in zip(rows, results)], reverse=True)
-    cut = [f"{who}: {mm:g} mm" for mm, who in cut if mm > tolerance]
-    if cut:
-        say(
-            "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape)",
-            cut,
-        )
-    notes = [note for result in results for note in result["notes"]]
-    if notes:
-        say("scans were read with a guess", notes)
-    twins = [
-        f"{', '.join(map(_who, group.itertuples()))}: {group['path'].iloc[0]}"
-        for _, group in table.groupby("key")
-        if group["subject"].nunique() > 1
-    ]
-    if twins:
-        say("files are scans of different subjects, so that splits may share them", twins)
-
-
-def _who(row: Any) -> str:
-    return f"sub-{row.subject}" + (f" ses-{row.session}" if row.session else "")
 
 
 def _settings(config: Config) -> dict[str, Any]:

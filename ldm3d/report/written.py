@@ -15,13 +15,12 @@ import pandas as pd
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing
-from ldm3d.data.label_maps import count_volumes, find_label_map
+from ldm3d.data.label_maps import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
-from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
 from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
 from ldm3d.report.sections import agreements, fairness_sections
@@ -93,18 +92,18 @@ def read_volumes(
 
 
 def count_labels(
-    folder: Path, participants: Sequence[str], groups: Mapping[str, Sequence[int]]
+    maps: LabelMaps, participants: Sequence[str], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """Volumes in ml counted on label maps below `folder`, by participant_id; `groups`: quantity -> labels.
+    """Volumes in ml counted on label maps, by participant_id; `groups`: quantity -> labels.
 
     Participants without a label map are left out.
     """
     found = {}
     for name in participants:
-        if not any(folder.rglob(f"{checked_name(name, 'participant')}[_.]*")):
-            continue
-        labels, affine = read_volume(find_label_map(folder, name.removeprefix("sub-")))
-        found[name] = count_volumes(labels, spacing_of(affine), groups)
+        subject = name.removeprefix("sub-")
+        if maps.find(subject):
+            labels, affine = read_volume(maps.one(subject))
+            found[name] = count_volumes(labels, spacing_of(affine), groups)
     return found
 
 

@@ -209,7 +209,9 @@ def make_pipeline(
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     sampling = Sampling(**config.generation.model_dump())
     target, stripped = config.diffusion.target, config.data.skull_stripped
-    return Pipeline(autoencoder, unet, schema, grid, process, target, sampling, stripped, threads=None)
+    return Pipeline(
+        autoencoder, unet, schema, grid, process, target, sampling, stripped, threads=None, suffix=config.data.suffix
+    )
 
 
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:

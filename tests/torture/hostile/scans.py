@@ -4,6 +4,7 @@ import functools
 import gzip
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import yaml
 from hypothesis import strategies as st
@@ -59,6 +60,27 @@ EXTENSIONS = (
 )
 
 
+MGH = {  # fields of FreeSurfer's header, and hostile values of each
+    "version": (0, 2, -1),
+    "dims": ([0, 9, 10, 1], [-8, 9, 10, 1], [8, 9, 10, 3], [2**15, 2**15, 2**15, 1], [8, 9, 11, 1], [2**31 - 1] * 4),
+    "type": (0, 1, 2, 4, 7, -1, 10),
+    "goodRASFlag": (0, -1, 7),
+    "delta": ([0, 1, 1], [NAN, 1, 1], [1e30, 1, 1], [-1, 1, 1]),
+    "Mdc": ([[0] * 3] * 3, [[1, 0, 0]] * 3, [[NAN] * 3] * 3, [[INF, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    "Pxyz_c": ([NAN, 0, 0], [1e38, 0, 0]),
+}
+
+
+def mgh(fields: dict) -> bytes:
+    """A small FreeSurfer volume; `fields` are written as they are."""
+    image = nibabel.MGHImage(np.random.default_rng(0).uniform(1, 250, (8, 9, 10)).astype(np.float32), np.diag([2.0, 2, 2, 1]))
+    content = bytearray(image.to_bytes())
+    for name, value in fields.items():
+        image.header[name] = value
+    content[:90] = image.header.binaryblock[:90]
+    return bytes(content)
+
+
 @functools.cache
 def _bomb() -> bytes:
     """200 kB that unpack to a scan and 200 MB of zeros."""
@@ -82,7 +104,9 @@ def scans(draw) -> Case:
     names = (f"scan.nii{end}",) if kind == "single" else (f"scan.hdr{end}", f"scan.img{end}")
     files = {name: gzip.compress(content, 1) if packed else content for name, content in zip(names, (header, voxels))}
     scan = draw(st.sampled_from(names))
-    what = draw(st.sampled_from(("", "", "", "bomb", "truncated", "lone", "link out", "twice packed", "text", "wrong name")))
+    what = draw(
+        st.sampled_from(("", "", "", "bomb", "truncated", "lone", "link out", "twice packed", "text", "wrong name", "mgz"))
+    )
     if what == "bomb":
         files, scan = {"scan.nii.gz": _bomb()}, "scan.nii.gz"
     elif what == "truncated":
@@ -95,6 +119,10 @@ def scans(draw) -> Case:
         files = {name: gzip.compress(content) for name, content in files.items()}
     elif what == "text":
         files[scan] = b"participant_id\tage\n" * draw(st.integers(0, 40))
+    elif what == "mgz":
+        name = draw(st.sampled_from(sorted(MGH)))
+        fields = {name: draw(st.sampled_from(MGH[name]))}
+        files, scan, mutations = {"scan.mgz": gzip.compress(mgh(fields), 1)}, "scan.mgz", [f"{name} {fields[name]}"]
     elif what == "wrong name":
         other = draw(st.sampled_from(("scan.mgz", "scan.nii.bz2", "scan.NII", "scan", "scan.dcm", "scan.img")))
         files, scan = {other: files[scan]}, other

@@ -1,0 +1,192 @@
+"""Which of a session's files is its scan: one of them, magnitude, in native space, unless `data.filter` asks for others.
+
+BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.ENTITIES`. The choice never
+depends on the order of files:
+
+1. `data.filter` keeps the files that it describes.
+2. The dataset has one kind of scan: magnitudes, in native space, without contrast agent; where no file is in native space
+   (or none is without agent), what most sessions have. A session without a scan of this kind has none.
+3. Of what is left of a session, the first in the order of `_ORDER`.
+
+An entity that the filter does not mention is decided so; one with a list of values gives a scan for each of them.
+"""
+
+import collections
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm3d.config import ENTITIES
+from ldm3d.errors import InputError
+
+# PyBIDS has long names for these
+_LONG = {"acq": "acquisition", "ce": "ceagent", "dir": "direction", "mod": "modality", "rec": "reconstruction"}
+_LONG |= {"seg": "segmentation", "ses": "session", "trc": "tracer"}
+_PLAIN = {"part": ("", "mag"), "space": ("",), "ce": ("",)}
+_ONLY = {
+    "part": "only magnitudes are used",
+    "space": "only scans in native space are used",
+    "ce": "only scans without contrast agent are used",
+}
+_RULES = {
+    "desc": "a scan without desc goes first, then desc-preproc",
+    "rec": "a scan without rec goes first",
+    "res": "a scan without res goes first",
+    "echo": "the first echo is used",
+    "run": "the lowest run is used",
+}
+_ORDER = (*("desc", "rec", "res"), *(e for e in ENTITIES if e not in {*_PLAIN, *_RULES, "ses"}), "echo", "run")
+_SHOWN = 5  # of many files or sessions, those that a message names
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may be a session's scan; `entities` by their names in file names, as text ("run": "1")."""
+
+    subject: str
+    session: str
+    path: str
+    entities: Mapping[str, str]
+
+    @classmethod
+    def of(cls, path: str, entities: Mapping[str, Any]) -> "Candidate":
+        """From a path and what PyBIDS reads off it."""
+        found = {name: _text(entities[_LONG.get(name, name)]) for name in ENTITIES if _LONG.get(name, name) in entities}
+        return cls(str(entities["subject"]), str(entities.get("session", "")), path, found)
+
+    def has(self, entity: str) -> str:
+        """As it stands in the name, "run-1"; "no run" where it does not."""
+        return f"{entity}-{self.entities[entity]}" if entity in self.entities else f"no {entity}"
+
+
+def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suffix: str) -> list[Candidate]:
+    """One file a session, in a fixed order; one warning says what was left aside and how to ask for it.
+
+    Args:
+        candidates: the dataset's files of one suffix, at least one.
+        wanted: `data.filter`.
+        suffix: of the files, for messages.
+
+    Raises:
+        InputError: no file is of the kind that is asked for.
+    """
+    asked = {entity: _values(value) for entity, value in wanted.items()}
+    kept = [c for c in candidates if all(c.entities.get(entity, "") in values for entity, values in asked.items())]
+    if not kept:
+        described = ", ".join(f"{entity}: {' or '.join(value or 'null' for value in asked[entity])}" for entity in asked)
+        raise InputError(
+            f"data.filter ({described}) leaves none of {len(candidates)} {suffix} files; they have {_inventory(candidates)}"
+        )
+    sessions = {(c.subject, c.session) for c in kept}
+    why: dict[str, str] = {}  # path -> reason for which it is left aside
+    for entity in (entity for entity in _PLAIN if entity not in asked):
+        kept = _of_one_kind(kept, entity, why)
+    if not kept:
+        raise InputError(
+            f"none of {len(candidates)} {suffix} files is a magnitude image; they have {_inventory(candidates)}. "
+            "To use others all the same, set data.filter, such as {part: phase}"
+        )
+    order = _ranking(kept)
+    several = [entity for entity, values in asked.items() if len(values) > 1]
+
+    def place(c: Candidate) -> tuple:
+        return c.subject, c.session, *(c.entities.get(entity, "") for entity in several)
+
+    chosen = []
+    for _, group in itertools.groupby(sorted(kept, key=lambda c: (place(c), order(c))), key=place):
+        first, *others = group
+        chosen.append(first)
+        why |= {other.path: _difference(first, other) for other in others}
+    if why:
+        scanless = sorted(sessions - {(c.subject, c.session) for c in chosen})
+        warnings.warn(_left_aside([c for c in candidates if c.path in why], why, scanless, suffix), stacklevel=5)
+    return chosen
+
+
+def _of_one_kind(candidates: Sequence[Candidate], entity: str, why: dict[str, str]) -> list[Candidate]:
+    """Those that are plain in an entity, or have what most sessions have where none is; why the others are not."""
+    values, reason = _PLAIN[entity], _ONLY[entity]
+    if entity != "part" and candidates and not any(c.entities.get(entity, "") in values for c in candidates):
+        values = (_by_frequency(candidates, entity)[0],)
+        reason = f"most sessions have {entity}-{values[0]}, and only that is used"
+    kept = [c for c in candidates if c.entities.get(entity, "") in values]
+    why |= {c.path: f"{c.has(entity)}: {reason}" for c in candidates if c.entities.get(entity, "") not in values}
+    return kept
+
+
+def _by_frequency(candidates: Sequence[Candidate], entity: str) -> list[str]:
+    """Values of an entity ("" for without), that of most sessions first; of like ones, without, then by number or name."""
+    sessions = {(c.subject, c.session, c.entities.get(entity, "")) for c in candidates}
+    count = collections.Counter(value for _, _, value in sessions)
+    return sorted(count, key=lambda value: (-count[value], _natural(value)))
+
+
+def _ranking(candidates: Sequence[Candidate]) -> Any:
+    """Key by which the candidates of a session are sorted, the one to use first."""
+    common = {e: {v: i for i, v in enumerate(_by_frequency(candidates, e))} for e in _ORDER if e not in _RULES}
+
+    def key(c: Candidate) -> tuple:
+        values = [(e, c.entities.get(e, "")) for e in _ORDER]
+        return *(common[e][v] if e in common else (v not in ("", "preproc"), _natural(v)) for e, v in values), c.path
+
+    return key
+
+
+def _difference(first: Candidate, other: Candidate) -> str:
+    """Why the first goes before the other."""
+    for entity in _ORDER:
+        if first.entities.get(entity) != other.entities.get(entity):
+            rule = _RULES.get(entity, f"the {entity} that most sessions have goes first")
+            return f"{other.has(entity)}: {rule}"
+    return "another file with the same entities: the first by path is used"
+
+
+def _left_aside(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequence[tuple], suffix: str) -> str:
+    """The one message: how many files of which kind and why, and the way to have them."""
+    lines = [f"  {reason} ({count} files)" for reason, count in collections.Counter(why.values()).most_common(_SHOWN)]
+    if scanless:
+        names = _some(f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in scanless)
+        lines.append(f"  {len(scanless)} sessions have no other scan and are left out: {names}")
+    reason = why[files[0].path].partition(":")[0]
+    entity, _, value = reason.partition("-")
+    example = f"{{{entity}: {value}}}" if value else "{run: 1}"
+    if reason.startswith("no "):
+        example = f"{{{reason.removeprefix('no ')}: null}}"
+    return (
+        f"{len(files)} {suffix} files are left aside, for each session gives one scan:\n" + "\n".join(lines) + "\n  such as "
+        f"{files[0].path}\nto use others, set data.filter, such as {example}; null asks for files without an entity, and a "
+        "list for a scan of each value"
+    )
+
+
+def _inventory(candidates: Sequence[Candidate]) -> str:
+    """What values the files have of every entity that any of them has."""
+    found = []
+    for entity in ENTITIES:
+        values = _by_frequency(candidates, entity)
+        if values != [""]:
+            found.append(f"{entity}: {_some(value or 'null' for value in values)}")
+    return "; ".join(found) or "no entity but their subject"
+
+
+def _values(value: Any) -> tuple[str, ...]:
+    """What a filter asks for of one entity, "" for without."""
+    return tuple("" if each is None else _text(each) for each in (value if isinstance(value, list | tuple) else (value,)))
+
+
+def _text(value: Any) -> str:
+    """An entity's value; leading zeros of a number do not count."""
+    text = str(value)
+    return str(int(text)) if text.isdecimal() else text
+
+
+def _natural(value: str) -> tuple[int, int, str]:
+    """Nothing, numbers in their order, other text."""
+    return (0, 0, "") if not value else (1, int(value), "") if value.isdecimal() else (2, 0, value)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
