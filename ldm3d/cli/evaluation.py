@@ -17,7 +17,9 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")] = 64,
+    num: Annotated[
+        int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")
+    ] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.evaluation.volumetry:measure_volumes",
