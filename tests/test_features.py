@@ -21,7 +21,8 @@ from ldm3d.evaluation.features import (
     read_features,
     standardise,
 )
-from ldm3d.evaluation.measures import CLOSER, WORSE, compare, compare_pairs
+from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.verdicts import BEYOND, CLOSER
 
 
 def phantoms(seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
@@ -62,7 +63,7 @@ def verdicts(real):
 
 def test_other_people_are_not_worse_than_real(verdicts, others):
     found = verdicts(others[0], pairs=25)
-    assert {name for name, verdict in found.items() if verdict in (WORSE, CLOSER)} == set()
+    assert {name for name, verdict in found.items() if verdict in (BEYOND, CLOSER)} == set()
 
 
 def test_blur_and_noise_move_everything(verdicts, others):
@@ -71,7 +72,7 @@ def test_blur_and_noise_move_everything(verdicts, others):
     noisy = (others[0] + 0.03 * rng.standard_normal(others[0].shape, np.float32)).clip(0, 1)
     for synthetic in (blurred, noisy):
         found = verdicts(synthetic)
-        assert {name for name, verdict in found.items() if verdict != WORSE} == set()
+        assert {name for name, verdict in found.items() if verdict != BEYOND} == set()
 
 
 def test_a_few_spoiled_volumes_move_precision_and_not_recall(verdicts, others):
@@ -80,16 +81,16 @@ def test_a_few_spoiled_volumes_move_precision_and_not_recall(verdicts, others):
     spoiled[:20] += 0.1 * rng.standard_normal(spoiled[:20].shape, np.float32)
     found = verdicts(spoiled)
     for name in ("precision", "density", "nearest_ratio", "frechet"):
-        assert found[name] == WORSE, name
-    assert found["recall"] != WORSE != found["coverage"]
+        assert found[name] == BEYOND, name
+    assert found["recall"] != BEYOND != found["coverage"]
 
 
 def test_a_flip_moves_what_knows_where(verdicts, others):
     found = verdicts(others[0][:, ::-1], pairs=25)
-    assert found["spatial_frechet"] == found["density"] == found["nearest_ratio"] == WORSE
-    assert found["ms_ssim"] != WORSE  # a set of flipped volumes has as much variety as any
+    assert found["spatial_frechet"] == found["density"] == found["nearest_ratio"] == BEYOND
+    assert found["ms_ssim"] != BEYOND  # a set of flipped volumes has as much variety as any
     half = np.concatenate([others[0][:40], others[0][40:, ::-1]])
-    assert verdicts(half)["spatial_frechet"] == WORSE
+    assert verdicts(half)["spatial_frechet"] == BEYOND
 
 
 def test_missing_modes_move_recall_coverage_and_variety(verdicts, others):
@@ -97,20 +98,20 @@ def test_missing_modes_move_recall_coverage_and_variety(verdicts, others):
     few = np.tile(others[0][:6], (13, 1, 1, 1))
     found = verdicts(few + 0.002 * rng.standard_normal(few.shape, np.float32), pairs=25)
     for name in ("frechet", "recall", "coverage", "ms_ssim", "four_g_r_ssim"):
-        assert found[name] == WORSE, name
-    assert found["precision"] != WORSE  # each by itself looks real
+        assert found[name] == BEYOND, name
+    assert found["precision"] != BEYOND  # each by itself looks real
     volumes, rows = phantoms(2, 200)
     young = np.stack([volume for volume, row in zip(volumes, rows) if row["age"] < 40])
     found = verdicts(young, pairs=25)
-    assert found["recall"] == found["ms_ssim"] == WORSE != found["precision"]
+    assert found["recall"] == found["ms_ssim"] == BEYOND != found["precision"]
 
 
 def test_copies_move_the_distance_to_the_nearest(verdicts, real):
     rng = np.random.default_rng(0)
     near = (real + 0.003 * rng.standard_normal(real.shape, np.float32)).clip(0, 1)
     found = verdicts(near, pairs=25)
-    assert found["nearest_ratio"] == WORSE and CLOSER in found.values()
-    assert {name for name, verdict in found.items() if verdict == WORSE} == {"nearest_ratio"}
+    assert found["nearest_ratio"] == BEYOND and CLOSER in found.values()
+    assert {name for name, verdict in found.items() if verdict == BEYOND} == {"nearest_ratio"}
 
 
 def test_random_features_stay_what_they_are():

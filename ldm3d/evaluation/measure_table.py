@@ -142,6 +142,7 @@ MEASURES: dict[str, Measure] = {
         lambda pair: pair.neighbours.coverage,
         "Naeem et al. 2020",
         "share of real volumes with a synthetic one near",
+        decides=True,
     ),
     "nearest_ratio": Measure(
         "distance to the nearest, ratio",
@@ -150,6 +151,7 @@ MEASURES: dict[str, Measure] = {
         lambda pair: pair.neighbours.ratio,
         "after Alaa et al. 2022",
         "below what is real: copies; above: volumes unlike any real one",
+        decides=True,
     ),
     "spread": Measure(
         "spread, ratio",

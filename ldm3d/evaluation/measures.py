@@ -310,6 +310,6 @@ def _t(values: int) -> float:
 
 def _pairs(subjects: Tensor, pairs: int, rng: torch.Generator) -> list[tuple[int, int]]:
     """Up to `pairs` pairs of rows of different subjects; nobody is in two of them."""
-    people = torch.randperm(int(subjects.max()) + 1, generator=rng)
-    rows = _one_each(subjects, people, rng).tolist()
+    people = torch.randperm(len(subjects.unique()), generator=rng)
+    rows = _one_each(subjects, people, rng).tolist() if len(people) else []
     return list(zip(rows[::2], rows[1::2]))[:pairs]

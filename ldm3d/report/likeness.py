@@ -38,9 +38,9 @@ def sections(generated: Sequence[Finding], reconstructed: Sequence[Finding]) -> 
     note = (
         f"{WITHIN.capitalize()} (green): the whole 90% interval lies within the margin, with {ENOUGH} volumes or pairs or "
         f"more on each side. {BEYOND.capitalize()} (red): all of it lies beyond. {CLOSER.capitalize()} (amber): better than "
-        f"real volumes are to each other; look for copies, and for too little variety. {FEW.capitalize()} (grey): the interval "
-        "reaches over the end of the margin. Margins: of distances, what they say of real volumes that are all moved by a "
-        "quarter of the standard deviation between people; of similarities of pairs, what a tenth less difference "
+        f"real volumes are to each other; look for copies, and for too little variety. {FEW.capitalize()} (grey): the "
+        "interval reaches over the end of the margin. Margins: of distances, what they say of real volumes that are all "
+        "moved by a quarter of the standard deviation between people; of similarities of pairs, what a tenth less difference "
         "between the two does; of the others a tenth of what real volumes reach. The light is green if all measures with "
         "an asterisk are within the margin and no other is beyond it or closer."
     )
