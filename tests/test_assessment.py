@@ -33,6 +33,10 @@ def test_every_part_is_found_and_said(page_and_metrics, experiment):
     assert {("age", "real"), ("age", "generated"), ("ventricular_volume_ml", "kept")} <= kinds
     for row in metrics["fidelity"]:
         assert row["mae_low"] <= row["mae"] <= row["mae_high"] and row["bias_low"] <= row["bias"] <= row["bias_high"]
+    order, asked = metrics["held_out"]["order"], metrics["held_out"]["generated_for"]
+    assert sorted(order) == list(range(5)) and asked == [*order, *order[:3]]
+    quality = metrics["reconstruction"]
+    assert quality["psnr_foreground_db"]["mean"] < quality["psnr_db"]["mean"] and quality["ssim_foreground"]["mean"] < 1
     (useful,) = metrics["downstream"]
     assert useful["covariate"] == "age" and useful["tested"] == 5 and useful["volumes"]["real"] == 6
     bound = metrics["likelihood"]["bound"]

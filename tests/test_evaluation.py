@@ -65,6 +65,8 @@ def test_what_spills_over_the_edge_counts_and_an_empty_volume_is_all_foreground(
     again[0, 0, 3, 4:8, 4:8] = 0.5  # beside the edge
     again[1] = 0.1
     where = foreground(volume)
+    noise = foreground(volume[:1] + 0.05 * torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(noise, where[:1])  # noise in air is no foreground
     assert psnr(again, volume, where)[0] < 40 and psnr(again, volume, where)[1].item() == pytest.approx(20, abs=1e-4)
 
 

@@ -268,8 +268,9 @@ def compare_pairs(
         ends = [1 - math.exp(end) for end in (mean, mean + own, mean - own, expected + usual, expected - usual)]
         slope, excess = math.exp(expected), expected - mean
         error = math.hypot(*(values.std(ddof=1) / math.sqrt(len(values)) for values in (on_real, on_synthetic)))
+        reach = float(stats.t.ppf(stats.norm.cdf(REACH), min(len(on_real), len(on_synthetic)) - 1)) * error
         margin = abs(float(np.mean(apart[name] - on_real[: len(apart[name])])))
-        scaled = [float(slope * value) for value in (excess, excess - REACH * error, excess + REACH * error, margin)]
+        scaled = [float(slope * value) for value in (excess, excess - reach, excess + reach, margin)]
         figures.append(Finding(name, *ends, *scaled, measure.direction, len(on_real), len(on_synthetic)))
     return figures
 

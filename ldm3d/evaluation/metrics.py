@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ldm3d.errors import InputError
 
-EDGE = 2  # voxels around what is above 0 that belong to the foreground
+EDGE = 2  # voxels around what a volume shows that belong to its foreground
+NOISE, EMPTY = 0.1, 0.1  # intensity of noise in air; share of voxels at 0 in a volume whose air has none
 
 
 def foreground(volume: Tensor) -> Tensor:
     """Where a volume shows something: above 0, and `EDGE` voxels around that, so that what spills over the edge counts.
 
-    Air is 0 after preparation, and whoever gets it right gets a better figure for every empty voxel of the grid.
+    Air is easy, and whoever gets it right gets a better figure for every empty voxel of the grid. Around a stripped brain it
+    is exactly 0. Where next to nothing is, air is noise, and what is above a tenth of the range counts, as in preparation.
 
     Args:
         volume: (N, C, X, Y, Z) in [0, 1].
@@ -26,7 +28,9 @@ def foreground(volume: Tensor) -> Tensor:
     Returns:
         The same shape, bool. A volume that is empty is foreground throughout.
     """
-    shown = F.max_pool3d((volume > 0).float(), 2 * EDGE + 1, stride=1, padding=EDGE) > 0
+    noisy = (volume == 0).flatten(1).float().mean(dim=1) < EMPTY
+    level = torch.where(noisy, NOISE, 0.0).view(-1, 1, 1, 1, 1)
+    shown = F.max_pool3d((volume > level).float(), 2 * EDGE + 1, stride=1, padding=EDGE) > 0
     return shown | ~shown.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
 
 

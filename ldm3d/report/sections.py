@@ -145,7 +145,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
         ),
         Section(
             "Reconstruction of held-out volumes",
-            f"{_quality(found)}; {len(found.psnr_db)} volumes. The foreground is where the original is above 0, and two "
+            f"{_quality(found)}; {len(found.psnr_db)} volumes. The foreground is where the original shows something, and two "
             "voxels around that. The lights judge it, for air is easy, and a larger grid has more of it. The table has "
             "what is measured on reconstructions against the same on the originals: what the autoencoder alone adds or takes.",
             table=agreements(found.comparisons, schema, ("kept",)),
