@@ -136,6 +136,7 @@ def segmenter(
 
     from ldm3d.data.label_maps import find_label_map, load_labels, parse_groups
     from ldm3d.evaluation.segmenter import dice, train_segmenter
+    from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
 
@@ -150,7 +151,8 @@ def segmenter(
     )
     network = train_segmenter(lambda i: trained[i](), len(trained), groups, steps, seed, device or own_device())
     network.save_pretrained(out)
-    for name, values in dice(network, lambda i: held_out[i](), range(min(len(held_out), 20))).items():
+    some = in_turn(list(tables[1]["subject"]), seed)[:20]
+    for name, values in dice(network, lambda i: held_out[i](), some).items():
         print(f"{name}: Dice {np.nanmean(values):.3f} on {len(values)} held-out scans")
     print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
 
