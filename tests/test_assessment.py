@@ -1,6 +1,7 @@
 """`ldm3d evaluate` with all its parts, on a model that has learnt next to nothing: that everything is found and said."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -47,7 +48,8 @@ def test_every_part_is_found_and_said(page_and_metrics, experiment):
     assert set(lights.values()) <= {"green", "amber", "red", "grey"} and lights["Gaps between groups of people"] == "grey"
     for text in ("Requests beyond what training saw", "By sex", "By age", "Is it of use? age", "How likely", "95% interval"):
         assert text in page
-    assert "http" not in page and page.count("data:image/png;base64,") > 10
+    assert page.count("data:image/png;base64,") > 10
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # which a megabyte of base64 holds by chance, once in a while
 
 
 def test_ages_are_not_predicted_without_the_data_that_was_trained_on(experiment, tmp_path, capsys):
