@@ -59,7 +59,7 @@ def run_demo(out: Path, config_path: Path) -> None:
     def load(i: int):
         return load_prepared(config, scans["key"][i])
 
-    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, extractor=RandomFeatures())
+    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, 64, extractor=RandomFeatures())
     goals = demo_goals(found)
     shown = [*goals, *lights(found)]
     page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, shown)

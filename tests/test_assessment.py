@@ -1,6 +1,7 @@
 """`ldm3d evaluate` with all its parts, on a model that has learnt next to nothing: that everything is found and said."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -33,6 +34,10 @@ def test_every_part_is_found_and_said(page_and_metrics, experiment):
     assert {("age", "real"), ("age", "generated"), ("ventricular_volume_ml", "kept")} <= kinds
     for row in metrics["fidelity"]:
         assert row["mae_low"] <= row["mae"] <= row["mae_high"] and row["bias_low"] <= row["bias"] <= row["bias_high"]
+    order, asked = metrics["held_out"]["order"], metrics["held_out"]["generated_for"]
+    assert sorted(order) == list(range(5)) and asked == [*order, *order[:3]]
+    quality = metrics["reconstruction"]
+    assert quality["psnr_foreground_db"]["mean"] < quality["psnr_db"]["mean"] and quality["ssim_foreground"]["mean"] < 1
     (useful,) = metrics["downstream"]
     assert useful["covariate"] == "age" and useful["tested"] == 5 and useful["volumes"]["real"] == 6
     bound = metrics["likelihood"]["bound"]
@@ -43,7 +48,8 @@ def test_every_part_is_found_and_said(page_and_metrics, experiment):
     assert set(lights.values()) <= {"green", "amber", "red", "grey"} and lights["Gaps between groups of people"] == "grey"
     for text in ("Requests beyond what training saw", "By sex", "By age", "Is it of use? age", "How likely", "95% interval"):
         assert text in page
-    assert "http" not in page and page.count("data:image/png;base64,") > 10
+    assert page.count("data:image/png;base64,") > 10
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # which a megabyte of base64 holds by chance, once in a while
 
 
 def test_ages_are_not_predicted_without_the_data_that_was_trained_on(experiment, tmp_path, capsys):

@@ -18,6 +18,7 @@ from ldm3d.evaluation.distribution import (
     neighbours,
     rbf_mmd,
     spatial_features,
+    spread_ratio,
 )
 
 
@@ -210,3 +211,14 @@ def test_spatial_features_know_where():
 def test_what_cannot_be_compared(real, other, message):
     with pytest.raises(InputError, match=message):
         neighbours(real, other)
+
+
+def test_spread_ratio_is_the_factor_between_two_sets_and_does_not_see_where_they_are(monkeypatch):
+    real = normal(60, 5)
+    assert spread_ratio(real, 0.8 * real + 1e6) == pytest.approx(0.8, rel=1e-6)
+    assert spread_ratio(real, real[:1].repeat(9, 1)) == 0
+    exact = np.mean([np.linalg.norm(a - b) for i, a in enumerate(real.numpy()) for b in real.numpy()[:i]])
+    other = normal(40, 5, seed=1)
+    by_hand = np.mean([np.linalg.norm(a - b) for i, a in enumerate(other.numpy()) for b in other.numpy()[:i]]) / exact
+    monkeypatch.setattr(distribution, "ROWS", 7)
+    assert spread_ratio(real, other) == pytest.approx(by_hand)

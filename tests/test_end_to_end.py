@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_evaluate_judges_held_out_subjects_only(experiment, tmp_path, capsys):
     assert kinds == {("ventricular_volume_ml", kind, n) for kind, n in numbers.items()}
     assert [sweep["covariate"] for sweep in metrics["sweeps"]] == ["age", "ventricular_volume_ml"]
     page = (tmp_path / "report.html").read_text()
-    assert "SYNTHETIC" in page and "data:image/png;base64," in page and "http" not in page
+    assert "SYNTHETIC" in page and "data:image/png;base64," in page
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # which a megabyte of base64 holds by chance, once in a while
 
 
 def test_evaluate_takes_another_measure_and_other_data(experiment, tmp_path, monkeypatch):

@@ -67,9 +67,9 @@ def test_a_fair_model_has_no_gap_though_a_group_varies_more():
 def test_groups_of_few_people_are_left_out_whatever_their_scans():
     real, synthetic = drawn(2)
     few = [i % (LEAST - 1) if label["sex"] == "M" else 100 + i for i, label in enumerate(real.rows)]
-    assert found(SeenVolumes(real.seen, real.rows, few), synthetic) == {}
+    assert found(SeenVolumes(real.seen, real.rows, few), SeenVolumes(synthetic.seen, synthetic.rows, few)) == {}
     again = [i // 2 for i in range(len(few))]  # one of each sex: two groups of 40 people each
-    assert found(SeenVolumes(real.seen, real.rows, again), synthetic)
+    assert found(SeenVolumes(real.seen, real.rows, again), SeenVolumes(synthetic.seen, synthetic.rows, again))
 
 
 def test_maps_and_pairs_are_judged_too_where_they_are_kept():

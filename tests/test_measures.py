@@ -11,7 +11,9 @@ import torch
 
 from ldm3d.errors import InputError
 from ldm3d.evaluation.distribution import rbf_mmd
-from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE, Finding, Measure, compare, compare_pairs
+from ldm3d.evaluation.measure_table import MEASURES, Measure
+from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.verdicts import BEYOND, CLOSER, FEW, WITHIN, Finding
 
 BANDWIDTH = 2.0
 
@@ -34,10 +36,10 @@ def test_intervals_hold_the_known_mmd_of_two_gaussians_in_95_percent_of_repeats(
     shift = torch.tensor([1.0, 0.0], dtype=torch.float64)
     width = BANDWIDTH**2 + 2
     exact = 2 * BANDWIDTH**2 / width * (1 - math.exp(-1 / (2 * width)))
-    holds, values, repeats = 0, [], 200
+    holds, values, repeats = 0, [], 100
     for i in range(repeats):
         (figure,) = compare(
-            normal(60, 2, seed=2 * i), normal(60, 2, seed=2 * i + 1) + shift, splits=40, seed=i, measures={"m": MMD}
+            normal(60, 2, seed=2 * i), normal(60, 2, seed=2 * i + 1) + shift, splits=60, seed=i, measures={"m": MMD}
         )
         holds += figure.low <= exact <= figure.high
         values.append(figure.value)
@@ -45,36 +47,65 @@ def test_intervals_hold_the_known_mmd_of_two_gaussians_in_95_percent_of_repeats(
     assert abs(np.mean(values) - exact) < 3 * np.std(values) / math.sqrt(repeats)
 
 
-def test_real_against_real_is_seldom_worse_than_real():
-    """All measures on 15 pairs of samples of one distribution; and a shift that every measure must see."""
-    worse, alike, repeats = 0, 0, 15
+def test_real_against_real_is_seldom_called_unlike():
+    """All measures on 8 pairs of samples of one distribution; and a shift that every measure of unlikeness must see."""
+    alarms, alike, repeats = 0, 0, 8
     for i in range(repeats):
-        figures = compare(normal(100, 6, seed=2 * i), normal(100, 6, seed=2 * i + 1), splits=40, seed=i)
-        worse += sum(figure.verdict in (WORSE, CLOSER) for figure in figures)
-        alike += sum(figure.verdict == AS_REAL for figure in figures)
-    assert worse <= 0.02 * repeats * len(figures) and alike >= 0.7 * repeats * len(figures)
-    off = compare(normal(100, 6), normal(100, 6, seed=1) + 1.5, splits=40)
-    assert {figure.name for figure in off if figure.verdict != WORSE} == set()
+        figures = compare(normal(200, 6, seed=2 * i), normal(200, 6, seed=2 * i + 1), splits=40, seed=i)
+        alarms += sum(figure.verdict in (BEYOND, CLOSER) for figure in figures)
+        deciding = [figure.verdict for figure in figures if MEASURES[figure.name].decides]
+        alike += deciding == [WITHIN] * 5
+    assert alarms <= 0.02 * repeats * len(figures) and alike >= 6
+    off = compare(normal(200, 6), normal(200, 6, seed=1) + 1.5, splits=40)
+    assert {figure.name for figure in off if figure.verdict != BEYOND} == {"spread"}
+
+
+def test_fewer_volumes_never_make_it_easier():
+    """A tenth too little spread is the margin itself: at any number, one repeat in twenty at most says it lies within."""
+    within = {n: 0 for n in (20, 100, 300)}
+    for n in within:
+        for i in range(20):
+            real, synthetic = normal(n, 6, seed=2 * i), 0.9 * normal(n, 6, seed=2 * i + 1)
+            (figure,) = compare(real, synthetic, splits=15, seed=i, measures={"spread": MEASURES["spread"]})
+            within[n] += figure.verdict == WITHIN
+            assert figure.margin == pytest.approx(0.1, abs=0.02)
+    assert within[20] == 0 and max(within.values()) <= 4  # 1 expected; more than 4 have a chance of 1 in 400
+
+
+def test_margins_of_distances_do_not_depend_on_the_number_of_volumes():
+    """A shift by a quarter of the spread adds its square to the Fréchet distance: of 6 features of variance 1, 6 / 16."""
+    for n in (60, 600):
+        figures = found(compare(normal(n, 6), normal(n, 6, seed=1), splits=20))
+        assert figures["frechet"].margin == pytest.approx(6 / 16, rel=0.25)
+        assert figures["rbf_mmd"].margin == pytest.approx(0.018, rel=0.3)
+
+
+def test_how_many_volumes_would_tell():
+    few = Finding("x", 2.0, 1.3, 2.7, 1.0, 3.0, 0.0, -0.4, 0.4, 0.2, "real", 30, 30)
+    assert few.verdict == FEW and few.needed == 120  # twice as wide as it may be
+    assert dataclasses.replace(few, excess=0.2, excess_low=-0.2, excess_high=0.6).needed is None  # on the margin itself
+    assert dataclasses.replace(few, excess_low=-0.1, excess_high=0.1).needed == 50  # narrow enough, and too few to trust
+    assert dataclasses.replace(few, excess_low=-0.1, excess_high=0.1, real=60, synthetic=60).needed is None
 
 
 def test_bias_by_the_number_of_volumes_is_in_both():
     """64 features: the distance of one distribution to itself is far from 0, and no verdict comes of it."""
     for n in (40, 120):
         figure = found(compare(normal(n, 64), normal(n, 64, seed=1), splits=40))["frechet"]
-        assert figure.null_low > 10 and figure.verdict in (AS_REAL, UNDECIDED)
+        assert figure.null_low > 10 and figure.verdict in (WITHIN, FEW)
         assert (figure.real, figure.synthetic) == (n // 2, n // 2)
 
 
 def test_what_goes_wrong_moves_its_measure():
     real = torch.cat([normal(80, 4), normal(80, 4, seed=1) + 6])
     one_mode = found(compare(real, normal(160, 4, seed=2), splits=40))
-    assert one_mode["recall"].verdict == one_mode["coverage"].verdict == WORSE
-    assert one_mode["precision"].verdict != WORSE and one_mode["nearest_ratio"].verdict != WORSE
+    assert one_mode["recall"].verdict == one_mode["coverage"].verdict == BEYOND
+    assert one_mode["precision"].verdict != BEYOND and one_mode["nearest_ratio"].verdict != BEYOND
     copies = found(compare(real, real + 0.01 * normal(160, 4, seed=3), splits=40))
-    assert copies["nearest_ratio"].verdict == WORSE and copies["nearest_ratio"].value < 0.7
-    assert copies["frechet"].verdict != WORSE and copies["precision"].verdict != WORSE
+    assert copies["nearest_ratio"].verdict == BEYOND and copies["nearest_ratio"].value < 0.7
+    assert copies["frechet"].verdict != BEYOND and copies["precision"].verdict != BEYOND
     wide = found(compare(real, 2 * real[torch.randperm(160)] - 3, splits=40))
-    assert wide["precision"].verdict == wide["nearest_ratio"].verdict == WORSE and wide["nearest_ratio"].value > 1.2
+    assert wide["precision"].verdict == wide["nearest_ratio"].verdict == BEYOND and wide["nearest_ratio"].value > 1.2
 
 
 def test_same_seed_same_figures():
@@ -91,47 +122,85 @@ def test_numbers_of_volumes_are_the_same_in_the_null(monkeypatch, real, syntheti
     assert seen == {sizes} == {(figure.real, figure.synthetic)}
 
 
-def test_all_scans_of_a_subject_stay_on_one_side():
-    people = [i // 3 for i in range(60)]
+def test_a_person_stands_in_a_split_with_one_scan_and_who_is_asked_for_is_not_met():
+    """Rows are the number of the person, so that a split says who stands where; synthetic ones are 1000 more."""
+    people = [i // 3 for i in range(90)]
+    asked = [2 * (i % 15) for i in range(45)]  # the even ones, three times each
     real = torch.tensor(people, dtype=torch.float64)[:, None] * torch.ones(2)
-    overlaps, sizes = [], []
+    synthetic = 1000 + torch.tensor(asked, dtype=torch.float64)[:, None] * torch.ones(2)
+    pairs = []
 
     def spy(pair):
-        overlaps.append(set(pair.real[:, 0].tolist()) & set(pair.other[:, 0].tolist()))
-        sizes.append((len(pair.real), len(pair.other)))
+        pairs.append([each[:, 0].tolist() for each in (pair.real, pair.other)])
         return 0.0
 
-    measure = {"spy": Measure("", "features", "low", spy, "", "")}
-    compare(real, normal(60, 2) + 1000, subjects=people, splits=20, measures=measure)
-    assert not any(overlaps) and set(sizes) == {(30, 28)}
-    compare(real, normal(60, 2) + 1000, splits=5, measures=measure)
-    assert any(overlaps)  # the same scans taken for as many subjects
-    with pytest.raises(InputError, match="one subject has 30 of 32"):
+    measures = {"spy": Measure("", "features", "low", spy, "", "")}
+    for whom, size in ((asked, 7), (None, 15)):
+        pairs.clear()
+        (figure,) = compare(real, synthetic, subjects=people, splits=20, measures=measures, asked=whom)
+        assert (figure.real, figure.synthetic) == (15, size)
+        for (one, made), (again, other) in zip(pairs[::2], pairs[1::2]):
+            assert one == again and len({*one, *other}) == 15 + size
+            if whom:
+                assert sorted(made) == [1000 + person for person in sorted(other)]
+        assert len({person for pair in pairs[1::2] for person in pair[1]}) == (15 if whom else 30)
+    with pytest.raises(InputError, match="32 real and 32 synthetic volumes are of 3 people"):
         compare(normal(32, 2), normal(32, 2), subjects=[0] * 30 + [1, 2])
     with pytest.raises(InputError, match="2 subjects are given for 32"):
         compare(normal(32, 2), normal(32, 2), subjects=[0, 1])
+    with pytest.raises(InputError, match="1 of them not among"):
+        compare(normal(32, 2), normal(32, 2), asked=[*range(31), 32])
+
+
+def visits(people: int, scans: int, dimensions: int, seed: int) -> torch.Tensor:
+    """Features of so many scans of each person, who differs from the others three times as much as from visit to visit."""
+    own = 0.3**0.5 * normal(people * scans, dimensions, seed=seed)
+    return own + 0.7**0.5 * normal(people, dimensions, seed=seed + 1).repeat_interleave(scans, dim=0)
+
+
+@pytest.mark.parametrize("asked_for", [60, 300])
+def test_five_visits_of_sixty_people(asked_for):
+    """A perfect generator is neither closer than real nor beyond the margin, and garbage is not as good as real."""
+    people = [i // 5 for i in range(300)]
+    asked = [i % 60 for i in range(asked_for)]
+    alarms, said = 0, 0
+    for seed in range(3):
+        real, made = visits(60, 5, 8, 10 * seed), normal(asked_for, 8, seed=10 * seed + 2)
+        figures = compare(real, made, subjects=people, splits=40, seed=seed, asked=asked)
+        alarms += sum(figure.verdict in (CLOSER, BEYOND) for figure in figures)
+        said += len(figures)
+        off = found(compare(real, made + 3, subjects=people, splits=40, seed=seed, asked=asked))
+        assert {name for name, figure in off.items() if figure.verdict != BEYOND} == {"spread"}
+    assert alarms <= 0.05 * said
 
 
 @pytest.mark.parametrize(
-    "direction, value, verdict",
+    "direction, value, excess, verdict",
     [
-        ("low", 5.0, WORSE),
-        ("low", 0.5, CLOSER),
-        ("high", 5.0, CLOSER),
-        ("high", 0.5, WORSE),
-        ("real", 5.0, WORSE),
-        ("real", 0.5, WORSE),
-        ("low", 2.0, AS_REAL),
-        ("low", 2.9, UNDECIDED),
+        ("low", 5.0, 3.0, BEYOND),
+        ("low", 0.5, 0.0, CLOSER),
+        ("low", 2.0, -3.0, CLOSER),
+        ("high", 5.0, 0.0, CLOSER),
+        ("high", 2.0, 3.0, CLOSER),
+        ("high", 0.5, -3.0, BEYOND),
+        ("real", 5.0, 3.0, BEYOND),
+        ("real", 0.5, -3.0, BEYOND),
+        ("low", 2.0, 0.2, WITHIN),
+        ("low", 2.9, 0.6, FEW),
+        ("high", 2.9, -0.6, FEW),
     ],
 )
-def test_verdicts(direction, value, verdict):
-    figure = Finding("x", value, value - 0.7, value + 0.7, 1.0, 3.0, direction, 60, 50)
+def test_verdicts(direction, value, excess, verdict):
+    figure = Finding(
+        "x", value, value - 0.7, value + 0.7, 1.0, 3.0, excess, excess - 0.7, excess + 0.7, 1.0, direction, 60, 50
+    )
     assert figure.verdict == verdict
-    if verdict == AS_REAL:
-        assert dataclasses.replace(figure, synthetic=49).verdict == UNDECIDED  # too few to say so
-        assert dataclasses.replace(figure, high=3.6).verdict == UNDECIDED  # too uncertain
-    assert json.loads(json.dumps(figure.to_dict())) == {**dataclasses.asdict(figure), "verdict": verdict}
+    if verdict == WITHIN:
+        assert dataclasses.replace(figure, synthetic=49).verdict == FEW  # too few to say so
+        assert dataclasses.replace(figure, excess_high=1.1).verdict == FEW  # too uncertain
+        assert dataclasses.replace(figure, excess_low=-1.1).verdict == FEW
+    known = {"verdict": figure.verdict, "needed": figure.needed}
+    assert json.loads(json.dumps(figure.to_dict())) == {**dataclasses.asdict(figure), **known}
 
 
 def test_every_measure_of_the_table_computes_and_says_where_it_comes_from():
@@ -174,10 +243,10 @@ def test_pairs_hold_the_known_mean_and_seldom_differ_without_cause():
         (figure,) = compare_pairs(real, synthetic, seed=i, measures=PAIRS)
         assert (figure.real, figure.synthetic) == (12, 8)
         holds += figure.low <= 0 <= figure.high
-        apart += figure.verdict == WORSE
+        apart += not figure.null_low <= figure.value <= figure.null_high
     assert 0.91 <= holds / repeats <= 0.985 and 0.015 <= apart / repeats <= 0.09
     real, synthetic = normal(40, 1, 1, 1).numpy(), normal(40, 1, 1, 1, seed=1).numpy() + 2
-    assert compare_pairs(real, synthetic, measures=PAIRS)[0].verdict == WORSE
+    assert compare_pairs(real, synthetic, measures=PAIRS)[0].verdict == BEYOND
 
 
 def test_pairs_are_of_different_volumes_and_of_different_subjects():
@@ -189,11 +258,14 @@ def test_pairs_are_of_different_volumes_and_of_different_subjects():
 
     volumes = np.arange(30.0).reshape(30, 1, 1, 1)
     measure = {"spy": Measure("", "volumes", "real", spy, "", "")}
-    compare_pairs(volumes, volumes + 100, subjects=[i // 10 for i in range(30)], pairs=9, measures=measure)
-    real, synthetic = ([p for p in used if (p[0] >= 100) == late] for late in (False, True))
-    assert len(synthetic) == 9 and 2 <= len(real) <= 9
-    assert len({v for pair in used for v in pair}) == 2 * len(used)
-    assert all(a // 10 != b // 10 for a, b in real)
+    people, asked = [i // 3 for i in range(30)], [i % 8 for i in range(30)]
+    compare_pairs(volumes, volumes + 100, subjects=people, pairs=9, measures=measure, asked=asked)
+    real, synthetic, margin = used[:5], used[5:9], used[9:]
+    assert min(v for pair in synthetic for v in pair) >= 100 > max(v for pair in real + margin for v in pair)
+    assert len({people[int(v)] for pair in real for v in pair}) == 10  # nobody is in two pairs
+    assert len({asked[int(v) - 100] for pair in synthetic for v in pair}) == 8
+    for (a, b), (c, d) in zip(real, margin, strict=True):  # the same pairs, a tenth nearer to each other
+        assert (d - c) == pytest.approx(0.9 * (b - a)) and a + b == pytest.approx(c + d)
     with pytest.raises(InputError, match="3 synthetic volumes make 1 pairs"):
         compare_pairs(volumes, volumes[:3], measures=measure)
 
@@ -204,4 +276,4 @@ def test_a_thousand_volumes_of_512_features_in_a_minute():
     figures = compare(normal(1000, 512), normal(1000, 512, seed=1))
     assert time.process_time() - started < 60
     assert len(figures) == sum(measure.kind == "features" for measure in MEASURES.values())
-    assert not [figure for figure in figures if figure.verdict in (WORSE, CLOSER)]
+    assert not [figure for figure in figures if figure.verdict in (BEYOND, CLOSER)]

@@ -7,8 +7,9 @@ import torch
 from conftest import tiny_settings
 
 from ldm3d.config import Config
-from ldm3d.data.loading import evenly, generator
+from ldm3d.data.loading import evenly
 from ldm3d.data.samples import LatentSamples, VolumeSamples
+from ldm3d.randomness import generator
 
 
 def latent_samples(folder, scans=50):

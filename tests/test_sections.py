@@ -10,8 +10,8 @@ from ldm3d.evaluation.categories import count_hits
 from ldm3d.evaluation.comparison import compare
 from ldm3d.evaluation.fairness import Judged, gaps
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.support import Beyond
+from ldm3d.evaluation.verdicts import Finding
 from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
 
 SCHEMA = CovariateSchema((Covariate("ml", "continuous", "ml"), Covariate("sex", "categorical", categories=("F", "M"))))
@@ -25,7 +25,8 @@ def evaluation(slope: float = 1.0, kept: float = 1.0, noise: float = 1.0, missin
     real = true + rng.standard_normal(N)
     shown = slope * true + noise * rng.standard_normal(N)
     shown[:missing] = np.nan
-    found = Evaluation(30 + rng.standard_normal(N), 0.8 + 0.02 * rng.standard_normal(N), people=list(range(N)))
+    qualities = [mean + deviation * rng.standard_normal(N) for mean, deviation in ((29, 1), (0.9, 0.02), (25, 1), (0.6, 0.02))]
+    found = Evaluation(*qualities, people=list(range(N)), order=list(range(N)))
     found.subjects = found.requests = [{"ml": value, "sex": "FM"[i % 2]} for i, value in enumerate(true)]
     for kind, reference, measured in (("real", true, real), ("kept", real, kept * real), ("generated", true, shown)):
         found.comparisons.append(compare("ml", kind, reference, measured, range(N)))
@@ -38,7 +39,7 @@ def light_of(found: Evaluation) -> dict[str, str]:
 
 def test_a_good_model_is_green_where_it_is_good():
     found = light_of(evaluation())
-    assert found.pop("Reconstruction, SSIM") == "red"
+    assert found.pop("Reconstruction of the foreground, SSIM") == "red"
     assert len(found) == 7 and set(found.values()) == {"green"}
 
 
@@ -64,19 +65,30 @@ def test_a_measure_that_fails_on_real_volumes_judges_nobody():
     assert names["ml, asked and measured, r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
 
 
-def finding(value: float, low: float = 1.0, high: float = 1.1) -> Finding:
-    return Finding("frechet", value, low, high, 0.9, 1.5, "low", 60, 60)
+def finding(name: str, value: float = 1.05, excess: float = 0.0) -> Finding:
+    return Finding(name, value, value, value, 0.9, 1.5, excess, excess - 0.1, excess + 0.1, 0.2, "low", 60, 60)
 
 
 def test_one_light_stands_for_all_measures_of_likeness():
     found = evaluation()
     for findings, light in (
-        ([finding(1.05)], "green"),
-        ([finding(1.05), finding(0.5)], "amber"),
-        ([finding(1.05), finding(9)], "red"),
+        ([finding("spread")], "green"),
+        ([finding("spread"), finding("frechet", excess=0.2)], "green"),  # too few for one that does not decide
+        ([finding("spread", excess=0.2), finding("frechet")], "grey"),
+        ([finding("frechet")], "grey"),  # none that decides was taken
+        ([finding("spread"), finding("frechet", 0.5)], "amber"),
+        ([finding("spread"), finding("frechet", 0.5), finding("recall", 9, 9)], "red"),
     ):
         found.likeness = findings
-        assert light_of(found)["Measures of likeness worse than real"] == light
+        assert light_of(found)["Measures of likeness beyond the margin"] == light
+
+
+def test_quality_is_given_with_and_without_air_and_the_foreground_judged():
+    found = evaluation()
+    (text,) = [section.text for section in sections(found, SCHEMA, pictures()) if section.title.startswith("Reconstruction")]
+    assert "foreground, PSNR 24.97 dB" in text and "SSIM 0.599" in text and "air included, PSNR 2" in text
+    assert {"psnr_db", "psnr_foreground_db", "ssim_foreground"} <= found.to_dict()["reconstruction"].keys()
+    assert [goal.found for goal in lights(found)][:2] == [found.psnr_foreground_db.mean(), found.ssim_foreground.mean()]
 
 
 def test_the_measure_s_own_gap_is_not_the_model_s():

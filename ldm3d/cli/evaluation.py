@@ -23,7 +23,9 @@ def evaluate(
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")] = 64,
+    num: Annotated[
+        int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")
+    ] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.evaluation.volumetry:measure_volumes",
@@ -143,6 +145,7 @@ def segmenter(
 
     from ldm3d.data.label_maps import LabelMaps, load_labels, parse_groups
     from ldm3d.evaluation.segmenter import dice, train_segmenter
+    from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
 
@@ -157,7 +160,8 @@ def segmenter(
     )
     network = train_segmenter(lambda i: trained[i](), len(trained), groups, steps, seed, device or own_device())
     network.save_pretrained(out)
-    for name, values in dice(network, lambda i: held_out[i](), range(min(len(held_out), 20))).items():
+    some = in_turn(list(tables[1]["subject"]), seed)[:20]
+    for name, values in dice(network, lambda i: held_out[i](), some).items():
         print(f"{name}: Dice {np.nanmean(values):.3f} on {len(values)} held-out scans")
     print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
 

@@ -22,7 +22,7 @@ from ldm3d.randomness import generator
 
 LEAST = 10  # people in a group; smaller ones are shown, and no gap is taken with them
 PART, SHARE = 0.25, 0.02  # of the overall error, and of the covariate's mean, that a gap of errors may be and still be small
-PSNR_DB, SSIM = 1.0, 0.02  # gaps that are called small
+PSNR_DB, SSIM = 1.0, 0.05  # gaps of the foreground that are called small
 LEVEL = 0.05  # chance of calling any gap where there is none
 PERMUTATIONS = 10_000  # the smallest probability is one in so many: a hundred gaps can be corrected for
 GAP, SMALL, NONE, FEW = "gap", "small gap", "no gap", "too few to tell"

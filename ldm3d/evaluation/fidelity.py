@@ -5,6 +5,7 @@ covariate of the schema is judged if the function measures something of its name
 measures and features of it are kept.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +25,17 @@ from ldm3d.evaluation.bootstrap import mean_interval
 from ldm3d.evaluation.comparison import Comparison, compare
 from ldm3d.evaluation.fairness import Gap, Judged
 from ldm3d.evaluation.features import Extractor
-from ldm3d.evaluation.likeness import Seen, compare_all, look_at
+from ldm3d.evaluation.likeness import IN_PAIRS, Seen, compare_all, look_at
 from ldm3d.evaluation.likeness_by_group import SeenVolumes, gaps_of_likeness
-from ldm3d.evaluation.measures import Finding
-from ldm3d.evaluation.metrics import psnr, ssim
+from ldm3d.evaluation.metrics import foreground, psnr, ssim
+from ldm3d.evaluation.selection import in_turn
 from ldm3d.evaluation.support import Beyond, beyond_training
+from ldm3d.evaluation.verdicts import Finding
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes
 
 Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
+QUALITIES = ("psnr_db", "ssim", "psnr_foreground_db", "ssim_foreground")
 
 
 @dataclass
@@ -58,12 +61,14 @@ class Evaluation:
     """Everything that `evaluate` found.
 
     Attributes:
-        psnr_db, ssim: of the reconstruction of each held-out volume.
+        psnr_db, ssim: of the reconstruction of each held-out volume, over the whole grid.
+        psnr_foreground_db, ssim_foreground: the same where the original shows something; these are judged.
         comparisons: of kind "real" and "reconstructed", measured against the table; "kept", measured on reconstructions
             against the same on originals; "generated", measured against what was asked.
         sweeps: over each continuous covariate.
-        real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, for pictures.
-        requests: of the generated volumes.
+        real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, the first of `order`, for pictures.
+        order: numbers of all held-out volumes, in the order in which they are used where not all are.
+        requests: of the generated volumes, the covariates of held-out volumes in this order, and again from its start.
         subjects, people: covariates of each held-out volume, and whom it shows.
         judged: what is judged by group; who finds out more adds to it and calls `judge_groups`.
         likeness_gaps: of the measures in `likeness`, not yet corrected for their number.
@@ -71,15 +76,19 @@ class Evaluation:
         beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
         features: "real" (held-out) and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
+        likeness_of_reconstructions: the same of the held-out volumes after the autoencoder, but for pairs.
     """
 
     psnr_db: NDArray
     ssim: NDArray
+    psnr_foreground_db: NDArray
+    ssim_foreground: NDArray
     comparisons: list[Comparison] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
     real: list[NDArray] = field(default_factory=list)
     reconstructed: list[NDArray] = field(default_factory=list)
     generated: list[NDArray] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     requests: list[dict[str, Value]] = field(default_factory=list)
     subjects: list[dict[str, Value]] = field(default_factory=list)
     people: list[Hashable] = field(default_factory=list)
@@ -90,14 +99,16 @@ class Evaluation:
     joint: bool = False
     features: dict[str, NDArray] = field(default_factory=dict)
     likeness: list[Finding] = field(default_factory=list)
+    likeness_of_reconstructions: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, as JSON values."""
         return {
             "reconstruction": {
                 "volumes": len(self.psnr_db),
-                **{name: self.quality(name) for name in ("psnr_db", "ssim")},
+                **{name: self.quality(name) for name in QUALITIES},
             },
+            "held_out": {"order": self.order, "generated_for": self.sources},
             "fidelity": [c.to_dict() for c in self.comparisons],
             "fairness": [gap.to_dict() for gap in self.gaps],
             "beyond_training": [each.to_dict() for each in self.beyond],
@@ -111,18 +122,24 @@ class Evaluation:
                 for s in self.sweeps
             ],
             "likeness": [finding.to_dict() for finding in self.likeness],
+            "likeness_of_reconstructions": [finding.to_dict() for finding in self.likeness_of_reconstructions],
         }
 
     def quality(self, name: str) -> dict[str, float]:
-        """Mean of "psnr_db" or "ssim" with its 95% interval, and its standard deviation."""
+        """Mean of one of `QUALITIES` with its 95% interval, and its standard deviation."""
         values = getattr(self, name)
         low, high = mean_interval(values, self.people or None)
         return {"mean": float(values.mean()), "low": low, "high": high, "std": float(values.std())}
 
     @property
+    def sources(self) -> list[int]:
+        """The number of the held-out volume whose covariates were asked of each generated one."""
+        return [self.order[i % len(self.order)] for i in range(len(self.requests))]
+
+    @property
     def asked(self) -> list[Hashable]:
         """Whose covariates were asked of each generated volume."""
-        return [self.people[i % len(self.people)] for i in range(len(self.requests))]
+        return [self.people[i] for i in self.sources]
 
     def judge_groups(self, schema: CovariateSchema) -> None:
         """Find `gaps`."""
@@ -138,7 +155,7 @@ def evaluate(
     load: Callable[[int], NDArray],
     measure: Measure,
     sampling: Sampling,
-    num_generated: int = 64,
+    num_generated: int = 200,
     sweep_values: int = 6,
     sweep_repeats: int = 4,
     shown: int = 3,
@@ -155,7 +172,8 @@ def evaluate(
         load: number of a subject -> volume (X, Y, Z) on the pipeline's grid.
         measure: see the top of this file.
         sampling: how to generate.
-        num_generated: volumes asked for held-out subjects' covariates; subjects are asked again in turn if they are fewer.
+        num_generated: volumes asked for held-out subjects' covariates, everybody's once before anybody's again, see
+            `ldm3d.evaluation.selection`; if they are fewer, again from the start.
         sweep_values, sweep_repeats: values of a sweep and noises at each.
         shown: volumes kept for pictures.
         extractor: of features, by which distributions are compared; None leaves that out.
@@ -169,45 +187,44 @@ def evaluate(
     if not subjects:
         raise InputError("no held-out volume to evaluate on; raise data.splits.test, or give data that was not trained on")
     spacing, rows = pipeline.grid.spacing_mm, pipeline.parse(subjects)
+    whom = list(people or range(len(rows)))
+    order = in_turn(whom, sampling.seed)
+    requests = [rows[order[i % len(order)]] for i in range(num_generated)]
+    paired = set(order[:IN_PAIRS])
 
     def reconstruct(i: int) -> tuple:
         volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
         again = pipeline.reconstruct(volume)
         pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again)]  # as generated ones are
-        quality = psnr(again, volume).item(), ssim(again, volume).item()
-        return *quality, *(measure(v, spacing) for v in pair), pair if i < shown else None, look(pair[0], i)
+        quality = [figure(again, volume, at).item() for at in (None, foreground(volume)) for figure in (psnr, ssim)]
+        seen = look(pair[0], i in paired), look(pair[1], False)
+        return quality, *(measure(v, spacing) for v in pair), pair if i in order[:shown] else None, *seen
 
     def generate(numbers: list[int]) -> list[tuple]:
         volumes = pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
-        return [(measure(v, spacing), v if i < shown else None, look(v, i)) for i, v in zip(numbers, volumes)]
+        return [(measure(v, spacing), v if i < shown else None, look(v, i < IN_PAIRS)) for i, v in zip(numbers, volumes)]
 
-    def look(volume: NDArray, number: int) -> Seen | None:
-        return look_at(volume, number, extractor, pipeline.device) if extractor else None
+    def look(volume: NDArray, in_pairs: bool) -> Seen | None:
+        return look_at(volume, in_pairs, extractor, pipeline.device) if extractor else None
 
     try:
-        look(np.zeros(pipeline.output_grid.shape, np.float32), 0)
+        look(np.zeros(pipeline.output_grid.shape, np.float32), False)
     except InputError as error:  # the other figures are worth having
         warnings.warn(f"how alike real and synthetic volumes are is not measured: {error}", stacklevel=2)
         extractor = None
 
     done = spread(reconstruct, range(len(rows)), processes, "reconstruct")
-    qualities, similarities, on_real, on_reconstructed, pairs, real_seen = zip(*done)
-    result = Evaluation(np.array(qualities), np.array(similarities), subjects=rows, people=list(people or range(len(rows))))
-    result.real, result.reconstructed = (list(volumes) for volumes in zip(*filter(None, pairs)))
+    qualities, on_real, on_reconstructed, pairs, real_seen, again_seen = zip(*done)
+    result = Evaluation(*np.array(qualities).T, subjects=rows, people=whom, order=order, requests=requests)
+    result.real, result.reconstructed = (list(volumes) for volumes in zip(*(pairs[i] for i in order[:shown])))
 
-    requests = result.requests = [rows[i % len(rows)] for i in range(num_generated)]
     groups = list(grouped(range(num_generated), pipeline.group_size))  # whole batches: a part of one costs as much
     made = [each for group in spread(generate, groups, processes, "generate") for each in group]
     on_generated, pictures, generated_seen = zip(*made)
     result.generated = list(pictures[:shown])
     result.beyond, result.joint = beyond_training(pipeline.schema, requests, training), training is not None
     if extractor:
-        result.likeness = compare_all(real_seen, generated_seen, result.people, pipeline.device)
-        for name, seen in (("real", real_seen), ("generated", generated_seen)):
-            result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
-        volumes = SeenVolumes(real_seen, rows, result.people), SeenVolumes(generated_seen, requests, result.asked)
-        bands = fairness.groupings(pipeline.schema, rows)
-        result.likeness_gaps = gaps_of_likeness(pipeline.schema, bands, *volumes, pipeline.device)
+        _compare_sets(result, pipeline, real_seen, again_seen, generated_seen)
 
     judged = [c.name for c in pipeline.schema if c.kind == "continuous" and c.name in on_real[0]]
     for name in judged:
@@ -220,6 +237,19 @@ def evaluate(
             name = covariate.name
             result.sweeps.append(sweep(pipeline, name, measure, sampling, judged, sweep_values, sweep_repeats, processes))
     return result
+
+
+def _compare_sets(
+    result: Evaluation, pipeline: Pipeline, real: Sequence[Seen], reconstructed: Sequence[Seen], generated: Sequence[Seen]
+) -> None:
+    """How like real volumes the others are, in all and by group."""
+    result.likeness = compare_all(real, generated, result.people, result.asked, pipeline.device)
+    result.likeness_of_reconstructions = compare_all(real, reconstructed, result.people, result.people, pipeline.device)
+    for name, seen in (("real", real), ("generated", generated)):
+        result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
+    bands = fairness.groupings(pipeline.schema, result.subjects)
+    volumes = SeenVolumes(real, result.subjects, result.people), SeenVolumes(generated, result.requests, result.asked)
+    result.likeness_gaps = gaps_of_likeness(pipeline.schema, bands, *volumes, pipeline.device)
 
 
 def _compare_kinds(
@@ -244,12 +274,18 @@ def _compare_kinds(
     return found
 
 
+def evenly(low: float, high: float, count: int) -> list[float]:
+    """So many values from low to high, with three significant digits of the range between them, and none outside of it."""
+    digits = 2 - math.floor(math.log10(high - low)) if high > low else 15
+    return np.linspace(low, high, count).round(digits).clip(low, high).tolist()
+
+
 def _by_group(result: Evaluation) -> list[Judged]:
     """What is judged by group: reconstruction, and every covariate's error."""
     real = result.subjects, result.people
     figures = [
-        Judged("PSNR (dB)", result.psnr_db, *real, "high", fairness.PSNR_DB),
-        Judged("SSIM", result.ssim, *real, "high", fairness.SSIM),
+        Judged("PSNR of the foreground (dB)", result.psnr_foreground_db, *real, "high", fairness.PSNR_DB),
+        Judged("SSIM of the foreground", result.ssim_foreground, *real, "high", fairness.SSIM),
     ]
     for c in result.comparisons:
         if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
@@ -287,7 +323,7 @@ def sweep(
     """
     known = pipeline.schema[covariate]
     low, high = (max(known.seen[0], known.mean - 1.64 * known.std), min(known.seen[1], known.mean + 1.64 * known.std))
-    values = np.clip(np.linspace(low, high, num_values).round(1), *known.seen).tolist()
+    values = evenly(low, high, num_values)
 
     def ask(value: float) -> tuple:
         requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * repeats)

@@ -1,9 +1,8 @@
-"""Are generated volumes like real ones? What `ldm3d evaluate` takes of each volume for it, and then makes of them all."""
+"""Are synthetic volumes like real ones? What `ldm3d evaluate` takes of each volume for it, and then makes of them all."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 from ldm3d.errors import InputError
 from ldm3d.evaluation.distribution import spatial_features
 from ldm3d.evaluation.features import Extractor, extract, standardise
-from ldm3d.evaluation.measures import Finding, compare, compare_pairs
+from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.verdicts import ENOUGH, Finding
 
-IN_PAIRS = 40  # volumes of each set that are kept for measures of pairs
+IN_PAIRS = 2 * ENOUGH  # volumes of each set that are kept for measures of pairs: as many as a verdict needs
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Seen:
     Attributes:
         features: (1, D).
         maps: (1, D'), of extractors that have maps; else None.
-        volume: (X, Y, Z) in float16, of the first `IN_PAIRS` volumes; else None.
+        volume: (X, Y, Z) in float16, of `IN_PAIRS` volumes; else None.
     """
 
     features: Tensor
@@ -33,24 +33,29 @@ class Seen:
     volume: NDArray | None = field(default=None, repr=False)
 
 
-def look_at(volume: NDArray, number: int, extractor: Extractor, device: torch.device | str) -> Seen:
-    """Volume `number` (from 0) of its set, (X, Y, Z) in [0, 1], through an extractor of `ldm3d.evaluation.features`."""
+def look_at(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> Seen:
+    """A volume (X, Y, Z) in [0, 1] through an extractor of `ldm3d.evaluation.features`; `paired`: kept for pairs, too."""
     seen = Seen(extract([volume], extractor, device))
     if hasattr(extractor, "maps"):
         seen.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)
-    if number < IN_PAIRS:
+    if paired:
         seen.volume = volume.astype(np.float16)
     return seen
 
 
 def compare_all(
-    real: Sequence[Seen], synthetic: Sequence[Seen], subjects: Sequence[Any], device: torch.device | str = "cpu"
+    real: Sequence[Seen],
+    synthetic: Sequence[Seen],
+    subjects: Sequence[Hashable],
+    asked: Sequence[Hashable],
+    device: torch.device | str = "cpu",
 ) -> list[Finding]:
     """Every measure that can be taken of two sets; a warning says which cannot, for example of too few volumes.
 
     Args:
-        real, synthetic: of each volume, from `look_at`.
+        real, synthetic: of each volume, from `look_at`. Measures of pairs are left out where no synthetic volume is kept.
         subjects: of the real ones.
+        asked: of the synthetic ones, whose covariates were asked; of reconstructions, who was reconstructed.
         device: where to compute measures of pairs.
     """
 
@@ -58,16 +63,21 @@ def compare_all(
         return torch.cat([getattr(one, name) for one in seen])
 
     def of_features() -> list[Finding]:
-        return compare(*standardise(rows(real, "features"), rows(synthetic, "features")), subjects=subjects)
+        pair = standardise(rows(real, "features"), rows(synthetic, "features"))
+        return compare(*pair, subjects=subjects, asked=asked)
 
     def of_maps() -> list[Finding]:
         if real[0].maps is None:
             return []
-        return compare(rows(real, "maps"), rows(synthetic, "maps"), "maps", subjects=subjects)
+        return compare(rows(real, "maps"), rows(synthetic, "maps"), "maps", subjects=subjects, asked=asked)
 
     def of_pairs() -> list[Finding]:
-        shown = [[one.volume for one in seen if one.volume is not None] for seen in (real, synthetic)]
-        return compare_pairs(*shown, subjects=subjects[: len(shown[0])], device=device)
+        kept = [[i for i, one in enumerate(seen) if one.volume is not None] for seen in (real, synthetic)]
+        if not kept[1]:
+            return []
+        shown = [[seen[i].volume for i in own] for seen, own in zip((real, synthetic), kept)]
+        whom = [[people[i] for i in own] for people, own in zip((subjects, asked), kept)]
+        return compare_pairs(*shown, subjects=whom[0], asked=whom[1], device=device)
 
     found = []
     for measures in (of_features, of_maps, of_pairs):

@@ -23,8 +23,9 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation.fairness import LEAST, PART, Gap, Group, groups_of, labels_of
 from ldm3d.evaluation.features import standardise
 from ldm3d.evaluation.likeness import IN_PAIRS, Seen
+from ldm3d.evaluation.measure_table import MEASURES, Kind
 from ldm3d.evaluation.measures import LEAST as IN_HALF
-from ldm3d.evaluation.measures import MEASURES, Kind, draw, subject_numbers, unlikeness
+from ldm3d.evaluation.measures import asked_numbers, draw, subject_numbers, unlikeness
 
 DRAWS = 100_000  # of ranges by chance
 SHARE = 0.1  # a gap of precision, recall, density, coverage, ratio or similarity that is small
@@ -116,9 +117,12 @@ def _of_rows(groups: Groups, kind: Kind, splits: int, seed: int) -> Iterator[tup
     if kind == "maps" and any(each.maps is None for each in everyone):
         return
     numbers = {label: subject_numbers(real.people, len(real.people)) for label, (real, _) in groups.items()}
-    # As in `compare`: a half of the real volumes, as many others without a person of the first half, as many generated ones
-    room = [(len(own) - int(own.bincount().max()) + 1) // 2 for own in numbers.values()]
-    size = min(*room, *(len(synthetic.seen) // 2 for _, synthetic in groups.values()))
+    asked = {
+        label: asked_numbers(real.people, synthetic.people, len(real.people), len(synthetic.people))
+        for label, (real, synthetic) in groups.items()
+    }
+    # As in `compare`: a half of the people, as many others, and as many generated volumes asked for these
+    size = min(len(own.unique()) // 2 for each in (numbers, asked) for own in each.values())
     if size < IN_HALF:
         return
     measures = {name: measure for name, measure in MEASURES.items() if measure.kind == kind}
@@ -128,9 +132,9 @@ def _of_rows(groups: Groups, kind: Kind, splits: int, seed: int) -> Iterator[tup
         rows = {label: standardise(reference, *both)[1:] for label, both in rows.items()}
     found = {name: {} for name in measures}
     for label, (real, synthetic) in rows.items():
-        figures, null = draw(real, synthetic, measures, numbers[label], size, size, splits, seed)
+        figures, null = draw(real, synthetic, measures, numbers[label], size, size, splits, seed, asked[label])
         for name in measures:
-            found[name][label] = _of_splits(figures[name], null[name], size / min(len(real), len(synthetic)))
+            found[name][label] = _of_splits(figures[name], null[name], size / len(asked[label].unique()))
     yield from found.items()
 
 
@@ -146,9 +150,8 @@ def _of_pairs(groups: Groups, device: str | torch.device, seed: int) -> Iterator
     for label, both in groups.items():
         try:
             real, synthetic = (volumes.kept for volumes in both)
-            subjects = {"real": real.people, "synthetic": None}
             values = [
-                unlikeness(name, [each.volume for each in volumes.seen], subjects[name], IN_PAIRS, device, seed)
+                unlikeness(name, [each.volume for each in volumes.seen], volumes.people, IN_PAIRS, device, seed)
                 for name, volumes in (("real", real), ("synthetic", synthetic))
             ]
         except InputError:  # a group has too few pairs, so there is none to compare it with

@@ -120,7 +120,7 @@ def assess(
     if downstream:
         _add_usefulness(result, learnt, missing)
     if likelihood and processes.is_main:
-        _add_likelihood(result, pipeline, subjects[:SCORED], people[:SCORED], load, sampling.seed)
+        _add_likelihood(result, pipeline, subjects, load, sampling.seed)
     if audit:
         _add_audit(result, pipeline, config, trained, held_out, sampling, num_generated, processes)
     found.judge_groups(schema)
@@ -207,9 +207,12 @@ def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray
 
 
 def _add_likelihood(
-    result: Assessment, pipeline: Pipeline, subjects: list[dict], people: list, load: Callable[[int], NDArray], seed: int
+    result: Assessment, pipeline: Pipeline, subjects: list[dict], load: Callable[[int], NDArray], seed: int
 ) -> None:
-    table = score(pipeline, subjects, load, "bound", TIMES, seed=seed)
+    found = result.found
+    scored = found.order[:SCORED]
+    people = [found.people[i] for i in scored]
+    table = score(pipeline, [subjects[i] for i in scored], lambda i: load(scored[i]), "bound", TIMES, seed=seed)
     picture = figures.histogram(table["bound"].to_numpy(), "nats per latent dimension", "bound of held-out volumes")
     result.extra.append(likelihood_section(table, people, TIMES, figures.to_data_uri(picture)))
     result.figures["likelihood"] = {"volumes": len(table), "times": TIMES} | {
@@ -218,9 +221,8 @@ def _add_likelihood(
     }
     for name, tolerance in (("bound", NATS), ("bits_per_voxel", SHARE * abs(float(table["bits_per_voxel"].mean())))):
         figure = f"likelihood, {LIKELIHOOD[name][1]}"
-        result.found.judged.append(
-            Judged(figure, table[name].to_numpy(), result.found.subjects[: len(table)], people, "low", tolerance)
-        )
+        rows = [found.subjects[i] for i in scored]
+        found.judged.append(Judged(figure, table[name].to_numpy(), rows, people, "low", tolerance))
 
 
 def _add_audit(

@@ -12,7 +12,7 @@ from ldm3d.covariates import describe
 from ldm3d.description import Sampling
 from ldm3d.evaluation.fairness import GAP, SMALL
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.measures import MEASURES
+from ldm3d.evaluation.measure_table import MEASURES
 from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.page import METRICS, Goal, Section, command, now, plain, write_page
@@ -76,7 +76,8 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
 def summary(found: Evaluation) -> str:
     """What was found, as a table for the terminal."""
     lines = [
-        f"reconstruction: PSNR {found.psnr_db.mean():.2f} dB, SSIM {found.ssim.mean():.3f} on {len(found.psnr_db)} volumes",
+        f"reconstruction of the foreground: PSNR {found.psnr_foreground_db.mean():.2f} dB, "
+        f"SSIM {found.ssim_foreground.mean():.3f} on {len(found.psnr_db)} volumes",
         f"{'covariate':24} {'volumes':14} {'n':>4} {'r':>7} {'slope':>7} {'bias':>9} {'MAE':>8}",
     ]
     for c in found.comparisons:
@@ -97,9 +98,9 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
     titles = [f"{kind}: {describe(row)}" for kind in ("real", "synthetic") for row in evaluation.requests[:columns]]
     shown = evaluation.real[:columns] + evaluation.generated[:columns]
     found = {"generated": figures.mosaic(shown, titles, spacing, columns)}
-    qualities = [f"{quality:.1f} dB" for quality in evaluation.psnr_db]
+    qualities = [f"{evaluation.psnr_foreground_db[i]:.1f} dB" for i in evaluation.order[:columns]]
     shown = evaluation.real[:columns] + evaluation.reconstructed[:columns]
-    found["reconstructions"] = figures.mosaic(shown, ["original"] * columns + qualities[:columns], spacing, columns)
+    found["reconstructions"] = figures.mosaic(shown, ["original"] * columns + qualities, spacing, columns)
     for c in evaluation.comparisons:
         if c.kind == "kept":  # a table says it better
             continue

@@ -14,22 +14,22 @@ from ldm3d.evaluation.comparison import Comparison
 from ldm3d.evaluation.downstream import Usefulness
 from ldm3d.evaluation.fairness import PART, Gap
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.measures import AS_REAL, CLOSER, MEASURES, UNDECIDED, WORSE
 from ldm3d.evaluation.support import SHARE
+from ldm3d.report import likeness
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number
 
 # The page's lights for verdicts
-LIKENESS = {AS_REAL: GREEN, WORSE: RED, CLOSER: AMBER, UNDECIDED: GREY}
 FAIRNESS = {fairness.NONE: GREEN, fairness.GAP: RED, fairness.SMALL: AMBER, fairness.FEW: GREY}
 ALARMING = {fairness.GAP: 0, fairness.SMALL: 1}  # what stands first in a table
 
 # Thresholds of the lights. What can be asked of generated volumes is what the measure itself reaches on real ones.
-PSNR_DB, SSIM = 28.0, 0.9
+# Of the foreground: 28 dB and 0.9 over a grid of which a brain fills three tenths and air, without error, the rest
+PSNR_DB, SSIM = 23.0, 0.7
 KEPT = 0.05  # of the mean, that the autoencoder may add to or take from a volume
 R, SLOPE, MAE = 0.9, 0.2, 1.5  # share of the real r, distance from the real slope, multiple of the real error
 BLIND = 0.5  # r on real volumes below which a measure judges nobody
 MEASURED = 99.0  # percent of generated volumes
-BEYOND = 5.0  # percent of requests
+OUTSIDE = 5.0  # percent of requests
 RATIO = 1.25  # of errors, trained on synthetic to trained on real
 
 # Columns of likelihood.score: what they are, and in which unit
@@ -47,12 +47,11 @@ Picture = dict[str, str]
 
 def lights(found: Evaluation) -> list[Goal]:
     """The summary's lights; a figure that was not measured has none."""
-    quality = {name: found.quality(name) for name in ("psnr_db", "ssim")}
-    interval = {name: (values["low"], values["high"]) for name, values in quality.items()}
-    goals = [
-        Goal("Reconstruction, PSNR", quality["psnr_db"]["mean"], PSNR_DB, unit="dB", interval=interval["psnr_db"]),
-        Goal("Reconstruction, SSIM", quality["ssim"]["mean"], SSIM, interval=interval["ssim"]),
-    ]
+    goals = []
+    for figure, name, least, unit in (("PSNR", "psnr_foreground_db", PSNR_DB, "dB"), ("SSIM", "ssim_foreground", SSIM, "")):
+        quality = found.quality(name)
+        interval = quality["low"], quality["high"]
+        goals.append(Goal(f"Reconstruction of the foreground, {figure}", quality["mean"], least, unit=unit, interval=interval))
     for c in found.comparisons:
         real = found.find(c.covariate, "real")
         if c.kind == "kept" and (real is None or real.agreement.r >= BLIND):
@@ -68,9 +67,9 @@ def lights(found: Evaluation) -> list[Goal]:
         goals.append(Goal("Generated volumes on which all is measured", 100 * min(shares), MEASURED, unit="%"))
     if found.requests:
         share = 100 * len(found.beyond) / len(found.requests)
-        goals.append(Goal("Requests beyond what training saw", share, high=BEYOND, unit="%"))
+        goals.append(Goal("Requests beyond what training saw", share, high=OUTSIDE, unit="%"))
     if found.likeness:
-        goals.append(_like_real(found))
+        goals.append(likeness.light(found.likeness))
     if found.gaps:
         goals.append(_fair(found.gaps))
     return goals
@@ -93,13 +92,6 @@ def _followed(c: Comparison, real: Comparison) -> list[Goal]:
         ),
         Goal(f"{c.covariate}, mean absolute error", asked.mae, high=MAE * known.mae, interval=c.intervals["mae"]),
     ]
-
-
-def _like_real(found: Evaluation) -> Goal:
-    verdicts = [finding.verdict for finding in found.likeness]
-    light = next((LIKENESS[v] for v in (WORSE, CLOSER, UNDECIDED) if v in verdicts), GREEN)
-    words = ", ".join(f"{verdicts.count(v)} {v}" for v in LIKENESS if v in verdicts)
-    return Goal("Measures of likeness worse than real", verdicts.count(WORSE), high=0, judged=(light, words))
 
 
 def _fair(gaps: Sequence[Gap]) -> Goal:
@@ -140,7 +132,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
             ],
         ),
         _beyond(found),
-        *_likeness(found),
+        *likeness.sections(found.likeness, found.likeness_of_reconstructions),
         *(
             Section(
                 f"Only {sweep.covariate} asked",
@@ -153,8 +145,9 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
         ),
         Section(
             "Reconstruction of held-out volumes",
-            f"{_quality(found)} over {len(found.psnr_db)} volumes. The table has what is measured on reconstructions against "
-            "the same measured on the originals: what the autoencoder alone adds or takes.",
+            f"{_quality(found)}; {len(found.psnr_db)} volumes. The foreground is where the original shows something, and two "
+            "voxels around that. The lights judge it, for air is easy, and a larger grid has more of it. The table has "
+            "what is measured on reconstructions against the same on the originals: what the autoencoder alone adds or takes.",
             table=agreements(found.comparisons, schema, ("kept",)),
             pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
         ),
@@ -248,10 +241,11 @@ def likelihood_section(table: pd.DataFrame, people: Sequence, times: int, histog
 
 
 def _quality(found: Evaluation) -> str:
-    psnr, ssim = (found.quality(name) for name in ("psnr_db", "ssim"))
-    return (
-        f"PSNR {psnr['mean']:.2f} dB (95% interval {psnr['low']:.2f} to {psnr['high']:.2f}, standard deviation "
-        f"{psnr['std']:.2f}), SSIM {ssim['mean']:.3f} ({ssim['low']:.3f} to {ssim['high']:.3f})"
+    return "; ".join(
+        f"{where}, PSNR {psnr['mean']:.2f} dB (95% interval {psnr['low']:.2f} to {psnr['high']:.2f}, standard deviation "
+        f"{psnr['std']:.2f}) and SSIM {ssim['mean']:.3f} ({ssim['low']:.3f} to {ssim['high']:.3f})"
+        for where, kind in (("In the foreground", "_foreground"), ("over the whole grid, air included", ""))
+        for psnr, ssim in [(found.quality(f"psnr{kind}_db"), found.quality(f"ssim{kind}"))]
     )
 
 
@@ -279,26 +273,6 @@ def _beyond(found: Evaluation) -> Section:
     table = {"columns": ["volume", "asked", "why"], "rows": rows} if rows else None
     note = f"The first {SHOWN}; all are in metrics.json." if count > SHOWN else ""
     return Section("Requests beyond what training saw", text, table, labels=3, note=note)
-
-
-def _likeness(found: Evaluation) -> list[Section]:
-    """The distribution of generated volumes beside that of held-out ones; nothing where it was not measured."""
-    if not found.likeness:
-        return []
-    rows = []
-    for finding in found.likeness:
-        known = MEASURES[finding.name]
-        value = f"{finding.value:.3g}\n({finding.low:.3g} to {finding.high:.3g})"
-        null = f"{finding.null_low:.3g}\nto {finding.null_high:.3g}"
-        rows.append([known.title, known.says, value, null, f"{finding.real} + {finding.synthetic}", finding.verdict])
-    text = (
-        "Each figure with its 95% interval, beside what real volumes reach against other real volumes in the same numbers. "
-        "Worse than real: outside of that. As real: the whole interval within it, widened by a quarter on either side, with "
-        "50 volumes or more on each. Closer than real: better than real volumes are to each other; look for copies. Else "
-        "these volumes are too few to tell."
-    )
-    columns = ["measure", "what it sees", "synthetic", "real", "volumes", "verdict"]
-    return [Section("Are they like real volumes?", text, {"columns": columns, "rows": rows}, 2, lights=LIKENESS)]
 
 
 def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
