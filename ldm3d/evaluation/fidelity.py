@@ -24,7 +24,7 @@ from ldm3d.evaluation.bootstrap import mean_interval
 from ldm3d.evaluation.comparison import Comparison, compare
 from ldm3d.evaluation.fairness import Gap, Judged
 from ldm3d.evaluation.features import Extractor
-from ldm3d.evaluation.likeness import Seen, compare_all, look_at
+from ldm3d.evaluation.likeness import IN_PAIRS, Seen, compare_all, look_at
 from ldm3d.evaluation.likeness_by_group import SeenVolumes, gaps_of_likeness
 from ldm3d.evaluation.measures import Finding
 from ldm3d.evaluation.metrics import psnr, ssim
@@ -69,7 +69,7 @@ class Evaluation:
         likeness_gaps: of the measures in `likeness`, not yet corrected for their number.
         gaps: between groups of people, all of them.
         beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
-        features: "real" (held-out) and "generated" -> (N, D), where features were taken.
+        features: "real" (held-out), "reconstructed" and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
     """
 
@@ -120,9 +120,14 @@ class Evaluation:
         return {"mean": float(values.mean()), "low": low, "high": high, "std": float(values.std())}
 
     @property
+    def sources(self) -> list[int]:
+        """The number of the held-out volume whose covariates were asked of each generated one."""
+        return [i % len(self.people) for i in range(len(self.requests))]
+
+    @property
     def asked(self) -> list[Hashable]:
         """Whose covariates were asked of each generated volume."""
-        return [self.people[i % len(self.people)] for i in range(len(self.requests))]
+        return [self.people[i] for i in self.sources]
 
     def judge_groups(self, schema: CovariateSchema) -> None:
         """Find `gaps`."""
@@ -175,7 +180,8 @@ def evaluate(
         again = pipeline.reconstruct(volume)
         pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again)]  # as generated ones are
         quality = psnr(again, volume).item(), ssim(again, volume).item()
-        return *quality, *(measure(v, spacing) for v in pair), pair if i < shown else None, look(pair[0], i)
+        seen = look(pair[0], i), look(pair[1], IN_PAIRS)  # reconstructions are not looked at in pairs
+        return *quality, *(measure(v, spacing) for v in pair), pair if i < shown else None, *seen
 
     def generate(numbers: list[int]) -> list[tuple]:
         volumes = pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
@@ -191,7 +197,7 @@ def evaluate(
         extractor = None
 
     done = spread(reconstruct, range(len(rows)), processes, "reconstruct")
-    qualities, similarities, on_real, on_reconstructed, pairs, real_seen = zip(*done)
+    qualities, similarities, on_real, on_reconstructed, pairs, real_seen, again_seen = zip(*done)
     result = Evaluation(np.array(qualities), np.array(similarities), subjects=rows, people=list(people or range(len(rows))))
     result.real, result.reconstructed = (list(volumes) for volumes in zip(*filter(None, pairs)))
 
@@ -203,7 +209,7 @@ def evaluate(
     result.beyond, result.joint = beyond_training(pipeline.schema, requests, training), training is not None
     if extractor:
         result.likeness = compare_all(real_seen, generated_seen, result.people, pipeline.device)
-        for name, seen in (("real", real_seen), ("generated", generated_seen)):
+        for name, seen in (("real", real_seen), ("reconstructed", again_seen), ("generated", generated_seen)):
             result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
         volumes = SeenVolumes(real_seen, rows, result.people), SeenVolumes(generated_seen, requests, result.asked)
         bands = fairness.groupings(pipeline.schema, rows)
@@ -213,7 +219,7 @@ def evaluate(
     for name in judged:
         measured = ([m[name] for m in each] for each in (on_real, on_reconstructed, on_generated))
         result.comparisons += _compare_kinds(name, result, *measured)
-    result.judged = _by_group(result)
+    result.judged = judged_by_group(result)
     result.judge_groups(pipeline.schema)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
@@ -244,22 +250,37 @@ def _compare_kinds(
     return found
 
 
-def _by_group(result: Evaluation) -> list[Judged]:
-    """What is judged by group: reconstruction, and every covariate's error."""
+def judged_by_group(result: Evaluation) -> list[Judged]:
+    """What is judged by group: reconstruction, and every covariate's error; on generated volumes beyond that on real ones."""
     real = result.subjects, result.people
     figures = [
-        Judged("PSNR (dB)", result.psnr_db, *real, "high", fairness.PSNR_DB),
-        Judged("SSIM", result.ssim, *real, "high", fairness.SSIM),
+        Judged("PSNR (dB)", result.psnr_db, *real, "high", fairness.PSNR_DB, decides=True),
+        Judged("SSIM", result.ssim, *real, "high", fairness.SSIM, decides=True),
     ]
     for c in result.comparisons:
         if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
             continue
-        rows, whom = (result.requests, result.asked) if c.kind == "generated" else real
-        error, tolerance, own = np.full(len(rows), np.nan), fairness.tolerance(c), c.kind == "real"
-        error[c.volumes] = c.error
-        figures.append(Judged(f"{c.covariate}, {c.kind}: MAE", abs(error), rows, whom, "low", tolerance, own))
-        figures.append(Judged(f"{c.covariate}, {c.kind}: bias", error, rows, whom, "neither", tolerance, own))
+        generated, ruler = c.kind == "generated", result.find(c.covariate, "real")
+        own = c.kind == "real"
+        tolerance = fairness.tolerance(c) if own or ruler is None else fairness.tolerance(ruler, fairness.RULER)
+        rows, whom = (result.requests, result.asked) if generated else real
+        error = _errors(c, len(rows))
+        size, title = abs(error), f"{c.covariate}, {c.kind}"
+        if generated:
+            known = _errors(ruler, len(result.subjects))
+            size, error = (fairness.beyond(*each, result.sources) for each in ((size, abs(known)), (error, known)))
+            title += " beyond real"
+        figures.append(Judged(f"{title}: MAE", size, rows, whom, "low", tolerance, own, not own))
+        figures.append(Judged(f"{title}: bias", error, rows, whom, "neither", tolerance, own, not own))
     return figures
+
+
+def _errors(comparison: Comparison | None, volumes: int) -> NDArray:
+    """The error on each of so many volumes, NaN where there is none."""
+    error = np.full(volumes, np.nan)
+    if comparison:
+        error[comparison.volumes] = comparison.error
+    return error
 
 
 def spread(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
