@@ -152,6 +152,7 @@ class Pipeline:
                 f"Pipeline, model {self.model_hash}",
                 f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
                 *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(self.schema)),
+                *([] if len(self.schema) else ["  asks for  nothing: a model without covariates"]),
                 f"  diffusion {self.process.kind}, predicts {self.target}",
                 f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
                 f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {self.device.type}",
@@ -386,7 +387,7 @@ class Pipeline:
             denoise,
             context,
             torch.zeros_like(context),
-            sampling.guidance,
+            sampling.guidance if len(self.schema) else 1,  # nothing is asked, so both answers would be the same
             sampling.guidance_rescale,
             sampling.guidance_interval,
         )

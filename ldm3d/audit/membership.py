@@ -39,7 +39,7 @@ class Membership:
         accused: k; k / (held_out + 1) is the false positive rate, 1% where there are 99 held-out subjects or more.
         auc, auc_low, auc_high: probability that a training subject looks more like a member than a held-out one, with its 95%
             interval (DeLong et al. 1988); 0.5 is chance.
-        auc_chance: probability of an AUC as far from 0.5 by chance (Mann and Whitney 1947); the interval is too narrow for few.
+        auc_chance: probability of an AUC as far from 0.5 by chance (Mann and Whitney 1947), for few subjects too.
         losses: time -> (mean over training subjects, mean over held-out ones).
     """
 

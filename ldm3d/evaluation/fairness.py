@@ -5,9 +5,9 @@ the worst and the best group. Of several groups one is always worst, so a gap is
 giving the labels to other people at random (a permutation test, Pitman 1937). Dozens of figures are judged, of which chance
 alone would call one in twenty; probabilities are corrected for their number (Holm 1979).
 
-A ruler may be worse for some than for others: an age that is read off by regression is too high for the young and too low for
-the old, whoever made the volumes, and a reader of sexes may know women better than men. So what a ruler says of generated volumes
-is judged beyond what it says of the real ones that they were asked for: error less error, volume by volume.
+A measure may be worse for some than for others: an age that is read off by regression is too high for the young and too low
+for the old, whoever made the volumes, and a reader of sexes may know women better than men. So what a measure says of
+generated volumes is judged beyond what it says of the real ones that they were asked for: error less error, volume by volume.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from ldm3d.evaluation.comparison import Comparison
 
 LEAST = 10  # people in a group; smaller ones are shown, and no gap is taken with them
 PART, SHARE = 0.25, 0.02  # of the overall error, and of the covariate's mean, that a gap of errors may be and still be small
-RULER = 1.0  # of the measure's own error on real volumes, that a gap in what a model does may be and still be small
+OWN = 1.0  # of the measure's own error on real volumes, that a gap in what a model does may be and still be small
 PSNR_DB, SSIM = 1.0, 0.02  # gaps that are called small
 LEVEL = 0.05  # chance of calling any gap where there is none
 PERMUTATIONS = 10_000  # the smallest probability is one in so many: a hundred gaps can be corrected for
@@ -48,9 +48,9 @@ class Judged:
         people: whom each shows.
         better: "high", "low", or "neither" for a figure with a sign, such as a bias.
         tolerance: a gap of at most this is small.
-        of_measure: whether it is the measure's own on real volumes, no doing of the model; it is shown, and no light counts it.
-        decides: whether it has to be without a gap for groups to be called equal. Figures that some hundred volumes cannot settle
-            (shares, distances between sets) do not: they can show a gap, and not that there is none.
+        of_measure: whether it is the measure's own on real volumes, no doing of the model; it is shown, and not judged.
+        decides: whether it has to be without a gap for groups to be called equal. Figures that some hundred volumes cannot
+            settle (shares, distances between sets) do not: they can show a gap, and not that there is none.
     """
 
     name: str
@@ -137,9 +137,9 @@ def groupings(schema: CovariateSchema, rows: Sequence[Mapping[str, Value]]) -> d
 
 
 def beyond(values: NDArray, real: NDArray, sources: Sequence[int]) -> NDArray:
-    """What a ruler says of each generated volume less what it says of the real one whose covariates were asked: (N,).
+    """What a measure says of each generated volume less what it says of the real one whose covariates were asked: (N,).
 
-    For a model that draws what is asked it is 0 on average in every group, however the ruler errs there.
+    For a model that draws what is asked it is 0 on average in every group, however the measure errs there.
 
     Args:
         values: of generated volumes, (N,); NaN where there is none, which is what comes out there.

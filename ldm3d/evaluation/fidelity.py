@@ -262,7 +262,7 @@ def judged_by_group(result: Evaluation) -> list[Judged]:
             continue
         generated, ruler = c.kind == "generated", result.find(c.covariate, "real")
         own = c.kind == "real"
-        tolerance = fairness.tolerance(c) if own or ruler is None else fairness.tolerance(ruler, fairness.RULER)
+        tolerance = fairness.tolerance(c) if own or ruler is None else fairness.tolerance(ruler, fairness.OWN)
         rows, whom = (result.requests, result.asked) if generated else real
         error = _errors(c, len(rows))
         size, title = abs(error), f"{c.covariate}, {c.kind}"

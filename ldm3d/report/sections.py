@@ -1,6 +1,6 @@
 """What the page of an evaluation says: its sections in their order, and the lights at its top with their thresholds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def lights(found: Evaluation) -> list[Goal]:
     if generated:
         shares = [c.agreement.n / sum(row[c.covariate] is not None for row in found.requests) for c in generated]
         goals.append(Goal("Generated volumes on which all is measured", 100 * min(shares), MEASURED, unit="%"))
-    if found.requests:
+    if any(found.requests):  # where nothing can be asked, nothing is beyond
         share = 100 * len(found.beyond) / len(found.requests)
         goals.append(Goal("Requests beyond what training saw", share, high=BEYOND, unit="%"))
     if found.likeness:
@@ -114,13 +114,18 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
     def picture(name: str, caption: str) -> Picture:
         return {"source": pictures[name], "caption": caption}
 
+    slices = [picture("generated", "Axial, coronal and sagittal slices.")]
+    first = Section(
+        "Generated for the covariates of held-out subjects",
+        "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond what was "
+        "asked.",
+        pictures=slices,
+    )
+    if not len(schema):  # of what is asked there is nothing to say
+        first = Section("Generated volumes", "Above, held-out subjects; below, generated volumes.", pictures=slices)
+        return [first, *_likeness(found), _reconstruction(found, schema, picture)]
     return [
-        Section(
-            "Generated for the covariates of held-out subjects",
-            "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond "
-            "what was asked.",
-            pictures=[picture("generated", "Axial, coronal and sagittal slices.")],
-        ),
+        first,
         Section(
             "Covariates, asked and measured",
             "Measured on the images. The rows named real say how well the measure itself agrees with the table, those named "
@@ -150,15 +155,22 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
             )
             for sweep in found.sweeps
         ),
-        Section(
-            "Reconstruction of held-out volumes",
-            f"{_quality(found)} over {len(found.psnr_db)} volumes. The table has what is measured on reconstructions against "
-            "the same measured on the originals: what the autoencoder alone adds or takes.",
-            table=agreements(found.comparisons, schema, ("kept",)),
-            pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
-        ),
+        _reconstruction(found, schema, picture),
         *fairness_sections(found.gaps),
     ]
+
+
+def _reconstruction(found: Evaluation, schema: CovariateSchema, picture: Callable[[str, str], Picture]) -> Section:
+    """Of held-out volumes; a table only where something was measured on them."""
+    table = agreements(found.comparisons, schema, ("kept",))
+    text = f"{_quality(found)} over {len(found.psnr_db)} volumes."
+    if table["rows"]:
+        text += (
+            " The table has what is measured on reconstructions against the same measured on the originals: what the "
+            "autoencoder alone adds or takes."
+        )
+    pictures = [picture("reconstructions", "Held-out originals, and the same after the autoencoder.")]
+    return Section("Reconstruction of held-out volumes", text, table if table["rows"] else None, pictures=pictures)
 
 
 def usefulness_section(found: Usefulness) -> Section:
@@ -207,8 +219,8 @@ def categories_section(found: Sequence[Hits]) -> Section:
         rows.append([hits.covariate, hits.kind, str(hits.n), _with(hits.share, hits.interval), each, number(hits.commonest)])
     return Section(
         "Categories, asked and read off",
-        "Share of volumes off which the asked category is read, or on real volumes and their reconstructions the table's. Read "
-        "off by linear regression on features, learnt from real training volumes and their reconstructions.",
+        "Share of volumes off which the asked category is read, or on real volumes and their reconstructions the table's. "
+        "Read off by linear regression on features, learnt from real training volumes and their reconstructions.",
         {"columns": ["covariate", "volumes", "n", "right", "by category", "always the commonest"], "rows": rows},
         labels=2,
     )
@@ -320,17 +332,19 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
         if small:
             text += f" Too small to judge, with fewer than {fairness.LEAST} people: {', '.join(small)}."
         note = (
-            "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for and "
-            "no light counts; likewise the likelihood, as some groups vary more than others. "
-            "Beyond real: of generated volumes less that of real ones of the same group, since the ruler itself may be worse for "
-            "some; errors and shares read off by the volume that was asked for, distances with as many volumes in every group. "
+            "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for "
+            "and no light counts; likewise the likelihood, as some groups vary more than others. "
+            "Beyond real: of generated volumes less that of real ones of the same group, since the measure may be worse for "
+            "some; errors and shares read off volume by volume, distances with as many volumes in every group. "
             "± half of a 95% interval; (of n people): where these are not all. Gap: the worst group less the best, "
             "or for a bias the largest less the smallest, with its 95% interval. By chance: what 95% of random groupings stay "
             "below in one row; the verdict asks for more, since some of so many rows exceed it by chance. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
-            "above the tolerance: for kept and generated the measure's own mean absolute error on real volumes, for other errors "
-            f"{PART:.0%} of the overall one, or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger; for distances "
-            f"{PART:.0%} of the distance. Small gap (amber): within the "
+            "above the tolerance: for kept and generated the measure's own mean absolute error on real volumes, for other "
+            f"errors {PART:.0%} of the overall one, or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger; for "
+            f"distances {PART:.0%} of the distance. The light at the top is green if no row has a gap, and reconstruction and "
+            "covariates, kept and generated, have none for certain; shares and distances can show a gap, and hardly ever that "
+            "there is none. Small gap (amber): within the "
             "tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell (grey): chance alone "
             "may make a gap beyond the tolerance."
         )

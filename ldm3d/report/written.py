@@ -40,8 +40,8 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
 
     Rows of sessions are in participants.tsv, with a column session_id, or in sub-01/sub-01_sessions.tsv, whose columns count
     before those of participants.tsv. A column of numbers (89+ is 89) is continuous, with the unit that participants.json
-    gives; any other is categorical, but for one of more than `MOST_CATEGORIES` different texts, or of more than half as many as
-    there are people, which is left out with a warning.
+    gives; any other is categorical, but for one of more than `MOST_CATEGORIES` different texts, or of more than half as
+    many as there are people, which is left out with a warning.
 
     Raises:
         InputError: no participants.tsv, one without participant_id, or one scan in two rows.
@@ -147,9 +147,9 @@ def read_volumes(
 
 
 def count_labels(folder: Path, scans: Sequence[str], groups: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
-    """Volumes in ml counted on label maps below `folder`, by scan as `read_participants` names it; `groups`: quantity -> labels.
+    """Volumes in ml counted on label maps below `folder`, by scan; `groups`: quantity -> labels.
 
-    Scans without a label map are left out.
+    Scans, as `read_participants` names them, without a label map are left out.
     """
     found = {}
     for name in scans:
@@ -203,8 +203,9 @@ def compare_written(
     if not quantities or not scans:
         given = sorted({name for values in measured.values() for name in values})
         raise InputError(
-            f"{len(scans)} measured scans are in participants.tsv of {folder}, which has {len(rows)}, and of {', '.join(given) or 'nothing'} "
-            f"only {', '.join(quantities) or 'nothing'} is a column of numbers in participants.tsv ({', '.join(schema.names)})"
+            f"{len(scans)} measured scans are in participants.tsv of {folder}, which has {len(rows)} rows, and of "
+            f"{', '.join(given) or 'nothing'} only {', '.join(quantities) or 'nothing'} is a column of numbers there "
+            f"({', '.join(schema.names)})"
         )
     found, figures_by_person = [], []
     for name in quantities:
@@ -224,9 +225,9 @@ def compare_written(
         plots.append({"source": figures.to_data_uri(picture), "caption": c.covariate})
     section = Section(
         "The table, and what was measured",
-        f"{len(scans)} scans of {len(set(people))} people in {folder.name} were measured; the table has {len(rows)} rows. A perfect answer has r and slope 1, bias "
-        "and mean absolute error (MAE) 0. In brackets 95% intervals, by bootstrap over people; in the plots, of the fitted "
-        "line.",
+        f"{len(scans)} scans of {len(set(people))} people in {folder.name} were measured; the table has {len(rows)} rows. A "
+        "perfect answer has r and slope 1, bias and mean absolute error (MAE) 0. In brackets 95% intervals, by bootstrap over "
+        "people; in the plots, of the fitted line.",
         agreements(found, schema, ("measured",)),
         plots=plots,
     )
