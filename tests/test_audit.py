@@ -210,7 +210,7 @@ def test_who_is_trained_on_and_held_out_is_an_error(pipeline, people):
 
 
 def test_lights_of_a_model_that_copies_and_of_one_that_does_not(pipeline, people, strangers):
-    """24 held-out subjects are few: amber at best; the same figures with 199 of them are green."""
+    """Red for one copy among new people, green for these alone, amber where 5 held-out subjects say so."""
     copied, _ = run(pipeline, people, {"copy": people["training"][4]} | strangers)
     innocent, _ = run(pipeline, people, strangers)
     enough = replace(innocent, threshold=replace(innocent.threshold, counted=10, held_out=199))
