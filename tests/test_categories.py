@@ -40,7 +40,7 @@ def test_a_reader_that_learnt_from_reconstructions_too_is_not_misled_by_smoothne
     """A decoder moves all volumes to where, on originals, one category lies: a reader of originals calls all of them that."""
     features, values = volumes(300, 4, 6)
     tested, asked = volumes(200, 5, 6)
-    moved = 4 * np.eye(5)[0]  # towards "a"
+    moved = 6 * np.eye(5)[0]  # towards "a"
     alone = Reader(features, values, range(300))
     both = Reader(np.concatenate([features, features + moved]), values * 2, [*range(300)] * 2)
 
