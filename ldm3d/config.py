@@ -549,7 +549,7 @@ class Config(Section):
     output: Path  # everything an experiment makes lies below this folder
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig
-    covariates: tuple[CovariateConfig, ...]
+    covariates: tuple[CovariateConfig, ...] = ()  # none: volumes are generated, and nothing is asked of them
     autoencoder: AutoencoderConfig
     diffusion: DiffusionConfig
     decoder: DecoderConfig | None = None

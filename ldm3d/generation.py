@@ -34,7 +34,7 @@ from ldm3d.data.bids import as_json, derivative_files, participants_files, synth
 from ldm3d.data.nifti import pack_volume, unpack_volume
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import Stop
-from ldm3d.processes import Processes, check_all_started, cores_each
+from ldm3d.processes import Processes, cores_each
 
 try:
     import fcntl
@@ -77,25 +77,6 @@ class Tally:
 
     def __str__(self) -> str:
         return f"{self.made} made, {self.kept} kept, {self.redone} redone"
-
-
-def which_process() -> Processes:
-    """This process's number and how many there are: from torchrun, accelerate launch or srun.
-
-    Raises:
-        InputError: fewer were started than were asked for, or the environment does not say which of them this is.
-    """
-    check_all_started()
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None and world is None:  # the step's number, not the job's: outside of srun one process alone runs in a job
-        rank, world = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS")
-        if world is None:
-            return Processes()
-    if not (str(rank).isdecimal() and str(world).isdecimal() and int(rank) < int(world)):
-        raise InputError(
-            f"RANK is {rank} and WORLD_SIZE {world}; set both, to a process's number from 0 and how many there are, or neither"
-        )
-    return Processes(int(rank), int(world))
 
 
 def generate(

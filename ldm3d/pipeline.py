@@ -166,6 +166,7 @@ class Pipeline:
                 f"Pipeline, model {self.model_hash}",
                 f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
                 *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(self.schema)),
+                *([] if len(self.schema) else ["  asks for  nothing: a model without covariates"]),
                 f"  diffusion {self.process.kind}, predicts {self.target}",
                 f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
                 f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {self.device.type}",
@@ -410,6 +411,8 @@ class Pipeline:
         """
         asked = Conditions(self.schema.encode(requests).to(self.device))
         denoise = NetworkDenoiser(self.unet, self.process, self.target)
+        if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
+            guidance = 1.0
         return classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
 
     def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -54,10 +54,13 @@ def started_processes() -> Processes:
     """Find the others, and make ready to talk to them.
 
     Raises:
-        InputError: `accelerate launch` was asked for several processes and started one.
+        InputError: `accelerate launch` was asked for several processes and started one, or srun started several.
     """
-    check_all_started()
-    found = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    found = which_process()
+    if found.world > 1 and "WORLD_SIZE" not in os.environ:
+        _refuse(
+            found, f"srun started {found.world} processes that do not know where to meet; start torchrun by it, one a node"
+        )
     if found.world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
         torch.set_num_threads(cores_each())  # torchrun says one, whatever the machine has
@@ -91,6 +94,46 @@ def own_device() -> str:
     number = local % torch.cuda.device_count()
     torch.cuda.set_device(number)
     return f"cuda:{number}"
+
+
+def which_process() -> Processes:
+    """This process's number and how many there are: from torchrun, accelerate launch or srun.
+
+    Raises:
+        InputError: fewer were started than were asked for, or the environment does not say which of them this is.
+    """
+    check_all_started()
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and world is None:  # the step's number, not the job's: outside of srun one process alone runs in a job
+        rank, world = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS")
+        if world is None:
+            return Processes()
+    if not (str(rank).isdecimal() and str(world).isdecimal() and int(rank) < int(world)):
+        raise InputError(
+            f"RANK is {rank} and WORLD_SIZE {world}; set both, to a process's number from 0 and how many there are, or neither"
+        )
+    return Processes(int(rank), int(world))
+
+
+def work_alone(command: str) -> None:
+    """For a command that knows no other processes: they would all do the same, and write the same files.
+
+    Raises:
+        InputError: several processes were started; see `_refuse`.
+    """
+    found = which_process()
+    if found.world > 1:
+        _refuse(found, f"{command} works in one process, and {found.world} were started; start it without a launcher")
+
+
+def _refuse(found: Processes, message: str) -> NoReturn:
+    """Raise InputError on process 0; the others leave without a word.
+
+    They leave without an error, too, at which a launcher would end process 0 before it has spoken.
+    """
+    if not found.is_main:
+        raise SystemExit(0)
+    raise InputError(message)
 
 
 def check_all_started() -> None:

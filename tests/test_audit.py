@@ -1,10 +1,12 @@
 """The audit: planted copies are found, new people are not called copies, and what it says of rates is so."""
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import Processes
+from ldm3d.report.audit import goals
 
 SHAPE = (24, 28, 24)
 TRAINED, HELD, NEW = 24, 24, 12  # subjects
@@ -204,6 +207,31 @@ def test_who_is_trained_on_and_held_out_is_an_error(pipeline, people):
     nobody = as_volumes([], [], pipeline)
     with pytest.raises(InputError, match="12 training, 0 held-out and 12 synthetic"):
         audit(pipeline, volumes, nobody, volumes)
+
+
+def test_lights_of_a_model_that_copies_and_of_one_that_does_not(pipeline, people, strangers):
+    """Red for one copy among new people, green for these alone, amber where 5 held-out subjects say so."""
+    copied, _ = run(pipeline, people, {"copy": people["training"][4]} | strangers)
+    innocent, _ = run(pipeline, people, strangers)
+    enough = replace(innocent, threshold=replace(innocent.threshold, counted=10, held_out=199))
+    found = [[goal.verdict[0] for goal in goals(each)[:2]] for each in (copied, innocent, enough)]
+    assert found == [["red", "red"], ["green", "green"], ["green", "green"]]
+    few = replace(innocent, threshold=replace(innocent.threshold, counted=1, held_out=5))
+    assert goals(few)[0].verdict[0] == "amber"
+
+
+def test_a_model_that_crops_its_volumes_is_audited_like_any_other(pipeline, people):
+    """Generated volumes are smaller than what was trained on: both are looked at without the planes that are lost."""
+    cropping = copy.copy(pipeline)
+    cropping.crop = ((1, 2), (0, 0), (0, 3))
+    shown = {f"new {i}": cropping.cropped(volume) for i, volume in enumerate(people["new"][:4])}
+    shown["copy"] = cropping.cropped(people["training"][6])
+    audited, guard = run(cropping, people, shown)
+    assert [each.name for each in audited.looked if each.plain] == ["copy"] and audited.suspects[0][0].subject == "t6"
+    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == tuple(cropping.output_grid.shape)
+    assert guard.withheld(cropping, shown["copy"]) and not guard.withheld(cropping, shown["new 1"])
+    with pytest.raises(InputError, match="bring it there"):
+        descriptors_of(cropping, shown["copy"][1:])
 
 
 # Views

@@ -36,6 +36,21 @@ def test_hits_are_counted_by_category_with_their_interval():
     assert found.interval == pytest.approx((0.74 - 1.96 * 0.0439, 0.74 + 1.96 * 0.0439), abs=0.012)
 
 
+def test_a_reader_that_learnt_from_reconstructions_too_is_not_misled_by_smoothness():
+    """A decoder moves all volumes to where, on originals, one category lies: a reader of originals calls all of them that."""
+    features, values = volumes(300, 4, 6)
+    tested, asked = volumes(200, 5, 6)
+    moved = 6 * np.eye(5)[0]  # towards "a"
+    alone = Reader(features, values, range(300))
+    both = Reader(np.concatenate([features, features + moved]), values * 2, [*range(300)] * 2)
+
+    def right(reader, shown):
+        return np.mean([a == b for a, b in zip(reader(shown), asked)])
+
+    assert right(alone, tested + moved) < 0.85 < 0.93 < right(both, tested + moved)
+    assert right(both, tested) > 0.93
+
+
 def test_one_category_is_nothing_to_tell():
     with pytest.raises(InputError, match="vary"):
         Reader(np.random.default_rng(0).standard_normal((30, 4)), ["F"] * 30, range(30))

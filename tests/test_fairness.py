@@ -1,10 +1,19 @@
 """Gaps between groups: planted ones are found, chance is not called a gap, small groups are not judged."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.fairness import FEW, GAP, NONE, SMALL, Judged, gaps, groupings, label, labels_of
+from ldm3d.data.loading import generator
+from ldm3d.evaluation import fairness
+from ldm3d.evaluation.bootstrap import numbered
+from ldm3d.evaluation.comparison import compare
+from ldm3d.evaluation.fairness import FEW, GAP, NONE, SMALL, Judged, beyond, gaps, groupings, label, labels_of
+from ldm3d.evaluation.fidelity import Evaluation, judged_by_group
+from ldm3d.report.sections import lights
 
 SCHEMA = CovariateSchema(
     (Covariate("age", "continuous", "years"), Covariate("sex", "categorical", categories=("F", "M", "O")))
@@ -94,3 +103,105 @@ def test_people_count_and_not_their_scans():
         SCHEMA, {"sex": []}, [judged(np.ones(60), given, people=[f"{row['sex']}{i % 6}" for i, row in enumerate(given)])]
     )
     assert gap.verdict == FEW and [group.people for group in gap.groups] == [3, 3]
+
+
+# The light of the page: an age is read off by regression, with r = 0.7 as honest regressors reach it
+
+
+def read_off(shown: np.ndarray, rng: np.random.Generator, r: float = 0.7) -> np.ndarray:
+    """What a regressor says of volumes that show these ages (those of the training set lie evenly from 20 to 80)."""
+    return 50 + r**2 * (shown - 50) + r * (1 - r**2) ** 0.5 * 60 / 12**0.5 * rng.standard_normal(len(shown))
+
+
+def evaluation(seed: int, shown=lambda age: age, requests: int = 200) -> Evaluation:
+    """200 held-out people, and volumes for their ages that show what `shown` says."""
+    rng, given = np.random.default_rng(seed), rows(200, seed)
+    found = Evaluation(30 + rng.standard_normal(200), 0.95 + 0.01 * rng.standard_normal(200))
+    found.subjects, found.people = given, list(range(200))
+    found.requests = [given[i % 200] for i in range(requests)]
+    age, asked = (np.array([row["age"] for row in each]) for each in (given, found.requests))
+    for kind, table, values, whom in (("real", age, age, found.people), ("generated", asked, shown(asked), found.asked)):
+        found.comparisons.append(compare("age", kind, table, read_off(values, rng), whom))
+    found.judged = judged_by_group(found)
+    found.judge_groups(SCHEMA)
+    return found
+
+
+def light(found: Evaluation) -> str:
+    (goal,) = [goal for goal in lights(found) if goal.name == "Gaps between groups of people"]
+    return goal.verdict[0]
+
+
+def test_an_honest_ruler_and_a_perfect_model_have_no_gap():
+    """Regression draws the old to the young: of the ruler's own rows a gap is seen, and no light counts it."""
+    found = [evaluation(seed) for seed in range(4)]
+    assert [light(each) for each in found].count("green") >= 3 and "red" not in map(light, found)
+    own = {gap.figure: gap.verdict for gap in found[0].gaps if gap.grouping == "age"}
+    assert own["age, real: bias"] == GAP and own["age, generated beyond real: bias"] == NONE
+
+
+@pytest.mark.parametrize(
+    "shown", [lambda age: age + 16 * (age > 60), lambda age: np.where(age > 60, 45, age), lambda age: np.full(len(age), 50.0)]
+)
+def test_a_model_that_is_off_for_the_old_or_does_not_follow_is_red(shown):
+    found = evaluation(1, shown)
+    by_age = {gap.figure: gap for gap in found.gaps if gap.grouping == "age"}["age, generated beyond real: bias"]
+    assert light(found) == "red" and by_age.verdict == GAP and "60 and more" in (by_age.worst, by_age.best)
+
+
+def test_a_model_that_is_off_for_women_is_red():
+    found = evaluation(2)
+    women = 12.0 * np.array([row["sex"] == "F" for row in found.subjects])
+    found.comparisons[1] = compare(
+        "age", "generated", found.comparisons[1].reference, found.comparisons[1].measured + women, range(200)
+    )
+    found.judged = judged_by_group(found)
+    found.judge_groups(SCHEMA)
+    assert light(found) == "red"
+
+
+def test_generated_volumes_are_judged_beyond_the_real_ones_they_were_asked_for():
+    np.testing.assert_array_equal(beyond(np.array([5.0, 6, 7, np.nan]), np.array([1.0, np.nan]), [0, 1, 0, 0])[[0, 2]], [4, 6])
+    found = evaluation(3, requests=230)  # thirty people are asked for twice
+    figure = {each.name: each for each in found.judged}["age, generated beyond real: bias"]
+    real, made = (c.error for c in found.comparisons)
+    np.testing.assert_allclose(figure.values[200:], made[200:] - real[:30])
+    assert list(figure.people) == [*range(200), *range(30)] and found.sources[201] == 1
+
+
+# Random groupings, a block at a time
+
+
+def all_at_once(values, labels, people, seed):
+    """As it was: every random grouping in memory together."""
+    unit = numbered(list(zip(people, labels)))
+    sums, counts = np.bincount(unit, values), np.bincount(unit)
+    group = np.empty(len(counts), dtype=int)
+    group[unit] = numbered(labels)
+    random = torch.rand(fairness.PERMUTATIONS, len(group), generator=generator("fairness", seed, len(group)))
+    inside = group[random.argsort(dim=1).numpy()][:, None] == np.arange(group.max() + 1)[:, None]
+    return np.ptp((inside @ sums) / (inside @ counts), axis=1)
+
+
+@pytest.mark.parametrize("block, kept", [(2**20, 2**24), (7 * 60 + 1, 2**24), (7 * 60 + 1, 0), (1, 0)])
+def test_blocks_change_no_permutation(monkeypatch, block, kept):
+    for name, value in (("PERMUTATIONS", 500), ("BLOCK", block), ("KEPT", kept)):
+        monkeypatch.setattr(fairness, name, value)
+    fairness._kept.cache_clear()
+    values, labels = np.random.default_rng(6).standard_normal(80), ["abc"[i % 3] for i in range(60)] + ["a"] * 20
+    people = [*range(60), *range(20)]
+    found = fairness._chance(values, labels, people, 4)
+    np.testing.assert_allclose(found, all_at_once(values, labels, people, 4), rtol=1e-12)
+    fairness._kept.cache_clear()
+
+
+def test_many_people_take_no_more_memory_than_few(monkeypatch):
+    """3 groups of 3,000 people took 1 GB: all random groupings at once, and as floating-point numbers."""
+    monkeypatch.setattr(fairness, "PERMUTATIONS", 1000)  # a tenth of it
+    monkeypatch.setattr(fairness, "KEPT", 2**20)
+    values, labels = np.random.default_rng(7).standard_normal(3000), ["abc"[i % 3] for i in range(3000)]
+    tracemalloc.start()
+    fairness._chance(values, labels, range(3000), 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50 * 2**20

@@ -1,5 +1,7 @@
 """Membership inference: known answers where the loss is known, and no alarm where there is nothing to tell."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torture.generation import make_pipeline
 
 from ldm3d.audit.membership import REPEATS, TIMES, infer_members, losses_of
 from ldm3d.errors import InputError
+from ldm3d.report.audit import _given_away
 
 
 def losses(subjects: int, mean: float, seed: int) -> np.ndarray:
@@ -87,3 +90,44 @@ def test_a_network_is_told_time_and_covariates(monkeypatch):
 def test_too_few_to_attack():
     with pytest.raises(InputError, match="1 training and 5 held-out subjects"):
         infer_members(losses(1, 0, 0), losses(5, 0, 0))
+
+
+def light(shift: float, subjects: int = 200, seed: int = 0) -> tuple[str, str]:
+    """The page's light and words, where training subjects' losses are lower by so many deviations."""
+    return _given_away(infer_members(losses(subjects, -shift, 2 * seed), losses(subjects, 0, 2 * seed + 1))).verdict
+
+
+def test_a_model_that_remembers_nobody_is_green_and_is_told_with_its_auc():
+    """As many subjects as the audit attacks: one in thirteen may be another colour by chance."""
+    found = [light(0, seed=seed) for seed in range(60)]
+    assert [colour for colour, _ in found].count("green") >= 48  # 55.5 expected
+    assert all(re.search(r"AUC 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\)$", words) for _, words in found)
+
+
+def test_a_loss_that_is_lower_for_most_is_red_though_it_names_nobody():
+    """An AUC of 0.64, as of a model that has seen its subjects often: nobody is below the lowest held-out subject."""
+    members, others = losses(200, -0.5, 1), losses(200, 0, 2)
+    others[:3] = members.min() - 100  # strangers with the lowest losses of all
+    found = infer_members(members, others)
+    assert found.named == 0 and 0.58 < found.auc < 0.7 and found.auc_low > 0.5
+    colour, words = _given_away(found).verdict
+    assert colour == "red" and words.startswith("training subjects have lower losses; AUC 0.6")
+
+
+@pytest.mark.parametrize(
+    "shift, subjects, colour, words",
+    [
+        (8, 200, "red", "more than by chance"),
+        (-1, 200, "amber", "the groups differ otherwise, too"),
+        (0, 20, "amber", "20 training and 20 held-out subjects are few"),
+    ],
+)
+def test_other_lights_of_membership(shift, subjects, colour, words):
+    found = light(shift, subjects)
+    assert found[0] == colour and words in found[1]
+
+
+def test_two_of_either_give_nobody_away_by_chance():
+    """The interval of DeLong has no width where two are below two, which one in six are by chance."""
+    found = infer_members(losses(2, -8, 1), losses(2, 0, 2))
+    assert found.auc == 1 and found.auc_chance > 0.05 and _given_away(found).verdict[0] == "amber"

@@ -46,9 +46,9 @@ def test_a_good_model_is_green_where_it_is_good():
 @pytest.mark.parametrize(
     "change, name",
     [
-        ({"slope": 0.6}, "ml, asked and measured, slope"),
-        ({"slope": 0.6}, "ml, mean absolute error"),
-        ({"noise": 40}, "ml, asked and measured, r"),
+        ({"slope": 0.6}, "ml, asked and measured: slope, less that of real"),
+        ({"slope": 0.6}, "ml, asked and measured: mean absolute error, relative to real"),
+        ({"noise": 40}, "ml, asked and measured: r, relative to real"),
         ({"kept": 1.1}, "ml, bias by the autoencoder"),
         ({"missing": 5}, "Generated volumes on which all is measured"),
     ],
@@ -57,12 +57,48 @@ def test_what_is_wrong_is_red(change, name):
     assert light_of(evaluation(**change))[name] == "red"
 
 
+def test_the_ruler_has_an_interval_too():
+    """Of 30 people, a ruler that errs as much as what it judges may be better or worse than it by a third: not settled."""
+    rng = np.random.default_rng(5)
+    true = rng.uniform(20, 60, 30)
+    real, made = (true + 8 * rng.standard_normal(30) for _ in range(2))
+    found = Evaluation(np.full(30, 30.0), np.full(30, 0.95), people=list(range(30)))
+    found.subjects = found.requests = [{"ml": value, "sex": None} for value in true]
+    for kind, measured in (("real", real), ("generated", 0.9 * (made - true) + true)):
+        found.comparisons.append(compare("ml", kind, true, measured, range(30)))
+    (error,) = [goal for goal in lights(found) if "error" in goal.name]
+    c, ruler = found.comparisons[1], found.comparisons[0].agreement.mae
+    own = [end / ruler for end in c.intervals["mae"]]  # as if the ruler's error were known
+    low, high = error.interval
+    assert error.found == pytest.approx(c.agreement.mae / ruler) and low < error.found < high
+    assert np.log(high / low) == pytest.approx(2**0.5 * np.log(own[1] / own[0]), rel=0.25)
+
+
+@pytest.mark.parametrize("r, settled", [(0.7, ("slope", "mean absolute error")), (0.9, ("r", "slope", "mean absolute error"))])
+def test_a_perfect_model_is_never_red_and_green_where_the_ruler_is_good(r, settled, most=200):
+    """A regressor that reaches r on real people, and a generator that draws exactly what is asked, in 8 datasets."""
+    seen = collections.Counter()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        age = rng.uniform(20, 80, most)
+        found = Evaluation(np.full(most, 30.0), np.full(most, 0.95), people=list(range(most)))
+        found.subjects = found.requests = [{"ml": value, "sex": None} for value in age]
+        for kind in ("real", "generated"):
+            said = age.mean() + r**2 * (age - age.mean()) + age.std() * r * (1 - r**2) ** 0.5 * rng.standard_normal(most)
+            found.comparisons.append(compare("ml", kind, age, said, range(most)))
+        for goal in lights(found):
+            if "asked and measured" in goal.name:
+                seen[goal.name.split(": ")[1].split(",")[0], goal.verdict[0]] += 1
+    assert not any(light == "red" for _, light in seen)
+    assert min(seen[name, "green"] for name in settled) >= 6, seen  # with a ruler of 0.7, 200 volumes leave r amber in half
+
+
 def test_a_measure_that_fails_on_real_volumes_judges_nobody():
     found = evaluation()
     true = [row["ml"] for row in found.subjects]
     found.comparisons[0] = compare("ml", "real", true, np.random.default_rng(1).uniform(20, 60, N), range(N))
     names = light_of(found)
-    assert names["ml, asked and measured, r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
+    assert names["ml, asked and measured: r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
 
 
 def finding(name: str, value: float = 1.05, excess: float = 0.0) -> Finding:
@@ -96,7 +132,7 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
     worse = np.array([5.0 * (row["sex"] == "M") for row in found.subjects]) + np.random.default_rng(2).standard_normal(N)
     for own, light in ((True, "green"), (False, "red")):
         figures = [Judged("error", worse, found.subjects, range(N), "low", 1.0, own)]
-        figures.append(Judged("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0))
+        figures.append(Judged("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0, decides=True))
         found.gaps = gaps(SCHEMA, {"sex": []}, figures)
         assert light_of(found)["Gaps between groups of people"] == light
     (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]

@@ -64,6 +64,51 @@ def test_command_compares_label_maps(tmp_path, fails):
     assert "either --table" in fails("compare", tmp_path)
 
 
+def test_ages_as_published_are_numbers_and_remarks_are_no_groups(tmp_path):
+    """One age of 89+ made twelve groups of twelve people's ages, and every remark was a group."""
+    ages = [*map(str, range(60, 82, 2)), "89+", ">89"]
+    table = {"participant_id": [f"sub-{i}" for i in range(13)], "age": ages, "sex": ["F", "M"] * 6 + ["n/a"]}
+    table |= {"remark": [f"scanned on day {i}" for i in range(13)], "site": list("abcd") * 3 + ["a"]}
+    pd.DataFrame(table).to_csv(tmp_path / "participants.tsv", sep="\t", index=False)
+    with pytest.warns(UserWarning, match=r"group people by: remark \(13\)"):
+        schema, rows = read_participants(tmp_path)
+    assert {c.name: c.kind for c in schema} == {"age": "continuous", "sex": "categorical", "site": "categorical"}
+    assert [rows[f"sub-{i}"]["age"] for i in (0, 11, 12)] == [60, 89, 89] and rows["sub-12"]["sex"] is None
+
+
+@pytest.mark.parametrize("place", ["participants.tsv", "sessions.tsv"])
+def test_sessions_are_joined_on_subject_and_session(tmp_path, place):
+    """Two visits of ten people, two years and 5 ml apart; a third has no row of its own."""
+    people = [f"sub-{i:02d}" for i in range(10)]
+    visits = [(name, visit) for name in people for visit in ("M00", "M24")]
+    age = {(name, visit): 60 + i + 2 * (visit == "M24") for i, name in enumerate(people) for visit in ("M00", "M24")}
+    ml = {key: value / 2 + 5 * (key[1] == "M24") for key, value in age.items()}
+    cells = [(name, f"ses-{visit}", age[name, visit], ml[name, visit]) for name, visit in visits]
+    every = pd.DataFrame(cells, columns=["participant_id", "session_id", "age", "ml"])
+    if place == "participants.tsv":
+        every.to_csv(tmp_path / "participants.tsv", sep="\t", index=False)
+    else:
+        pd.DataFrame({"participant_id": people, "age": 60, "ml": 0}).to_csv(
+            tmp_path / "participants.tsv", sep="\t", index=False
+        )
+        for name, own in every.groupby("participant_id"):
+            (tmp_path / name).mkdir()
+            own.drop(columns="participant_id").to_csv(tmp_path / name / f"{name}_sessions.tsv", sep="\t", index=False)
+    lines = [f"{name}_ses-{visit}_T1w.nii.gz,{1000 * ml[name, visit]}" for name, visit in visits]
+    (tmp_path / "vol.csv").write_text("\n".join(["scan,v", *lines, "sub-99_ses-M00_T1w.nii.gz,7"]))
+    (found,), _, (section, *_) = compare_written(tmp_path, read_volumes(tmp_path / "vol.csv", {"ml": ["v"]}))
+    assert found.agreement.n == 20 and found.agreement.mae == pytest.approx(0, abs=1e-9)
+    assert section.text.startswith("20 scans of 10 people")
+
+
+def test_a_session_without_a_row_is_its_participant_s(tmp_path):
+    table = {"participant_id": [f"sub-{i}" for i in range(4)], "ml": [1.0, 2, 3, 4]}
+    pd.DataFrame(table).to_csv(tmp_path / "participants.tsv", sep="\t", index=False)
+    measured = {f"sub-{i}_ses-{visit}": {"ml": i + 1.0 + visit} for i in range(4) for visit in (0, 1)}
+    (found,), *_ = compare_written(tmp_path, measured)
+    assert found.agreement.n == 8 and found.agreement.bias == pytest.approx(0.5)
+
+
 def test_tables_that_do_not_fit(dataset):
     with pytest.raises(InputError, match="no column 'hippocampus'"):
         read_volumes(dataset / "vol.csv", {"ml": ["hippocampus"]})
@@ -77,3 +122,10 @@ def test_tables_that_do_not_fit(dataset):
             read_volumes(dataset / "bad.csv", COLUMNS)
     with pytest.raises(InputError, match="write NAME=COLUMN"):
         parse_columns(["ml"])
+    table = pd.read_csv(dataset / "participants.tsv", sep="\t")
+    pd.concat([table, table[:1]]).to_csv(dataset / "participants.tsv", sep="\t", index=False)
+    with pytest.raises(InputError, match="sub-syn0001 has several rows; a column session_id"):
+        read_participants(dataset)
+    table[["participant_id"]].to_csv(dataset / "participants.tsv", sep="\t", index=False)
+    with pytest.raises(InputError, match="no covariates to compare with"):
+        compare_written(dataset, read_volumes(dataset / "vol.csv", COLUMNS))

@@ -252,7 +252,7 @@ def audit(
     if processes.is_main:
         for i in sorted(range(len(looked)), key=lambda i: looked[i].likeness.score)[:shown]:
             (made,), (original,) = synthetic.read([i]), training.read([looked[i].likeness.row])
-            found.suspects.append((looked[i], made, original))
+            found.suspects.append((looked[i], made, pipeline.cropped(original)))
     return found, Guard(reference, embedding, threshold, pipeline.model_hash)
 
 

@@ -54,14 +54,18 @@ def descriptors_of(pipeline: Pipeline, volume: NDArray, views: bool = True) -> D
 
     Args:
         pipeline: whose autoencoder makes the latent.
-        volume: (X, Y, Z) in [0, 1], on the pipeline's grid.
+        volume: (X, Y, Z) in [0, 1], on the pipeline's grid, or on its output grid where it crops. What generated volumes lose
+            is nobody's to see: it is 0 in all of them.
         views: all of them, for a volume that is looked up; or one, for a volume that others are compared with.
 
     Raises:
-        InputError: another shape than the grid's.
+        InputError: another shape than the grids'.
     """
-    if tuple(volume.shape) != tuple(pipeline.grid.shape):
+    if tuple(volume.shape) == tuple(pipeline.grid.shape):
+        volume = pipeline.cropped(volume)
+    if tuple(volume.shape) != tuple(pipeline.output_grid.shape):
         raise InputError(f"a volume is {tuple(volume.shape)}, the model's grid {tuple(pipeline.grid.shape)}; bring it there")
+    volume = np.pad(volume, pipeline.crop)
     x = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=pipeline.device)  # (X, Y, Z)
     coarse = coarse_volumes(x, SHIFTS if views else SHIFTS[:1])  # (shifts, a, b, c)
     latents = [_latent(pipeline, x)]

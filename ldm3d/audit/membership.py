@@ -3,7 +3,8 @@
 An attacker who has a person's volume and the model measures how well the network denoises that volume: a loss lower than usual
 says that it has been seen (Matsumoto et al. 2023; Carlini et al. 2023). What counts is not how often the attack is right, but
 how many training subjects it names with next to no false accusations: the true positive rate at a false positive rate of 1%
-(Carlini et al. 2022).
+(Carlini et al. 2022). That rate hangs on one or two held-out subjects, so the area under the ROC curve is looked at besides: a
+loss that is lower for most training subjects tells of each of them a little.
 """
 
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class Membership:
         accused: k; k / (held_out + 1) is the false positive rate, 1% where there are 99 held-out subjects or more.
         auc, auc_low, auc_high: probability that a training subject looks more like a member than a held-out one, with its 95%
             interval (DeLong et al. 1988); 0.5 is chance.
+        auc_chance: probability of an AUC as far from 0.5 by chance (Mann and Whitney 1947), for few subjects too.
         losses: time -> (mean over training subjects, mean over held-out ones).
     """
 
@@ -50,6 +52,7 @@ class Membership:
     auc: float
     auc_low: float
     auc_high: float
+    auc_chance: float
     losses: dict[float, tuple[float, float]]
 
     @property
@@ -126,9 +129,10 @@ def infer_members(training: NDArray, held_out: NDArray, level: float = LEVEL) ->
     scores = ((everyone - everyone.mean(axis=0)) / everyone.std(axis=0).clip(1e-12)).mean(axis=1)
     members, others = scores[: len(training)], np.sort(scores[len(training) :])
     accused = min(max(1, int(level * (len(others) + 1) + 1e-9)), len(others))
-    auc, low, high = _auc(-members, -others)
+    auc = _auc(-members, -others)
+    by_chance = float(stats.mannwhitneyu(members, others).pvalue)
     means = {t: (float(a), float(b)) for t, a, b in zip(TIMES, training.mean(axis=0), held_out.mean(axis=0))}
-    return Membership(len(members), len(others), members < others[accused - 1], accused, auc, low, high, means)
+    return Membership(len(members), len(others), members < others[accused - 1], accused, *auc, by_chance, means)
 
 
 def _auc(positive: NDArray, negative: NDArray) -> tuple[float, float, float]:

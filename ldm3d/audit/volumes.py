@@ -79,7 +79,7 @@ def generated_for(
     for group, volumes, some in ((TRAINING, training, count - count // 2), (HELD_OUT, held_out, count // 2)):
         order = torch.randperm(len(volumes), generator=generator("asked", group, seed)).tolist()
         rows += [volumes.rows[i] for i in itertools.islice(itertools.cycle(order), some)]
-        asked += [group] * some
+        asked += [group if len(pipeline.schema) else ""] * some  # of a model without covariates nothing is asked
 
     def read(numbers: Sequence[int]) -> Iterator[NDArray]:
         return pipeline.volumes([rows[i] for i in numbers], sampling, numbers=numbers)

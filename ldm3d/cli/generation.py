@@ -50,10 +50,10 @@ def generate(
     from tqdm import tqdm
 
     from ldm3d.audit.guard import Guard
-    from ldm3d.generation import WITHHELD, generate, which_process
+    from ldm3d.generation import WITHHELD, generate
     from ldm3d.pipeline import Pipeline
     from ldm3d.preemption import REQUEUE, preemption
-    from ldm3d.processes import cores_each, own_device
+    from ldm3d.processes import cores_each, own_device, which_process
 
     processes = which_process()
     pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
@@ -118,7 +118,7 @@ def import_monai(
     from ldm3d.published import import_model
 
     pipeline = import_model(folder, out, library, settings)
-    print(f"{', '.join(pipeline.schema.names)} can be asked of the model written to {out}")
+    print(f"{', '.join(pipeline.schema.names) or 'nothing'} can be asked of the model written to {out}")
 
 
 def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
@@ -148,6 +148,6 @@ def read_requests(table: Path) -> list[dict]:
     from ldm3d.data.tables import read_table
 
     frame = read_table(table).drop(columns=["participant_id", "session_id"], errors="ignore")
-    if frame.empty:
+    if not len(frame):
         raise InputError(f"{table} has no rows; write one for each volume")
     return [dict(zip(frame.columns, row)) for row in frame.to_numpy().tolist()]

@@ -7,6 +7,8 @@ import typer
 
 from ldm3d.errors import InputError
 
+SHARED = ("prepare", "encode", "generate", "evaluate", "audit")  # commands whose work several processes share
+
 app = typer.Typer(
     help="Latent diffusion for 3D brain MRI. Train with: accelerate launch -m ldm3d.training.autoencoder CONFIG, "
     "ldm3d encode CONFIG, accelerate launch -m ldm3d.training.diffusion CONFIG.",
@@ -14,6 +16,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _before(context: typer.Context) -> None:
+    """What is true of every command is checked here, once."""
+    if context.invoked_subcommand not in SHARED:
+        from ldm3d.processes import work_alone  # loads PyTorch, which takes seconds
+
+        work_alone(f"ldm3d {context.invoked_subcommand}")
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]

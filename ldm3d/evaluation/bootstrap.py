@@ -62,6 +62,12 @@ def interval(values: NDArray) -> Interval:
     return float(low), float(high)
 
 
+def relative(value: float, to: float, draws: NDArray, draws_of_other: NDArray) -> tuple[float, Interval]:
+    """One figure over another, with the interval that follows from resamples of both, (B,) each."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return value / to if to else float("nan"), interval(draws / draws_of_other)
+
+
 def mean_interval(values: NDArray, people: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
     """Of the mean of values (N,); people None: each volume shows another."""
     return interval(means(np.asarray(values, dtype=float), resamples(people or range(len(values)), seed=seed)))

@@ -1,7 +1,7 @@
 """One covariate in two places, asked and measured for example: how they agree, each figure with its 95% interval."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Comparison:
         agreement: of the two.
         intervals: 95% of its r, slope, bias and mae, by the bootstrap over people.
         band: (3, BAND), places along the reference and the 95% interval of the fitted line there.
+        draws: r, slope, bias and mae of each resample, (B,): of what is made of two comparisons an interval follows from them.
     """
 
     covariate: str
@@ -36,6 +37,7 @@ class Comparison:
     agreement: Agreement
     intervals: dict[str, Interval]
     band: NDArray
+    draws: dict[str, NDArray] = field(repr=False)
 
     @property
     def error(self) -> NDArray:
@@ -75,15 +77,16 @@ def compare(
     a, m = pairs[volumes].T
     found = agreement(a, m)
     weights = resamples([people[i] for i in volumes], seed=seed)  # (B, N)
-    intervals, slopes, means = _spread(a, m, weights)
+    draws, means = _spread(a, m, weights)
     places = np.linspace(a.min(), a.max(), BAND)
-    lines = means[1][:, None] + slopes[:, None] * (places - means[0][:, None])  # (B, BAND)
+    lines = means[1][:, None] + draws["slope"][:, None] * (places - means[0][:, None])  # (B, BAND)
     band = np.stack([places, *np.nanpercentile(lines, (2.5, 97.5), axis=0)])
-    return Comparison(covariate, kind, a, m, volumes, found, intervals, band)
+    intervals = {name: interval(values) for name, values in draws.items()}
+    return Comparison(covariate, kind, a, m, volumes, found, intervals, band, draws)
 
 
-def _spread(a: NDArray, m: NDArray, weights: NDArray) -> tuple[dict[str, Interval], NDArray, tuple[NDArray, NDArray]]:
-    """Intervals of r, slope, bias and mae; slopes and means (of a, of m) of each resample, (B,)."""
+def _spread(a: NDArray, m: NDArray, weights: NDArray) -> tuple[dict[str, NDArray], tuple[NDArray, NDArray]]:
+    """r, slope, bias and mae, and the means of a and of m, of each resample, (B,)."""
     origin = a.mean(), m.mean()
     x, y = a - origin[0], m - origin[1]  # or squares of large values would swallow the deviations
     sums = weights @ np.stack([x, y, x * x, y * y, x * y, m - a, abs(m - a)], axis=1) / weights.sum(axis=1, keepdims=True)
@@ -94,5 +97,4 @@ def _spread(a: NDArray, m: NDArray, weights: NDArray) -> tuple[dict[str, Interva
     with np.errstate(invalid="ignore", divide="ignore"):
         slopes = np.where(none, np.nan, covariance / variance_x)
         r = np.where(none, np.nan, covariance / np.sqrt(variance_x * variance_y))
-    found = {"r": r, "slope": slopes, "bias": bias, "mae": mae}
-    return {name: interval(values) for name, values in found.items()}, slopes, (mx + origin[0], my + origin[1])
+    return {"r": r, "slope": slopes, "bias": bias, "mae": mae}, (mx + origin[0], my + origin[1])

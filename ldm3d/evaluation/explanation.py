@@ -108,8 +108,10 @@ def explain(
         seeds: volumes of each request.
 
     Raises:
-        InputError: nothing changes, too few seeds for any p below `LEVEL`, or guidance 0.
+        InputError: a model without covariates, nothing changes, too few seeds for any p below `LEVEL`, or guidance 0.
     """
+    if not len(pipeline.schema):
+        raise InputError("this model has no covariates: nothing can be asked of it, so there is nothing to change or explain")
     start, end = pipeline.parse([before, {**before, **changes}])
     changed = [name for name in start if start[name] != end[name]]
     if not changed:

@@ -74,7 +74,7 @@ class Evaluation:
         likeness_gaps: of the measures in `likeness`, not yet corrected for their number.
         gaps: between groups of people, all of them.
         beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
-        features: "real" (held-out) and "generated" -> (N, D), where features were taken.
+        features: "real" (held-out), "reconstructed" and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
         likeness_of_reconstructions: the same of the held-out volumes after the autoencoder, but for pairs.
     """
@@ -230,7 +230,7 @@ def evaluate(
     for name in judged:
         measured = ([m[name] for m in each] for each in (on_real, on_reconstructed, on_generated))
         result.comparisons += _compare_kinds(name, result, *measured)
-    result.judged = _by_group(result)
+    result.judged = judged_by_group(result)
     result.judge_groups(pipeline.schema)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
@@ -245,7 +245,7 @@ def _compare_sets(
     """How like real volumes the others are, in all and by group."""
     result.likeness = compare_all(real, generated, result.people, result.asked, pipeline.device)
     result.likeness_of_reconstructions = compare_all(real, reconstructed, result.people, result.people, pipeline.device)
-    for name, seen in (("real", real), ("generated", generated)):
+    for name, seen in (("real", real), ("reconstructed", reconstructed), ("generated", generated)):
         result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
     bands = fairness.groupings(pipeline.schema, result.subjects)
     volumes = SeenVolumes(real, result.subjects, result.people), SeenVolumes(generated, result.requests, result.asked)
@@ -280,22 +280,38 @@ def evenly(low: float, high: float, count: int) -> list[float]:
     return np.linspace(low, high, count).round(digits).clip(low, high).tolist()
 
 
-def _by_group(result: Evaluation) -> list[Judged]:
-    """What is judged by group: reconstruction, and every covariate's error."""
+def judged_by_group(result: Evaluation) -> list[Judged]:
+    """What is judged by group: reconstruction, and every covariate's error; on generated volumes beyond that on real ones."""
     real = result.subjects, result.people
+    psnr_db, similarity = result.psnr_foreground_db, result.ssim_foreground
     figures = [
-        Judged("PSNR of the foreground (dB)", result.psnr_foreground_db, *real, "high", fairness.PSNR_DB),
-        Judged("SSIM of the foreground", result.ssim_foreground, *real, "high", fairness.SSIM),
+        Judged("PSNR of the foreground (dB)", psnr_db, *real, "high", fairness.PSNR_DB, decides=True),
+        Judged("SSIM of the foreground", similarity, *real, "high", fairness.SSIM, decides=True),
     ]
     for c in result.comparisons:
         if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
             continue
-        rows, whom = (result.requests, result.asked) if c.kind == "generated" else real
-        error, tolerance, own = np.full(len(rows), np.nan), fairness.tolerance(c), c.kind == "real"
-        error[c.volumes] = c.error
-        figures.append(Judged(f"{c.covariate}, {c.kind}: MAE", abs(error), rows, whom, "low", tolerance, own))
-        figures.append(Judged(f"{c.covariate}, {c.kind}: bias", error, rows, whom, "neither", tolerance, own))
+        generated, ruler = c.kind == "generated", result.find(c.covariate, "real")
+        own = c.kind == "real"
+        tolerance = fairness.tolerance(c) if own or ruler is None else fairness.tolerance(ruler, fairness.OWN)
+        rows, whom = (result.requests, result.asked) if generated else real
+        error = _errors(c, len(rows))
+        size, title = abs(error), f"{c.covariate}, {c.kind}"
+        if generated:
+            known = _errors(ruler, len(result.subjects))
+            size, error = (fairness.beyond(*each, result.sources) for each in ((size, abs(known)), (error, known)))
+            title += " beyond real"
+        figures.append(Judged(f"{title}: MAE", size, rows, whom, "low", tolerance, own, not own))
+        figures.append(Judged(f"{title}: bias", error, rows, whom, "neither", tolerance, own, not own))
     return figures
+
+
+def _errors(comparison: Comparison | None, volumes: int) -> NDArray:
+    """The error on each of so many volumes, NaN where there is none."""
+    error = np.full(volumes, np.nan)
+    if comparison:
+        error[comparison.volumes] = comparison.error
+    return error
 
 
 def spread(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:

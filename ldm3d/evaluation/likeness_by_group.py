@@ -197,5 +197,4 @@ def _gap(measure: str, grouping: str, groups: Groups, estimates: Mapping[str, Es
         float(np.percentile(by_chance, 95)),
         p,
         PART * size if known.direction == "low" else SHARE,
-        of_measure=False,
     )

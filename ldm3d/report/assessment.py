@@ -18,9 +18,9 @@ from ldm3d.data.preprocess import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation.bootstrap import mean_interval
-from ldm3d.evaluation.categories import Reader, count_hits
+from ldm3d.evaluation.categories import Hits, Reader, count_hits
 from ldm3d.evaluation.downstream import usefulness
-from ldm3d.evaluation.fairness import PART, SHARE, Judged
+from ldm3d.evaluation.fairness import PART, SHARE, Judged, beyond
 from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
 from ldm3d.evaluation.likelihood import score
@@ -155,24 +155,40 @@ def _add_categories(result: Assessment, learnt: Learnt, schema: CovariateSchema)
         if covariate.kind != "categorical" or not found.features:
             continue
         name, own = covariate.name, [i for i, row in enumerate(learnt.rows) if row[covariate.name] is not None]
+        features = np.concatenate([learnt.features[own], learnt.reconstructed[own]])
         try:
-            reader = Reader(learnt.features[own], [learnt.rows[i][name] for i in own], [learnt.people[i] for i in own])
+            reader = Reader(features, [learnt.rows[i][name] for i in own] * 2, [learnt.people[i] for i in own] * 2)
         except InputError as error:  # the other figures are worth having
             warnings.warn(f"{name} is not read off: {error}", stacklevel=2)
             continue
-        for kind, rows, people in (("real", found.subjects, found.people), ("generated", found.requests, found.asked)):
-            given = [i for i, row in enumerate(rows) if row[name] is not None]
-            if given:
-                said = reader(found.features[kind][given])
-                whom = [people[i] for i in given]
-                own = [rows[i] for i in given]
-                hits.append(count_hits(name, kind, said, [row[name] for row in own], whom))
-                figure = f"{name} read off, {kind}: share right"
-                found.judged.append(Judged(figure, hits[-1].right, own, whom, "high", READ_OFF, kind == "real"))
+        hits += _read_off(found, name, reader)
     if hits:
         result.extra.append(categories_section(hits))
         result.goals += categories_lights(hits)
         result.figures["categories"] = [each.to_dict() for each in hits]
+
+
+def _read_off(found: Evaluation, name: str, reader: Reader) -> list[Hits]:
+    """A category on real, reconstructed and generated volumes; by group, the latter two beyond real."""
+    hits, known = [], np.full(len(found.subjects), np.nan)
+    real = found.subjects, found.people, range(len(found.subjects))
+    for kind, (rows, people, sources) in (
+        ("real", real),
+        ("reconstructed", real),
+        ("generated", (found.requests, found.asked, found.sources)),
+    ):
+        given = [i for i, row in enumerate(rows) if row[name] is not None]
+        if not given:
+            continue
+        rows, people, sources = ([each[i] for i in given] for each in (rows, people, sources))
+        hits.append(count_hits(name, kind, reader(found.features[kind][given]), [row[name] for row in rows], people))
+        values, figure = hits[-1].right, f"{name} read off, {kind}"
+        if kind == "real":
+            known[given] = values
+        else:
+            values, figure = beyond(values, known, sources), f"{figure} beyond real"
+        found.judged.append(Judged(f"{figure}: share right", values, rows, people, "high", READ_OFF, kind == "real"))
+    return hits
 
 
 def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str]) -> None:
@@ -196,9 +212,12 @@ def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str])
         result.extra.append(usefulness_section(useful))
         result.goals.append(usefulness_light(useful))
         result.figures["downstream"].append(useful.to_dict())
+        known = useful.errors["real"]
         for kind, errors in useful.errors.items():
-            figure, tolerance = f"{name} learnt from {kind}: MAE", PART * useful.mae[kind]
-            found.judged.append(Judged(figure, errors, rows, people, "low", tolerance, kind == "real"))
+            figure, tolerance, own = f"{name} learnt from {kind}", PART * useful.mae[kind], kind == "real"
+            if not own:
+                errors, figure = beyond(errors, known, range(len(known))), f"{figure} beyond real"
+            found.judged.append(Judged(f"{figure}: MAE", errors, rows, people, "low", tolerance, own))
 
 
 def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
@@ -222,7 +241,7 @@ def _add_likelihood(
     for name, tolerance in (("bound", NATS), ("bits_per_voxel", SHARE * abs(float(table["bits_per_voxel"].mean())))):
         figure = f"likelihood, {LIKELIHOOD[name][1]}"
         rows = [found.subjects[i] for i in scored]
-        found.judged.append(Judged(figure, table[name].to_numpy(), rows, people, "low", tolerance))
+        found.judged.append(Judged(figure, table[name].to_numpy(), rows, people, "low", tolerance, True))
 
 
 def _add_audit(

@@ -14,7 +14,7 @@ from ldm3d import figures
 from ldm3d.audit.audit import ALARM, Audit
 from ldm3d.audit.calibration import PLAINLY, Rate
 from ldm3d.audit.guard import FOLDER, Guard
-from ldm3d.audit.membership import LEVEL
+from ldm3d.audit.membership import LEVEL, Membership
 from ldm3d.description import Sampling
 from ldm3d.evaluation import fairness
 from ldm3d.pipeline import Pipeline
@@ -64,7 +64,7 @@ def summary(found: Audit) -> str:
     if found.membership:
         attack = found.membership
         named = f"named by their loss, at a false rate of {attack.false_positive_rate:.1%}"
-        lines.append(f"{named:44} {attack.true_positives}; AUC {attack.auc:.3f}")
+        lines.append(f"{named:44} {attack.true_positives}; {_auc(attack)}")
     return "\n".join([*lines, found.verdict])
 
 
@@ -90,15 +90,31 @@ def goals(found: Audit) -> list[Goal]:
         Goal("Plain copies", float(found.plain), high=0, judged=(RED, "copies") if found.plain else (GREEN, "none")),
     ]
     if found.membership:
-        attack = found.membership
-        rate = attack.true_positives
-        told = (RED, "more than by chance") if attack.chance < ALARM else (GREEN, "not more than by chance")
-        if told[0] == GREEN and attack.false_positive_rate > 2 * LEVEL:
-            told = (AMBER, f"{attack.held_out} held-out subjects are few")
-        name = f"Training subjects named by their loss, at a false positive rate of {attack.false_positive_rate:.1%}"
-        interval = tuple(100 * end for end in rate.interval)
-        lights.append(Goal(name, 100 * rate.value, unit="%", interval=interval, judged=told))
+        lights.append(_given_away(found.membership))
     return lights
+
+
+def _given_away(attack: Membership) -> Goal:
+    """Whether the loss tells training subjects from others: names some of them, or is lower for most."""
+    by_chance = attack.auc_low <= 0.5 <= attack.auc_high
+    if attack.chance < ALARM:
+        light, words = RED, "more than by chance"
+    elif attack.auc > 0.5 and not by_chance and attack.auc_chance < ALARM:
+        light, words = RED, "training subjects have lower losses"
+    elif not by_chance and attack.auc < 0.5:
+        light, words = AMBER, "held-out subjects have lower losses: the groups differ otherwise, too"
+    elif not by_chance or attack.false_positive_rate > 2 * LEVEL:
+        light, words = AMBER, f"{attack.training} training and {attack.held_out} held-out subjects are few"
+    else:
+        light, words = GREEN, "not more than by chance"
+    name = f"Training subjects named by their loss, at a false positive rate of {attack.false_positive_rate:.1%}"
+    interval = tuple(100 * end for end in attack.true_positives.interval)
+    judged = light, f"{words}; {_auc(attack)}"
+    return Goal(name, 100 * attack.true_positives.value, unit="%", interval=interval, judged=judged)
+
+
+def _auc(attack: Membership) -> str:
+    return f"AUC {attack.auc:.3f} ({attack.auc_low:.3f} to {attack.auc_high:.3f})"
 
 
 def sections(found: Audit, pictures: Mapping[str, figures.Figure]) -> list[Section]:
@@ -163,8 +179,7 @@ def _membership(found: Audit) -> list[Section]:
     text = (
         f"Whoever has a volume and the model can measure how well the model denoises it. At a false positive rate of "
         f"{attack.false_positive_rate:.1%}, this names {attack.true_positives} of the training subjects as such "
-        f"(p = {attack.chance:.2g}). Area under the ROC curve {attack.auc:.3f} ({attack.auc_low:.3f} to "
-        f"{attack.auc_high:.3f}); 0.5 is chance."
+        f"(p = {attack.chance:.2g}). Area under the ROC curve: {_auc(attack)}; 0.5 is chance (p = {attack.auc_chance:.2g})."
     )
     if attack.held_out < round(1 / LEVEL) - 1:
         text += f" For a rate of {LEVEL:.0%}, {round(1 / LEVEL) - 1} held-out subjects are needed; here are {attack.held_out}."

@@ -1,14 +1,13 @@
 """What the page of an evaluation says: its sections in their order, and the lights at its top with their thresholds."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from ldm3d.covariates import CovariateSchema
 from ldm3d.evaluation import fairness
-from ldm3d.evaluation.bootstrap import mean_interval
+from ldm3d.evaluation.bootstrap import interval, mean_interval, relative
 from ldm3d.evaluation.categories import Hits
 from ldm3d.evaluation.comparison import Comparison
 from ldm3d.evaluation.downstream import Usefulness
@@ -65,7 +64,7 @@ def lights(found: Evaluation) -> list[Goal]:
     if generated:
         shares = [c.agreement.n / sum(row[c.covariate] is not None for row in found.requests) for c in generated]
         goals.append(Goal("Generated volumes on which all is measured", 100 * min(shares), MEASURED, unit="%"))
-    if found.requests:
+    if any(found.requests):  # where nothing can be asked, nothing is beyond
         share = 100 * len(found.beyond) / len(found.requests)
         goals.append(Goal("Requests beyond what training saw", share, high=OUTSIDE, unit="%"))
     if found.likeness:
@@ -76,27 +75,27 @@ def lights(found: Evaluation) -> list[Goal]:
 
 
 def _followed(c: Comparison, real: Comparison) -> list[Goal]:
-    """Of generated volumes against what the same measure reaches on real ones."""
+    """Of generated volumes against what the same measure reaches on real ones; both figures have their uncertainty."""
     asked, known = c.agreement, real.agreement
     if known.r < BLIND:
         judged = GREY, f"the measure does not see it on real volumes either (r = {known.r:.2f})"
-        return [Goal(f"{c.covariate}, asked and measured, r", asked.r, judged=judged)]
+        return [Goal(f"{c.covariate}, asked and measured: r", asked.r, judged=judged)]
+    r, within = relative(asked.r, known.r, c.draws["r"], real.draws["r"])
+    error, around = relative(asked.mae, known.mae, c.draws["mae"], real.draws["mae"])
+    apart = interval(c.draws["slope"] - real.draws["slope"])
+    name = f"{c.covariate}, asked and measured"
     return [
-        Goal(f"{c.covariate}, asked and measured, r", asked.r, R * known.r, interval=c.intervals["r"]),
-        Goal(
-            f"{c.covariate}, asked and measured, slope",
-            asked.slope,
-            known.slope - SLOPE,
-            known.slope + SLOPE,
-            interval=c.intervals["slope"],
-        ),
-        Goal(f"{c.covariate}, mean absolute error", asked.mae, high=MAE * known.mae, interval=c.intervals["mae"]),
+        Goal(f"{name}: r, relative to real", r, R, interval=within),
+        Goal(f"{name}: slope, less that of real", asked.slope - known.slope, -SLOPE, SLOPE, interval=apart),
+        Goal(f"{name}: mean absolute error, relative to real", error, high=MAE, interval=around),
     ]
 
 
 def _fair(gaps: Sequence[Gap]) -> Goal:
-    verdicts = [gap.verdict for gap in gaps if not gap.of_measure]
-    light = next((FAIRNESS[v] for v in (fairness.GAP, fairness.SMALL, fairness.FEW) if v in verdicts), GREEN)
+    judged = [gap for gap in gaps if not gap.of_measure]
+    verdicts = [gap.verdict for gap in judged]
+    settled = {gap.verdict for gap in judged if gap.decides} == {fairness.NONE}
+    light = next((FAIRNESS[v] for v in (fairness.GAP, fairness.SMALL) if v in verdicts), GREEN if settled else GREY)
     words = ", ".join(f"{verdicts.count(v)} {v}" for v in FAIRNESS if v in verdicts)
     return Goal("Gaps between groups of people", verdicts.count(fairness.GAP), high=0, judged=(light, words))
 
@@ -107,13 +106,19 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
     def picture(name: str, caption: str) -> Picture:
         return {"source": pictures[name], "caption": caption}
 
+    slices = [picture("generated", "Axial, coronal and sagittal slices.")]
+    first = Section(
+        "Generated for the covariates of held-out subjects",
+        "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond what was "
+        "asked.",
+        pictures=slices,
+    )
+    if not len(schema):  # of what is asked there is nothing to say
+        first = Section("Generated volumes", "Above, held-out subjects; below, generated volumes.", pictures=slices)
+        alike = likeness.sections(found.likeness, found.likeness_of_reconstructions)
+        return [first, *alike, _reconstruction(found, schema, picture)]
     return [
-        Section(
-            "Generated for the covariates of held-out subjects",
-            "Above, held-out subjects; below, volumes generated for their covariates. They need not look alike beyond "
-            "what was asked.",
-            pictures=[picture("generated", "Axial, coronal and sagittal slices.")],
-        ),
+        first,
         Section(
             "Covariates, asked and measured",
             "Measured on the images. The rows named real say how well the measure itself agrees with the table, those named "
@@ -143,16 +148,25 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
             )
             for sweep in found.sweeps
         ),
-        Section(
-            "Reconstruction of held-out volumes",
-            f"{_quality(found)}; {len(found.psnr_db)} volumes. The foreground is where the original shows something, and two "
-            "voxels around that. The lights judge it, for air is easy, and a larger grid has more of it. The table has "
-            "what is measured on reconstructions against the same on the originals: what the autoencoder alone adds or takes.",
-            table=agreements(found.comparisons, schema, ("kept",)),
-            pictures=[picture("reconstructions", "Held-out originals, and the same after the autoencoder.")],
-        ),
+        _reconstruction(found, schema, picture),
         *fairness_sections(found.gaps),
     ]
+
+
+def _reconstruction(found: Evaluation, schema: CovariateSchema, picture: Callable[[str, str], Picture]) -> Section:
+    """Of held-out volumes; a table only where something was measured on them."""
+    table = agreements(found.comparisons, schema, ("kept",))
+    text = (
+        f"{_quality(found)}; {len(found.psnr_db)} volumes. The foreground is where the original shows something, and two "
+        "voxels around that. The lights judge it, for air is easy, and a larger grid has more of it."
+    )
+    if table["rows"]:
+        text += (
+            " The table has what is measured on reconstructions against the same measured on the originals: what the "
+            "autoencoder alone adds or takes."
+        )
+    pictures = [picture("reconstructions", "Held-out originals, and the same after the autoencoder.")]
+    return Section("Reconstruction of held-out volumes", text, table if table["rows"] else None, pictures=pictures)
 
 
 def usefulness_section(found: Usefulness) -> Section:
@@ -201,8 +215,8 @@ def categories_section(found: Sequence[Hits]) -> Section:
         rows.append([hits.covariate, hits.kind, str(hits.n), _with(hits.share, hits.interval), each, number(hits.commonest)])
     return Section(
         "Categories, asked and read off",
-        "Share of volumes off which the asked category is read, or on real volumes the table's. Read off by linear regression "
-        "on features, learnt from real training volumes.",
+        "Share of volumes off which the asked category is read, or on real volumes and their reconstructions the table's. "
+        "Read off by linear regression on features, learnt from real training volumes and their reconstructions.",
         {"columns": ["covariate", "volumes", "n", "right", "by category", "always the commonest"], "rows": rows},
         labels=2,
     )
@@ -210,14 +224,16 @@ def categories_section(found: Sequence[Hits]) -> Section:
 
 def categories_lights(found: Sequence[Hits]) -> list[Goal]:
     """Of generated volumes, against what is reached on real ones."""
-    goals = []
-    for real, made in pairwise(found):
-        if (real.covariate, real.kind, made.kind) == (made.covariate, "real", "generated"):
+    goals, known = [], {hits.covariate: hits for hits in found if hits.kind == "real"}
+    for made in found:
+        real = known.get(made.covariate)
+        if made.kind == "generated" and real:
             judged = None
             if real.interval[0] <= real.commonest:
                 judged = GREY, f"it is not told on real volumes either ({real.share:.0%} right)"
-            title = f"{made.covariate}, asked and read off, share right"
-            goals.append(Goal(title, made.share, R * real.share, interval=made.interval, judged=judged))
+            share, within = relative(made.share, real.share, made.draws, real.draws)
+            title = f"{made.covariate}, asked and read off: share right, relative to real"
+            goals.append(Goal(title, share, R, interval=within, judged=judged))
     return goals
 
 
@@ -293,14 +309,19 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
         if small:
             text += f" Too small to judge, with fewer than {fairness.LEAST} people: {', '.join(small)}."
         note = (
-            "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for. "
-            "Beyond real: of generated volumes less that of real ones of the same group, with as many volumes in every group. "
+            "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for "
+            "and no light counts; likewise the likelihood, as some groups vary more than others. "
+            "Beyond real: of generated volumes less that of real ones of the same group, since the measure may be worse for "
+            "some; errors and shares read off volume by volume, distances with as many volumes in every group. "
             "± half of a 95% interval; (of n people): where these are not all. Gap: the worst group less the best, "
             "or for a bias the largest less the smallest, with its 95% interval. By chance: what 95% of random groupings stay "
             "below in one row; the verdict asks for more, since some of so many rows exceed it by chance. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
-            f"above the tolerance: for errors {PART:.0%} of the overall mean absolute error or {fairness.SHARE:.0%} of the "
-            f"covariate's mean, whichever is larger, for distances {PART:.0%} of the distance. Small gap (amber): within the "
+            "above the tolerance: for kept and generated the measure's own mean absolute error on real volumes, for other "
+            f"errors {PART:.0%} of the overall one, or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger; for "
+            f"distances {PART:.0%} of the distance. The light at the top is green if no row has a gap, and reconstruction and "
+            "covariates, kept and generated, have none for certain; shares and distances can show a gap, and hardly ever that "
+            "there is none. Small gap (amber): within the "
             "tolerance. No gap (green): no more than chance, and within the tolerance. Too few to tell (grey): chance alone "
             "may make a gap beyond the tolerance."
         )

@@ -4,8 +4,10 @@ For SynthSeg, FreeSurfer and their like, which are not called from here: they me
 a folder of real scans, and what they found is compared with what was asked, or with what the table says.
 """
 
+import collections
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,63 +16,117 @@ import pandas as pd
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing
+from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing, read_number
 from ldm3d.data.label_maps import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 from ldm3d.evaluation import fairness
 from ldm3d.evaluation.comparison import Comparison, compare
+from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
 from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
 from ldm3d.report.sections import agreements, fairness_sections
 
 CUBIC_MM_TO_ML = 1e-3
-_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+MOST_CATEGORIES = 30  # of a column that people are grouped by; half as many as people at most: others are remarks
+_SCAN = re.compile(r"(?P<subject>sub-[A-Za-z0-9]+)(?:[_/](?P<session>ses-[A-Za-z0-9]+))?")
 
 
 def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str, Value]]]:
-    """Covariates of every participant of a BIDS dataset, by participant_id.
+    """Covariates of every scan of a BIDS dataset, by "sub-01", or "sub-01_ses-M12" where there is a row for each session.
 
-    A column of numbers is continuous, with the unit that participants.json gives; any other is categorical. Names become
-    those of covariates: a column "Age at scan" is the covariate age_at_scan.
+    Rows of sessions are in participants.tsv, with a column session_id, or in sub-01/sub-01_sessions.tsv, whose columns count
+    before those of participants.tsv. A column of numbers (89+ is 89) is continuous, with the unit that participants.json
+    gives; any other is categorical, but for one of more than `MOST_CATEGORIES` different texts, or of more than half as
+    many as there are people, which is left out with a warning. Names become those of covariates: a column "Age at scan" is
+    the covariate age_at_scan.
 
     Raises:
-        InputError: no participants.tsv, or one without participant_id.
+        InputError: no participants.tsv, one without participant_id, or one scan in two rows.
     """
-    table = read_table(folder / "participants.tsv").map(lambda cell: "" if is_missing(cell) else cell)
+    table = read_table(folder / "participants.tsv").map(_present)
     if "participant_id" not in table:
         raise InputError(f"{folder / 'participants.tsv'} has no column participant_id")
     described = folder / "participants.json"
     known = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-    covariates = []
-    for column in table.columns.drop("participant_id"):
-        cells, name = table[column][table[column] != ""], as_name(column)
-        if cells.empty:
+    rows = _with_sessions(folder, table)
+    scans = [_scan_name(row.pop("participant_id"), row.pop("session_id", "")) for row in rows]
+    if twice := [name for name, times in collections.Counter(scans).items() if times > 1]:
+        raise InputError(f"{folder / 'participants.tsv'}: {twice[0]} has several rows; a column session_id tells them apart")
+    people = len({_person(name) for name in scans})
+    covariates, left_out = [], []
+    for column in dict.fromkeys(column for row in rows for column in row):
+        cells, name = [cell for row in rows if (cell := row.get(column, ""))], as_name(column)
+        categories = tuple(sorted(set(cells)))
+        if not cells:
             continue
-        numbers = pd.to_numeric(cells, errors="coerce")
-        if numbers.notna().all():
+        if all(_number(cell) is not None for cell in categories):
             covariates.append(Covariate(name, "continuous", known.get(column, {}).get("Units", "")))
+        elif len(categories) <= max(2, min(MOST_CATEGORIES, people // 2)):
+            covariates.append(Covariate(name, "categorical", categories=categories))
         else:
-            covariates.append(Covariate(name, "categorical", categories=tuple(sorted(set(cells)))))
+            left_out.append(f"{name} ({len(categories)})")
+    if left_out:
+        warnings.warn(f"columns with too many different texts to group people by: {', '.join(left_out)}", stacklevel=2)
     schema = CovariateSchema(tuple(covariates))
-    table = table.rename(columns=as_name)
-    rows = table[["participant_id", *schema.names]].to_dict("records")
-    return schema, {row.pop("participant_id"): schema.parse(row) for row in rows}
+    kinds = {c.name: c.kind for c in schema}
+    rows = [{as_name(column): cell for column, cell in row.items()} for row in rows]
+    parsed = [
+        {name: _number(row.get(name, "")) if kind == "continuous" else row.get(name, "") for name, kind in kinds.items()}
+        for row in rows
+    ]
+    return schema, {name: schema.parse(row) for name, row in zip(scans, parsed)}
+
+
+def _with_sessions(folder: Path, table: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows of participants.tsv; where a participant has a table of sessions, one for each of these."""
+    found = []
+    for row in table.to_dict("records"):
+        name = checked_name(_scan_name(row["participant_id"], ""), "participant")
+        path = folder / name / f"{name}_sessions.tsv"
+        if "session_id" in row or not path.is_file():
+            found.append(row)
+            continue
+        found += [row | each for each in read_table(path).map(_present).to_dict("records")]
+    return found
+
+
+def _scan_name(participant: str, session: str) -> str:
+    """ "01" or "sub-01", with "M12" or "ses-M12": "sub-01_ses-M12"; without a session "sub-01"."""
+    subject = f"sub-{participant.removeprefix('sub-')}"
+    return f"{subject}_ses-{session.removeprefix('ses-')}" if session else subject
+
+
+def _person(scan: str) -> str:
+    return scan.partition("_")[0]
+
+
+def _present(cell: str) -> str:
+    """The cell, "" where it says that its value is missing."""
+    return "" if is_missing(cell) else cell
+
+
+def _number(cell: str) -> float | None:
+    """A cell as a number; None for anything else."""
+    try:
+        return read_number(cell)[0]
+    except ValueError:
+        return None
 
 
 def read_volumes(
     path: Path, columns: Mapping[str, Sequence[str]], to_ml: float = CUBIC_MM_TO_ML
 ) -> dict[str, dict[str, float]]:
-    """Volumes in ml from a table such as SynthSeg's --vol, by participant_id.
+    """Volumes in ml from a table such as SynthSeg's --vol, by scan: "sub-01" or "sub-01_ses-M12".
 
     Args:
-        path: CSV or TSV; its first column names the scan, with "sub-..." somewhere in it.
+        path: CSV or TSV; its first column names the scan, with "sub-..." and, if there are any, "_ses-..." somewhere in it.
         columns: quantity -> columns whose sum it is.
         to_ml: ml of one unit of the table; SynthSeg and FreeSurfer write cubic mm.
 
     Raises:
-        InputError: a missing column, a name without "sub-...", one subject twice, or a cell that is no number.
+        InputError: a missing column, a name without "sub-...", one subject (and session) twice, or a cell that is no number.
     """
     table = read_table(path)
     table.columns = [name.strip() for name in table.columns]
@@ -79,30 +135,29 @@ def read_volumes(
         raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(table.columns[1:])}")
     found: dict[str, dict[str, float]] = {}
     for line, row in table.iterrows():
-        name = _SUBJECT.search(row.iloc[0])
-        if not name:
+        scan = _SCAN.search(row.iloc[0])
+        if not scan:
             raise InputError(f"{path}, line {line}: {row.iloc[0]!r} names no subject; sub-... must be in the first column")
-        if name[0] in found:
-            raise InputError(f"{path}, line {line}: {name[0]} stands there twice; keep one scan of each")
+        name = _scan_name(scan["subject"], scan["session"] or "")
+        if name in found:
+            raise InputError(f"{path}, line {line}: {name} stands there twice; keep one scan of each subject and session")
         try:
-            found[name[0]] = {key: sum(float(row[c]) for c in group) * to_ml for key, group in columns.items()}
+            found[name] = {key: sum(float(row[c]) for c in group) * to_ml for key, group in columns.items()}
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {error}") from None
     return found
 
 
-def count_labels(
-    maps: LabelMaps, participants: Sequence[str], groups: Mapping[str, Sequence[int]]
-) -> dict[str, dict[str, float]]:
-    """Volumes in ml counted on label maps, by participant_id; `groups`: quantity -> labels.
+def count_labels(maps: LabelMaps, scans: Sequence[str], groups: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+    """Volumes in ml counted on label maps, by scan; `groups`: quantity -> labels.
 
-    Participants without a label map are left out.
+    Scans, as `read_participants` names them, without a label map are left out.
     """
     found = {}
-    for name in participants:
-        subject = name.removeprefix("sub-")
-        if maps.find(subject):
-            labels, affine = read_volume(maps.one(subject))
+    for name in scans:
+        subject, _, session = name.removeprefix("sub-").partition("_ses-")
+        if maps.find(subject, session):
+            labels, affine = read_volume(maps.one(subject, session))
             found[name] = count_volumes(labels, spacing_of(affine), groups)
     return found
 
@@ -128,7 +183,8 @@ def compare_written(
 
     Args:
         folder: dataset with participants.tsv.
-        measured: participant_id -> quantity -> value; quantities are named as columns of participants.tsv.
+        measured: scan -> quantity -> value; quantities are named as columns of participants.tsv. A scan of a session that has
+            no row of its own is compared with its participant's.
 
     Returns:
         The comparisons, the gaps between groups of people, and the sections of a page.
@@ -137,22 +193,28 @@ def compare_written(
         InputError: no quantity is a column, or too few participants were measured.
     """
     schema, rows = read_participants(folder)
-    measured = {person: {as_name(name): value for name, value in values.items()} for person, values in measured.items()}
-    people = [name for name in rows if name in measured]
+    measured = {scan: {as_name(name): value for name, value in values.items()} for scan, values in measured.items()}
+    if not len(schema):
+        raise InputError(
+            f"{folder / 'participants.tsv'} has no covariates to compare with: nothing was asked of these volumes"
+        )
+    matched = {name: row for name in measured if (row := rows.get(name, rows.get(_person(name))))}
+    scans, own = list(matched), list(matched.values())
+    people = [_person(name) for name in scans]
     quantities = [c.name for c in schema if c.kind == "continuous" and any(c.name in values for values in measured.values())]
-    if not quantities or not people:
+    if not quantities or not scans:
         given = sorted({name for values in measured.values() for name in values})
         raise InputError(
-            f"{len(people)} of {len(rows)} participants of {folder} were measured, and of {', '.join(given) or 'nothing'} "
-            f"only {', '.join(quantities) or 'nothing'} is a column of numbers in participants.tsv ({', '.join(schema.names)})"
+            f"{len(scans)} measured scans are in participants.tsv of {folder}, which has {len(rows)} rows, and of "
+            f"{', '.join(given) or 'nothing'} only {', '.join(quantities) or 'nothing'} is a column of numbers there "
+            f"({', '.join(schema.names)})"
         )
-    own = [rows[name] for name in people]
     found, figures_by_person = [], []
     for name in quantities:
-        values = [measured[person].get(name, float("nan")) for person in people]
+        values = [measured[scan].get(name, float("nan")) for scan in scans]
         c = compare(name, "measured", [row[name] for row in own], values, people)
         found.append(c)
-        error = np.full(len(people), np.nan)
+        error = np.full(len(scans), np.nan)
         error[c.volumes] = c.error
         tolerance = fairness.tolerance(c)
         figures_by_person.append(fairness.Judged(f"{name}: MAE", abs(error), own, people, "low", tolerance))
@@ -165,9 +227,9 @@ def compare_written(
         plots.append({"source": figures.to_data_uri(picture), "caption": c.covariate})
     section = Section(
         "The table, and what was measured",
-        f"{len(people)} of {len(rows)} participants of {folder.name} were measured. A perfect answer has r and slope 1, bias "
-        "and mean absolute error (MAE) 0. In brackets 95% intervals, by bootstrap over people; in the plots, of the fitted "
-        "line.",
+        f"{len(scans)} scans of {len(set(people))} people in {folder.name} were measured; the table has {len(rows)} rows. A "
+        "perfect answer has r and slope 1, bias and mean absolute error (MAE) 0. In brackets 95% intervals, by bootstrap over "
+        "people; in the plots, of the fitted line.",
         agreements(found, schema, ("measured",)),
         plots=plots,
     )
