@@ -41,9 +41,9 @@ from ldm3d.geometry import Grid
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
 from ldm3d.models.unet import TIMESTEPS, UNet, pad_to
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate
-from ldm3d.training.run import bf16_is_fast
 
 VOLUMES = 32  # generated at every mark
 SHOWN = 3  # of them
@@ -128,7 +128,7 @@ class Stage2(Training):
 
     @torch.no_grad()
     def encode(self, volume: Tensor) -> Tensor:
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast(self.where)):
             return self.autoencoder.encode(volume.float().to(self.where)).float()
 
     def latents(self, chosen: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Stage2(Training):
         t = self.times().to(self.where)
         dropping = torch.rand(self.batch, len(self.schema) + 2, generator=self.generator)
         context = drop_covariates(self.contexts[chosen], dropping, self.drop).to(self.where)
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast(self.where)):
             output = self.unet(self.process.add_noise(x, e, t), TIMESTEPS * t, context)
         loss = (output.float() - self.process.target(self.target, x, e, t)).square().mean()
         loss.backward()
@@ -174,7 +174,7 @@ class Stage2(Training):
         networks = self.autoencoder, self.average.network
         pipeline = Pipeline(*networks, self.schema, grid, self.process, self.target, threads=None)
         rows = pipeline.parse([self.data.test_rows[i % len(self.data.test_rows)] for i in range(VOLUMES)])
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast()):
+        with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast(self.where)):
             volumes = [volume.copy() for volume in pipeline.volumes(rows, self.sampling())]
         measured = [measure_volumes(volume, grid.spacing_mm) for volume in volumes]
         found = {"batch": self.batch}

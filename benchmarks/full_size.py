@@ -37,10 +37,10 @@ from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import TIMESTEPS, Block, UNet
+from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.training.diffusion import diffusion_loss, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.run import bf16_is_fast
 
 CONFIG = Path(__file__).parents[1] / "configs" / "brain-1mm.yaml"
 PARTS = ("step", "sample", "decode", "encode", "generate", "train-autoencoder", "train-diffusion")
@@ -169,11 +169,11 @@ def utilisation(side: "Ours", repeats: int) -> dict:
 
 
 def half() -> torch.dtype:
-    return torch.bfloat16 if bf16_is_fast() else torch.float32
+    return dtype("auto", device())
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast())
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16_is_fast(device()))
 
 
 class Side:
@@ -303,7 +303,7 @@ class Ours(Side):
     def train_diffusion(self):
         schema, settings = self.schema(), self.config.diffusion
         network = self.load(self.unet(schema))
-        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast() else "no")
+        accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast(device()) else "no")
         x = self.latent(network.arguments["in_channels"])
         context, t = torch.ones(self.batch, len(schema), 2, device=device()), torch.full((self.batch,), 0.5, device=device())
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import depth_to_space, space_to_depth
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.linear_path import train_linear_path, volumes_for
-from ldm3d.training.run import bf16_is_fast
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     rows = []
 
     def half():
-        return torch.autocast(where.type, torch.bfloat16, enabled=bf16_is_fast())
+        return torch.autocast(where.type, torch.bfloat16, enabled=bf16_is_fast(where))
 
     print("factor channels  blocks alone  with neighbours  trained  seconds   PSNR in dB")
     for factor, widths in ((4, [8, 8]), (8, [8, 8, 8])):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, dtype_of
+from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app
 from ldm3d.errors import InputError
 
 
@@ -29,7 +29,7 @@ def generate(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU, a process; another number, other last bits.")] = 1,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
     check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
     audit: Annotated[
@@ -48,11 +48,13 @@ def generate(
     from ldm3d.audit.guard import Guard
     from ldm3d.generation import WITHHELD, generate, which_process
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
     from ldm3d.preemption import REQUEUE, preemption
     from ldm3d.processes import cores_each, own_device
 
     processes = which_process()
-    pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
+    device = device or own_device()
+    pipeline = Pipeline.from_pretrained(model, device, dtype(precision, device))
     pipeline.group, pipeline.threads = group, threads
     asked = _covariates(context.args)
     if compile:

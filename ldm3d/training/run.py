@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -22,6 +29,7 @@ from tqdm import tqdm
 from ldm3d import figures
 from ldm3d.config import Config, TrainingConfig, load_config
 from ldm3d.errors import InputError, differences
+from ldm3d.precision import bf16_is_fast
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.sharding import is_spread, whole
@@ -46,8 +54,9 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
     """
     run.mkdir(parents=True, exist_ok=True)
     precision = training.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast() else "no"
+    if precision == "auto":  # of the device that the Accelerator below will take, which need not be the GPU
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+        precision = "bf16" if bf16_is_fast(device) else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=training.accumulation,
@@ -82,13 +91,6 @@ def ready_to_spread(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.distributed_type == DistributedType.FSDP:
         network.to(memory_format=torch.contiguous_format)
     return network
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 class Metrics:
