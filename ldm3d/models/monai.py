@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm3d.errors import InputError
 from ldm3d.models.attention import xformers_works
 from ldm3d.models.autoencoder import LOG_VARIANCE_RANGE, START_LOG_VARIANCE, LatentSpace
+from ldm3d.models.blocks import convolve_to_voxels
 from ldm3d.models.unet import CovariateTokens, LatentUNet
 
 LIBRARIES = ("monai", "monai-generative")
@@ -89,8 +90,12 @@ class MonaiAutoencoder(LatentSpace):
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
-        return self.network.decode(z.contiguous())
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped; float32 also from half precision."""
+        h = self.network.post_quant_conv(z.contiguous())
+        *blocks, last = self.network.decoder.blocks
+        for block in blocks:
+            h = block(h)
+        return convolve_to_voxels(h, last.conv)  # where the library's own `decode` rounds the voxels, too
 
 
 class MonaiUNet(LatentUNet):
