@@ -98,11 +98,24 @@ def generate(
 
 
 @app.command()
-def info(model: ModelPath) -> None:
-    """What a model makes, and what it can be asked."""
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)
+    ] = None,
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Instead, or besides: what this machine has, and which kernels load.")
+    ] = False,
+) -> None:
+    """What a model makes, and what it can be asked; or what ldm3d finds on this machine."""
+    from ldm3d.environment import describe_environment
     from ldm3d.pipeline import Pipeline
 
-    print(Pipeline.from_pretrained(model, "cpu"))
+    if model is None and not environment:
+        raise InputError("give a model's folder, or --environment")
+    if model is not None:
+        print(Pipeline.from_pretrained(model, "cpu"))
+    if environment:
+        print(describe_environment())
 
 
 @app.command("import-monai")

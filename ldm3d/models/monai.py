@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm3d.errors import InputError
-from ldm3d.models.attention import xformers_works
+from ldm3d.models.attention import quiet_xformers, xformers_works
 from ldm3d.models.autoencoder import LOG_VARIANCE_RANGE, START_LOG_VARIANCE, LatentSpace
 from ldm3d.models.blocks import convolve_to_voxels
 from ldm3d.models.unet import CovariateTokens, LatentUNet
@@ -230,7 +230,8 @@ def _build(name: str, library: str, channels: Sequence[int], flash_attention: bo
             network_class = getattr(nets, name)
             return network_class(spatial_dims=3, channels=channels, use_flash_attention=flash_attention, **arguments)
         if library == "monai-generative":
-            from generative.networks import nets
+            with quiet_xformers():  # which it imports where it is installed
+                from generative.networks import nets
 
             network = getattr(nets, name)(spatial_dims=3, num_channels=channels, **arguments)
         else:
