@@ -72,7 +72,8 @@ def _why_sdpa_fails(kernel: SDPBackend, device: torch.device, dtype: torch.dtype
         with sdpa_kernel(kernel):
             F.scaled_dot_product_attention(q, q, q).sum().backward()
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        return "PyTorch has none for this device and type" if reason.startswith("No viable backend") else reason
     return None
 
 

@@ -53,7 +53,8 @@ def test_kernels_are_tried(fault, monkeypatch):
         return q + k + v
 
     monkeypatch.setattr(module, "_xformers", kernel)
-    assert probe_attention(CPU, torch.float32)["xformers"] == fault
+    reason = probe_attention(CPU, torch.float32)["xformers"]
+    assert reason is None if fault is None else reason.startswith(fault)
     assert probe_attention(CPU, torch.float32)["matrix products (SDPA)"] is None
 
 
@@ -65,7 +66,7 @@ def test_probing_prints_no_warning(monkeypatch, caplog):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(module, "_xformers", kernel)
-    assert why_xformers_fails(CPU, torch.float32, 8) == "no kernel"
+    assert why_xformers_fails(CPU, torch.float32, 8).startswith("no kernel")
     assert not caplog.records
     logging.getLogger("xformers").warning("somebody asked")
     assert len(caplog.records) == 1

@@ -7,6 +7,7 @@ a head. Nothing here keeps state but the memory of which kernels have been seen 
 import functools
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -77,7 +78,9 @@ def why_xformers_fails(device: torch.device, dtype: torch.dtype, head_channels: 
         with torch.enable_grad(), quiet_xformers():
             _xformers(q, q, q).sum().backward()
     except (InputError, RuntimeError) as error:
-        return str(error).split("; use ")[0]
+        built_for_another = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+        reasons = [str(error).split("; use ")[0], *([" ".join(str(built_for_another).split())] if built_for_another else [])]
+        return "; ".join(reasons)
     return None
 
 
