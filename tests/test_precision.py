@@ -7,10 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from ldm3d import precision
+from ldm3d.config import TrainingConfig
 from ldm3d.errors import InputError
+from ldm3d.evaluation.segmenter import Segmenter
+from ldm3d.evaluation.volumetry import load_measure
 from ldm3d.precision import bf16_is_fast, dtype
+from ldm3d.training import run
 
 HIDING = [
     {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -89,3 +94,26 @@ def test_names():
     assert dtype("bfloat16", "cpu") == torch.bfloat16
     with pytest.raises(InputError, match="precision half: use auto, float32 or bfloat16"):
         dtype("half", "cpu")
+
+
+@pytest.mark.parametrize("fast, expected", [(True, "bf16"), (False, "no")])
+def test_training_asks_of_the_device_it_takes(fast, expected, tmp_path, monkeypatch):
+    """A run that is told to use the CPU of a machine with a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    asked = []
+    monkeypatch.setattr(run, "bf16_is_fast", lambda device: asked.append(device.type) or fast)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    try:
+        accelerator = run.start_accelerator(TrainingConfig(steps=1, batch_size=1, learning_rate=1e-3), tmp_path, seed=0)
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (asked, accelerator.mixed_precision) == (["cpu"], expected)
+
+
+def test_segmenter_computes_where_it_is_told(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Segmenter, "from_pretrained", lambda folder, device: seen.append((folder, device)))
+    load_measure("segmenter:somewhere", "cuda:1")
+    assert seen == [("somewhere", "cuda:1")]

@@ -250,6 +250,9 @@ def _prefer_xformers(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Let an attention of monai-generative call xformers, if that has a kernel for what comes in."""
     x = inputs[0]
     device, dtype = x.device, x.dtype
+    if x.is_meta:  # a dry run that counts memory: no kernel can be tried
+        attention.use_flash_attention = False
+        return
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     attention.use_flash_attention = xformers_works(device, dtype, attention.to_q.out_features // attention.num_heads)
