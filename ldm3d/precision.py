@@ -24,8 +24,13 @@ def bf16_is_fast(device: str | torch.device) -> bool:
     ATEN_CPU_CAPABILITY keep PyTorch from using them. ARM CPUs: the BF16 extension, where PyTorch comes with oneDNN (Linux).
     Anything else, Apple's CPUs and GPUs among them: no, PyTorch has no kernels there that are known to gain by it.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:  # no such kind of device: whoever puts a network there says so
+        return False
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return False
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and cpu_multiplies_bf16()

@@ -81,12 +81,14 @@ def test_each_device_is_asked_itself(gpu, cpu, monkeypatch):
     """A GPU and a CPU of one machine need not agree."""
     cpu(avx512_bf16=not gpu)
     asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device.index) or nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu and not including_emulation)
     assert bf16_is_fast("cuda:3") is gpu
     assert asked == [3]
     assert bf16_is_fast(torch.device("cpu")) is not gpu
     assert not bf16_is_fast("mps")
+    assert not bf16_is_fast("no such device")
 
 
 def test_names():
@@ -105,11 +107,12 @@ def test_training_asks_of_the_device_it_takes(fast, expected, tmp_path, monkeypa
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
-        accelerator = run.start_accelerator(TrainingConfig(steps=1, batch_size=1, learning_rate=1e-3), tmp_path, seed=0)
+        settings = TrainingConfig(steps=1, batch_size=1, learning_rate=1e-3)
+        found = run.start_accelerator(settings, tmp_path, seed=0).mixed_precision
     finally:
         torch.set_num_threads(threads)
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert (asked, accelerator.mixed_precision) == (["cpu"], expected)
+    assert (asked, found) == (["cpu"], expected)
 
 
 def test_segmenter_computes_where_it_is_told(monkeypatch):
