@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long torture bench lint clean
+.PHONY: demo test test-old-cpu test-long torture bench lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -14,6 +14,13 @@ test: $(VENV)/installed
 	$(BIN)/ruff check ldm3d tests benchmarks
 	$(BIN)/ruff format --check ldm3d tests benchmarks
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# As on a CPU with AVX2 and nothing newer, and on one with SSE4.1: sums are rounded otherwise, and bfloat16 is not multiplied
+test-old-cpu: $(VENV)/installed
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm3d.errors import InputError
 from ldm3d.models.attention import attention, xformers_works
-from ldm3d.training.parallel import bf16_is_fast
+from ldm3d.precision import dtype as fast
 
 HEADS, HEAD_CHANNELS, TOKENS_IN_ALL = 3, 32, 8192  # of the table of few keys
 WIDTH, CONTEXT_TOKENS = 512, 4
@@ -75,7 +75,7 @@ def few_keys() -> list[dict]:
 def many_tokens(all_tokens: list[int], head_sizes: tuple[int, ...], limit_seconds: float, limit_gb: float) -> list[dict]:
     """A row for each kind, head size, pass, number of tokens and backend; a backend that drops out of a series says why."""
     rows = []
-    dtype = torch.bfloat16 if bf16_is_fast(device()) else torch.float32
+    dtype = fast("auto", device())
     print(f"{'kind':>6} {'head':>4} {'pass':>8} {'tokens':>6} {'backend':>14} {'ms':>9} {'peak MB':>8}")
     for kind, head_channels, backward in itertools.product(("self", "cross"), head_sizes, (False, True)):
         before = {backend: {"median": 0.0, "peak_gb": 0.0} for backend in ("sdpa", "math", "xformers", *KERNELS)}

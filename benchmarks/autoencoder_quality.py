@@ -25,11 +25,11 @@ from turns import Training, in_turns
 
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.ema import EMA
 from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.parallel import bf16_is_fast
 
 
 def main() -> None:

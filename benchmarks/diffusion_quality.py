@@ -42,9 +42,9 @@ from ldm3d.geometry import Grid
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
 from ldm3d.models.unet import UNet, pad_to
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate
-from ldm3d.training.parallel import bf16_is_fast
 
 VOLUMES = 32  # generated at every mark
 SHOWN = 3  # of them

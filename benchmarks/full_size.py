@@ -39,10 +39,10 @@ from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import Block, UNet
+from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.training.diffusion import make_objective, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.parallel import bf16_is_fast
 
 CONFIG = Path(__file__).parents[1] / "configs" / "brain-1mm.yaml"
 PARTS = ("step", "sample", "decode", "encode", "generate", "train-autoencoder", "train-diffusion")
@@ -171,7 +171,7 @@ def utilisation(side: "Ours", repeats: int) -> dict:
 
 
 def half() -> torch.dtype:
-    return torch.bfloat16 if bf16_is_fast(device()) else torch.float32
+    return dtype("auto", device())
 
 
 def autocast() -> torch.autocast:

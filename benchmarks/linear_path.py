@@ -17,8 +17,8 @@ from torch import Tensor
 from ldm3d.evaluation.metrics import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import depth_to_space, space_to_depth
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.linear_path import train_linear_path, volumes_for
-from ldm3d.training.parallel import bf16_is_fast
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from protocol import denoiser_calls, device, spread, timed, write
+from protocol import denoiser_calls, spread, timed, write
 from torch import Tensor
 
 from ldm3d.description import Sampling
@@ -34,7 +34,8 @@ from ldm3d.evaluation.features import extract, load_extractor, standardise
 from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.pipeline import Pipeline
-from ldm3d.training.parallel import bf16_is_fast
+from ldm3d.precision import dtype
+from ldm3d.processes import own_device
 
 ASKED = "ventricular_volume_ml"
 CALLS, QUICK_CALLS = (2, 3, 5, 7, 11, 15, 19, 29, 39, 49), (3, 7, 15, 29)  # odd: Heun asks twice a step, but for the last
@@ -61,11 +62,10 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=Path("demo/run/model"), help="a trained pipeline's folder")
     parser.add_argument("--volumes", type=int, help="of each setting; 96, or 32 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer settings and volumes")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if bf16_is_fast(device()) else "float32"
-    )
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     arguments = parser.parse_args()
-    pipeline = Pipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    where = own_device()
+    pipeline = Pipeline.from_pretrained(arguments.model, where, dtype(arguments.precision, where))
     pipeline.threads = None  # all
     settings = make_settings(pipeline, QUICK_CALLS if arguments.quick else CALLS)
     count = arguments.volumes or (32 if arguments.quick else 96)

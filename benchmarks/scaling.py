@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm3d.config import Config, load_config
 from ldm3d.models.pretrained import make_network
+from ldm3d.precision import bf16_is_fast
 from ldm3d.training.optimizer import make_optimizer
-from ldm3d.training.parallel import bf16_is_fast
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCHES = (2, 4, 8)
@@ -80,7 +80,7 @@ class Steps:
         found = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast("cpu")):
                 output = self.model(x, t, context)
             (output.float() - x).square().mean().backward()
             self.optimizer.step()

@@ -11,8 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-from protocol import device, write
+from protocol import write
 from torch import Tensor
 
 from ldm3d.data.preprocess import load_prepared
@@ -22,7 +21,8 @@ from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import scans_by_use
 from ldm3d.pipeline import Pipeline
-from ldm3d.training.parallel import bf16_is_fast
+from ldm3d.precision import dtype
+from ldm3d.processes import own_device
 
 TRIED = [
     f"{sampler}:{steps}:{guidance}"
@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=100, help="of each setting, and real ones at most")
     parser.add_argument("--try", dest="tried", nargs="+", default=TRIED, metavar="SAMPLER:STEPS:GUIDANCE")
     arguments = parser.parse_args()
-    pipeline = Pipeline.from_pretrained(arguments.model, dtype=torch.bfloat16 if bf16_is_fast(device()) else torch.float32)
+    where = own_device()
+    pipeline = Pipeline.from_pretrained(arguments.model, where, dtype("auto", where))
     pipeline.threads = None  # all
     config, _, held_out = scans_by_use(arguments.model, arguments.data, arguments.model.parent / "benchmark-work")
     subjects = pipeline.parse(held_out[pipeline.schema.names].to_dict("records"))

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-import torch
 
 from ldm3d.config import load_config
 from ldm3d.data.preprocess import load_prepared
@@ -18,7 +17,9 @@ from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import dtype
 from ldm3d.preemption import REQUEUE
+from ldm3d.processes import own_device
 from ldm3d.report.evaluation import Goal, summary, write_report
 from ldm3d.report.sections import lights
 
@@ -43,7 +44,8 @@ def run_demo(out: Path, config_path: Path) -> None:
     _step("encode", "ldm3d", "encode", *experiment)
     _step("train the diffusion model", *launch, "ldm3d.training.diffusion", *experiment)
 
-    pipeline = Pipeline.from_pretrained(config.model_folder, dtype=torch.bfloat16)
+    where = own_device()
+    pipeline = Pipeline.from_pretrained(config.model_folder, where, dtype("auto", where))
     sweep = out / "generated"
     if not (sweep / "participants.tsv").is_file():
         _say("generate a sweep of ages and ventricular volumes")

@@ -135,7 +135,7 @@ class _Decode(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if self.chunk_bytes:
             return decode_streamed(self.autoencoder, z, self.chunk_bytes)
-        return self.autoencoder.decode(z).float()
+        return self.autoencoder.decode(z)
 
 
 class LiveBytes(TorchDispatchMode):

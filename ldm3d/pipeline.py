@@ -356,7 +356,8 @@ class Pipeline:
             for volume in self._decoded(latents):
                 if not np.isfinite(volume).all():
                     raise InputError(
-                        "the model made a volume with NaN in it: its weights are damaged, or bfloat16 is too coarse for them"
+                        "the model made a volume with NaN in it: its weights are damaged, or bfloat16 is too coarse for them "
+                        "(use float32)"
                     )
                 yield self.cropped(volume)
 

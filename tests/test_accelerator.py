@@ -18,14 +18,6 @@ def fresh_state(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("on_gpu, on_cpu", [(True, False), (False, True)])
-def test_precision_is_asked_of_the_device(monkeypatch, on_gpu, on_cpu):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: on_gpu)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: on_cpu)
-    assert (parallel.bf16_is_fast(GPU), parallel.bf16_is_fast(CPU)) == (on_gpu, on_cpu)
-
-
 @pytest.mark.parametrize("fast, precision", [(True, "bf16"), (False, "no")])
 def test_a_training_on_the_cpu_asks_the_cpu(monkeypatch, tmp_path, fresh_state, fast, precision):
     """Also where the machine has a GPU."""

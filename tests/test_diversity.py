@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from monai.metrics import regression
 from monai.metrics.regression import compute_ms_ssim
 from scipy import ndimage
 
@@ -33,11 +34,19 @@ def test_number_of_scales_follows_from_the_shape(shape, scales):
 def test_ms_ssim_is_monais(monkeypatch, scales):
     """MONAI's own window, scales and weights, where its check of the shape lets it work: 3 scales from 44 voxels on."""
     monkeypatch.setattr(diversity, "num_scales", lambda shape: scales)
-    x, y = rand(2, 1, 46, 44, 45), rand(2, 1, 46, 44, 45, seed=1)
+    # In float64: variances are differences of nearly equal means, whose float32 rounding is another on every CPU. MONAI makes
+    # its window in the default type, and would turn the volumes into float32
+    monkeypatch.setattr(regression, "convert_data_type", lambda data, **_: (data, None, None))
+    before = torch.get_default_dtype()
+    x, y = rand(2, 1, 46, 44, 45).double(), rand(2, 1, 46, 44, 45, seed=1).double()
     y = 0.6 * x + 0.4 * y
     weights = diversity.SCALE_WEIGHTS[:scales]
-    expected = compute_ms_ssim(x, y, 3, weights=[w / sum(weights) for w in weights]).flatten()
-    torch.testing.assert_close(ms_ssim(x, y), expected, rtol=0, atol=5e-5)  # rounding of float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected = compute_ms_ssim(x, y, 3, weights=[w / sum(weights) for w in weights]).flatten()
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(ms_ssim(x, y), expected, rtol=0, atol=1e-6)  # MONAI's exponents are float32
 
 
 @pytest.mark.parametrize("measure", [ms_ssim, four_g_r_ssim])

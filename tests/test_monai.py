@@ -183,6 +183,15 @@ def test_xformers_is_called_where_it_works(works, monkeypatch):
     assert not any(m._forward_pre_hooks for m in unet("monai-generative", flash_attention=False).modules())
 
 
+def test_attention_can_be_run_dry():
+    """On tensors without data, by which the memory of a decode is counted."""
+    network = unet("monai-generative").to("meta")
+    out = network(
+        torch.empty(1, 3, 4, 4, 4, device="meta"), torch.empty(1, device="meta"), torch.empty(1, 2, 2, device="meta")
+    )
+    assert out.is_meta
+
+
 def test_attention_does_not_call_xformers_on_a_cpu(rng):
     network = unet("monai-generative")
     network(torch.randn(1, 3, 4, 4, 4, generator=rng), torch.tensor([5.0]), torch.ones(1, 2, 2))

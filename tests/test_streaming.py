@@ -188,3 +188,29 @@ def test_unknown_mode():
     pipeline = Pipeline(Autoencoder(3, 2, [4]), nn.Linear(1, 1), None, None, None, "velocity", decode_mode="tiles")
     with pytest.raises(InputError, match="'tiles' is not one of auto, whole, streamed"):
         pipeline.decode(latents(3, 2, 2, 2))
+
+
+@pytest.mark.parametrize("mode", ["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["ours", "without linear path", "monai", "monai-generative"])
+def test_half_precision_leaves_all_grey_values(kind, mode):
+    """Voxels in bfloat16 would have 256 values above 0.25 at most, and histograms with teeth."""
+    if kind in ("ours", "without linear path"):
+        network = randomised(Autoencoder(3, 4, CHANNELS[4], 1, linear_path=kind == "ours"))
+    else:
+        network = MonaiAutoencoder(3, [4, 8], 1, norm_num_groups=2, library=kind)
+        randomised(network)
+    network.bfloat16()
+    z = latents(3, 8, 8, 8).bfloat16()
+    volume = network.decode(z) if mode == "whole" else decode_streamed(network, z, 2500)
+    assert volume.dtype == torch.float32
+    bright = volume[volume.abs() > 0.25 * volume.abs().max()]
+    assert len(bright) > 1000
+    assert len(bright.unique()) > 0.9 * len(bright)
+
+
+def test_autocast_leaves_all_grey_values():
+    """As in training, where weights are float32."""
+    network = randomised(Autoencoder(3, 4, CHANNELS[4], 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        volume = network.decode(latents(3, 8, 8, 8))
+    assert len(volume.unique()) > 0.9 * volume.numel()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import ConfigPath, Device, Override, Precision, app, dtype_of
+from ldm3d.cli.options import ConfigPath, Device, Override, Precision, app
 
 
 @app.command()
@@ -51,7 +51,7 @@ def encode(
     config: ConfigPath,
     override: Override = [],  # noqa: B006
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     force: Annotated[bool, typer.Option(help="Encode even if the cache is up to date.")] = False,
 ) -> None:
     """Write the latents of all prepared scans with the trained autoencoder: what stage 2 reads."""
@@ -64,14 +64,15 @@ def encode(
     from ldm3d.data.preprocess import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
     from ldm3d.models.autoencoder import LatentSpace
+    from ldm3d.precision import dtype
     from ldm3d.processes import own_device, started_processes
 
     settings, processes = load_config(config, override), started_processes()
     scans = read_scan_table(settings)
     device = device or own_device()
-    dtype = dtype_of(precision)
+    kind = dtype(precision, device)
     origin = latents_origin(settings)
-    autoencoder = LatentSpace.from_pretrained(settings.autoencoder_folder, device, dtype)
+    autoencoder = LatentSpace.from_pretrained(settings.autoencoder_folder, device, kind)
     if is_fresh(settings.latents_folder, origin) and not force:
         if processes.is_main:
             print(f"the latents in {settings.latents_folder} are up to date")
@@ -79,7 +80,7 @@ def encode(
 
     @torch.no_grad()
     def moments(volumes):
-        return autoencoder.encode(torch.from_numpy(volumes).to(device, dtype)).float().cpu().numpy()
+        return autoencoder.encode(torch.from_numpy(volumes).to(device, kind)).float().cpu().numpy()
 
     load = functools.partial(load_prepared, settings)
     write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app, dtype_of
+from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
@@ -46,24 +46,29 @@ def evaluate(
     guidance: Guidance = None,
     sampler: SamplerName = None,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
 ) -> None:
     """Measure reconstruction and how generated volumes follow their covariates, for whom, and of what use; one HTML page.
 
     Training volumes in --data serve to learn what ages look like; nothing is judged on them.
     """
+    import torch
+
     from ldm3d.evaluation.features import load_extractor
     from ldm3d.evaluation.volumetry import load_measure
     from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.assessment import assess
     from ldm3d.report.evaluation import summary, write_report
 
     processes = started_processes()
-    pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
+    where = device or own_device()
+    kind = torch.float32 if with_likelihood and precision == "auto" else dtype(precision, where)  # see `likelihood`
+    pipeline = Pipeline.from_pretrained(model, where, kind)
     pipeline.threads = None  # all: what is measured does not depend on the last bits
-    function, extractor = load_measure(measure), load_extractor(features)
+    function, extractor = load_measure(measure, where), load_extractor(features)
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     scans = scans_by_use(model, data, out / "work", root, processes, experiment)  # the config, trained on, held out
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "audit": with_audit}
@@ -94,7 +99,7 @@ def audit(
     guidance: Guidance = None,
     sampler: SamplerName = None,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
 ) -> None:
     """Look for copies of training subjects, and for what the model's loss tells of them; writes a page and a guard.
 
@@ -104,11 +109,13 @@ def audit(
     from ldm3d.audit.volumes import generated_for, of_scans, written_in
     from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.audit import summary, write_audit
 
     processes = started_processes()
-    pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
+    where = device or own_device()
+    pipeline = Pipeline.from_pretrained(model, where, dtype(precision, where))
     pipeline.threads = None  # all: what is measured does not depend on the last bits
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     config, *groups = scans_by_use(model, data, out / "work", root, processes, experiment)
@@ -211,16 +218,22 @@ def likelihood(
     steps: Annotated[int, typer.Option(min=1, help="Of the ODE.")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Annotated[str, typer.Option(help="auto (here float32), float32 or bfloat16.")] = "auto",
 ) -> None:
     """How likely the model finds each held-out subject: nats per latent dimension, and bits per voxel."""
+    import torch
+
     from ldm3d.data.preprocess import load_prepared
     from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
     from ldm3d.experiment import held_out_scans
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
+    from ldm3d.processes import own_device
 
-    pipeline = Pipeline.from_pretrained(model, device, dtype_of(precision))
+    where = device or own_device()
+    # The least noise that likelihoods are taken at is finer than bfloat16's steps, so that is for those who ask for it
+    pipeline = Pipeline.from_pretrained(model, where, torch.float32 if precision == "auto" else dtype(precision, where))
     config, scans = held_out_scans(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
@@ -247,7 +260,7 @@ def explain(
     guidance: Guidance = None,
     sampler: SamplerName = None,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
 ) -> None:
     """Show which covariate moves what: change a request with the noise kept, and test where volumes change.
 
@@ -256,9 +269,12 @@ def explain(
     """
     from ldm3d.evaluation.explanation import explain
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
+    from ldm3d.processes import own_device
     from ldm3d.report.explanation import summary, write_explanation
 
-    pipeline = Pipeline.from_pretrained(model, device, dtype_of(precision))
+    where = device or own_device()
+    pipeline = Pipeline.from_pretrained(model, where, dtype(precision, where))
     pipeline.threads = None  # all: what is shown does not depend on the last bits
     sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     found = explain(pipeline, _values("--from", before), _values("--to", changes), sampling, seeds)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, dtype_of
+from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app
 from ldm3d.errors import InputError, shown
 
 
@@ -32,7 +32,7 @@ def generate(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU, a process; another number, other last bits.")] = 1,
     device: Device = None,
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
     check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
     audit: Annotated[
@@ -52,11 +52,13 @@ def generate(
     from ldm3d.audit.guard import Guard
     from ldm3d.generation import WITHHELD, generate
     from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
     from ldm3d.preemption import REQUEUE, preemption
     from ldm3d.processes import cores_each, own_device, which_process
 
     processes = which_process()
-    pipeline = Pipeline.from_pretrained(model, device or own_device(), dtype_of(precision))
+    device = device or own_device()
+    pipeline = Pipeline.from_pretrained(model, device, dtype(precision, device))
     pipeline.group, pipeline.threads = group, threads
     asked = _covariates(context.args, ask)
     if compile:
@@ -100,11 +102,24 @@ def generate(
 
 
 @app.command()
-def info(model: ModelPath) -> None:
-    """What a model makes, and what it can be asked."""
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)
+    ] = None,
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Instead, or besides: what this machine has, and which kernels load.")
+    ] = False,
+) -> None:
+    """What a model makes, and what it can be asked; or what ldm3d finds on this machine."""
+    from ldm3d.environment import describe_environment
     from ldm3d.pipeline import Pipeline
 
-    print(Pipeline.from_pretrained(model, "cpu"))
+    if model is None and not environment:
+        raise InputError("give a model's folder, or --environment")
+    if model is not None:
+        print(Pipeline.from_pretrained(model, "cpu"))
+    if environment:
+        print(describe_environment())
 
 
 @app.command("import-monai")

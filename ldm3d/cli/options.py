@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.errors import InputError
-
 SHARED = ("prepare", "encode", "generate", "evaluate", "audit")  # commands whose work several processes share
 
 app = typer.Typer(
@@ -30,7 +28,7 @@ def _before(context: typer.Context) -> None:
 ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
-Precision = Annotated[str, typer.Option(help="float32 or bfloat16 (faster on GPUs and recent CPUs).")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it.")]
 ModelPath = Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)]
 Root = Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")]
 Experiment = Annotated[
@@ -43,12 +41,3 @@ Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none.")]
 SamplerName = Annotated[
     str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
 ]
-
-
-def dtype_of(name: str):
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise InputError(f"--precision {name}: use float32 or bfloat16")
-    return known[name]

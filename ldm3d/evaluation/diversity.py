@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm3d.errors import InputError
+from ldm3d.models.blocks import full_precision
 
 WINDOW, DEVIATION = 11, 1.5
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
@@ -38,9 +39,9 @@ def ms_ssim(one: Tensor, other: Tensor) -> Tensor:
         (N,), 1 for equal volumes; never below 0, as a negative mean at any scale counts as 0.
     """
     _check_shapes(one, other)
-    one, other = one.float(), other.float()
+    one, other = full_precision(one), full_precision(other)
     weights = SCALE_WEIGHTS[: num_scales(tuple(one.shape[2:]))]
-    product = torch.ones(len(one), device=one.device)
+    product = torch.ones(len(one)).to(one)
     for scale, weight in enumerate(weights):
         if scale:
             one, other = F.avg_pool3d(one, 2), F.avg_pool3d(other, 2)
@@ -72,7 +73,7 @@ def four_g_r_ssim(one: Tensor, other: Tensor) -> Tensor:
         (N,), from -1 to 1, 1 for equal volumes.
     """
     _check_shapes(one, other)
-    x, y = _gradient(one.float()), _gradient(other.float())
+    x, y = _gradient(full_precision(one)), _gradient(full_precision(other))
     _, (variance_x, variance_y), covariance = _moments(x, y)
     still_x, still_y = variance_x < STILL, variance_y < STILL
     r = (covariance / (variance_x * variance_y).clamp_min(STILL**2).sqrt()).clamp(-1, 1)
@@ -106,7 +107,7 @@ def _blur(x: Tensor) -> Tensor:
     """Gaussian windows that fit into the volume: (N, C, X, Y, Z) -> (N, C, X - 10, Y - 10, Z - 10)."""
     side = min(WINDOW, *x.shape[2:])
     side -= (side + 1) % 2
-    offsets = torch.arange(side, device=x.device) - side // 2
+    offsets = torch.arange(side, device=x.device, dtype=x.dtype) - side // 2
     window = (-(offsets**2) / (2 * DEVIATION**2)).exp()
     return _along_axes(x, [window / window.sum()] * 3)
 

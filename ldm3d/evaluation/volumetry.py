@@ -167,8 +167,12 @@ def _fluid(volume: NDArray, mask: NDArray) -> float:
     return float(((tissue - volume) / (tissue - FLUID_LEVEL)).clip(0, 1)[rim].sum())
 
 
-def load_measure(name: str) -> Callable[[NDArray, Sequence[float]], Mapping[str, float]]:
+def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[float]], Mapping[str, float]]:
     """The function "package.module:function" of the same form as `measure_volumes`, or the network of "segmenter:FOLDER".
+
+    Args:
+        name: of either.
+        device: where a network computes.
 
     Raises:
         InputError: it cannot be imported, or no segmenter is in the folder.
@@ -177,7 +181,7 @@ def load_measure(name: str) -> Callable[[NDArray, Sequence[float]], Mapping[str,
     if module == "segmenter":
         from ldm3d.evaluation.segmenter import Segmenter
 
-        return Segmenter.from_pretrained(function)
+        return Segmenter.from_pretrained(function, device)
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

@@ -5,7 +5,11 @@ a head. Nothing here keeps state but the memory of which kernels have been seen 
 """
 
 import functools
+import logging
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -64,20 +68,41 @@ def choose_backend(q: Tensor, k: Tensor) -> str:
 @functools.cache
 def xformers_works(device: torch.device, dtype: torch.dtype, head_channels: int) -> bool:
     """Whether xformers computes attention, forward and backward, for such heads: it is tried, not assumed."""
+    return why_xformers_fails(device, dtype, head_channels) is None
+
+
+def why_xformers_fails(device: torch.device, dtype: torch.dtype, head_channels: int) -> str | None:
+    """What comes of trying xformers on such heads, forward and backward; None where it works."""
     try:
         q = torch.zeros(1, 1, 8, head_channels, device=device, dtype=dtype, requires_grad=True)
-        with torch.enable_grad():
+        with torch.enable_grad(), quiet_xformers():
             _xformers(q, q, q).sum().backward()
-    except (InputError, RuntimeError):
-        return False
-    return True
+    except (InputError, RuntimeError) as error:
+        built_for_another = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+        reasons = [str(error).split("; use ")[0], *([" ".join(str(built_for_another).split())] if built_for_another else [])]
+        return "; ".join(reasons)
+    return None
+
+
+@contextmanager
+def quiet_xformers() -> Iterator[None]:
+    """Within it, an import of xformers does not warn of kernels that do not load: for when nobody has asked for them."""
+    logger = logging.getLogger("xformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
         from xformers.ops import memory_efficient_attention
-    except ImportError as error:
-        raise InputError(f"attention backend xformers cannot be imported ({error}); use auto or sdpa") from None
+    except (ImportError, OSError) as error:  # the second: a library that its kernels need is missing
+        raise InputError(
+            f"attention backend xformers cannot be imported ({error}); use auto or sdpa, or install ldm3d[xformers]"
+        ) from None
     try:
         # xformers keeps the heads behind the tokens: (N, tokens, H, D)
         out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)))

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm3d.errors import InputError
-from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, depth_to_space, space_to_depth, zero
+from ldm3d.models.blocks import (
+    ChannelNorm,
+    ResBlock,
+    TransformerBlock,
+    convolve_to_voxels,
+    depth_to_space,
+    space_to_depth,
+    zero,
+)
 from ldm3d.models.pretrained import Pretrained
 
 # Starting with unit-variance noise the decoder would learn the mean image; exp(-6) is a twentieth of a latent's deviation.
@@ -44,7 +52,7 @@ class LatentSpace(Pretrained):
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped; float32 also from half precision."""
         raise NotImplementedError
 
     def decoder_modules(self) -> list[nn.Module]:
@@ -170,11 +178,13 @@ class Autoencoder(LatentSpace):
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
-        volume = depth_to_space(self.to_voxels(self.decoder(z)), self.stem)
-        if self.synthesis is not None:
-            volume = volume + depth_to_space(self.synthesis(z), self.downsampling)
-        return volume
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped; float32 also from half precision."""
+        h = self.decoder(z)  # (N, channels[0], X/s, Y/s, Z/s), s = self.stem
+        if self.synthesis is None:
+            return depth_to_space(convolve_to_voxels(h, self.to_voxels), self.stem)
+        # Half precision rounds the network's small correction, but not the image: that is the linear path's, and the sum
+        volume = depth_to_space(convolve_to_voxels(z, self.synthesis), self.downsampling)
+        return volume + depth_to_space(self.to_voxels(h), self.stem)
 
     def decoder_modules(self) -> list[nn.Module]:
         return [module for module in (self.decoder, self.to_voxels, self.synthesis) if module is not None]

@@ -5,6 +5,7 @@ on the channels of one position, so a network without attention gives the same a
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,27 @@ def depth_to_space(x: Tensor, factor: int) -> Tensor:
     f = factor
     x = x.reshape(n, c // f**3, f, f, f, x_, y_, z_)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, c // f**3, x_ * f, y_ * f, z_ * f)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def convolve_to_voxels(x: Tensor, conv: nn.Conv3d, padding: int | tuple[int, ...] = 1) -> Tensor:
+    """A convolution whose output is an image, in full precision, with weights in half precision and under autocast, too.
+
+    From 0.5 to 1 bfloat16 has 128 values, and 256 in all above 0.25: voxels rounded to those comb every histogram.
+
+    Args:
+        x: (N, channels, X, Y, Z).
+        conv: of stride 1; its own padding is not read.
+        padding: zeros around the volume, along each axis.
+    """
+    x, weight = full_precision(x), full_precision(conv.weight).contiguous(memory_format=torch.channels_last_3d)
+    bias = None if conv.bias is None else full_precision(conv.bias)
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return nn.functional.conv3d(x, weight, bias, padding=padding)
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm3d.errors import InputError
-from ldm3d.models.attention import xformers_works
+from ldm3d.models.attention import quiet_xformers, xformers_works
 from ldm3d.models.autoencoder import LOG_VARIANCE_RANGE, START_LOG_VARIANCE, LatentSpace
+from ldm3d.models.blocks import convolve_to_voxels
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import CovariateTokens, LatentUNet
 
@@ -78,8 +79,12 @@ class MonaiAutoencoder(LatentSpace):
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped."""
-        return self.network.decode(z.contiguous())
+        """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped; float32 also from half precision."""
+        h = self.network.post_quant_conv(z.contiguous())
+        *blocks, last = self.network.decoder.blocks
+        for block in blocks:
+            h = block(h)
+        return convolve_to_voxels(h, last.conv)  # where the library's own `decode` rounds the voxels, too
 
     def decoder_modules(self) -> list[nn.Module]:
         return [self.network.post_quant_conv, self.network.decoder]
@@ -195,7 +200,8 @@ def _build(name: str, library: str, channels: Sequence[int], flash_attention: bo
             network_class = getattr(nets, name)
             return network_class(spatial_dims=3, channels=channels, use_flash_attention=flash_attention, **arguments)
         if library == "monai-generative":
-            from generative.networks import nets
+            with quiet_xformers():  # which it imports where it is installed
+                from generative.networks import nets
 
             network = getattr(nets, name)(spatial_dims=3, num_channels=channels, **arguments)
         else:
@@ -214,6 +220,9 @@ def _prefer_xformers(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Let an attention of monai-generative call xformers, if that has a kernel for what comes in."""
     x = inputs[0]
     device, dtype = x.device, x.dtype
+    if x.is_meta:  # a dry run that counts memory: no kernel can be tried
+        attention.use_flash_attention = False
+        return
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     attention.use_flash_attention = xformers_works(device, dtype, attention.to_q.out_features // attention.num_heads)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, depth_to_space
+from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, convolve_to_voxels, depth_to_space
 
 Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
 
@@ -64,7 +64,7 @@ def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None =
             volume = z.new_empty((n, c, z.shape[2] * (y // z.shape[3]), y, z_), dtype=torch.float32)
         volume.narrow(2, start, chunk.shape[2]).copy_(chunk)
     if isinstance(autoencoder, Autoencoder) and autoencoder.synthesis is not None:
-        linear = _convolve(iter([z]), autoencoder.synthesis, limit)
+        linear = _to_voxels(iter([z]), autoencoder.synthesis, limit)
         for start, chunk in _placed(depth_to_space(chunk, autoencoder.downsampling) for chunk in linear):
             volume.narrow(2, start, chunk.shape[2]).add_(chunk)
     return volume
@@ -78,10 +78,12 @@ def chunk_bytes_of(device: torch.device) -> int:
 def _decoded(autoencoder: nn.Module, z: Tensor, limit: int) -> Chunks:
     """The network's share of a volume, without the linear path."""
     if isinstance(autoencoder, Autoencoder):
-        chunks = _through([autoencoder.decoder, autoencoder.to_voxels], iter([z]), limit)
-        return (depth_to_space(chunk, autoencoder.stem) for chunk in chunks)
+        chunks = _through([autoencoder.decoder], iter([z]), limit)
+        last = _to_voxels if autoencoder.synthesis is None else _convolve
+        return (depth_to_space(chunk, autoencoder.stem) for chunk in last(chunks, autoencoder.to_voxels, limit))
     network = getattr(autoencoder, "network", autoencoder)  # MonaiAutoencoder wraps what it builds
-    return _through([network.post_quant_conv, *network.decoder.blocks], iter([z]), limit)
+    *blocks, last = network.decoder.blocks
+    return _to_voxels(_through([network.post_quant_conv, *blocks], iter([z]), limit), last.conv, limit)
 
 
 def _placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
@@ -225,6 +227,12 @@ def _convolve(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
     weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
     windows = _windows(chunks, 1, 1, conv.out_channels, limit)
     return map(lambda window: F.conv3d(window, weight, conv.bias, padding=(0, 1, 1)), windows)
+
+
+def _to_voxels(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
+    """A 3x3x3 convolution whose output is the image."""
+    windows = _windows(chunks, 1, 1, conv.out_channels, limit)
+    return map(lambda window: convolve_to_voxels(window, conv, padding=(0, 1, 1)), windows)
 
 
 def _convolve_transposed(chunks: Chunks, conv: nn.ConvTranspose3d, limit: int) -> Chunks:

@@ -12,6 +12,7 @@ from torch import nn
 from ldm3d.config import TrainingConfig
 from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
+from ldm3d.precision import bf16_is_fast
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.seen import note_scans
@@ -54,13 +55,6 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         f"precision {precision}, batch {training.batch_size}",
     )
     return accelerator
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def use_fast_kernels(device: torch.device) -> None:
