@@ -75,7 +75,7 @@ def test_reader_sees_every_form_of_import():
             ["data/"],
             (
                 *("ldm3d.errors", "ldm3d.geometry", "ldm3d.covariates", "ldm3d.config", "ldm3d.data"),
-                *("ldm3d.files", "ldm3d.preemption", "ldm3d.processes"),
+                *("ldm3d.files", "ldm3d.randomness", "ldm3d.preemption", "ldm3d.processes"),
             ),
         ),
     ],

@@ -534,7 +534,7 @@ def test_half_of_the_requests_are_training_subjects_own(pipeline):
 
 
 def test_volumes_of_another_grid_are_refused(pipeline, tmp_path):
-    with pytest.raises(InputError, match="no synthetic volume in"):
+    with pytest.raises(InputError, match="no synthetic T1w volume in"):
         written_in(tmp_path, pipeline)
     write_volume(synthetic_path(tmp_path, 0), RNG.random(SHAPE, np.float32), np.eye(4))
     with pytest.warns(UserWarning, match=r"1 of 1 volumes in .* are not by this model"):

@@ -89,7 +89,7 @@ class Planted:
     """A pipeline whose volumes are brighter in a cube with age, and a little different everywhere in every call."""
 
     grid = output_grid = Grid.centred((8, 9, 6), (2.0, 2.0, 2.0))
-    group_size, unet = 4, torch.nn.Identity()
+    group_size, unet, schema = 4, torch.nn.Identity(), ("age", "sex")
 
     def __init__(self):
         self.calls = []

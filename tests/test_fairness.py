@@ -116,8 +116,8 @@ def read_off(shown: np.ndarray, rng: np.random.Generator, r: float = 0.7) -> np.
 def evaluation(seed: int, shown=lambda age: age, requests: int = 200) -> Evaluation:
     """200 held-out people, and volumes for their ages that show what `shown` says."""
     rng, given = np.random.default_rng(seed), rows(200, seed)
-    found = Evaluation(30 + rng.standard_normal(200), 0.95 + 0.01 * rng.standard_normal(200))
-    found.subjects, found.people = given, list(range(200))
+    psnr_db, ssim = 30 + rng.standard_normal(200), 0.95 + 0.01 * rng.standard_normal(200)
+    found = Evaluation(psnr_db, ssim, psnr_db, ssim, subjects=given, people=list(range(200)), order=list(range(200)))
     found.requests = [given[i % 200] for i in range(requests)]
     age, asked = (np.array([row["age"] for row in each]) for each in (given, found.requests))
     for kind, table, values, whom in (("real", age, age, found.people), ("generated", asked, shown(asked), found.asked)):

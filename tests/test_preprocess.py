@@ -311,7 +311,7 @@ def test_oddities_are_warned_of_once(dataset):
     with pytest.warns(UserWarning) as caught:
         prepare(dataset("data.grid.shape=[16, 16, 16]"), workers=1)
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 3
+    assert len(messages) == 4
     assert "age_years is the same at all visits of 1 of 1 people" in messages[0]
     assert "6 scans lose foreground" in messages[1] and "and 1 more" in messages[1]
     assert "6 scans have the size of no human head" in messages[2] and "sub-02: 34 x 42 x 34 mm" in messages[2]

@@ -62,7 +62,7 @@ def test_the_ruler_has_an_interval_too():
     rng = np.random.default_rng(5)
     true = rng.uniform(20, 60, 30)
     real, made = (true + 8 * rng.standard_normal(30) for _ in range(2))
-    found = Evaluation(np.full(30, 30.0), np.full(30, 0.95), people=list(range(30)))
+    found = Evaluation(*[np.full(30, value) for value in (30.0, 0.95, 30.0, 0.95)], people=list(range(30)))
     found.subjects = found.requests = [{"ml": value, "sex": None} for value in true]
     for kind, measured in (("real", real), ("generated", 0.9 * (made - true) + true)):
         found.comparisons.append(compare("ml", kind, true, measured, range(30)))
@@ -81,7 +81,7 @@ def test_a_perfect_model_is_never_red_and_green_where_the_ruler_is_good(r, settl
     for seed in range(8):
         rng = np.random.default_rng(seed)
         age = rng.uniform(20, 80, most)
-        found = Evaluation(np.full(most, 30.0), np.full(most, 0.95), people=list(range(most)))
+        found = Evaluation(*[np.full(most, value) for value in (30.0, 0.95, 30.0, 0.95)], people=list(range(most)))
         found.subjects = found.requests = [{"ml": value, "sex": None} for value in age]
         for kind in ("real", "generated"):
             said = age.mean() + r**2 * (age - age.mean()) + age.std() * r * (1 - r**2) ** 0.5 * rng.standard_normal(most)

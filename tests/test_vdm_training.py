@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -84,7 +83,7 @@ def test_a_run_is_stopped_goes_on_and_makes_a_model(experiment, tmp_path, train_
 
 def test_the_best_weights_have_the_schedule_they_learned_with(experiment, tmp_path, train_here, monkeypatch):
     losses = iter([1.0, 2.0])  # of steps 2 and 4: the first is the best
-    monkeypatch.setattr(diffusion, "validate", lambda *_: next(losses))
+    monkeypatch.setattr(diffusion.DiffusionTask, "score", lambda *_: {"validation_loss": next(losses)})
     config = another_run(experiment, tmp_path, "diffusion")
     rare = ("training.steps=4", "training.validate_every=2", "training.preview_every=9")
     train_here("diffusion", config, *VDM, *rare, "training.keep=best")
@@ -198,11 +197,11 @@ def test_contradictions_name_both_sides(load, overrides, told):
 
 def test_config_reaches_schedule_and_network(load):
     settings = load(*VDM, "network.fourier_features=[-1, 2]").diffusion
-    schedule = diffusion.make_schedule(settings.process, SimpleNamespace(device="cpu"))
+    schedule = diffusion.make_objective(settings, "cpu").schedule
     assert (schedule.gamma_min, schedule.gamma_max) == (-10, 8)
-    usual = diffusion.make_schedule(load("process={kind: vdm}", VDM[1]).diffusion.process, SimpleNamespace(device="cpu"))
+    usual = diffusion.make_objective(load("process={kind: vdm}", VDM[1]).diffusion, "cpu").schedule
     assert (usual.gamma_min, usual.gamma_max) == (-13.3, 10)
-    assert diffusion.make_schedule(load().diffusion.process, None) is None
+    assert diffusion.make_objective(load().diffusion, "cpu").schedule is None
     unet = make_network("UNet", in_channels=3, out_channels=3, num_categories=[0], **settings.network.model_dump())
     assert unet.conv_in.weight.shape[1] == 15
     plain = make_network("UNet", in_channels=3, out_channels=3, num_categories=[0], **load().diffusion.network.model_dump())

@@ -1,6 +1,7 @@
 """Losses of volumes; those that are MONAI's are in monai_losses.py. Volumes are (N, C, X, Y, Z)."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +26,17 @@ class VolumeLoss:
         settings: the weights.
         perceptual: (volume, volume) -> loss, None if there is none.
         adversary: learns to tell the two apart, and takes part from its start on; None if there is none.
+        autocast: the precision that the adversary computes in.
     """
 
     def __init__(
-        self, settings: AutoencoderConfig | DecoderConfig, perceptual: Callable | None = None, adversary: Trained | None = None
+        self,
+        settings: AutoencoderConfig | DecoderConfig,
+        perceptual: Callable | None = None,
+        adversary: Trained | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.settings, self.perceptual, self.adversary = settings, perceptual, adversary
+        self.settings, self.perceptual, self.adversary, self.autocast = settings, perceptual, adversary, autocast
 
     @classmethod
     def of(cls, settings: AutoencoderConfig | DecoderConfig, channels: int, accelerator: Accelerator) -> "VolumeLoss":
@@ -44,7 +50,7 @@ class VolumeLoss:
             adversary = Trained(network, torch.optim.AdamW(network.parameters(), rate, (0.5, 0.9), fused=True))
         if settings.perceptual:
             perceptual = PerceptualLoss(settings.perceptual.weights).to(accelerator.device)
-        return cls(settings, perceptual, adversary)
+        return cls(settings, perceptual, adversary, accelerator.autocast)
 
     @property
     def settled(self) -> int:
@@ -74,7 +80,7 @@ class VolumeLoss:
         if self.perceptual:
             loss = loss + settings.perceptual.weight * self.perceptual(made, volume).mean()
         if self.is_adversarial(step):
-            parts["adversarial"] = self.adversary.module(None, made).float()
+            parts["adversarial"] = self._ask_adversary(None, made)
             loss = loss + settings.adversarial.weight * parts["adversarial"]
         return loss, {"loss": loss, **parts}
 
@@ -88,5 +94,10 @@ class VolumeLoss:
         yield MAIN, *self(volume, made, step, moments)
         if adversarial:
             self.adversary.network.requires_grad_(True)
-            caught = self.adversary.module(volume, made.detach()).float()
+            caught = self._ask_adversary(volume, made.detach())
             yield ADVERSARY, caught, {"discriminator": caught}
+
+    def _ask_adversary(self, real: Tensor | None, made: Tensor) -> Tensor:
+        """See `ldm3d.training.monai_losses.Adversary.forward`."""
+        with self.autocast():
+            return self.adversary.module(real, made).float()

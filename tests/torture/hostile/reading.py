@@ -23,7 +23,7 @@ from ldm3d.cli.generation import read_requests
 from ldm3d.config import CovariateConfig, DataConfig, load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.bids import read_scans, read_table
-from ldm3d.data.label_maps import find_label_map
+from ldm3d.data.label_maps import LabelMaps
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preprocess import load_prepared, prepare
 from ldm3d.errors import exit_on_input_error
@@ -81,11 +81,11 @@ def _find_label_maps(case: Case) -> None:
     """As `ldm3d segmenter` does for the subjects of a table, and `ldm3d compare` for participants."""
     scans = read_scans(DataConfig(table="scans.csv", grid=GRID), [])
     for row in scans.itertuples():
-        find_label_map(Path("labels"), row.subject, row.session)
+        LabelMaps(Path("labels")).one(row.subject, row.session)
 
 
 def _compare(case: Case) -> None:
-    compare_written(Path(), count_labels(Path("labels"), list(read_participants(Path())[1]), {"age": [1]}))
+    compare_written(Path(), count_labels(LabelMaps(Path("labels")), list(read_participants(Path())[1]), {"age": [1]}))
 
 
 def _load_prepared(case: Case) -> None:
