@@ -10,8 +10,9 @@ from types import FrameType
 
 import numpy as np
 
-from ldm3d.config import load_config
+from ldm3d.config import Config, load_config
 from ldm3d.data.preprocess import load_prepared
+from ldm3d.demo_clock import Clock, expected_seconds
 from ldm3d.evaluation.features import RandomFeatures
 from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
@@ -25,52 +26,93 @@ from ldm3d.report.sections import lights
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
+GENERATED, SWEEP_VALUES, SWEEP_REPEATS = 64, 6, 4  # volumes that are evaluated; values of each sweep, and noises at each
 
 
 def run_demo(out: Path, config_path: Path) -> None:
     """Everything below `out`; a demo that was interrupted goes on where it stopped."""
-    started = time.monotonic()
     data, output = out / "data", out / "run"
     overrides = ["--set", f"data.bids={data}", "--set", f"output={output}"]
     config = load_config(config_path, overrides[1::2])
-    if not (data / "participants.tsv").is_file():
-        shape = [str(n) for n in config.data.grid.shape]
-        _step("toy brains", "ldm3d", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape)
+    clock = start_clock(config, out)
     experiment = [config_path, *overrides]
-    _step("prepare", "ldm3d", "prepare", *experiment)
     launch = ["accelerate.commands.launch", "--quiet", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "-m"]
-    _step("train the autoencoder", *launch, "ldm3d.training.autoencoder", *experiment)
-    _step("encode", "ldm3d", "encode", *experiment)
-    _step("train the diffusion model", *launch, "ldm3d.training.diffusion", *experiment)
+    shape = [str(n) for n in config.data.grid.shape]
+    steps = {
+        "toy brains": ["ldm3d", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape],
+        "prepare": ["ldm3d", "prepare", *experiment],
+        "train the autoencoder": [*launch, "ldm3d.training.autoencoder", *experiment],
+        "encode": ["ldm3d", "encode", *experiment],
+        "train the diffusion model": [*launch, "ldm3d.training.diffusion", *experiment],
+    }
+    for title, command in steps.items():
+        if title != "toy brains" or not (data / "participants.tsv").is_file():
+            with clock.part(title):
+                _step(title, *command)
 
     where = own_device()
     pipeline = Pipeline.from_pretrained(config.model_folder, where, dtype("auto", where))
     sweep = out / "generated"
     if not (sweep / "participants.tsv").is_file():
-        _say("generate a sweep of ages and ventricular volumes")
-        rows = pipeline.parse([{"age": a, "ventricular_volume_ml": v} for a in AGES for v in VENTRICLES_ML])
-        numbers = [0] * len(rows)  # the same noise for all, so that what differs is what was asked
-        volumes = pipeline.volumes(rows, pipeline.sampling, numbers=numbers)
-        pipeline.write(sweep, volumes, rows, pipeline.sampling, numbers=numbers)
+        with clock.part("generate a sweep"):
+            _say("generate a sweep of ages and ventricular volumes")
+            rows = pipeline.parse([{"age": a, "ventricular_volume_ml": v} for a in AGES for v in VENTRICLES_ML])
+            numbers = [0] * len(rows)  # the same noise for all, so that what differs is what was asked
+            volumes = pipeline.volumes(rows, pipeline.sampling, numbers=numbers)
+            pipeline.write(sweep, volumes, rows, pipeline.sampling, numbers=numbers)
+    with clock.part("evaluate"):
+        goals, page = _evaluate(pipeline, data, out)
+    for goal in goals:
+        verdict = "reached" if goal.reached else "NOT REACHED"
+        print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
+    print(f"\n{clock.summary()}\nvolumes and mosaic: {sweep}\npage: {page}")
+
+
+def start_clock(config: Config, out: Path) -> Clock:
+    """Measure what the demo's parts will take here, and say it; what is there already takes no time."""
+    print("measuring how long this will take here", flush=True)
+    swept = SWEEP_VALUES * SWEEP_REPEATS * sum(c.kind == "continuous" for c in config.covariates)
+    held_out = round(SUBJECTS * config.data.splits.test)
+    drawn = len(AGES) * len(VENTRICLES_ML)
+    expected = expected_seconds(config, SUBJECTS, held_out, GENERATED, swept, drawn)
+    there = {
+        "toy brains": out / "data/participants.tsv",
+        "train the autoencoder": config.autoencoder_folder,
+        "train the diffusion model": config.model_folder,
+        "generate a sweep": out / "generated/participants.tsv",
+    }
+    clock = Clock({name: 0.0 if name in there and there[name].exists() else s for name, s in expected.items()})
+    print(clock.announce(), flush=True)
+    return clock
+
+
+def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Path]:
+    """Judge the model on held-out toy brains; the demo's goals, and the page."""
     _say("evaluate")
     pipeline.threads = None  # all: what is measured does not depend on the last bits
-    config, scans = held_out_scans(config.model_folder, data, out / "work")
+    config, scans = held_out_scans(out / "run/model", data, out / "work")
     subjects = scans[pipeline.schema.names].to_dict("records")
 
     def load(i: int):
         return load_prepared(config, scans["key"][i])
 
-    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, 64, extractor=RandomFeatures())
+    found = evaluate(
+        pipeline,
+        subjects,
+        load,
+        measure_volumes,
+        pipeline.sampling,
+        GENERATED,
+        SWEEP_VALUES,
+        SWEEP_REPEATS,
+        extractor=RandomFeatures(),
+    )
     goals = demo_goals(found)
     shown = [*goals, *lights(found)]
     page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, shown)
-    print(summary(found))
-    print()
-    for goal in goals:
-        verdict = "reached" if goal.reached else "NOT REACHED"
-        print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes\nvolumes and mosaic: {sweep}\npage: {page}")
+    print(summary(found) + "\n")
+    return goals, page
 
 
 def demo_goals(found: Evaluation) -> list[Goal]:

@@ -1,0 +1,191 @@
+"""How long a demo takes on this machine: what its parts cost, from a few of their steps, and what they took."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ldm3d.config import Config
+from ldm3d.covariates import CovariateSchema
+from ldm3d.data.phantoms import make_phantom, write_dataset
+from ldm3d.data.preprocess import prepare
+from ldm3d.description import Sampling
+from ldm3d.diffusion.process import make_process
+from ldm3d.evaluation.features import RandomFeatures, extract
+from ldm3d.evaluation.volumetry import measure_volumes
+from ldm3d.geometry import Grid
+from ldm3d.models.pretrained import make_network
+from ldm3d.pipeline import Pipeline
+from ldm3d.precision import bf16_is_fast, dtype
+from ldm3d.processes import cores, own_device
+from ldm3d.training.linear_path import BATCH
+from ldm3d.training.losses import kl_divergence
+from ldm3d.training.optimizer import make_optimizer
+
+STARTS = 1.6  # of Python with PyTorch, in a command that also reads its data, as multiples of one that does not
+STATISTICS = 3.0  # splits, bootstraps and plots of an evaluation, in the same unit
+
+
+class Clock:
+    """What parts were expected to take, and took.
+
+    Args:
+        expected: part -> seconds.
+        now: seconds that pass; another one in tests.
+    """
+
+    def __init__(self, expected: Mapping[str, float], now: Callable[[], float] = time.monotonic):
+        self.expected, self.now, self.took = dict(expected), now, {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is done within is this part."""
+        start = self.now()
+        yield
+        self.took[name] = self.now() - start
+
+    def announce(self) -> str:
+        """How long all of it will take here."""
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.expected.items())
+        return f"this will take about {minutes(sum(self.expected.values()))} here: {parts}"
+
+    def summary(self) -> str:
+        """What parts took beside what was expected; only those that ran."""
+        rows = [f"  {name:32} {self.took[name]:6.0f} s   expected {self.expected[name]:6.0f} s" for name in self.took]
+        took, expected = sum(self.took.values()), sum(self.expected[name] for name in self.took)
+        return "\n".join([*rows, f"  {'together':32} {took:6.0f} s   expected {expected:6.0f} s"])
+
+
+def minutes(seconds: float) -> str:
+    """In words, to the half minute."""
+    halves = max(1, round(seconds / 30))
+    return f"{halves / 2:g} minute{'' if halves == 2 else 's'}"
+
+
+def expected_seconds(config: Config, subjects: int, held_out: int, generated: int, swept: int, drawn: int) -> dict[str, float]:
+    """Seconds of each part of a demo, from a few steps of each on this machine.
+
+    Args:
+        config: its experiment.
+        subjects, held_out: of the toy dataset, and those of them that are evaluated on.
+        generated, swept: volumes of the evaluation; drawn: of the pictures beside.
+    """
+    start = STARTS * once(lambda: subprocess.run([sys.executable, "-c", "import ldm3d.training.diffusion"], check=True))
+    phantom, scan = _data_seconds(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    linear, step_1, step_2, encode = _training_seconds(config)
+    volume, again, looked = _evaluation_seconds(config)
+    torch.set_num_threads(threads)
+    one, two = config.autoencoder, config.diffusion
+    return {
+        "toy brains": start + subjects * phantom,
+        "prepare": start + subjects * scan,
+        "train the autoencoder": 1.5 * start + one.linear_path_steps * linear + one.training.steps * step_1,
+        "encode": start + subjects * encode,
+        "train the diffusion model": 1.5 * start + two.training.steps * step_2,
+        "generate a sweep": drawn * volume[1],
+        "evaluate": STATISTICS * start + held_out * (again + 2 * looked) + (generated + swept) * (volume[0] + looked),
+    }
+
+
+def once(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def typical(work: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds that it takes, the middle of some, once it has been done before."""
+    work()
+    return sorted(once(work) for _ in range(repeats))[repeats // 2]
+
+
+def _data_seconds(config: Config) -> tuple[float, float]:
+    """A phantom, and preparing one, with all cores at work."""
+    count = 6
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        phantom = once(lambda: write_dataset(data, count, config.data.grid.shape, workers=1)) / count
+        source = config.data.model_copy(update={"bids": data})
+        there = config.model_copy(update={"data": source, "output": Path(folder) / "run"})
+        scan = once(lambda: prepare(there, workers=1)) / count
+    return phantom / cores(), scan / cores()
+
+
+def _training_seconds(config: Config) -> tuple[float, float, float, float]:
+    """A step of the linear path, of stage 1 and of stage 2, and encoding one scan."""
+    device = own_device()
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
+    network, training = config.autoencoder.network, config.autoencoder.training
+    model = make_network("Autoencoder", **network.model_dump()).to(device)
+    optimizer = make_optimizer(model, training)
+    volumes = torch.rand(training.batch_size, model.in_channels, *config.data.grid.shape, device=device)
+    latent = model.latent_shape(config.data.grid.shape)
+    noise = torch.randn(training.batch_size, *latent, device=device)
+
+    def linear_step() -> None:
+        with autocast:
+            again = model.through_linear_path(volumes[:BATCH])
+        (again.float() - volumes[:BATCH]).square().mean().backward()
+        model.zero_grad()
+
+    def step_1() -> None:
+        with autocast:
+            made, moments = model(volumes, noise)
+        ((made.float() - volumes).square().mean() + kl_divergence(moments)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def encode() -> None:
+        model.to(dtype=dtype("auto", device)).encode(volumes.to(dtype("auto", device)))
+
+    unet = make_unet(config, latent[0]).to(device)
+    own = make_optimizer(unet, config.diffusion.training)
+    size = config.diffusion.training.batch_size
+    z, times = torch.randn(size, *latent, device=device), torch.full((size,), 500.0, device=device)
+
+    def step_2() -> None:
+        with autocast:
+            output = unet(z, times)
+        (output.float() - z).square().mean().backward()
+        own.step()
+        own.zero_grad()
+
+    found = [typical(work) for work in (linear_step, step_1, step_2)]
+    return *found, typical(encode) / training.batch_size
+
+
+def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, float]:
+    """A volume generated with all threads, and with one; one reconstructed; one measured."""
+    device, grid = own_device(), Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    autoencoder = make_network("Autoencoder", **config.autoencoder.network.model_dump()).eval()
+    unet, process = make_unet(config, autoencoder.latent_channels).eval(), make_process("flow")
+    schema = CovariateSchema(tuple(c.covariate() for c in config.covariates))
+    sampling = Sampling(**config.generation.model_dump())
+    pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.diffusion.target, sampling)
+    pipeline.to(device, dtype("auto", device))
+    volume = torch.from_numpy(make_phantom(grid.shape, grid.spacing_mm[0])[0] / 1000)
+    seconds = []
+    requests = pipeline.parse([{}] * pipeline.group_size)
+    for threads in (None, 1):
+        pipeline.threads = threads
+        seconds.append(typical(lambda: list(pipeline.volumes(requests, sampling)), 1) / pipeline.group_size)
+    again = typical(lambda: pipeline.reconstruct(volume[None, None].to(device)))
+    features, array = RandomFeatures(), volume.numpy()
+    looked = typical(lambda: (measure_volumes(array, grid.spacing_mm), extract([array], features, device)), 1)
+    return (seconds[0], seconds[1]), again, looked
+
+
+def make_unet(config: Config, channels: int) -> torch.nn.Module:
+    """A network as stage 2 makes it."""
+    categories = [len(c.categories) for c in config.covariates]
+    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": categories}
+    return make_network("UNet", **of_data, **config.diffusion.network.model_dump())
