@@ -18,9 +18,7 @@ from ldm3d.evaluation.fidelity import Evaluation, evaluate
 from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
 from ldm3d.pipeline import Pipeline
-from ldm3d.precision import dtype
 from ldm3d.preemption import REQUEUE
-from ldm3d.processes import own_device
 from ldm3d.report.evaluation import Goal, summary, write_report
 from ldm3d.report.sections import lights
 
@@ -51,8 +49,7 @@ def run_demo(out: Path, config_path: Path) -> None:
             with clock.part(title):
                 _step(title, *command)
 
-    where = own_device()
-    pipeline = Pipeline.from_pretrained(config.model_folder, where, dtype("auto", where))
+    pipeline = Pipeline.from_pretrained(config.model_folder)
     sweep = out / "generated"
     if not (sweep / "participants.tsv").is_file():
         with clock.part("generate a sweep"):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import ldm3d
+from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
 from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
@@ -212,20 +213,21 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+        cls, folder: Path | str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Pipeline":
         """Load a pipeline folder.
 
         Args:
             folder: written by training stage 2 or `save_pretrained`.
             device: None for CUDA where there is one, else the CPU.
-            dtype: torch.float32 or torch.bfloat16.
+            dtype: torch.float32 or torch.bfloat16; None for what is fast on the device, as the command line has it.
 
         Raises:
             InputError: not such a folder, or a damaged one.
         """
         folder = Path(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or precision.dtype("auto", device)
         if not (folder / DESCRIPTION).is_file():
             raise InputError(f"{folder} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
         parts = read_description(folder / DESCRIPTION)

@@ -24,10 +24,10 @@ def test_the_decoder_changes_and_nothing_else(experiment, tmp_path, train_here):
     assert changed == {"decoder", "to_voxels", "synthesis"}
     assert torch.equal(load_file(tmp_path / "autoencoder/model.safetensors")["to_voxels.weight"], before["to_voxels.weight"])
     read_latents(load_config(config).latents_folder, latents_origin(load_config(config)))  # is not stale
-    pipeline = Pipeline.from_pretrained(tmp_path / "model")
+    pipeline = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
     assert torch.equal(pipeline.autoencoder.state_dict()["to_voxels.weight"], after["to_voxels.weight"])
     assert (tmp_path / "decoder-training/preview-00000008.png").is_file()
 
     train_here("diffusion", config, "training.steps=9")  # stage 2 after it takes it up, too
-    pipeline = Pipeline.from_pretrained(tmp_path / "model")
+    pipeline = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
     assert torch.equal(pipeline.autoencoder.state_dict()["to_voxels.weight"], after["to_voxels.weight"])

@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def pipeline(model, monkeypatch) -> Pipeline:
     monkeypatch.setattr(generation, "MOSAIC_VOLUMES", 1)  # most of the time would go into drawing
-    return Pipeline.from_pretrained(model, device="cpu")
+    return Pipeline.from_pretrained(model, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")

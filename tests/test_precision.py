@@ -15,7 +15,7 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation.segmenter import Segmenter
 from ldm3d.evaluation.volumetry import load_measure
 from ldm3d.precision import bf16_is_fast, dtype
-from ldm3d.training import run
+from ldm3d.training import parallel
 
 HIDING = [
     {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -103,12 +103,12 @@ def test_training_asks_of_the_device_it_takes(fast, expected, tmp_path, monkeypa
     """A run that is told to use the CPU of a machine with a GPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     asked = []
-    monkeypatch.setattr(run, "bf16_is_fast", lambda device: asked.append(device.type) or fast)
+    monkeypatch.setattr(parallel, "bf16_is_fast", lambda device: asked.append(device.type) or fast)
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
         settings = TrainingConfig(steps=1, batch_size=1, learning_rate=1e-3)
-        found = run.start_accelerator(settings, tmp_path, seed=0).mixed_precision
+        found = parallel.start_accelerator(settings, tmp_path, seed=0).mixed_precision
     finally:
         torch.set_num_threads(threads)
         AcceleratorState._reset_state(reset_partial_state=True)

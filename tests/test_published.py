@@ -174,7 +174,7 @@ def assert_same_networks(
 
 def run_import(folder: Path, out: Path, library: str) -> Pipeline:
     command_line("import-monai", folder, "--out", out, "--library", library)
-    return Pipeline.from_pretrained(out, device="cpu")
+    return Pipeline.from_pretrained(out, "cpu", torch.float32)
 
 
 # The two published layouts

@@ -198,8 +198,8 @@ def _build(name: str, library: str, channels: Sequence[int], flash_attention: bo
             from monai.networks import nets
 
             network_class = getattr(nets, name)
-            return network_class(spatial_dims=3, channels=channels, use_flash_attention=flash_attention, **arguments)
-        if library == "monai-generative":
+            network = network_class(spatial_dims=3, channels=channels, use_flash_attention=flash_attention, **arguments)
+        elif library == "monai-generative":
             with quiet_xformers():  # which it imports where it is installed
                 from generative.networks import nets
 
@@ -209,11 +209,23 @@ def _build(name: str, library: str, channels: Sequence[int], flash_attention: bo
     except ValueError as error:  # widths, groups and flags that do not go together
         raise InputError(f"{name} of {library} with channels {list(channels)}: {error}") from None
     for module in network.modules():
-        if hasattr(module, "proj_attn"):  # never called: whoever waits for its gradient waits forever
+        if isinstance(module, nn.AvgPool3d):
+            module.__class__ = _AveragePool
+        if library == "monai":
+            continue
+        if hasattr(module, "proj_attn"):  # it is never called, and has no gradient that other processes could wait for
             module.proj_attn.requires_grad_(False)
         if flash_attention and hasattr(module, "use_flash_attention"):
             module.register_forward_pre_hook(_prefer_xformers)
     return network
+
+
+class _AveragePool(nn.AvgPool3d):
+    """Average pooling, for which PyTorch has no kernel in bfloat16 on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        return super().forward(x.float()).to(x.dtype) if half else super().forward(x)
 
 
 def _prefer_xformers(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:

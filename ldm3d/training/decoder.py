@@ -139,7 +139,7 @@ class DecoderTask(Task):
         (config.decoder_folder / ORIGIN).write_text(self.settings["autoencoder"] + "\n")
         print(f"autoencoder with the sharpened decoder written to {config.decoder_folder} ({which})")
         if config.model_folder.is_dir():
-            pipeline = Pipeline.from_pretrained(config.model_folder, "cpu")
+            pipeline = Pipeline.from_pretrained(config.model_folder, "cpu", torch.float32)
             pipeline.autoencoder = LatentSpace.from_pretrained(config.decoder_folder)
             pipeline.save_pretrained(config.model_folder)
             save_experiment(config, config.model_folder)

@@ -37,6 +37,7 @@ class VolumeLoss:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.settings, self.perceptual, self.adversary, self.autocast = settings, perceptual, adversary, autocast
+        self._asked = False
 
     @classmethod
     def of(cls, settings: AutoencoderConfig | DecoderConfig, channels: int, accelerator: Accelerator) -> "VolumeLoss":
@@ -90,6 +91,10 @@ class VolumeLoss:
         """The loss of what made the volumes, and then the adversary's own; see `Task.losses`."""
         adversarial = self.is_adversarial(step)
         if adversarial:
+            if not self._asked:  # FSDP notes the type of gradients at the first call, and of frozen parameters none
+                self._asked = True
+                with torch.no_grad():
+                    self._ask_adversary(None, made)
             self.adversary.network.requires_grad_(False)
         yield MAIN, *self(volume, made, step, moments)
         if adversarial:
