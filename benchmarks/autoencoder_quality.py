@@ -23,7 +23,7 @@ from monai.networks.nets import AutoencoderKL
 from protocol import device, write
 from turns import Training, in_turns
 
-from ldm3d.evaluation.metrics import psnr
+from ldm3d.metrics.reconstruction import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.precision import bf16_is_fast
 from ldm3d.training.ema import EMA

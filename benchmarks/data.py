@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ldm3d.config import Config, load_config
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.data.preprocess import load_prepared, prepare, read_scan_table
+from ldm3d.data.preparing import load_prepared, prepare, read_scan_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHANTOMS, HELD_OUT = 320, 40

@@ -32,7 +32,8 @@ from protocol import GB, denoiser_calls, device, free_memory, in_own_process, me
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm3d.config import Config, load_config
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.denoiser import TIMESTEPS, ask
 from ldm3d.diffusion.process import make_process

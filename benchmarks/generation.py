@@ -20,7 +20,7 @@ import torch
 from protocol import device, memory_of, spread, time_in_turns, write
 from torch import nn
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.generation import generate

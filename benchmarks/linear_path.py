@@ -14,7 +14,7 @@ from data import load
 from protocol import device, write
 from torch import Tensor
 
-from ldm3d.evaluation.metrics import psnr
+from ldm3d.metrics.reconstruction import psnr
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import depth_to_space, space_to_depth
 from ldm3d.precision import bf16_is_fast

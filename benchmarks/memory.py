@@ -19,7 +19,7 @@ from monai.networks.nets import AutoencoderKL
 from protocol import GB, device, free_memory, in_own_process, measure, write
 from torch import nn
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.memory import decode_bytes
 from ldm3d.models.pretrained import make_network
 from ldm3d.models.streaming import decode_streamed

@@ -31,7 +31,8 @@ from protocol import write
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm3d.config import Config, load_config
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
 from ldm3d.models.pretrained import make_network
 from ldm3d.precision import bf16_is_fast
 from ldm3d.training.optimizer import make_optimizer

@@ -10,17 +10,18 @@ from types import FrameType
 
 import numpy as np
 
-from ldm3d.config import Config, load_config
-from ldm3d.data.preprocess import load_prepared
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
+from ldm3d.data.preparing import load_prepared
 from ldm3d.demo_clock import Clock, expected_seconds
-from ldm3d.evaluation.features import RandomFeatures
 from ldm3d.evaluation.fidelity import Evaluation, evaluate
-from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.experiment import held_out_scans
+from ldm3d.metrics.features import RandomFeatures
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import REQUEUE
-from ldm3d.report.evaluation import Goal, summary, write_report
 from ldm3d.report.sections import lights
+from ldm3d.report.write import Goal, summary, write_report
+from ldm3d.rulers.volumetry import measure_volumes
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)

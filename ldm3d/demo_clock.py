@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from ldm3d.config import Config
+from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.data.phantoms import make_phantom, write_dataset
-from ldm3d.data.preprocess import prepare
+from ldm3d.data.preparing import prepare
 from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
-from ldm3d.evaluation.features import RandomFeatures, extract
-from ldm3d.evaluation.volumetry import measure_volumes
 from ldm3d.geometry import Grid
+from ldm3d.metrics.features import RandomFeatures, extract
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
+from ldm3d.rulers.volumetry import measure_volumes
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ldm3d.config import MAX_VOXELS, Suffix
+from ldm3d.config.data import MAX_VOXELS, Suffix
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS, choose, make_process
 from ldm3d.diffusion.samplers import SAMPLERS

@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from ldm3d.config import Config, explain
+from ldm3d.config.explain import explain
+from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
-from ldm3d.data.preprocess import fingerprint, prepare, read_scan_table
+from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
 from ldm3d.description import DESCRIPTION, read_description
 from ldm3d.errors import InputError, shown
 from ldm3d.files import write_whole

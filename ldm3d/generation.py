@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import Value, describe
-from ldm3d.data.bids import as_json, derivative_files, participants_files, synthetic_path
+from ldm3d.data.derivative import as_json, derivative_files, participants_files, synthetic_path
 from ldm3d.data.nifti import pack_volume, unpack_volume
 from ldm3d.errors import InputError, differences
 from ldm3d.preemption import Stop
@@ -42,9 +42,9 @@ except ImportError:  # Windows: two starts of one command at the same time go un
     fcntl = None
 
 if TYPE_CHECKING:  # they import this module
-    from ldm3d.audit.guard import Guard
     from ldm3d.description import Sampling
     from ldm3d.pipeline import Pipeline
+    from ldm3d.privacy.guard import Guard
 
 SERIES, UNFINISHED, WITHHELD = "series.json", ".unfinished", "withheld"
 AROUND = ("mosaic.png", "participants.json", "participants.tsv")  # written in this order when no volume is missing

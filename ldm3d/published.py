@@ -23,17 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm3d.config import (
-    GenerationConfig,
-    GridConfig,
-    MonaiAutoencoderConfig,
-    MonaiLibrary,
-    MonaiUNetConfig,
-    ProcessConfig,
-    Section,
-    Suffix,
-    explain,
-)
+from ldm3d.config.base import Section
+from ldm3d.config.data import GridConfig, Suffix
+from ldm3d.config.explain import explain
+from ldm3d.config.networks import MonaiAutoencoderConfig, MonaiLibrary, MonaiUNetConfig
+from ldm3d.config.sections import GenerationConfig, ProcessConfig
+from ldm3d.config.yaml import read_yaml
 from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.description import WHOLE, Sampling
 from ldm3d.diffusion.process import choose, make_process
@@ -41,7 +36,6 @@ from ldm3d.errors import InputError
 from ldm3d.geometry import Grid, spacing_of
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
 from ldm3d.pipeline import Pipeline
-from ldm3d.yaml_files import read_yaml
 
 SETTINGS = "import.yaml"
 SUFFIXES = (".pth", ".pt", ".safetensors")

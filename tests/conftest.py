@@ -20,7 +20,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from ldm3d import cli
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.data.phantoms import write_dataset
 from ldm3d.preemption import SIGNALS, Stop
 

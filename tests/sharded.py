@@ -19,7 +19,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldm3d.config import AdversarialConfig, TrainingConfig, load_config
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import AdversarialConfig, TrainingConfig
 from ldm3d.models import unet as unet_module
 from ldm3d.models.blocks import ResBlock
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet

@@ -67,7 +67,7 @@ def test_reader_sees_every_form_of_import():
         (["errors.py"], ()),
         (["geometry.py", "covariates.py", "files.py"], ("ldm3d.errors",)),
         (["yaml_files.py"], ("ldm3d.errors",)),
-        (["config.py"], ("ldm3d.errors", "ldm3d.covariates", "ldm3d.yaml_files")),
+        (["config.py"], ("ldm3d.errors", "ldm3d.covariates", "ldm3d.config.yaml")),
         (["models/"], ("ldm3d.errors", "ldm3d.models")),
         (["diffusion/"], ("ldm3d.errors", "ldm3d.diffusion")),
         (["preemption.py", "processes.py"], ("ldm3d.errors",)),

@@ -20,17 +20,9 @@ from scipy import stats
 from torture.generation import bids_errors, digests, make_pipeline
 
 from ldm3d import generation
-from ldm3d.audit import membership
-from ldm3d.audit.audit import Audit, audit, data_copying
-from ldm3d.audit.calibration import Rate, calibrate, p_values
-from ldm3d.audit.descriptors import SHIFTS, coarse_volumes, descriptors_of
-from ldm3d.audit.embedding import augment, contrastive_loss, train_embedding
-from ldm3d.audit.guard import Guard
-from ldm3d.audit.nearest import SPACES, Likeness, Nearest, Reference
-from ldm3d.audit.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.data.bids import synthetic_path
+from ldm3d.data.derivative import synthetic_path
 from ldm3d.data.nifti import write_volume
 from ldm3d.data.phantoms import make_phantom, write_dataset
 from ldm3d.description import Sampling
@@ -42,8 +34,16 @@ from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline
+from ldm3d.privacy import membership
+from ldm3d.privacy.audit import Audit, audit, data_copying
+from ldm3d.privacy.descriptors import SHIFTS, coarse_volumes, descriptors_of
+from ldm3d.privacy.embedding import augment, contrastive_loss, train_embedding
+from ldm3d.privacy.guard import Guard
+from ldm3d.privacy.nearest import SPACES, Likeness, Nearest, Reference
+from ldm3d.privacy.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
 from ldm3d.processes import Processes
 from ldm3d.report.audit import goals
+from ldm3d.statistics.conformal import Rate, calibrate, p_values
 
 SHAPE = (24, 28, 24)
 TRAINED, HELD, NEW = 24, 24, 12  # subjects

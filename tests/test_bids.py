@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ldm3d.config import CovariateConfig, DataConfig
-from ldm3d.data.bids import derivative_files, participants_files, read_scans, synthetic_path
+from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.data.bids import read_scans
+from ldm3d.data.derivative import derivative_files, participants_files, synthetic_path
 from ldm3d.data.nifti import write_volume
 from ldm3d.errors import InputError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.categories import Reader, count_hits
+from ldm3d.rulers.categories import Reader, count_hits
 
 
 def volumes(n: int, seed: int, apart: float):

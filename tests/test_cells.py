@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ldm3d.config import CovariateConfig
+from ldm3d.config.data import CovariateConfig
 from ldm3d.data.cells import read_cells
 from ldm3d.data.outliers import implausible
 from ldm3d.errors import InputError

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_end_to_end import another_run
 
-from ldm3d.config import AutoencoderConfig
+from ldm3d.config.sections import AutoencoderConfig
 from ldm3d.diffusion.objective import Denoising
 from ldm3d.diffusion.process import make_process
 from ldm3d.models.autoencoder import LatentSpace

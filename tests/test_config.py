@@ -12,7 +12,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from ldm3d import cli
-from ldm3d.config import RESERVED_NAMES, Config, DataConfig, load_config
+from ldm3d.config.data import RESERVED_NAMES, DataConfig
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
 from ldm3d.errors import InputError
 from ldm3d.models import blocks

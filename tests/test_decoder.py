@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from test_end_to_end import another_run
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.data.latents import read_latents
 from ldm3d.experiment import latents_origin
 from ldm3d.pipeline import Pipeline

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm3d import demo, demo_clock
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.demo_clock import Clock, expected_seconds, minutes
 
 TOY = Path(__file__).parents[1] / "configs/toy.yaml"

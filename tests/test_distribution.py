@@ -9,8 +9,8 @@ from monai.metrics import FIDMetric, MMDMetric
 from scipy import linalg
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation import distribution
-from ldm3d.evaluation.distribution import (
+from ldm3d.metrics import distances as distribution
+from ldm3d.metrics.distances import (
     frechet_distance,
     frechet_infinity,
     inception_score,

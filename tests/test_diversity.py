@@ -8,8 +8,8 @@ from monai.metrics.regression import compute_ms_ssim
 from scipy import ndimage
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation import diversity
-from ldm3d.evaluation.diversity import four_g_r_ssim, ms_ssim, num_scales
+from ldm3d.metrics import similarity as diversity
+from ldm3d.metrics.similarity import four_g_r_ssim, ms_ssim, num_scales
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:

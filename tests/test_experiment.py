@@ -13,11 +13,11 @@ import pytest
 import yaml
 from conftest import SHAPE, command_line, tiny_settings
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.data.keys import scan_of, volume_key
 from ldm3d.data.nifti import read_volume, write_volume
 from ldm3d.data.phantoms import write_dataset
-from ldm3d.data.preprocess import prepare, read_scan_table
+from ldm3d.data.preparing import prepare, read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT, find_experiment, save_experiment, scans_by_use
 from ldm3d.seen import RECORD, note_scans, seen_by, sign
@@ -26,7 +26,7 @@ from ldm3d.seen import RECORD, note_scans, seen_by, sign
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Scans are prepared here: starting workers takes longer than 20 tiny scans."""
-    monkeypatch.setattr("ldm3d.data.preprocess.cores_each", lambda: 1)
+    monkeypatch.setattr("ldm3d.data.preparing.cores_each", lambda: 1)
 
 
 # Identity of a scan

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.data.loading import generator
-from ldm3d.evaluation import fairness
-from ldm3d.evaluation.bootstrap import numbered
-from ldm3d.evaluation.comparison import compare
-from ldm3d.evaluation.fairness import FEW, GAP, NONE, SMALL, Judged, beyond, gaps, groupings, label, labels_of
+from ldm3d.data.batches import generator
+from ldm3d.evaluation import subgroups as fairness
 from ldm3d.evaluation.fidelity import Evaluation, judged_by_group
+from ldm3d.evaluation.subgroups import FEW, GAP, NONE, SMALL, Judged, beyond, gaps, groupings, label, labels_of
 from ldm3d.report.sections import lights
+from ldm3d.statistics.agreement import compare
+from ldm3d.statistics.bootstrap import numbered
 
 SCHEMA = CovariateSchema(
     (Covariate("age", "continuous", "years"), Covariate("sex", "categorical", categories=("F", "M", "O")))

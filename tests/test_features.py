@@ -11,8 +11,9 @@ from torch import nn
 
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.errors import InputError
-from ldm3d.evaluation.distribution import spatial_features
-from ldm3d.evaluation.features import (
+from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.metrics.distances import spatial_features
+from ldm3d.metrics.features import (
     MedicalNet,
     RadImageNet,
     RandomFeatures,
@@ -21,8 +22,7 @@ from ldm3d.evaluation.features import (
     read_features,
     standardise,
 )
-from ldm3d.evaluation.measures import compare, compare_pairs
-from ldm3d.evaluation.verdicts import Finding
+from ldm3d.statistics.equivalence import Finding
 
 
 def phantoms(seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
@@ -235,7 +235,7 @@ def test_radimagenet_takes_both_ways_of_naming(tmp_path, monkeypatch):
         if root != "fc":
             counted[f"backbone.{places[root]}.{rest}"] = value
     save_file(counted, tmp_path / "counted.safetensors")
-    monkeypatch.setattr("ldm3d.evaluation.features.SLICE_SIDE", 64)  # less to compute
+    monkeypatch.setattr("ldm3d.metrics.features.SLICE_SIDE", 64)  # less to compute
     volume = torch.rand(1, 1, 64, 32, 64)
     slices = [volume[:, :, 32], volume[:, :, :, 16], volume[..., 32]]
     expected = sum(resnet50(2 * plane.repeat(1, 3, 1, 1) - 1, state) for plane in slices) / 3
@@ -252,7 +252,7 @@ def test_radimagenet_takes_both_ways_of_naming(tmp_path, monkeypatch):
 
 def test_extractors_by_name():
     assert isinstance(load_extractor("random"), RandomFeatures)
-    assert isinstance(load_extractor("ldm3d.evaluation.features:RandomFeatures"), RandomFeatures)
+    assert isinstance(load_extractor("ldm3d.metrics.features:RandomFeatures"), RandomFeatures)
     for name in ("vgg", "numpy:nothing", "medical.net:x", ""):
         with pytest.raises(InputError, match=r"package\.module:function"):
             load_extractor(name)

@@ -6,10 +6,10 @@ from scipy import stats
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError
-from ldm3d.evaluation.bootstrap import interval, mean_interval, numbered, resamples
-from ldm3d.evaluation.comparison import BAND, _spread, compare
-from ldm3d.evaluation.metrics import agreement
 from ldm3d.evaluation.support import beyond_training
+from ldm3d.metrics.reconstruction import agreement
+from ldm3d.statistics.agreement import BAND, _spread, compare
+from ldm3d.statistics.bootstrap import interval, mean_interval, numbered, resamples
 
 
 def test_interval_of_a_mean_is_as_wide_as_its_standard_error_says():

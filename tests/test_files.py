@@ -9,7 +9,7 @@ from torture.generation import make_pipeline
 from torture.hostile.names import NAMES
 
 from ldm3d.covariates import Covariate, as_name
-from ldm3d.data.label_maps import LabelMaps
+from ldm3d.data.labels import LabelMaps
 from ldm3d.errors import InputError
 from ldm3d.files import LONGEST_NAME, checked_name, replacing, write_whole
 

@@ -19,14 +19,15 @@ from torture.generation import make_pipeline
 from torture.hostile.case import OUTSIDE, Case, Link, nifti
 from torture.hostile.reading import Reader, problem_of
 
-from ldm3d.config import CovariateConfig, DataConfig, load_config
+from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.config.read import load_config
+from ldm3d.config.yaml import parse_yaml
 from ldm3d.data import bids, preprocess
 from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
-from ldm3d.yaml_files import parse_yaml
 
 GRID = {"shape": (8, 8, 8), "spacing_mm": 2}
 

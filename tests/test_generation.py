@@ -18,13 +18,13 @@ from conftest import command_line
 from torture.generation import digests, make_pipeline, run
 
 from ldm3d import generation
-from ldm3d.audit.volumes import written_in
-from ldm3d.data.bids import synthetic_path
+from ldm3d.data.derivative import synthetic_path
 from ldm3d.data.nifti import read_volume
 from ldm3d.errors import InputError
 from ldm3d.generation import Series, generate
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.preemption import REQUEUE, Stop
+from ldm3d.privacy.volumes import written_in
 from ldm3d.processes import Processes, which_process
 
 ROWS = [{"age": 20.0 + 5 * i, "sex": "FM"[i % 2]} for i in range(10)]

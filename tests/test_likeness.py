@@ -8,12 +8,12 @@ import torch
 from scipy import ndimage
 
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.evaluation.features import RandomFeatures
 from ldm3d.evaluation.fidelity import evaluate
-from ldm3d.evaluation.likeness import IN_PAIRS, Seen, compare_all, look_at
 from ldm3d.evaluation.measure_table import MEASURES
-from ldm3d.evaluation.verdicts import BEYOND, ENOUGH, FEW
+from ldm3d.evaluation.realism import IN_PAIRS, Seen, compare_all, look_at
+from ldm3d.metrics.features import RandomFeatures
 from ldm3d.report.likeness import light, sections
+from ldm3d.statistics.equivalence import BEYOND, ENOUGH, FEW
 
 SHAPE = (24, 28, 24)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.fairness import GAP, LEAST, gaps
-from ldm3d.evaluation.likeness import Seen
-from ldm3d.evaluation.likeness_by_group import SeenVolumes, gaps_of_likeness
+from ldm3d.evaluation.realism import Seen
+from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
+from ldm3d.evaluation.subgroups import GAP, LEAST, gaps
 
 SCHEMA = CovariateSchema((Covariate("sex", "categorical", categories=("F", "M", "O")),))
 BANDS = {"sex": []}

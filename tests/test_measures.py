@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.distribution import rbf_mmd
 from ldm3d.evaluation.measure_table import MEASURES, Measure
 from ldm3d.evaluation.measures import compare, compare_pairs
-from ldm3d.evaluation.verdicts import BEYOND, CLOSER, FEW, WITHIN, Finding
+from ldm3d.metrics.distances import rbf_mmd
+from ldm3d.statistics.equivalence import BEYOND, CLOSER, FEW, WITHIN, Finding
 
 BANDWIDTH = 2.0
 

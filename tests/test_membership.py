@@ -7,8 +7,8 @@ import pytest
 import torch
 from torture.generation import make_pipeline
 
-from ldm3d.audit.membership import REPEATS, TIMES, infer_members, losses_of
 from ldm3d.errors import InputError
+from ldm3d.privacy.membership import REPEATS, TIMES, infer_members, losses_of
 from ldm3d.report.audit import _given_away
 
 

@@ -10,11 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ldm3d import precision
-from ldm3d.config import TrainingConfig
+from ldm3d.config.sections import TrainingConfig
 from ldm3d.errors import InputError
-from ldm3d.evaluation.segmenter import Segmenter
-from ldm3d.evaluation.volumetry import load_measure
 from ldm3d.precision import bf16_is_fast, dtype
+from ldm3d.rulers.segmenter import Segmenter
+from ldm3d.rulers.volumetry import load_measure
 from ldm3d.training import parallel
 
 HIDING = [

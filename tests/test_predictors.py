@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.downstream import usefulness
-from ldm3d.evaluation.predictors import Learnt, _left_out, fit_predictor, fit_ridge, together
+from ldm3d.evaluation.utility import usefulness
+from ldm3d.rulers.regression import Learnt, _left_out, fit_predictor, fit_ridge, together
 
 WEIGHTS = np.array([3.0, -2.0, 0.5, 0, 0, 0])
 

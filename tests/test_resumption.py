@@ -18,7 +18,7 @@ from test_end_to_end import another_run
 from torch import nn
 from torture.runs import send, wait_for
 
-from ldm3d.data.loading import TrainingBatches
+from ldm3d.data.batches import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.preemption import REQUEUE, Stop, preemption
 from ldm3d.training.finite import FiniteSteps
@@ -230,7 +230,7 @@ def zeros(sample, rng):
 LEFT_BEHIND = """
 import sys
 from pathlib import Path
-from ldm3d.data.loading import TrainingBatches
+from ldm3d.data.batches import TrainingBatches
 from test_resumption import zeros
 if __name__ == "__main__":
     sys.batches = TrainingBatches(zeros, 3, 1, 1, seed=0).loader(0, 100, 1, False)  # as in the traceback of an error

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from conftest import tiny_settings
 
-from ldm3d.config import Config
-from ldm3d.data.loading import evenly
+from ldm3d.config.sections import Config
+from ldm3d.data.batches import evenly
 from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.randomness import generator
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.categories import count_hits
-from ldm3d.evaluation.comparison import compare
-from ldm3d.evaluation.fairness import Judged, gaps
 from ldm3d.evaluation.fidelity import Evaluation
+from ldm3d.evaluation.subgroups import Judged, gaps
 from ldm3d.evaluation.support import Beyond
-from ldm3d.evaluation.verdicts import Finding
 from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
+from ldm3d.rulers.categories import count_hits
+from ldm3d.statistics.agreement import compare
+from ldm3d.statistics.equivalence import Finding
 
 SCHEMA = CovariateSchema((Covariate("ml", "continuous", "ml"), Covariate("sex", "categorical", categories=("F", "M"))))
 N = 120

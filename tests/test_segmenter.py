@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import command_line
 
-from ldm3d.data.label_maps import LabelMaps, count_volumes, load_labels, parse_groups
+from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups
 from ldm3d.errors import InputError
-from ldm3d.evaluation.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
 from ldm3d.experiment import scans_by_use
+from ldm3d.rulers.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
 
 GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.data.bids import read_scans
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.errors import InputError

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from ldm3d.config import SplitConfig
+from ldm3d.config.data import SplitConfig
 from ldm3d.data.splits import assign_splits
 
 SHARES = SplitConfig(validation=0.1, test=0.2)

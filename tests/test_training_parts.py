@@ -14,10 +14,10 @@ import torch
 from monai.networks.nets import ResNetFeatures
 from safetensors.torch import load_file, save_file
 
-from ldm3d.config import AdversarialConfig, DiffusionConfig, TrainingConfig
+from ldm3d.config.sections import AdversarialConfig, DiffusionConfig, TrainingConfig
 from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.latents import check_latents, describe_noise, is_fresh, noise_share, read_latents, write_latents
-from ldm3d.data.loading import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.models.unet import UNet
 from ldm3d.randomness import generator

@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import SHAPE, command_line, tiny_settings
 
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.data.phantoms import write_dataset
 from ldm3d.models.attention import Attention
 from ldm3d.models.monai import MonaiUNet

@@ -18,7 +18,7 @@ from test_end_to_end import another_run
 from torch.optim import Adam
 
 import ldm3d
-from ldm3d.config import load_config
+from ldm3d.config.read import load_config
 from ldm3d.diffusion.vdm import Schedule
 from ldm3d.errors import InputError, differences
 from ldm3d.models.pretrained import make_network

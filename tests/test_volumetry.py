@@ -5,11 +5,11 @@ import pytest
 from scipy import ndimage
 
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.data.preprocess import to_grid
+from ldm3d.data.placing import to_grid
 from ldm3d.errors import InputError
-from ldm3d.evaluation.metrics import agreement
-from ldm3d.evaluation.volumetry import load_measure, measure_volumes
 from ldm3d.geometry import Grid
+from ldm3d.metrics.reconstruction import agreement
+from ldm3d.rulers.volumetry import load_measure, measure_volumes
 
 GRID = Grid.centred((40, 48, 40), (4.5, 4.5, 4.5))
 VENTRICLES, BRAIN = "ventricular_volume_ml", "brain_volume_ml"
@@ -140,10 +140,10 @@ def test_small_grids_are_measured(shape):
 
 
 def test_a_measure_is_loaded_by_name():
-    assert load_measure("ldm3d.evaluation.volumetry:measure_volumes") is measure_volumes
+    assert load_measure("ldm3d.rulers.volumetry:measure_volumes") is measure_volumes
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "no.such.module:f", "ldm3d.evaluation.volumetry:nothing", ":f", "numpy:"])
+@pytest.mark.parametrize("name", ["", "nowhere", "no.such.module:f", "ldm3d.rulers.volumetry:nothing", ":f", "numpy:"])
 def test_a_measure_that_does_not_exist_is_named(name):
     with pytest.raises(InputError, match="cannot be imported"):
         load_measure(name)

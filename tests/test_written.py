@@ -9,7 +9,7 @@ from conftest import command_line
 
 from ldm3d.data.nifti import write_volume
 from ldm3d.errors import InputError
-from ldm3d.report.written import compare_written, parse_columns, read_participants, read_volumes
+from ldm3d.report.external import compare_written, parse_columns, read_participants, read_volumes
 
 COLUMNS = {"ventricular_volume_ml": ["left lateral ventricle", "right lateral ventricle"]}
 

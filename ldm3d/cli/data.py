@@ -32,8 +32,8 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
 ) -> None:
     """Bring every scan to the config's grid; only what is new or has changed."""
-    from ldm3d.config import load_config
-    from ldm3d.data.preprocess import prepare
+    from ldm3d.config.read import load_config
+    from ldm3d.data.preparing import prepare
     from ldm3d.processes import started_processes
 
     settings, processes = load_config(config, override), started_processes()
@@ -59,9 +59,9 @@ def encode(
 
     import torch
 
-    from ldm3d.config import load_config
+    from ldm3d.config.read import load_config
     from ldm3d.data.latents import describe_noise, is_fresh, noise_share, read_latents, write_latents
-    from ldm3d.data.preprocess import load_prepared, read_scan_table
+    from ldm3d.data.preparing import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
     from ldm3d.models.autoencoder import LatentSpace
     from ldm3d.precision import dtype

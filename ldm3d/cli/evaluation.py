@@ -28,7 +28,7 @@ def evaluate(
     ] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
-    ] = "ldm3d.evaluation.volumetry:measure_volumes",
+    ] = "ldm3d.rulers.volumetry:measure_volumes",
     features: Annotated[
         str,
         typer.Option(
@@ -54,14 +54,14 @@ def evaluate(
     """
     import torch
 
-    from ldm3d.evaluation.features import load_extractor
-    from ldm3d.evaluation.volumetry import load_measure
     from ldm3d.experiment import scans_by_use
+    from ldm3d.metrics.features import load_extractor
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.assessment import assess
-    from ldm3d.report.evaluation import summary, write_report
+    from ldm3d.report.write import summary, write_report
+    from ldm3d.rulers.volumetry import load_measure
 
     processes = started_processes()
     where = device or own_device()
@@ -105,11 +105,11 @@ def audit(
 
     `ldm3d generate --audit OUT` then withholds such volumes.
     """
-    from ldm3d.audit.audit import audit
-    from ldm3d.audit.volumes import generated_for, of_scans, written_in
     from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
+    from ldm3d.privacy.audit import audit
+    from ldm3d.privacy.volumes import generated_for, of_scans, written_in
     from ldm3d.processes import own_device, started_processes
     from ldm3d.report.audit import summary, write_audit
 
@@ -150,11 +150,11 @@ def segmenter(
     """Train a small segmentation network on scans with label maps, for: ldm3d evaluate --measure segmenter:FOLDER."""
     import numpy as np
 
-    from ldm3d.data.label_maps import LabelMaps, load_labels, parse_groups
-    from ldm3d.evaluation.segmenter import dice, train_segmenter
+    from ldm3d.data.labels import LabelMaps, load_labels, parse_groups
     from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
+    from ldm3d.rulers.segmenter import dice, train_segmenter
 
     groups, maps = parse_groups(volume), LabelMaps(labels, pattern)
     config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment)
@@ -185,8 +185,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("comparison"),
 ) -> None:
     """Compare what another program measured (SynthSeg, FreeSurfer) with what was asked, or with a table of real subjects."""
-    from ldm3d.data.label_maps import LabelMaps, parse_groups
-    from ldm3d.report.written import (
+    from ldm3d.data.labels import LabelMaps, parse_groups
+    from ldm3d.report.external import (
         compare_written,
         count_labels,
         parse_columns,
@@ -223,7 +223,7 @@ def likelihood(
     """How likely the model finds each held-out subject: nats per latent dimension, and bits per voxel."""
     import torch
 
-    from ldm3d.data.preprocess import load_prepared
+    from ldm3d.data.preparing import load_prepared
     from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
     from ldm3d.experiment import held_out_scans

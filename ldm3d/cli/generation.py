@@ -49,11 +49,11 @@ def generate(
     """
     from tqdm import tqdm
 
-    from ldm3d.audit.guard import Guard
     from ldm3d.generation import WITHHELD, generate
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.preemption import REQUEUE, preemption
+    from ldm3d.privacy.guard import Guard
     from ldm3d.processes import cores_each, own_device, which_process
 
     processes = which_process()

@@ -4,7 +4,6 @@ In: which scans there are, whose they are and what the table says of them, from 
 Out: the files around generated volumes that make a folder a BIDS derivative dataset.
 """
 
-import json
 import logging
 import os
 import warnings
@@ -15,15 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from ldm3d.config import CovariateConfig, DataConfig
+from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.data.cells import Where, read_cells, warn_of_ages_that_stand_still
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.participants import cells_of, label
 from ldm3d.data.selection import Candidate, choose_scans
-from ldm3d.data.tables import as_tsv, check_column, check_unique, read_table
+from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
-BIDS_VERSION = "1.10.0"
 # What BIDS files metadata of whole folders under; PyBIDS would take patterns to match file names with from it
 _NO_LAYOUT_FILE = ".no-such-file"
 
@@ -68,46 +66,6 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
         kind = float if covariate.kind == "continuous" else object
         frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
     return frame
-
-
-def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readme: str) -> dict[str, str]:
-    """What makes a folder a BIDS derivative dataset: the content of dataset_description.json and README, by name.
-
-    Args:
-        name: of the dataset.
-        generated_by: BIDS GeneratedBy, each {"Name": ..., "Version": ..., "Description": ...}.
-        readme: what the README says.
-    """
-    description = {
-        "Name": name,
-        "BIDSVersion": BIDS_VERSION,
-        "DatasetType": "derivative",
-        "GeneratedBy": [dict(entry) for entry in generated_by],
-    }
-    return {"dataset_description.json": as_json(description), "README": readme.rstrip() + "\n"}
-
-
-def synthetic_path(folder: Path | str, i: int, volumes: int = 1, suffix: str = "T1w") -> Path:
-    """Where the volume of sample i (from 0) of a dataset of so many volumes goes; its subject is syn0001 for i = 0.
-
-    Subjects of one dataset have numbers of one width, four digits or more, so that they sort by name.
-    """
-    subject = f"sub-syn{i + 1:0{max(4, len(str(volumes)))}d}"
-    return Path(folder) / subject / "anat" / f"{subject}_desc-synthetic_{suffix}.nii.gz"
-
-
-def participants_files(participants: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The content of participants.tsv and of the participants.json that explains it, by name.
-
-    Args:
-        participants: one row a subject; participant_id ("sub-syn0001") is its first column. Missing values become n/a.
-        columns: {"Description": ..., "Units": ...} or {"Description": ..., "Levels": {...}} for each other column.
-    """
-    if participants.columns[0] != "participant_id":
-        raise ValueError(f"the first column must be participant_id, got {list(participants.columns)}")
-    described = {"participant_id": {"Description": "Identifier of the synthetic subject"}}
-    described |= {key: dict(value) for key, value in columns.items()}
-    return {"participants.json": as_json(described), "participants.tsv": as_tsv(participants)}
 
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
@@ -218,8 +176,3 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
 def _is_alias(file: str, root: str) -> bool:
     """Whether a path lies below the root under another name of it."""
     return os.path.realpath(file).startswith(os.path.realpath(root) + os.sep)
-
-
-def as_json(values: Mapping[str, Any]) -> str:
-    """The content of a JSON file."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ldm3d.config import CovariateConfig
+from ldm3d.config.data import CovariateConfig
 from ldm3d.covariates import Covariate, Value, read_number
 from ldm3d.data.outliers import implausible
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some

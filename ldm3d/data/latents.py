@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm3d.data.loading import evenly
+from ldm3d.data.batches import evenly
 from ldm3d.errors import InputError
 from ldm3d.files import write_whole
 from ldm3d.processes import ALONE, Processes

@@ -31,7 +31,7 @@ def warn_of_oddities(table: pd.DataFrame, results: Sequence[Mapping[str, Any]], 
 
     Args:
         table: a row a scan, with subject, session, path and key.
-        results: of each row cut_mm, extent_mm, around_zero as in `ldm3d.data.preprocess.to_grid`, and notes on reading it.
+        results: of each row cut_mm, extent_mm, around_zero as in `ldm3d.data.placing.to_grid`, and notes on reading it.
         tolerance_mm: how much foreground may be cut off unsaid.
     """
     rows = [*table.itertuples()]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm3d.config import DataConfig
+from ldm3d.config.data import DataConfig
 from ldm3d.covariates import is_missing
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.tables import check_column, check_unique, read_table

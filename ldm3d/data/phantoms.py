@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 import ldm3d
-from ldm3d.data.bids import BIDS_VERSION
+from ldm3d.data.derivative import BIDS_VERSION
 from ldm3d.data.nifti import write_volume
 from ldm3d.data.tables import write_table
 from ldm3d.errors import InputError

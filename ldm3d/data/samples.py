@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from ldm3d.config import Config
+from ldm3d.config.sections import Config
 from ldm3d.data.latents import MOMENTS
-from ldm3d.data.preprocess import load_prepared
+from ldm3d.data.preparing import load_prepared
 
 
 def load_volume(config: Config, key: str) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ldm3d.config import ENTITIES
+from ldm3d.config.data import ENTITIES
 from ldm3d.errors import InputError
 
 # PyBIDS has long names for these

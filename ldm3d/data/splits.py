@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from ldm3d.config import SplitConfig
+from ldm3d.config.data import SplitConfig
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

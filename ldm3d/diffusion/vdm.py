@@ -114,7 +114,7 @@ def variational_losses(
         target: "noise", "v" or "data".
         x: clean latents (N, C, X, Y, Z).
         e: noise like x.
-        t: (N,), uniform in [0, 1], best low-discrepancy over the batch as `ldm3d.data.loading` draws its quantiles.
+        t: (N,), uniform in [0, 1], best low-discrepancy over the batch as `ldm3d.data.batches` draws its quantiles.
 
     Returns:
         (N,), like x.

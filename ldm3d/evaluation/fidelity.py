@@ -20,19 +20,19 @@ from tqdm import tqdm
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
-from ldm3d.evaluation import fairness
-from ldm3d.evaluation.bootstrap import mean_interval
-from ldm3d.evaluation.comparison import Comparison, compare
-from ldm3d.evaluation.fairness import Gap, Judged
-from ldm3d.evaluation.features import Extractor
-from ldm3d.evaluation.likeness import IN_PAIRS, Seen, compare_all, look_at
-from ldm3d.evaluation.likeness_by_group import SeenVolumes, gaps_of_likeness
-from ldm3d.evaluation.metrics import foreground, psnr, ssim
+from ldm3d.evaluation import subgroups as fairness
+from ldm3d.evaluation.realism import IN_PAIRS, Seen, compare_all, look_at
+from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
 from ldm3d.evaluation.selection import in_turn
+from ldm3d.evaluation.subgroups import Gap, Judged
 from ldm3d.evaluation.support import Beyond, beyond_training
-from ldm3d.evaluation.verdicts import Finding
+from ldm3d.metrics.features import Extractor
+from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes
+from ldm3d.statistics.agreement import Comparison, compare
+from ldm3d.statistics.bootstrap import mean_interval
+from ldm3d.statistics.equivalence import Finding
 
 Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
 QUALITIES = ("psnr_db", "ssim", "psnr_foreground_db", "ssim_foreground")

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm3d.evaluation import distribution
-from ldm3d.evaluation.distribution import Neighbours
-from ldm3d.evaluation.diversity import four_g_r_ssim, ms_ssim
-from ldm3d.evaluation.verdicts import Direction
+from ldm3d.metrics import distances as distribution
+from ldm3d.metrics.distances import Neighbours
+from ldm3d.metrics.similarity import four_g_r_ssim, ms_ssim
+from ldm3d.statistics.equivalence import Direction
 
 Kind = Literal["features", "maps", "probabilities", "volumes"]
 

@@ -27,11 +27,11 @@ from scipy import stats
 from torch import Tensor
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation import distribution
-from ldm3d.evaluation.distribution import Features, check_pair
 from ldm3d.evaluation.measure_table import MEASURES, Kind, Measure, Pair
-from ldm3d.evaluation.verdicts import LEVEL, REACH, SPREAD, STEP, TENTH, Finding
+from ldm3d.metrics import distances as distribution
+from ldm3d.metrics.distances import Features, check_pair
 from ldm3d.randomness import generator
+from ldm3d.statistics.equivalence import LEVEL, REACH, SPREAD, STEP, TENTH, Finding
 
 LEAST = distribution.K_DENSITY + 1  # volumes in a half
 LEAST_UNLIKE = 1e-6  # 1 - similarity of a pair, so that the logarithm of equal volumes is finite

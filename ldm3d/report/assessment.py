@@ -10,22 +10,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ldm3d import figures
-from ldm3d.audit.audit import audit as run_audit
-from ldm3d.audit.volumes import generated_for, of_scans
-from ldm3d.config import Config
+from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.data.preprocess import load_prepared
+from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
-from ldm3d.evaluation.bootstrap import mean_interval
-from ldm3d.evaluation.categories import Hits, Reader, count_hits
-from ldm3d.evaluation.downstream import usefulness
-from ldm3d.evaluation.fairness import PART, SHARE, Judged, beyond
-from ldm3d.evaluation.features import Extractor
 from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
 from ldm3d.evaluation.likelihood import score
-from ldm3d.evaluation.predictors import Learnt, fit_predictor, look_at_training, together
+from ldm3d.evaluation.subgroups import PART, SHARE, Judged, beyond
+from ldm3d.evaluation.utility import usefulness
+from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
+from ldm3d.privacy.audit import audit as run_audit
+from ldm3d.privacy.volumes import generated_for, of_scans
 from ldm3d.processes import ALONE, Processes
 from ldm3d.report import audit as audit_page
 from ldm3d.report.page import Goal, Section
@@ -39,6 +36,9 @@ from ldm3d.report.sections import (
     usefulness_light,
     usefulness_section,
 )
+from ldm3d.rulers.categories import Hits, Reader, count_hits
+from ldm3d.rulers.regression import Learnt, fit_predictor, look_at_training, together
+from ldm3d.statistics.bootstrap import mean_interval
 
 TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
 READ_OFF, NATS = 0.1, 0.05  # gaps between groups that are called small: of shares read off right, in nats per latent dimension
@@ -46,7 +46,7 @@ READ_OFF, NATS = 0.1, 0.05  # gaps between groups that are called small: of shar
 
 @dataclass
 class Assessment:
-    """Everything that was found, ready for `ldm3d.report.evaluation.write_report`.
+    """Everything that was found, ready for `ldm3d.report.write.write_report`.
 
     Attributes:
         found: the evaluation.
@@ -81,7 +81,7 @@ def assess(
         pipeline: the model.
         config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty where that data is not at hand.
         measure: see `ldm3d.evaluation.fidelity`.
-        extractor: see `ldm3d.evaluation.features`.
+        extractor: see `ldm3d.metrics.features`.
         sampling, num_generated: how to generate, and how many volumes.
         predict: whether to read covariates that `measure` does not give off the image, by regression.
         downstream: whether to train regressors on real, synthetic and both.

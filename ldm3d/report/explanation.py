@@ -13,8 +13,8 @@ from ldm3d.data.nifti import write_volume
 from ldm3d.evaluation.explanation import ALL, LEVEL, NOTABLE, Contrast, Explanation
 from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline, Sampling
-from ldm3d.report.evaluation import provenance
 from ldm3d.report.page import METRICS, Section, write_page
+from ldm3d.report.write import provenance
 
 
 def write_explanation(folder: Path, title: str, pipeline: Pipeline, found: Explanation, sampling: Sampling) -> Path:

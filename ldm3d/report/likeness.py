@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from ldm3d.evaluation.measure_table import MEASURES
-from ldm3d.evaluation.verdicts import BEYOND, CLOSER, ENOUGH, FEW, WITHIN, Finding
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section
+from ldm3d.statistics.equivalence import BEYOND, CLOSER, ENOUGH, FEW, WITHIN, Finding
 
 LIKENESS = {WITHIN: GREEN, BEYOND: RED, CLOSER: AMBER, FEW: GREY}  # the page's lights for verdicts
 

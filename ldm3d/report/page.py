@@ -1,6 +1,6 @@
 """A self-contained HTML page: lights at the top, sections of text, tables and pictures, and how it was made.
 
-It knows nothing of models and evaluations; `ldm3d.report.evaluation` has what an evaluation says. Nothing is fetched when the
+It knows nothing of models and evaluations; `ldm3d.report.write` has what an evaluation says. Nothing is fetched when the
 page is opened: pictures are data: URIs, and there are no scripts.
 """
 

@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 
 from ldm3d.covariates import CovariateSchema
-from ldm3d.evaluation import fairness
-from ldm3d.evaluation.bootstrap import interval, mean_interval, relative
-from ldm3d.evaluation.categories import Hits
-from ldm3d.evaluation.comparison import Comparison
-from ldm3d.evaluation.downstream import Usefulness
-from ldm3d.evaluation.fairness import PART, Gap
+from ldm3d.evaluation import subgroups as fairness
 from ldm3d.evaluation.fidelity import Evaluation
+from ldm3d.evaluation.subgroups import PART, Gap
 from ldm3d.evaluation.support import SHARE
+from ldm3d.evaluation.utility import Usefulness
 from ldm3d.report import likeness
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number
+from ldm3d.rulers.categories import Hits
+from ldm3d.statistics.agreement import Comparison
+from ldm3d.statistics.bootstrap import interval, mean_interval, relative
 
 # The page's lights for verdicts
 FAIRNESS = {fairness.NONE: GREEN, fairness.GAP: RED, fairness.SMALL: AMBER, fairness.FEW: GREY}
@@ -101,7 +101,7 @@ def _fair(gaps: Sequence[Gap]) -> Goal:
 
 
 def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str]) -> list[Section]:
-    """What the page says, in its order; `pictures` are data: URIs by name, see `ldm3d.report.evaluation.draw`."""
+    """What the page says, in its order; `pictures` are data: URIs by name, see `ldm3d.report.write.draw`."""
 
     def picture(name: str, caption: str) -> Picture:
         return {"source": pictures[name], "caption": caption}
@@ -170,7 +170,7 @@ def _reconstruction(found: Evaluation, schema: CovariateSchema, picture: Callabl
 
 
 def usefulness_section(found: Usefulness) -> Section:
-    """Of `ldm3d.evaluation.downstream`."""
+    """Of `ldm3d.evaluation.utility`."""
     rows = []
     for kind, mae in found.mae.items():
         ratio = _with(found.ratio[kind], found.ratio_intervals[kind]) if kind in found.ratio else "1"
@@ -208,7 +208,7 @@ def prediction_section(found: Evaluation, schema: CovariateSchema, names: Sequen
 
 
 def categories_section(found: Sequence[Hits]) -> Section:
-    """Of `ldm3d.evaluation.categories`."""
+    """Of `ldm3d.rulers.categories`."""
     rows = []
     for hits in found:
         each = ", ".join(f"{name} {share:.0%}" for name, share in hits.by_category.items())

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm3d import figures
-from ldm3d.config import Config
-from ldm3d.data.loading import evenly
-from ldm3d.data.preprocess import read_scan_table
+from ldm3d.config.sections import Config
+from ldm3d.data.batches import evenly
+from ldm3d.data.preparing import read_scan_table
 from ldm3d.data.samples import VolumeSamples, load_volume
 from ldm3d.errors import InputError
-from ldm3d.evaluation.metrics import psnr
+from ldm3d.metrics.reconstruction import psnr
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network, weights_hash
 from ldm3d.preemption import Stop

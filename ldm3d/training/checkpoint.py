@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config import AutoencoderConfig, DecoderConfig, DiffusionConfig, GridConfig
+from ldm3d.config.data import GridConfig
+from ldm3d.config.sections import AutoencoderConfig, DecoderConfig, DiffusionConfig
 from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights

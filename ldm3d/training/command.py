@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm3d.config import Config, load_config
+from ldm3d.config.read import load_config
+from ldm3d.config.sections import Config
 from ldm3d.errors import exit_on_input_error
 from ldm3d.preemption import Stop, preemption
 

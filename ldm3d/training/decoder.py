@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm3d.config import Config
-from ldm3d.data.preprocess import read_scan_table
+from ldm3d.config.sections import Config
+from ldm3d.data.preparing import read_scan_table
 from ldm3d.data.samples import PerturbedSamples
 from ldm3d.errors import InputError
 from ldm3d.experiment import save_experiment

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ldm3d import figures
-from ldm3d.config import Config, DiffusionConfig
+from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import CovariateSchema, describe, drop_covariates
+from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
-from ldm3d.data.loading import evenly
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ldm3d.config import AutoencoderConfig, DecoderConfig
+from ldm3d.config.sections import AutoencoderConfig, DecoderConfig
 from ldm3d.training.task import MAIN, Trained
 
 ADVERSARY = "adversary"

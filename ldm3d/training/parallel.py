@@ -9,7 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, parse_flag_from_env, set_seed
 from torch import nn
 
-from ldm3d.config import TrainingConfig
+from ldm3d.config.sections import TrainingConfig
 from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
 from ldm3d.precision import bf16_is_fast

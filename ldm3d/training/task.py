@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config import TrainingConfig
-from ldm3d.data.loading import TrainingBatches
+from ldm3d.config.sections import TrainingConfig
+from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.training.ema import EMA
 from ldm3d.training.sharding import prepare

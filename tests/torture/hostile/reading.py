@@ -20,17 +20,18 @@ from torture.hostile.models import model
 from torture.hostile.tables import bids_files
 
 from ldm3d.cli.generation import read_requests
-from ldm3d.config import CovariateConfig, DataConfig, load_config
+from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.config.read import load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.bids import read_scans, read_table
-from ldm3d.data.label_maps import LabelMaps
+from ldm3d.data.labels import LabelMaps
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preprocess import load_prepared, prepare
+from ldm3d.data.preparing import load_prepared, prepare
 from ldm3d.errors import exit_on_input_error
 from ldm3d.evaluation.explanation import explain
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.explanation import write_explanation
-from ldm3d.report.written import compare_written, count_labels, read_participants
+from ldm3d.report.external import compare_written, count_labels, read_participants
 
 SECONDS, BYTES = 10, 2 * 2**30  # that reading one input may take; the bytes on top of what the libraries hold
 MOST_LINES, MOST_LETTERS = 30, 6000  # of a message

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from ldm3d.covariates import Value
 from ldm3d.errors import InputError
-from ldm3d.evaluation.bootstrap import numbered
-from ldm3d.evaluation.features import Extractor, extract
 from ldm3d.evaluation.fidelity import spread
+from ldm3d.metrics.features import Extractor, extract
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
 from ldm3d.randomness import generator
+from ldm3d.statistics.bootstrap import numbered
 
 PENALTIES = 10.0 ** np.arange(-2, 6.1, 0.5)  # of weights of standardised features
 LEAST = 20  # people to fit on
@@ -85,10 +85,10 @@ def _left_out(residual: NDArray, leverage: NDArray) -> NDArray:
 
 
 class Predictor:
-    """Continuous covariates of a volume by ridge regression: of the same form as `ldm3d.evaluation.volumetry.measure_volumes`.
+    """Continuous covariates of a volume by ridge regression: of the same form as `ldm3d.rulers.volumetry.measure_volumes`.
 
     Args:
-        extractor: of features; see `ldm3d.evaluation.features`.
+        extractor: of features; see `ldm3d.metrics.features`.
         ridges: covariate -> fitted on features of this extractor.
         device: where to compute features.
     """
@@ -131,7 +131,7 @@ def look_at_training(
         pipeline: the model, whose autoencoder reconstructs them.
         subjects, people: covariates of each training volume, and whom it shows.
         load: number of a volume -> (X, Y, Z) on the pipeline's grid.
-        extractor: see `ldm3d.evaluation.features`.
+        extractor: see `ldm3d.metrics.features`.
         processes: that share the work.
 
     Raises:

@@ -179,7 +179,7 @@ def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[
     """
     module, _, function = name.partition(":")
     if module == "segmenter":
-        from ldm3d.evaluation.segmenter import Segmenter
+        from ldm3d.rulers.segmenter import Segmenter
 
         return Segmenter.from_pretrained(function, device)
     try:

@@ -52,7 +52,7 @@ class SegmentationUNet(Pretrained):
 
 
 class Segmenter:
-    """Volumes of structures: of the same form as `ldm3d.evaluation.volumetry.measure_volumes`.
+    """Volumes of structures: of the same form as `ldm3d.rulers.volumetry.measure_volumes`.
 
     Args:
         network: trained.

@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from ldm3d.config import Config
+from ldm3d.config.sections import Config
 from ldm3d.covariates import Value
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preprocess import load_prepared
+from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline

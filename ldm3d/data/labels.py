@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm3d.config import Config
+from ldm3d.config.sections import Config
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preprocess import load_info, load_prepared
+from ldm3d.data.preparing import load_info, load_prepared
 from ldm3d.errors import InputError
 from ldm3d.geometry import resample
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from ldm3d.audit.calibration import Rate
 from ldm3d.covariates import Value
 from ldm3d.diffusion.denoiser import NetworkDenoiser
 from ldm3d.errors import InputError
@@ -24,6 +23,7 @@ from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
+from ldm3d.statistics.conformal import Rate
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # nearer to 1 there is no volume left to know again
 REPEATS = 2  # noises at each time

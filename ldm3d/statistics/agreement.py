@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm3d.evaluation.bootstrap import Interval, interval, resamples
-from ldm3d.evaluation.metrics import Agreement, agreement
+from ldm3d.metrics.reconstruction import Agreement, agreement
+from ldm3d.statistics.bootstrap import Interval, interval, resamples
 
 BAND = 25  # places along the reference at which the fitted line's interval is kept
 

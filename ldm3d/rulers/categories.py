@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm3d.evaluation.bootstrap import Interval, interval, means, resamples
-from ldm3d.evaluation.predictors import fit_ridge
+from ldm3d.rulers.regression import fit_ridge
+from ldm3d.statistics.bootstrap import Interval, interval, means, resamples
 
 
 @dataclass(frozen=True)

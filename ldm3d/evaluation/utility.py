@@ -1,6 +1,6 @@
 """Is synthetic data of use? The same regressor trained on real volumes, on synthetic ones and on both, tested on real people.
 
-The regressor is that of `ldm3d.evaluation.predictors`, solved exactly: none of the three can have trained longer. Synthetic
+The regressor is that of `ldm3d.rulers.regression`, solved exactly: none of the three can have trained longer. Synthetic
 volumes come with the value that was asked of them as their label. Real and synthetic training sets are of one size. They are
 drawn anew in every repeat, and the people it is tested on are drawn by the bootstrap, so that intervals hold both chances.
 """
@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.bootstrap import SAMPLES, Interval, interval, resamples
-from ldm3d.evaluation.predictors import LEAST, fit_ridge
 from ldm3d.randomness import generator
+from ldm3d.rulers.regression import LEAST, fit_ridge
+from ldm3d.statistics.bootstrap import SAMPLES, Interval, interval, resamples
 
 REPEATS = 20
 PART = 0.8  # of the volumes there are that a repeat trains on

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ldm3d.audit.nearest import SPACES, Likeness
 from ldm3d.errors import InputError
+from ldm3d.privacy.nearest import SPACES, Likeness
 
 PLAINLY = 0.5  # of the lowest ratio among held-out subjects
 

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ldm3d
-from ldm3d.audit import descriptors
-from ldm3d.audit.calibration import Threshold
-from ldm3d.audit.descriptors import COARSE_SIDE, Descriptors, descriptors_of
-from ldm3d.audit.embedding import FEATURES, Embedding
-from ldm3d.audit.nearest import SPACES, Likeness, Reference
 from ldm3d.errors import InputError, shown
 from ldm3d.models.pretrained import load_weights, read_json
 from ldm3d.pipeline import Pipeline
+from ldm3d.privacy import descriptors
+from ldm3d.privacy.descriptors import COARSE_SIDE, Descriptors, descriptors_of
+from ldm3d.privacy.embedding import FEATURES, Embedding
+from ldm3d.privacy.nearest import SPACES, Likeness, Reference
+from ldm3d.statistics.conformal import Threshold
 
 FOLDER, DESCRIPTION, TENSORS = "guard", "guard.json", "guard.safetensors"
 Side = Annotated[int, Field(gt=0, le=COARSE_SIDE)]

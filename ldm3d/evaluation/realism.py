@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.distribution import spatial_features
-from ldm3d.evaluation.features import Extractor, extract, standardise
 from ldm3d.evaluation.measures import compare, compare_pairs
-from ldm3d.evaluation.verdicts import ENOUGH, Finding
+from ldm3d.metrics.distances import spatial_features
+from ldm3d.metrics.features import Extractor, extract, standardise
+from ldm3d.statistics.equivalence import ENOUGH, Finding
 
 IN_PAIRS = 2 * ENOUGH  # volumes of each set that are kept for measures of pairs: as many as a verdict needs
 
@@ -34,7 +34,7 @@ class Seen:
 
 
 def look_at(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> Seen:
-    """A volume (X, Y, Z) in [0, 1] through an extractor of `ldm3d.evaluation.features`; `paired`: kept for pairs, too."""
+    """A volume (X, Y, Z) in [0, 1] through an extractor of `ldm3d.metrics.features`; `paired`: kept for pairs, too."""
     seen = Seen(extract([volume], extractor, device))
     if hasattr(extractor, "maps"):
         seen.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fairness import LEAST, PART, Gap, Group, groups_of, labels_of
-from ldm3d.evaluation.features import standardise
-from ldm3d.evaluation.likeness import IN_PAIRS, Seen
 from ldm3d.evaluation.measure_table import MEASURES, Kind
 from ldm3d.evaluation.measures import LEAST as IN_HALF
 from ldm3d.evaluation.measures import asked_numbers, draw, subject_numbers, unlikeness
+from ldm3d.evaluation.realism import IN_PAIRS, Seen
+from ldm3d.evaluation.subgroups import LEAST, PART, Gap, Group, groups_of, labels_of
+from ldm3d.metrics.features import standardise
 
 DRAWS = 100_000  # of ranges by chance
 SHARE = 0.1  # a gap of precision, recall, density, coverage, ratio or similarity that is small
@@ -83,7 +83,7 @@ def gaps_of_likeness(
     """Every measure of likeness between the groups of every grouping.
 
     Args:
-        schema, bands: see `ldm3d.evaluation.fairness.gaps`.
+        schema, bands: see `ldm3d.evaluation.subgroups.gaps`.
         real: held-out volumes.
         synthetic: generated volumes.
         device: where to compare pairs.

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm3d.audit.calibration import Rate, Threshold, calibrate, p_values
-from ldm3d.audit.descriptors import Descriptors, descriptors_of
-from ldm3d.audit.embedding import Embedding, train_embedding
-from ldm3d.audit.guard import Guard, embed, likeness_of
-from ldm3d.audit.membership import Membership, infer_members, losses_of
-from ldm3d.audit.nearest import SPACES, Likeness, Reference
-from ldm3d.audit.volumes import Volumes
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fairness import Judged
 from ldm3d.evaluation.fidelity import spread
+from ldm3d.evaluation.subgroups import Judged
 from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.privacy.descriptors import Descriptors, descriptors_of
+from ldm3d.privacy.embedding import Embedding, train_embedding
+from ldm3d.privacy.guard import Guard, embed, likeness_of
+from ldm3d.privacy.membership import Membership, infer_members, losses_of
+from ldm3d.privacy.nearest import SPACES, Likeness, Reference
+from ldm3d.privacy.volumes import Volumes
 from ldm3d.processes import ALONE, Processes
+from ldm3d.statistics.conformal import Rate, Threshold, calibrate, p_values
 
 ALARM = 0.05  # probability of what was found by chance, below which it is not called chance
 MOST_ATTACKED = 200  # subjects of each group whose losses are taken
@@ -38,7 +38,7 @@ class Looked:
     Attributes:
         name, asked: see `Volumes`.
         likeness: to the training subjects.
-        p: probability that a new subject's volume is as much like one of them; see `ldm3d.audit.calibration`.
+        p: probability that a new subject's volume is as much like one of them; see `ldm3d.statistics.conformal`.
         subject: whom it is like.
         copy, plain: whether it counts as a copy, and as a plain one.
     """

@@ -17,16 +17,16 @@ import pandas as pd
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing, read_number
-from ldm3d.data.label_maps import LabelMaps, count_volumes
+from ldm3d.data.labels import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
-from ldm3d.evaluation import fairness
-from ldm3d.evaluation.comparison import Comparison, compare
+from ldm3d.evaluation import subgroups as fairness
 from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
 from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
 from ldm3d.report.sections import agreements, fairness_sections
+from ldm3d.statistics.agreement import Comparison, compare
 
 CUBIC_MM_TO_ML = 1e-3
 MOST_CATEGORIES = 30  # of a column that people are grouped by; half as many as people at most: others are remarks

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.covariates import Covariate, CovariateSchema, Value
-from ldm3d.evaluation.bootstrap import interval, means, numbered, resamples
-from ldm3d.evaluation.comparison import Comparison
 from ldm3d.randomness import generator
+from ldm3d.statistics.agreement import Comparison
+from ldm3d.statistics.bootstrap import interval, means, numbered, resamples
 
 LEAST = 10  # people in a group; smaller ones are shown, and no gap is taken with them
 PART, SHARE = 0.25, 0.02  # of the overall error, and of the covariate's mean, that a gap of errors may be and still be small

@@ -10,9 +10,9 @@ import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import describe
 from ldm3d.description import Sampling
-from ldm3d.evaluation.fairness import GAP, SMALL
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.measure_table import MEASURES
+from ldm3d.evaluation.subgroups import GAP, SMALL
 from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.page import METRICS, Goal, Section, command, now, plain, write_page

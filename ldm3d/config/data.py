@@ -1,0 +1,203 @@
+"""Sections of the data: where scans and covariates are, the Grid, splits, covariates."""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from ldm3d.config.base import Fraction, Positive, Section
+from ldm3d.covariates import NAME, Covariate
+from ldm3d.errors import shown
+
+MAX_VOXELS = 2**30  # of the grid: 1024^3
+
+
+# What no covariate can be called: columns of ldm3d's own tables, options of `ldm3d generate`, arguments of a pipeline's call
+RESERVED_NAMES = frozenset(
+    {
+        *("subject", "session", "path", "key", "split", "participant_id", "session_id"),
+        *("ask", "audit", "batch_size", "check", "compile", "device", "group", "guidance", "help", "no_check", "num", "out"),
+        *("precision", "sampler", "seed", "steps", "table", "threads", "volumes"),
+        *("guidance_interval", "guidance_rescale", "num_volumes", "progress", "rows", "self", "spacing"),
+    }
+)
+
+
+class GridConfig(Section):
+    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`."""
+
+    shape: tuple[Positive, Positive, Positive]
+    spacing_mm: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _isotropic(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("spacing_mm"), int | float | str):
+            values = {**values, "spacing_mm": [values["spacing_mm"]] * 3}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_memory(self):
+        if math.prod(self.shape) > MAX_VOXELS:
+            raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
+        return self
+
+
+class SplitConfig(Section):
+    """Share of the subjects held out; the rest trains."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0  # apart from the experiment's, so that repeats with other seeds share the split
+
+    @model_validator(mode="after")
+    def _leaves_training(self):
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave no subject to train on")
+        return self
+
+
+def _texts(values: Any) -> Any:
+    """One word or a list of them as a tuple of texts; numbers as they are written in short."""
+    words = list(values) if isinstance(values, list | tuple | dict) else [values]
+    for word in words:
+        if isinstance(word, bool):
+            raise ValueError(f"{str(word).lower()} is no text: YAML reads yes, no, on and off so; put the word in quotes")
+        if not isinstance(word, str | int | float):
+            raise ValueError(f"{shown(word)} is neither text nor a number")
+    texts = tuple(str(word) for word in words)
+    if twice := [word for word in texts if texts.count(word) > 1]:
+        raise ValueError(f"{shown(twice[0])} is there twice; keep one")
+    return texts
+
+
+Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
+
+
+ENTITIES = (  # what BIDS file names say of a file beside its subject, as it stands there
+    *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
+    *("res", "run", "sample", "seg", "space", "trc"),
+)
+
+
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
+
+
+class DataConfig(Section):
+    """Where the scans and covariates are: a BIDS dataset (`bids`), or any CSV or TSV with a column of paths (`table`)."""
+
+    bids: Path | None = None
+    table: Path | None = None
+    root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
+    # Of the BIDS files, and of the volumes that a model of them generates
+    suffix: Suffix = "T1w"
+    # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null for without, a list for each of them
+    filter: dict[str, Any] = Field(default_factory=dict)
+    skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
+    path_column: str = "path"
+    subject_column: str = "participant_id"
+    session_column: str = "session_id"
+    participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
+    missing: Codes | None = None  # what stands for a missing value in any column; a covariate's own list takes its place
+    grid: GridConfig
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
+    splits: SplitConfig = SplitConfig()
+
+    @field_validator("filter")
+    @classmethod
+    def _entities(cls, wanted: dict[str, Any]) -> dict[str, Any]:
+        for entity, value in wanted.items():
+            if entity not in ENTITIES:
+                close = {"acquisition": ["acq"], "session": ["ses"]}.get(entity)
+                close = close or difflib.get_close_matches(entity[:100], ENTITIES, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(ENTITIES)}"
+                raise ValueError(f"{shown(entity)} is no entity of file names that is known; {hint}")
+            for each in value if isinstance(value, list) and value else [value]:
+                is_text = isinstance(each, str | int) and not isinstance(each, bool)
+                if each is not None and not (is_text and re.fullmatch("[A-Za-z0-9+]+", str(each))):
+                    raise ValueError(f"{entity} is {shown(each)}; give a label, a list of them, or null for none")
+        return wanted
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.bids is None) == (self.table is None):
+            raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
+        if self.participants and not self.bids:
+            raise ValueError("`participants` goes with `bids`; a `table` has the covariates itself")
+        if self.percentiles[0] >= self.percentiles[1]:
+            raise ValueError(f"percentiles {self.percentiles} must rise")
+        return self
+
+
+class CovariateConfig(Section):
+    """One covariate and the column of the table that holds it (default: the column of its name).
+
+    `categories` lists the values of a categorical one, [F, M], or says what else stands for them: {F: [female, 2], M: [1]}.
+    `missing` lists what stands for a missing value beside empty cells and n/a; given, it is complete: [] says that every
+    number in the column is a value, however odd.
+    """
+
+    name: Annotated[str, Field(pattern=NAME)]
+    column: str | None = None
+    kind: Literal["continuous", "categorical"]
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    categories: dict[str, Codes] = Field(default_factory=dict)
+    missing: Annotated[Codes | None, Field(exclude_if=lambda codes: codes is None)] = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str, info: ValidationInfo) -> str:
+        if name in RESERVED_NAMES and not (info.context or {}).get("saved"):
+            raise ValueError(
+                f"{name!r} is the name of an option, an argument or a column of ldm3d's own tables; "
+                f"write `name: patient_{name}, column: {name}`"
+            )
+        return name
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _listed_or_named(cls, values: Any) -> Any:
+        if isinstance(values, list | tuple):
+            return {name: () for name in _texts(values)}
+        if isinstance(values, dict):
+            return dict(zip(_texts(values), (value if value is not None else () for value in values.values())))
+        return values
+
+    @field_validator("categories")
+    @classmethod
+    def _one_meaning_each(cls, values: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        meanings = {category.lower(): category for category in values}
+        for category, aliases in values.items():
+            if category.strip().lower() in ("", "n/a"):
+                raise ValueError(f"{category!r} is how tables write a missing value; leave it out, or call it otherwise")
+            for alias in aliases:
+                if (other := meanings.setdefault(alias.lower(), category)) != category:
+                    raise ValueError(f"{shown(alias)} stands for {shown(other)} and {shown(category)}; list it once")
+        return values
+
+    @model_validator(mode="after")
+    def _no_category_is_missing(self):
+        words = {word for category, aliases in self.categories.items() for word in (category, *aliases)}
+        if both := sorted(words & set(self.missing or ())):
+            raise ValueError(f"{shown(both[0])} is a category and stands for a missing value; drop it from one of them")
+        return self
+
+    @field_serializer("categories")
+    def _as_it_was_listed(self, values: dict[str, tuple[str, ...]]) -> Any:
+        return values if any(values.values()) else list(values)
+
+    def covariate(self) -> Covariate:
+        """The covariate, not yet fitted to a training split."""
+        aliases = {category: words for category, words in self.categories.items() if words}
+        return Covariate(self.name, self.kind, self.unit, self.range, tuple(self.categories), aliases=aliases)

@@ -1,0 +1,257 @@
+"""One strict YAML file per experiment.
+
+Every key is checked when the file is read: an unknown one, a wrong type or two settings that contradict each other end
+in an `InputError` that says where and what to write instead. Relative paths start at the current directory.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from ldm3d.config.base import Fraction, Positive, Section
+from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
+from ldm3d.covariates import CovariateSchema
+
+
+class TrainingConfig(Section):
+    """What both training loops share. Batch sizes are global: over all processes and accumulated gradients."""
+
+    steps: Positive
+    batch_size: Positive
+    accumulation: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Fraction = 0.999
+    # What the stage hands on: the averaged network after the last step, or the best of validation by the loss that is trained
+    keep: Literal["last", "best"] = "last"
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20  # whose loss is NaN or infinite; more end the training
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
+    log_every: Positive = 10
+    validate_every: Positive = 100
+    preview_every: Positive = 500
+    checkpoint_every: Positive = 500
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that read data ahead; 0 reads in the training process
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError("float16 is no longer trained in; use bf16, which needs no loss scaling, or no (float32)")
+        return "no" if value is False else value  # YAML reads an unquoted no as false
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class PerceptualConfig(Section):
+    """MONAI's perceptual loss on MedicalNet features; `weights` is a safetensors file of the ResNet-10."""
+
+    weight: Annotated[float, Field(gt=0)]
+    weights: Path
+
+
+class AdversarialConfig(Section):
+    """MONAI's patch discriminator with instance norm, from step `start` on."""
+
+    weight: Annotated[float, Field(gt=0)]
+    start: Annotated[int, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    channels: Positive = 32
+    layers: Positive = 3
+
+
+class AutoencoderConfig(Section):
+    """Stage 1."""
+
+    network: AutoencoderNetwork
+    linear_path_steps: Annotated[int, Field(ge=0)] = 600  # of the linear path alone, before the networks train
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    kl: Annotated[float, Field(ge=0)] = 1e-6
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    changed_data: Literal["refuse", "go-on"] = "refuse"  # where a run that goes on finds other scans than it has seen
+    training: TrainingConfig
+
+
+class DecoderConfig(Section):
+    """Stage 3, which is optional: the decoder alone, sharpened. The encoder and the latents stay as they are."""
+
+    noise: Annotated[float, Field(ge=0)] = 0.2  # at most, in deviations of a latent: what the U-Net gets wrong
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    training: TrainingConfig
+
+
+class ProcessConfig(Section):
+    """The diffusion process; betas belong to vp-linear and vp-scaled-linear, gamma and the schedule's rate to vdm."""
+
+    kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm"] = "flow"
+    beta_start: float | None = None
+    beta_end: float | None = None
+    # gamma = -log SNR at the data's end and at the noise's; None: those of ldm3d.diffusion.vdm.Schedule
+    gamma_min: Annotated[float, Field(ge=-30, le=30)] | None = None
+    gamma_max: Annotated[float, Field(ge=-30, le=30)] | None = None
+    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma in between; 0 leaves it a straight line
+
+    @model_validator(mode="after")
+    def _betas_belong(self):
+        if self.kind in ("flow", "vp-cosine", "vdm") and (self.beta_start, self.beta_end) != (None, None):
+            raise ValueError(f"{self.kind} has no betas; drop beta_start and beta_end, or use vp-linear or vp-scaled-linear")
+        return self
+
+    @model_validator(mode="after")
+    def _gamma_belongs(self):
+        if self.kind != "vdm" and (self.gamma_min, self.gamma_max, self.schedule_learning_rate) != (None, None, None):
+            raise ValueError(
+                f"{self.kind} has no schedule to be learned; drop gamma_min, gamma_max and schedule_learning_rate, or use vdm"
+            )
+        ends = (self.gamma_min, self.gamma_max)
+        if ends != (None, None) and (None in ends or self.gamma_min >= self.gamma_max):
+            raise ValueError(f"gamma_min {self.gamma_min} and gamma_max {self.gamma_max}: give both, rising, or none of them")
+        return self
+
+
+class TimeSamplingConfig(Section):
+    """How training times are drawn; location and scale belong to logit-normal."""
+
+    kind: Literal["uniform", "logit-normal"] = "logit-normal"
+    location: float = 0.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+
+class DiffusionConfig(Section):
+    """Stage 2."""
+
+    process: ProcessConfig = ProcessConfig()
+    target: Literal["noise", "v", "data", "velocity"] = "v"
+    time_sampling: TimeSamplingConfig = TimeSamplingConfig()
+    loss_weight: Literal["none", "min-snr"] = "none"
+    drop_covariates: Fraction = 0.3  # share of the samples that leave some covariates open, or all
+    network: UNetNetwork
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _vdm_trains_on_the_bound(self):
+        if self.process.kind != "vdm":
+            return self
+        conflicts = []
+        if self.time_sampling.kind != "uniform":
+            conflicts.append(f"time_sampling.kind {self.time_sampling.kind}: set it to uniform, the schedule places the times")
+        if self.loss_weight != "none":
+            conflicts.append(f"loss_weight {self.loss_weight}: set it to none, the bound has a weight of its own")
+        if self.target == "velocity":
+            conflicts.append("target velocity: use v, noise or data, which do not depend on a schedule that moves")
+        if conflicts:
+            raise ValueError(f"process.kind vdm does not go with {'; nor with '.join(conflicts)}")
+        return self
+
+
+class GenerationConfig(Section):
+    """What generation does unless it is asked otherwise; saved with the pipeline."""
+
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc", "sde-euler", "sde-heun", "sde-pc"] = "heun"
+    steps: Positive = 20
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    # Of the times; None: the sampler's own
+    spacing: Literal["uniform", "quadratic", "lambda", "karras", "share", "leading"] | None = None
+
+    @model_validator(mode="after")
+    def _interval_rises(self):
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {self.guidance_interval} must rise")
+        return self
+
+
+class Config(Section):
+    """The whole file."""
+
+    name: str
+    output: Path  # everything an experiment makes lies below this folder
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    covariates: tuple[CovariateConfig, ...] = ()  # none: volumes are generated, and nothing is asked of them
+    autoencoder: AutoencoderConfig
+    diffusion: DiffusionConfig
+    decoder: DecoderConfig | None = None
+    generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _covariates_make_sense(self):
+        self.schema()  # raises what is wrong with them
+        return self
+
+    @model_validator(mode="after")
+    def _grid_fits(self):
+        shape, factor = self.data.grid.shape, self.autoencoder.network.downsampling
+        if any(n % factor for n in shape):
+            down, up = (tuple(r * factor for r in rows) for rows in zip(*[(n // factor, -(-n // factor)) for n in shape]))
+            raise ValueError(
+                f"data.grid.shape {shape} must be divisible by autoencoder.network.downsampling {factor}; "
+                f"crop to {down} or pad to {up}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spacing_fits(self):
+        kind = self.diffusion.process.kind
+        if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine", "vdm"):
+            raise ValueError(
+                f"generation.spacing leading counts the steps of a DDPM's chain, which diffusion.process.kind {kind} has "
+                "not; use vp-linear or vp-scaled-linear, or another spacing"
+            )
+        return self
+
+    def schema(self) -> CovariateSchema:
+        """The covariates, not yet fitted to a training split."""
+        return CovariateSchema(tuple(c.covariate() for c in self.covariates))
+
+    # Where the parts of an experiment lie; nobody else joins these names.
+    @property
+    def prepared_folder(self) -> Path:
+        return self.output / "prepared"
+
+    @property
+    def latents_folder(self) -> Path:
+        return self.output / "latents"
+
+    @property
+    def autoencoder_run(self) -> Path:
+        return self.output / "autoencoder-training"
+
+    @property
+    def autoencoder_folder(self) -> Path:
+        return self.output / "autoencoder"
+
+    @property
+    def diffusion_run(self) -> Path:
+        return self.output / "diffusion-training"
+
+    @property
+    def decoder_run(self) -> Path:
+        return self.output / "decoder-training"
+
+    @property
+    def decoder_folder(self) -> Path:
+        return self.output / "decoder"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.output / "model"
