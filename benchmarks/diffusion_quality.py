@@ -37,12 +37,12 @@ from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.metrics.distances import kernel_distance
 from ldm3d.metrics.features import extract, load_extractor, standardise
-from ldm3d.metrics.reconstruction import agreement
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
 from ldm3d.models.unet import UNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast
 from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.statistics.agreement import agreement
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate
 

@@ -31,11 +31,11 @@ from torch import Tensor
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.metrics.features import extract, load_extractor, standardise
-from ldm3d.metrics.reconstruction import agreement
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import dtype
 from ldm3d.processes import own_device
 from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.statistics.agreement import agreement
 
 ASKED = "ventricular_volume_ml"
 CALLS, QUICK_CALLS = (2, 3, 5, 7, 11, 15, 19, 29, 39, 49), (3, 7, 15, 29)  # odd: Heun asks twice a step, but for the last

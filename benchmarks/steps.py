@@ -18,11 +18,11 @@ from ldm3d.data.preparing import load_prepared
 from ldm3d.experiment import scans_by_use
 from ldm3d.metrics import distances as distribution
 from ldm3d.metrics.features import extract, load_extractor, standardise
-from ldm3d.metrics.reconstruction import agreement
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import dtype
 from ldm3d.processes import own_device
 from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.statistics.agreement import agreement
 
 TRIED = [
     f"{sampler}:{steps}:{guidance}"

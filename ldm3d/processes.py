@@ -2,12 +2,13 @@
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from ldm3d.errors import InputError
 
@@ -48,6 +49,12 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def share_work(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
+    """work(item) of all items, in their order, on every process; each does its share, and the main one shows a bar."""
+    own = processes.share(items)
+    return processes.merge([work(item) for item in tqdm(own, desc=title, unit="step", disable=not processes.is_main)])
 
 
 def started_processes() -> Processes:

@@ -19,8 +19,6 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 from pydantic import Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm3d.config.base import Section
@@ -34,6 +32,7 @@ from ldm3d.description import WHOLE, Sampling
 from ldm3d.diffusion.process import choose, make_process
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid, spacing_of
+from ldm3d.models.foreign import read_weights
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
 from ldm3d.pipeline import Pipeline
 
@@ -343,25 +342,6 @@ def make_grid(config: ImportConfig) -> Grid:
         raise InputError(f"affine has voxels of {spacing_of(affine).tolist()} mm, grid.spacing_mm says {spacing}")
     affine[:, 3] = affine @ [*(-before for before, _ in config.crop), 1]
     return Grid(shape, spacing, affine)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict of tensors: plain, as {"state_dict": ...}, with "module." before every key; pickle or safetensors."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise InputError(f"{path} is no safetensors file: {error}") from None
-    except Exception as error:  # whatever a stranger's file provokes; anything but tensors and containers is refused
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} is no checkpoint of plain tensors: {reason[0]}") from None
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
-        weights = weights["state_dict"]
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{path} holds no state dict: expected names with a tensor each, plain or below `state_dict`")
-    wrapped = all(name.startswith("module.") for name in weights)
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in weights.items()}
 
 
 # Names of the same weight in MONAI core and in monai-generative 0.2.3. There the self-attention outside of transformers has a

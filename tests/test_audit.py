@@ -36,6 +36,7 @@ from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy import membership
 from ldm3d.privacy.audit import Audit, audit, data_copying
+from ldm3d.privacy.calibration import calibrate
 from ldm3d.privacy.descriptors import SHIFTS, coarse_volumes, descriptors_of
 from ldm3d.privacy.embedding import augment, contrastive_loss, train_embedding
 from ldm3d.privacy.guard import Guard
@@ -43,7 +44,7 @@ from ldm3d.privacy.nearest import SPACES, Likeness, Nearest, Reference
 from ldm3d.privacy.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
 from ldm3d.processes import Processes
 from ldm3d.report.audit import goals
-from ldm3d.statistics.conformal import Rate, calibrate, p_values
+from ldm3d.statistics.conformal import Rate, p_values
 
 SHAPE = (24, 28, 24)
 TRAINED, HELD, NEW = 24, 24, 12  # subjects

@@ -7,8 +7,7 @@ from scipy import stats
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError
 from ldm3d.evaluation.support import beyond_training
-from ldm3d.metrics.reconstruction import agreement
-from ldm3d.statistics.agreement import BAND, _spread, compare
+from ldm3d.statistics.agreement import BAND, _spread, agreement, compare
 from ldm3d.statistics.bootstrap import interval, mean_interval, numbered, resamples
 
 

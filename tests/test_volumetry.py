@@ -8,8 +8,8 @@ from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.placing import to_grid
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
-from ldm3d.metrics.reconstruction import agreement
 from ldm3d.rulers.volumetry import load_measure, measure_volumes
+from ldm3d.statistics.agreement import agreement
 
 GRID = Grid.centred((40, 48, 40), (4.5, 4.5, 4.5))
 VENTRICLES, BRAIN = "ventricular_volume_ml", "brain_volume_ml"

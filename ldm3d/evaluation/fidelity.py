@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from tqdm import tqdm
 
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.description import Sampling
@@ -29,7 +28,7 @@ from ldm3d.evaluation.support import Beyond, beyond_training
 from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.pipeline import Pipeline, grouped
-from ldm3d.processes import ALONE, Processes
+from ldm3d.processes import ALONE, Processes, share_work
 from ldm3d.statistics.agreement import Comparison, compare
 from ldm3d.statistics.bootstrap import mean_interval
 from ldm3d.statistics.equivalence import Finding
@@ -213,13 +212,13 @@ def evaluate(
         warnings.warn(f"how alike real and synthetic volumes are is not measured: {error}", stacklevel=2)
         extractor = None
 
-    done = spread(reconstruct, range(len(rows)), processes, "reconstruct")
+    done = share_work(reconstruct, range(len(rows)), processes, "reconstruct")
     qualities, on_real, on_reconstructed, pairs, real_seen, again_seen = zip(*done)
     result = Evaluation(*np.array(qualities).T, subjects=rows, people=whom, order=order, requests=requests)
     result.real, result.reconstructed = (list(volumes) for volumes in zip(*(pairs[i] for i in order[:shown])))
 
     groups = list(grouped(range(num_generated), pipeline.group_size))  # whole batches: a part of one costs as much
-    made = [each for group in spread(generate, groups, processes, "generate") for each in group]
+    made = [each for group in share_work(generate, groups, processes, "generate") for each in group]
     on_generated, pictures, generated_seen = zip(*made)
     result.generated = list(pictures[:shown])
     result.beyond, result.joint = beyond_training(pipeline.schema, requests, training), training is not None
@@ -314,12 +313,6 @@ def _errors(comparison: Comparison | None, volumes: int) -> NDArray:
     return error
 
 
-def spread(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
-    """work(item) of all items, in their order, on every process; each does its share."""
-    own = processes.share(items)
-    return processes.merge([work(item) for item in tqdm(own, desc=title, unit="step", disable=not processes.is_main)])
-
-
 def sweep(
     pipeline: Pipeline,
     covariate: str,
@@ -346,7 +339,7 @@ def sweep(
         volumes = list(pipeline.volumes(requests, sampling))
         return [measure(volume, pipeline.grid.spacing_mm) for volume in volumes], volumes[0]
 
-    answers, pictures = zip(*spread(ask, values, processes, f"sweep {covariate}"))
+    answers, pictures = zip(*share_work(ask, values, processes, f"sweep {covariate}"))
     measured = {name: np.array([[answer[name] for answer in row] for row in answers]) for name in quantities}  # (V, repeats)
     ranks = {name: float(stats.spearmanr(values, m.mean(axis=1)).statistic) for name, m in measured.items()}
     return Sweep(covariate, values, measured, ranks, list(pictures))

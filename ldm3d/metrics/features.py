@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm3d.errors import InputError
+from ldm3d.models.foreign import read_weights
 from ldm3d.models.pretrained import load_weights
-from ldm3d.published import read_weights
 from ldm3d.randomness import generator
 
 Extractor = Callable[[Tensor], Tensor]

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fidelity import spread
 from ldm3d.evaluation.subgroups import Judged
 from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.privacy.calibration import Threshold, calibrate
 from ldm3d.privacy.descriptors import Descriptors, descriptors_of
 from ldm3d.privacy.embedding import Embedding, train_embedding
 from ldm3d.privacy.guard import Guard, embed, likeness_of
 from ldm3d.privacy.membership import Membership, infer_members, losses_of
 from ldm3d.privacy.nearest import SPACES, Likeness, Reference
 from ldm3d.privacy.volumes import Volumes
-from ldm3d.processes import ALONE, Processes
-from ldm3d.statistics.conformal import Rate, Threshold, calibrate, p_values
+from ldm3d.processes import ALONE, Processes, share_work
+from ldm3d.statistics.conformal import Rate, p_values
 
 ALARM = 0.05  # probability of what was found by chance, below which it is not called chance
 MOST_ATTACKED = 200  # subjects of each group whose losses are taken
@@ -274,7 +274,7 @@ def _look(pipeline: Pipeline, volumes: Volumes, processes: Processes, title: str
         return [descriptors_of(pipeline, volume, views) for volume in volumes.read(numbers)]
 
     groups = list(grouped(range(len(volumes)), pipeline.group_size))  # whole batches: a part of one costs as much
-    return [each for group in spread(work, groups, processes, title) for each in group]
+    return [each for group in share_work(work, groups, processes, title) for each in group]
 
 
 def _train(
@@ -361,5 +361,5 @@ def _attack(pipeline: Pipeline, training: Volumes, held_out: Volumes, seed: int,
         chosen = volumes.first_scans(MOST_ATTACKED, seed)
         if len(chosen) < 2:
             return None
-        losses.append(np.array(spread(work, chosen, processes, title)))
+        losses.append(np.array(share_work(work, chosen, processes, title)))
     return infer_members(*losses)

@@ -25,10 +25,10 @@ from ldm3d.errors import InputError, shown
 from ldm3d.models.pretrained import load_weights, read_json
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy import descriptors
+from ldm3d.privacy.calibration import Threshold
 from ldm3d.privacy.descriptors import COARSE_SIDE, Descriptors, descriptors_of
 from ldm3d.privacy.embedding import FEATURES, Embedding
 from ldm3d.privacy.nearest import SPACES, Likeness, Reference
-from ldm3d.statistics.conformal import Threshold
 
 FOLDER, DESCRIPTION, TENSORS = "guard", "guard.json", "guard.safetensors"
 Side = Annotated[int, Field(gt=0, le=COARSE_SIDE)]

@@ -15,12 +15,13 @@ from ldm3d.description import Sampling
 from ldm3d.evaluation import subgroups as fairness
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.audit import ALARM, Audit
+from ldm3d.privacy.calibration import PLAINLY
 from ldm3d.privacy.guard import FOLDER, Guard
 from ldm3d.privacy.membership import LEVEL, Membership
 from ldm3d.report.page import AMBER, GREEN, RED, Goal, Section, plain, write_page
 from ldm3d.report.sections import fairness_sections
 from ldm3d.report.write import provenance
-from ldm3d.statistics.conformal import PLAINLY, Rate
+from ldm3d.statistics.conformal import Rate
 
 AUDIT = "audit.json"
 

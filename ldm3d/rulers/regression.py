@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from ldm3d.covariates import Value
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fidelity import spread
 from ldm3d.metrics.features import Extractor, extract
 from ldm3d.pipeline import Pipeline
-from ldm3d.processes import ALONE, Processes
+from ldm3d.processes import ALONE, Processes, share_work
 from ldm3d.randomness import generator
 from ldm3d.statistics.bootstrap import numbered
 
@@ -144,7 +143,7 @@ def look_at_training(
         pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, pipeline.reconstruct(volume))]
         return [extract([v], extractor, pipeline.device).double().numpy() for v in pair]
 
-    done = spread(look, chosen, processes, "training volumes")
+    done = share_work(look, chosen, processes, "training volumes")
     features, reconstructed = (np.concatenate(rows) for rows in zip(*done))
     rows = [pipeline.schema.parse(subjects[i]) for i in chosen]
     return Learnt(features, reconstructed, rows, [people[i] for i in chosen])

@@ -1,16 +1,71 @@
 """One covariate in two places, asked and measured for example: how they agree, each figure with its 95% interval."""
 
+import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from ldm3d.metrics.reconstruction import Agreement, agreement
+from ldm3d.errors import InputError
 from ldm3d.statistics.bootstrap import Interval, interval, resamples
 
 BAND = 25  # places along the reference at which the fitted line's interval is kept
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How measured values follow asked ones.
+
+    Attributes:
+        n: pairs in which both are finite.
+        r: Pearson's correlation; r_low, r_high its 95% interval (Fisher's transformation).
+        slope, intercept: of the least-squares line measured = slope * asked + intercept.
+        bias: mean of measured - asked.
+        mae: mean absolute difference.
+    """
+
+    n: int
+    r: float
+    r_low: float
+    r_high: float
+    slope: float
+    intercept: float
+    bias: float
+    mae: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def agreement(asked: Sequence[float], measured: Sequence[float]) -> Agreement:
+    """Agreement of two lists; pairs with a missing or non-finite value are left out.
+
+    Raises:
+        InputError: fewer than 3 pairs are left, or one of the lists is constant.
+    """
+    pairs = np.array([(a, m) for a, m in zip(asked, measured) if a is not None and m is not None], dtype=float)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)] if len(pairs) else pairs.reshape(0, 2)
+    if len(pairs) < 3 or np.ptp(pairs, axis=0).min() == 0:
+        raise InputError(
+            f"{len(pairs)} pairs of asked and measured values are left, and agreement needs 3 that vary; "
+            "give more held-out subjects with this covariate"
+        )
+    a, m = pairs.T
+    line, correlation = stats.linregress(a, m), stats.pearsonr(a, m)
+    low, high = correlation.confidence_interval(0.95) if len(pairs) > 3 else (math.nan, math.nan)
+    return Agreement(
+        n=len(pairs),
+        r=float(correlation.statistic),
+        r_low=float(low),
+        r_high=float(high),
+        slope=float(line.slope),
+        intercept=float(line.intercept),
+        bias=float((m - a).mean()),
+        mae=float(np.abs(m - a).mean()),
+    )
 
 
 @dataclass(frozen=True)
