@@ -4,6 +4,8 @@ FOLDER/pipeline.json        Grid, covariates with their fitted normalisation, pr
 FOLDER/autoencoder, unet    config.json and model.safetensors each
 """
 
+import copy
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -33,7 +35,8 @@ from ldm3d.diffusion.samplers import sample
 from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 from ldm3d.files import write_whole
-from ldm3d.generation import FINISHED, Series
+from ldm3d.generation import run
+from ldm3d.generation.series import Origin
 from ldm3d.geometry import Grid
 from ldm3d.memory import Plan, plan_decode, tried
 from ldm3d.models.autoencoder import LatentSpace
@@ -158,6 +161,21 @@ class Pipeline:
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
+
+    @property
+    def origin(self) -> Origin:
+        """What a folder of generated volumes has to say of this pipeline."""
+        parts = [self.schema.to_dict(), self.process.to_dict(), self.target, self.crop, self.grid.to_dict(), self.suffix]
+        settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        names = self.mark, self.model_hash, settings
+        grid, either = self.output_grid, self.decode_mode == "auto"
+        return Origin(grid, self.schema, self.suffix, self.skull_stripped, *names, self.computing, either)
+
+    def decoding(self, mode: str) -> "Pipeline":
+        """The same pipeline with this `decode_mode`."""
+        other = copy.copy(self)
+        other.decode_mode = mode
+        return other
 
     def __repr__(self) -> str:
         grid, sampling = self.output_grid, self.sampling
@@ -502,14 +520,7 @@ class Pipeline:
         Raises:
             InputError: the folder holds something else.
         """
-        with Series(self, folder, rows, sampling, numbers) as series:
-            for i, volume in enumerate(volumes):
-                if series.state(i) != FINISHED:
-                    series.write(i, volume)
-                if progress:
-                    progress(i + 1)
-            series.finish()
-        return Path(folder)
+        return run.write(folder, self.origin, volumes, rows, sampling, progress, numbers)
 
 
 def grouped(numbers: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from torture.generation import bids_errors, digests, make_pipeline
 
-from ldm3d import generation
 from ldm3d.config.read import load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.derivative import synthetic_path
@@ -29,7 +28,8 @@ from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
 from ldm3d.errors import InputError
 from ldm3d.experiment import held_out_scans, save_experiment, scans_by_use
-from ldm3d.generation import generate
+from ldm3d.generation import series as series_format
+from ldm3d.generation.run import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
@@ -456,7 +456,7 @@ def generator(tmp_path_factory) -> Pipeline:
 @pytest.fixture
 def guarded(generator, tmp_path, monkeypatch) -> tuple[Path, StubGuard]:
     """A series of eight of which two are withheld."""
-    monkeypatch.setattr(generation, "MOSAIC_VOLUMES", 3)
+    monkeypatch.setattr(series_format, "MOSAIC_VOLUMES", 3)
     rows = generator.parse(ROWS)
     volumes = list(generator.volumes(rows, generator.sampling))
     guard = StubGuard([volumes[i] for i in KEPT_BACK])

@@ -1,7 +1,5 @@
 """What the device decides: which GPU, how volumes are computed on it, and whether its convolutions are right."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +7,12 @@ from accelerate.utils.other import compile_regions_fsdp2
 from test_end_to_end import another_run
 from torture.generation import make_pipeline
 
-from ldm3d import devices, generation, pipeline
+from ldm3d import devices, pipeline
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
 from ldm3d.errors import InputError
+from ldm3d.generation import run
+from ldm3d.generation import series as series_format
+from ldm3d.generation.series import SERIES
 from ldm3d.models.blocks import ChannelNorm, normalise_channels
 from ldm3d.models.unet import CovariateTokens, UNet, double_last_planes, pad_to_even
 from ldm3d.processes import own_device
@@ -70,19 +71,19 @@ def test_the_type_of_gpu_is_part_of_what_bits_follow_from(gpus):
 
 
 def test_a_series_that_does_not_say_its_gpu_is_refused_and_one_of_a_cpu_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "MOSAIC_VOLUMES", 1)
+    monkeypatch.setattr(series_format, "MOSAIC_VOLUMES", 1)
     model, out = make_pipeline(channels=16), tmp_path / "out"
     model.model_hash = "0123"
     rows = model.parse(ROWS[:1])
-    assert generation.generate(model, out, rows, model.sampling).made == 1
-    assert generation.generate(model, out, rows, model.sampling).kept == 1
+    assert run.generate(model, out, rows, model.sampling).made == 1
+    assert run.generate(model, out, rows, model.sampling).kept == 1
     monkeypatch.setattr(pipeline, "described", lambda device: "cuda, NVIDIA X")
     with pytest.raises(InputError, match="device: cpu -> cuda, NVIDIA X"):
-        generation.generate(model, out, rows, model.sampling)
-    series = out / generation.SERIES
+        run.generate(model, out, rows, model.sampling)
+    series = out / SERIES
     series.write_text(series.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     with pytest.raises(InputError, match="did not note on which GPU"):
-        generation.generate(model, out, rows, model.sampling)
+        run.generate(model, out, rows, model.sampling)
 
 
 def test_sampling_on_cuda_is_fast_and_always_the_same(monkeypatch):
@@ -154,10 +155,8 @@ def test_too_large_a_group_is_said(monkeypatch):
 
 
 def test_several_threads_pack_beside_a_gpu_and_one_beside_a_cpu(monkeypatch):
-    monkeypatch.setattr(generation, "cores_each", lambda: 16)
-    for device, threads in ((CPU, 1), (CUDA, generation.PACKING)):
-        with generation._Writer(SimpleNamespace(pipeline=SimpleNamespace(device=device))) as writer:
-            assert writer.pool._max_workers == threads
+    monkeypatch.setattr(run, "cores_each", lambda: 16)
+    assert [run.packing_threads(device) for device in (CPU, CUDA)] == [1, run.PACKING]
 
 
 # Convolutions

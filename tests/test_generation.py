@@ -17,11 +17,15 @@ import torch
 from conftest import command_line
 from torture.generation import digests, make_pipeline, run
 
-from ldm3d import generation
 from ldm3d.data.derivative import synthetic_path
 from ldm3d.data.nifti import read_volume
 from ldm3d.errors import InputError
-from ldm3d.generation import Series, generate
+from ldm3d.generation import run as run_series
+from ldm3d.generation import series as series_format
+from ldm3d.generation import workspace
+from ldm3d.generation.run import generate
+from ldm3d.generation.series import Series
+from ldm3d.generation.workspace import Workspace
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.privacy.volumes import written_in
@@ -39,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pipeline(model, monkeypatch) -> Pipeline:
-    monkeypatch.setattr(generation, "MOSAIC_VOLUMES", 1)  # most of the time would go into drawing
+    monkeypatch.setattr(series_format, "MOSAIC_VOLUMES", 1)  # most of the time would go into drawing
     return Pipeline.from_pretrained(model, "cpu", torch.float32)
 
 
@@ -215,7 +219,7 @@ def test_a_folder_of_nothing_but_a_desk_is_begun_anew(pipeline, series, tmp_path
 
 
 def test_a_full_disk_loses_nothing_that_was_written(pipeline, series, tmp_path, monkeypatch):
-    rows, out, place, written = pipeline.parse(ROWS), tmp_path / "full", generation._Desk.place, []
+    rows, out, place, written = pipeline.parse(ROWS), tmp_path / "full", Workspace.write, []
 
     def until_full(desk, path, content):
         written.append(path)
@@ -225,7 +229,7 @@ def test_a_full_disk_loses_nothing_that_was_written(pipeline, series, tmp_path, 
         place(desk, path, content)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(generation._Desk, "place", until_full)
+        patch.setattr(Workspace, "write", until_full)
         generate(pipeline, out, rows, pipeline.sampling)
     assert not (out / "participants.tsv").exists() and not (out / ".unfinished").exists()
     tally = generate(pipeline, out, rows, pipeline.sampling)
@@ -317,7 +321,7 @@ def test_memory_does_not_grow_with_the_series(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(Series, "write", slow)
     monkeypatch.setattr(Pipeline, "volumes", watched)
     assert generate(pipeline, tmp_path / "out", pipeline.parse(ROWS * 4), pipeline.sampling).made == 40
-    assert generation.WAITING <= most[0] <= generation.WAITING + 3
+    assert run_series.WAITING <= most[0] <= run_series.WAITING + 3
 
 
 # Refused
@@ -369,9 +373,9 @@ def test_a_model_that_was_never_saved_cannot_go_on(series, tmp_path):
 
 
 def test_the_same_command_twice_at_a_time_is_refused(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(workspace, "PATIENCE_SECONDS", 0.1)
     rows = pipeline.parse(ROWS)
-    with Series(pipeline, tmp_path / "out", rows, pipeline.sampling):
+    with Series(tmp_path / "out", pipeline.origin, rows, pipeline.sampling.to_dict()):
         with pytest.raises(InputError, match="another process is at work in"):
             generate(pipeline, tmp_path / "out", rows, pipeline.sampling)
         generate(pipeline, tmp_path / "out", rows, pipeline.sampling, processes=Processes(1, 2))  # another share may

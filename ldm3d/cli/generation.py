@@ -49,7 +49,8 @@ def generate(
     """
     from tqdm import tqdm
 
-    from ldm3d.generation import WITHHELD, generate
+    from ldm3d.generation.run import generate
+    from ldm3d.generation.series import WITHHELD
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.preemption import REQUEUE, preemption

@@ -19,7 +19,7 @@ from ldm3d import cli
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.description import Sampling
 from ldm3d.diffusion.process import make_process
-from ldm3d.generation import generate
+from ldm3d.generation.run import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
@@ -109,7 +109,7 @@ def bids_errors(folder: Path) -> list[str]:
 def _start(folder: Path, out: Path, batch_size: int) -> list[BaseProcess]:
     """The command as torchrun would start it, but from a server that has imported everything: seconds less for each start."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ldm3d.cli", "ldm3d.generation", "ldm3d.pipeline"])
+    context.set_forkserver_preload(["ldm3d.cli", "ldm3d.generation.run", "ldm3d.pipeline"])
     arguments = [(_command(folder, out, batch_size), rank, folder / f"log-{rank}.txt") for rank in range(PROCESSES)]
     processes = [context.Process(target=_work, args=some) for some in arguments]
     for process in processes:
