@@ -104,6 +104,17 @@ def test_arrows_point_one_way(module):
     assert used <= APART.get(room(module), set(above))
 
 
+def test_the_picture_of_the_arrows_is_todays():
+    done = subprocess.run(
+        [sys.executable, "-c", "import arrows; print(arrows.drawing(), end='')"],
+        cwd=PACKAGE.parent / "docs",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout in (PACKAGE.parent / "docs/architecture.md").read_text(), "run python docs/arrows.py"
+
+
 def test_no_import_is_hidden_from_the_program():
     """What is needed for types alone would be a circle that nobody sees."""
     for module, source in MODULES.items():

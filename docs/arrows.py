@@ -1,0 +1,64 @@
+"""Draw which room of ldm3d imports which, into docs/architecture.md.
+
+    python docs/arrows.py
+
+Imports are read from the source. Arrows that follow from others (a imports b, b imports c, a imports c) are left out, and
+so is `errors`, which all import.
+"""
+
+import ast
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "ldm3d"
+PAGE, BEGIN, END = HERE / "architecture.md", "<!-- arrows: made by docs/arrows.py -->\n", "<!-- end of arrows -->"
+LEFT_OUT = {"errors", "__init__", "__main__"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """Room -> the rooms that it imports."""
+    found: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        own = room(".".join(path.relative_to(package).with_suffix("").parts))
+        used = found.setdefault(own, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "ldm3d":
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ldm3d."):
+                used.add(room(node.module.removeprefix("ldm3d.")))
+    return {own: (used & found.keys()) - {own} - LEFT_OUT for own, used in found.items() if own not in LEFT_OUT}
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """All that a room imports, through others, too."""
+    found, waiting = set(), list(graph[start])
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += graph[name]
+    return found
+
+
+def drawing() -> str:
+    """The graph as Mermaid has it."""
+    graph = imports()
+    lines = ["```mermaid", "flowchart TD"]
+    for own in sorted(graph):
+        indirect = set().union(*(reached(graph, used) for used in graph[own]))
+        lines += [f"    {own} --> {used}" for used in sorted(graph[own] - indirect)]
+    return "\n".join([*lines, "```", ""])
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(before + BEGIN + drawing() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
