@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_end_to_end import another_run
@@ -10,6 +11,8 @@ from ldm3d.config.read import load_config
 from ldm3d.data.latents import read_latents
 from ldm3d.experiment import latents_origin
 from ldm3d.pipeline import Pipeline
+from ldm3d.preemption import Stop
+from ldm3d.training.metrics import read_metrics
 
 
 def test_the_decoder_changes_and_nothing_else(experiment, tmp_path, train_here):
@@ -31,3 +34,19 @@ def test_the_decoder_changes_and_nothing_else(experiment, tmp_path, train_here):
     train_here("diffusion", config, "training.steps=9")  # stage 2 after it takes it up, too
     pipeline = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
     assert torch.equal(pipeline.autoencoder.state_dict()["to_voxels.weight"], after["to_voxels.weight"])
+
+
+def test_stopped_and_reading_ahead_it_ends_with_the_same_bits(experiment, tmp_path, train_here):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    train_here("decoder", another_run(experiment, whole, "decoder"))
+    config = another_run(experiment, parts, "decoder")
+    with pytest.raises(SystemExit):
+        train_here("decoder", config, stop=Stop("SIGTERM"))  # after the first step; the adversary begins with the third
+    train_here("decoder", config, "training.workers=1")
+    one, other = (load_file(folder / "decoder/model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    runs = (folder / "decoder-training/metrics.jsonl" for folder in (whole, parts))
+    first, second = map(read_metrics, runs)
+    assert first == second and "discriminator" in first[-1]

@@ -24,7 +24,7 @@ from ldm3d.preemption import REQUEUE, Stop, preemption
 from ldm3d.training.finite import FiniteSteps
 from ldm3d.training.metrics import Metrics, read_metrics
 
-STAGES = ["autoencoder", "diffusion", "decoder"]
+STAGES = ["autoencoder", "diffusion"]
 
 
 def end_alike(experiment, folder, stage):
