@@ -23,12 +23,13 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
 from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.training.autoencoder import MAX_VALIDATION
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
 
-STARTS = 1.6  # of Python with PyTorch, in a command that also reads its data, as multiples of one that does not
-STATISTICS = 3.0  # splits, bootstraps and plots of an evaluation, in the same unit
+# In units of what it takes to start Python with PyTorch: a command; one that a launcher starts; splits, bootstraps and plots
+START, LAUNCH, STATISTICS = 0.9, 2.0, 4.5
 
 
 class Clock:
@@ -75,7 +76,8 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
         subjects, held_out: of the toy dataset, and those of them that are evaluated on.
         generated, swept: volumes of the evaluation; drawn: of the pictures beside.
     """
-    start = STARTS * once(lambda: subprocess.run([sys.executable, "-c", "import ldm3d.training.diffusion"], check=True))
+    unit = once(lambda: subprocess.run([sys.executable, "-c", "import ldm3d.training.diffusion"], check=True))
+    start, launch = START * unit, LAUNCH * unit
     phantom, scan = _data_seconds(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
@@ -83,14 +85,18 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
     volume, again, looked = _evaluation_seconds(config)
     torch.set_num_threads(threads)
     one, two = config.autoencoder, config.diffusion
+    share = config.data.splits
+    scored = min(MAX_VALIDATION, round(subjects * share.validation)) * -(-one.training.steps // one.training.validate_every)
+    trained = round(subjects * (1 - share.validation - share.test))
+    stage_1 = one.linear_path_steps * linear + one.training.steps * step_1 + 2 * scored * again + trained * encode
     return {
         "toy brains": start + subjects * phantom,
         "prepare": start + subjects * scan,
-        "train the autoencoder": 1.5 * start + one.linear_path_steps * linear + one.training.steps * step_1,
+        "train the autoencoder": launch + stage_1,
         "encode": start + subjects * encode,
-        "train the diffusion model": 1.5 * start + two.training.steps * step_2,
-        "generate a sweep": drawn * volume[1],
-        "evaluate": STATISTICS * start + held_out * (again + 2 * looked) + (generated + swept) * (volume[0] + looked),
+        "train the diffusion model": launch + two.training.steps * step_2,
+        "generate a sweep": start + drawn * volume[1],
+        "evaluate": STATISTICS * unit + held_out * (again + 2 * looked) + (generated + swept) * (volume[0] + looked),
     }
 
 

@@ -44,17 +44,21 @@ def test_the_estimate_is_the_sum_of_what_each_part_repeats(monkeypatch):
     monkeypatch.setattr(demo_clock, "_data_seconds", lambda config: (0.1, 0.2))
     monkeypatch.setattr(demo_clock, "_training_seconds", lambda config: (0.01, 1.0, 0.5, 0.02))
     monkeypatch.setattr(demo_clock, "_evaluation_seconds", lambda config: ((1.0, 2.0), 0.5, 0.25))
-    start, found = 5.0 * demo_clock.STARTS, expected_seconds(config, 100, 10, 20, 30, 4)
-    one, two = config.autoencoder, config.diffusion
+    found = expected_seconds(config, 100, 10, 20, 30, 4)
+    start, launch = 5.0 * demo_clock.START, 5.0 * demo_clock.LAUNCH
+    one, two, share = config.autoencoder, config.diffusion, config.data.splits
+    scored = round(100 * share.validation) * -(-one.training.steps // one.training.validate_every)
+    encoded = round(100 * (1 - share.validation - share.test))
+    stage_1 = 0.01 * one.linear_path_steps + one.training.steps + 2 * scored * 0.5 + encoded * 0.02
     assert found == pytest.approx(
         {
             "toy brains": start + 10,
             "prepare": start + 20,
-            "train the autoencoder": 1.5 * start + 0.01 * one.linear_path_steps + one.training.steps,
+            "train the autoencoder": launch + stage_1,
             "encode": start + 2,
-            "train the diffusion model": 1.5 * start + 0.5 * two.training.steps,
-            "generate a sweep": 8,
-            "evaluate": demo_clock.STATISTICS * start + 10 * (0.5 + 2 * 0.25) + 50 * 1.25,
+            "train the diffusion model": launch + 0.5 * two.training.steps,
+            "generate a sweep": start + 8,
+            "evaluate": demo_clock.STATISTICS * 5 + 10 * (0.5 + 2 * 0.25) + 50 * 1.25,
         }
     )
 

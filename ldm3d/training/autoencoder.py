@@ -136,13 +136,16 @@ def export(config: Config, network: LatentSpace, keys: list[str], which: str, ac
     # Sums over this process's share, then over all: (sum, sum of squares) of c channels, and how many values
     count, total = 0, torch.zeros(2, network.latent_channels, dtype=torch.float64)
     with torch.no_grad(), accelerator.autocast():
-        for key in keys[accelerator.process_index :: accelerator.num_processes]:
-            volume = load_volume(config, key)[None].to(accelerator.device)
-            mean, log_variance = network.encode(volume).float().chunk(2, dim=1)
+        own = keys[accelerator.process_index :: accelerator.num_processes]
+        training = config.autoencoder.training
+        together = max(1, training.batch_size // (training.accumulation * accelerator.num_processes))
+        for first in range(0, len(own), together):
+            volumes = torch.stack([load_volume(config, key) for key in own[first : first + together]])  # (n, C, X, Y, Z)
+            mean, log_variance = network.encode(volumes.to(accelerator.device)).float().chunk(2, dim=1)
             # The second moment of a posterior sample: its variance counts
-            moments = torch.stack([mean, mean.square() + log_variance.exp()])  # (2, 1, c, x, y, z)
+            moments = torch.stack([mean, mean.square() + log_variance.exp()])  # (2, n, c, x, y, z)
             total += moments.double().sum(dim=(1, 3, 4, 5)).cpu()
-            count += mean[0, 0].numel()
+            count += mean[:, 0].numel()
     total = accelerator.reduce(total.float().to(accelerator.device), "sum").double().cpu()
     count = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
     mean, square = total / count
