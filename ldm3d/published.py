@@ -281,6 +281,9 @@ UNET_SHOWN = (*OTHER_KEYS, "in_channels", "out_channels", "with_conditioning", "
 DEMANDED = {"spatial_dims": 3, "use_combined_linear": False}
 AUTOENCODER_DEMANDED = DEMANDED | {"in_channels": 1, "out_channels": 1, "use_convtranspose": False}
 UNET_DEMANDED = DEMANDED | {"num_class_embeds": None, "dropout_cattn": 0.0}
+# What MONAI's schedulers do where a bundle is silent; and what samplers here do: clip nothing, and end at the data itself
+SCHEDULER_DEFAULTS = {"clip_sample": True, "set_alpha_to_one": True, "steps_offset": 0}
+SCHEDULER_DEMANDED = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
 SCHEDULES = {"scaled_linear": "vp-scaled-linear", "linear": "vp-linear"}
 
 
@@ -307,6 +310,10 @@ def read_bundle(path: Path) -> dict[str, dict[str, Any]]:
     name = str(scheduler.get("schedule", scheduler.get("beta_schedule"))).removesuffix("_beta")
     if name not in SCHEDULES or (steps, target) != (1000, "epsilon"):
         raise InputError(f"{path}: scheduler must be linear or scaled linear, of 1000 steps, for epsilon; got {scheduler}")
+    for key, wanted in SCHEDULER_DEMANDED.items():
+        if (value := scheduler.get(key, SCHEDULER_DEFAULTS[key])) != wanted:
+            unsaid = "" if key in scheduler else ", as nothing is said"
+            raise InputError(f"{path}: scheduler.{key} is {value!r}{unsaid}; only {wanted!r} can be imported")
     betas = {key: scheduler[key] for key in ("beta_start", "beta_end") if key in scheduler}
     found["process"] = {"kind": SCHEDULES[name], **betas}
     return found

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from conftest import command_line
 
-from ldm3d.evaluation import downstream, predictors
+from ldm3d.evaluation import utility
+from ldm3d.rulers import regression
 
 
 def refuse(constant: str):
@@ -17,7 +18,7 @@ def refuse(constant: str):
 @pytest.fixture
 def page_and_metrics(experiment, tmp_path, monkeypatch):
     """Of an evaluation with every part; five people are enough to learn from, here."""
-    for module in (predictors, downstream):
+    for module in (regression, utility):
         monkeypatch.setattr(module, "LEAST", 5)
     arguments = ["--data", experiment / "data", "--out", tmp_path, "--num", 8, "--steps", 1, "--downstream", "--likelihood"]
     command_line("evaluate", experiment / "run/model", *arguments)

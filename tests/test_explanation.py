@@ -259,7 +259,20 @@ def test_colours_of_changes_are_even_about_0_and_others_are_not():
 def test_command_writes_maps_pictures_and_page(tmp_path, capsys):
     pipeline = make_pipeline()
     pipeline.save_pretrained(tmp_path / "model")
-    asked = ["--from", "age=40,sex=F", "--to", "age=70", "--seeds", 6, "--steps", 2, "--device", "cpu"]
+    asked = [
+        "--from",
+        "age=40,sex=F",
+        "--to",
+        "age=70",
+        "--seeds",
+        6,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
     command_line("explain", tmp_path / "model", *asked, "--out", tmp_path / "out")
     said = capsys.readouterr().out
     assert "brighter ml" in said and "page written" in said

@@ -22,7 +22,7 @@ from torture.hostile.reading import Reader, problem_of
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.read import load_config
 from ldm3d.config.yaml import parse_yaml
-from ldm3d.data import bids, preprocess
+from ldm3d.data import bids, preparing
 from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table, write_table
@@ -228,12 +228,12 @@ def test_links_are_followed_within_the_root_only(tmp_path):
     (folder / "pair.hdr").write_bytes(nifti("pair")[0])
     (folder / "pair.img").symlink_to(elsewhere / "d.nii")
     _table(folder, "a.nii", "annexed.nii", "out.nii", "pair.hdr")
-    done = preprocess.prepare(load_config(folder / "config.yaml"), workers=1)
+    done = preparing.prepare(load_config(folder / "config.yaml"), workers=1)
     assert list(done.table["subject"]) == ["s0", "s1"] and list(done.failed["subject"]) == ["s2", "s3"]
     assert all("outside of" in reason and "data.root" in reason for reason in done.failed["reason"])
     wider = load_config(folder / "config.yaml", [f"data.root={tmp_path}"])
     _table(folder, "data/a.nii", "data/out.nii")
-    assert len(preprocess.prepare(wider, workers=1).table) == 2
+    assert len(preparing.prepare(wider, workers=1).table) == 2
 
 
 def _bids(root):
@@ -435,7 +435,7 @@ def short_of_memory(path, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20, -1))
-    return preprocess._prepare_scan(path, *arguments)
+    return preparing._prepare_scan(path, *arguments)
 
 
 @pytest.mark.slow  # worker processes start several times
@@ -445,8 +445,8 @@ def test_memory_bombs_in_workers_are_named(tmp_path, monkeypatch):
     (folder / "bomb.nii").write_bytes(nifti("single", "u1", fields={"dim": [3, 512, 512, 500, 1, 1, 1, 1]})[0])
     os.truncate(folder / "bomb.nii", 352 + 512 * 512 * 500)  # a file of holes
     _table(folder, "a.nii", "bomb.nii", "killer.nii")
-    monkeypatch.setattr(preprocess, "_prepare_scan", short_of_memory)
-    done = preprocess.prepare(load_config(folder / "config.yaml"), workers=2)
+    monkeypatch.setattr(preparing, "_prepare_scan", short_of_memory)
+    done = preparing.prepare(load_config(folder / "config.yaml"), workers=2)
     assert list(done.table["subject"]) == ["s0"] and list(done.failed["subject"]) == ["s1", "s2"]
     assert "more than there is" in done.failed["reason"].iloc[0]
     assert "its worker process died; out of memory?" in done.failed["reason"].iloc[1]

@@ -6,6 +6,8 @@ import torch
 
 from ldm3d.errors import InputError
 from ldm3d.evaluation.utility import usefulness
+from ldm3d.report.page import GREEN, RED
+from ldm3d.report.sections import usefulness_light
 from ldm3d.rulers.regression import Learnt, _left_out, fit_predictor, fit_ridge, together
 
 WEIGHTS = np.array([3.0, -2.0, 0.5, 0, 0, 0])
@@ -115,3 +117,14 @@ def test_synthetic_volumes_that_do_not_show_their_label_are_of_no_use():
 def test_too_few_volumes_to_learn_from():
     with pytest.raises(InputError, match="25 of each are needed"):
         usefulness("age", people(60, 0), people(24, 1), people(10, 2), range(10))
+
+
+def test_the_light_of_usefulness_with_the_default_number_of_volumes():
+    """Synthetic volumes drawn as real ones are: green. Labels that have nothing to do with the volumes: red."""
+    made = people(200, 8, 1)
+    shuffled = made[0], np.random.default_rng(0).permutation(made[1])
+    good, bad = (
+        usefulness_light(usefulness("age", people(200, 7, 1), synthetic, people(200, 9, 1), range(200)))
+        for synthetic in (made, shuffled)
+    )
+    assert good.verdict[0] == GREEN and bad.verdict[0] == RED

@@ -592,6 +592,9 @@ class Boom:
         ("autoencoder_def", "with_decoder_nonlocal_attn", True, "with_decoder_nonlocal_attn is True; only False"),
         ("diffusion_def", "novelty", 1, "diffusion_def.novelty is not known"),
         ("scheduler", "schedule", "cosine", "scheduler must be linear or scaled linear"),
+        ("scheduler", "clip_sample", True, "scheduler.clip_sample is True; only False can be imported"),
+        ("scheduler", "set_alpha_to_one", False, "scheduler.set_alpha_to_one is False; only True can be imported"),
+        ("scheduler", "steps_offset", 1, "scheduler.steps_offset is 1; only 0 can be imported"),
         ("scheduler", "num_train_timesteps", 500, "of 1000 steps"),
     ],
 )
