@@ -26,13 +26,13 @@ def sections(generated: Sequence[Finding], reconstructed: Sequence[Finding]) -> 
     rows = []
     for finding in generated:
         known = MEASURES[finding.name]
-        null = f"{finding.null_low:.3g}\nto {finding.null_high:.3g}"
+        null = f"{finding.null_low:.3g}\nto {finding.null_high:.3g}\nmargin {finding.margin:.3g}"
         title = f"{known.title} *" if known.decides else known.title
-        rows.append([title, known.says, null, *_beside(again.get(finding.name)), *_beside(finding), f"± {finding.margin:.3g}"])
+        rows.append([f"{title}: {known.says}", *_beside(finding), *_beside(again.get(finding.name)), null])
     text = (
         "Reconstructed against real: the same held-out volumes after the autoencoder alone. Where these are beyond the margin "
         "too, look at the autoencoder first; where only generated ones are, at the diffusion. Each figure with its 95% "
-        "interval, and beside it what real volumes reach against other real volumes in the same numbers. Below it, by "
+        "interval; in the last column what real volumes reach against other real volumes in the same numbers. Below it, by "
         "how much it differs from that on average, with a 90% interval."
     )
     note = (
@@ -44,9 +44,8 @@ def sections(generated: Sequence[Finding], reconstructed: Sequence[Finding]) -> 
         "between the two does; of the others a tenth of what real volumes reach. The light is green if all measures with "
         "an asterisk are within the margin and no other is beyond it or closer."
     )
-    columns = ["measure", "what it sees", "real", "reconstructed", "verdict", "generated", "verdict", "margin"]
-    table = {"columns": columns, "rows": rows}
-    return [Section("Are they like real volumes?", text, table, 2, lights=LIKENESS, note=note)]
+    table = {"columns": ["measure", "generated", "verdict", "reconstructed", "verdict", "real"], "rows": rows}
+    return [Section("Are they like real volumes?", text, table, 1, lights=LIKENESS, note=note)]
 
 
 def _beside(finding: Finding | None) -> tuple[str, str]:
@@ -55,6 +54,6 @@ def _beside(finding: Finding | None) -> tuple[str, str]:
         return "not taken", ""
     numbers = f"{finding.real} + {finding.synthetic}"
     if finding.needed:
-        numbers += f"; about {finding.needed} would tell"
+        numbers += f"\nabout {finding.needed} would tell"
     excess = f"{finding.excess:+.3g} ({finding.excess_low:+.3g} to {finding.excess_high:+.3g})"
     return f"{finding.value:.3g} ({finding.low:.3g} to {finding.high:.3g})\n{excess}\n{numbers}", finding.verdict

@@ -96,7 +96,8 @@ def _fair(gaps: Sequence[Gap]) -> Goal:
     verdicts = [gap.verdict for gap in judged]
     settled = {gap.verdict for gap in judged if gap.decides} == {fairness.NONE}
     light = next((FAIRNESS[v] for v in (fairness.GAP, fairness.SMALL) if v in verdicts), GREEN if settled else GREY)
-    words = ", ".join(f"{verdicts.count(v)} {v}" for v in FAIRNESS if v in verdicts)
+    order = (*ALARMING, fairness.FEW, fairness.NONE)  # the bad news first
+    words = ", ".join(f"{verdicts.count(v)} {v}" for v in order if v in verdicts)
     return Goal("Gaps between groups of people", verdicts.count(fairness.GAP), high=0, judged=(light, words))
 
 
