@@ -55,5 +55,6 @@ def _beside(finding: Finding | None) -> tuple[str, str]:
     numbers = f"{finding.real} + {finding.synthetic}"
     if finding.needed:
         numbers += f"\nabout {finding.needed} would tell"
-    excess = f"{finding.excess:+.3g} ({finding.excess_low:+.3g} to {finding.excess_high:+.3g})"
-    return f"{finding.value:.3g} ({finding.low:.3g} to {finding.high:.3g})\n{excess}\n{numbers}", finding.verdict
+    figure = f"{finding.value:.3g}\n({finding.low:.3g} to {finding.high:.3g})"
+    excess = f"{finding.excess:+.3g}\n({finding.excess_low:+.3g} to {finding.excess_high:+.3g})"
+    return f"{figure}\n{excess}\n{numbers}", finding.verdict
