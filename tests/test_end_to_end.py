@@ -230,24 +230,22 @@ def use_all_cores() -> None:
 def test_two_processes_train_as_one(experiment, tmp_path, stage):
     """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
 
-    The first loss that is logged follows one step, and holds to 1e-5. After it, AdamW keeps to that (stage 2). Muon (stage 1)
-    amplifies what a CPU rounds: each of its five Newton-Schulz iterations multiplies the small directions of a gradient by
-    3.4445, so 1e-6 of rounding becomes 3.4445^5 x 1e-6 = 5e-4 of a step. Both sides have all of the machine's cores.
+    With AdamW in both stages: Muon makes an update of full size even of a gradient that is little but rounding, and what a sum
+    is rounded to follows from the CPU's kernels for a batch of that size. Both sides have all of the machine's cores.
     """
-    later = {"autoencoder": 3.4445**5 * 1e-6, "diffusion": 1e-5}[stage]
     folders = {"1": tmp_path / "one", "2": tmp_path / "two"}
     for processes, folder in folders.items():
         folder.mkdir()
         config = another_run(experiment, folder, stage)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port()]
         command += ["-m", f"ldm3d.training.{stage}", config, "--set", f"training.accumulation={processes}"]
+        command += ["--set", "training.optimizer=adamw"]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want cores, too
         done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=use_all_cores)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(folder / f"{stage}-training/metrics.jsonl") for folder in folders.values())
     assert len(one) == len(two) == 4
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=later)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     whole, shared = (
         load_file(folder / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors") for folder in folders.values()
     )

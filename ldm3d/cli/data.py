@@ -24,6 +24,9 @@ def phantoms(
     print(f"{subjects} phantoms written to {folder}")
 
 
+FEW = 10  # people: with fewer no gap is taken, and no interval says anything
+
+
 @app.command()
 def prepare(
     config: ConfigPath,
@@ -44,6 +47,9 @@ def prepare(
             f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
             f"{splits}; written to {settings.prepared_folder}"
         )
+        tested = done.table.loc[done.table["split"] == "test", "subject"].nunique()
+        if settings.data.splits.test and tested < FEW:
+            print(f"{tested} subjects are held out for the test, too few to judge a model by: raise data.splits.test now")
 
 
 @app.command()

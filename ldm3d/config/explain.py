@@ -36,6 +36,8 @@ def _explain(problem: dict, root: type[Section]) -> str:
         known = ", ".join(("ldm3d", *get_args(MonaiLibrary)))
         return f"{where}.kind is {shown(problem['ctx']['tag'])}: use one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing" and where in ("autoencoder", "diffusion"):
+        return f"{where}: this section is missing; copy it from configs/brains-3mm.yaml, whose settings are a start"
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where} is {shown(problem['input'])}: {message}"
