@@ -230,8 +230,9 @@ def use_all_cores() -> None:
 def test_two_processes_train_as_one(experiment, tmp_path, stage):
     """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
 
-    With AdamW in both stages: Muon makes an update of full size even of a gradient that is little but rounding, and what a sum
-    is rounded to follows from the CPU's kernels for a batch of that size. Both sides have all of the machine's cores.
+    What a sum is rounded to follows from the CPU's kernels for a batch of that size, and Muon and AdamW make an update of full
+    size even of a gradient that is little but rounding. So: AdamW, whose updates are as large as the learning rate, and a small
+    one, since what rounding does to the loss is in proportion to it. Both sides have all of the machine's cores.
     """
     folders = {"1": tmp_path / "one", "2": tmp_path / "two"}
     for processes, folder in folders.items():
@@ -239,7 +240,7 @@ def test_two_processes_train_as_one(experiment, tmp_path, stage):
         config = another_run(experiment, folder, stage)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port()]
         command += ["-m", f"ldm3d.training.{stage}", config, "--set", f"training.accumulation={processes}"]
-        command += ["--set", "training.optimizer=adamw"]
+        command += ["--set", "training.optimizer=adamw", "--set", "training.learning_rate=1e-4"]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want cores, too
         done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=use_all_cores)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -45,7 +45,8 @@ class Metrics:
     def add(self, step: int, values: dict[str, float]) -> None:
         if not self.is_writer:
             return
-        finite = {key: round(float(value), 6) for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        # JSON has no NaN. Nine significant digits are all of a float32; six decimals would round a small learning rate away.
+        finite = {key: float(f"{value:.9g}") for key, value in values.items() if math.isfinite(value)}
         row = {"step": step, **finite}
         self.rows.append(row)
         with open(self.path, "a") as file:
