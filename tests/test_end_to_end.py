@@ -231,8 +231,8 @@ def test_two_processes_train_as_one(experiment, tmp_path, stage):
     """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
 
     What a sum is rounded to follows from the CPU's kernels for a batch of that size, and Muon and AdamW make an update of full
-    size even of a gradient that is little but rounding. So: AdamW, whose updates are as large as the learning rate, and a small
-    one, since what rounding does to the loss is in proportion to it. Both sides have all of the machine's cores.
+    size even of a gradient that is little but rounding. What that does to the loss grows with the learning rate, which is
+    small here, with AdamW in both stages. Both sides have all of the machine's cores.
     """
     folders = {"1": tmp_path / "one", "2": tmp_path / "two"}
     for processes, folder in folders.items():
