@@ -15,7 +15,7 @@ from ldm3d.config.sections import Config
 from ldm3d.data.preparing import load_prepared
 from ldm3d.demo_clock import Clock, expected_seconds
 from ldm3d.evaluation.fidelity import Evaluation, evaluate
-from ldm3d.experiment import held_out_scans
+from ldm3d.experiment import scans_by_use
 from ldm3d.metrics.features import RandomFeatures
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import REQUEUE
@@ -90,7 +90,7 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Pa
     """Judge the model on held-out toy brains; the demo's goals, and the page."""
     _say("evaluate")
     pipeline.threads = None  # all: what is measured does not depend on the last bits
-    config, scans = held_out_scans(out / "run/model", data, out / "work")
+    config, _, scans = scans_by_use(out / "run/model", data, out / "work")
     subjects = scans[pipeline.schema.names].to_dict("records")
 
     def load(i: int):

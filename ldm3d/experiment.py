@@ -129,25 +129,6 @@ def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
     )
 
 
-def held_out_scans(
-    model: Path,
-    data: Path,
-    work: Path,
-    root: Path | None = None,
-    processes: Processes = ALONE,
-    experiment: str | Path | None = None,
-) -> tuple[Config, pd.DataFrame]:
-    """Prepare the scans of a dataset as the model's own were, and leave out every subject that it has seen.
-
-    Arguments and errors: see `scans_by_use`.
-
-    Returns:
-        (config whose prepared folder holds the scans, rows of its scan table).
-    """
-    config, _, held_out = scans_by_use(model, data, work, root, processes, experiment)
-    return config, held_out
-
-
 def scans_by_use(
     model: Path,
     data: Path,

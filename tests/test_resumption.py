@@ -211,6 +211,14 @@ def test_metrics_have_each_step_once(tmp_path):
     assert [(event.step, round(event.value, 6)) for event in events] == [(1, 0.1), (2, 0.2), (3, 0.5)]
 
 
+def test_metrics_keep_small_learning_rates_and_large_counts(tmp_path):
+    metrics = Metrics(tmp_path, Accelerator(cpu=True), 0)
+    row = {"learning_rate": 3.2e-7, "loss": 0.0379148424, "volumes": 123456789.0}
+    metrics.add(1, row)
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1} | row]
+
+
 def unreadable(sample, rng):
     raise InputError(f"sample {sample} is damaged")
 

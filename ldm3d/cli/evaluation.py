@@ -226,7 +226,7 @@ def likelihood(
     from ldm3d.data.preparing import load_prepared
     from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
-    from ldm3d.experiment import held_out_scans
+    from ldm3d.experiment import scans_by_use
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.processes import own_device
@@ -234,7 +234,7 @@ def likelihood(
     where = device or own_device()
     # The least noise that likelihoods are taken at is finer than bfloat16's steps, so that is for those who ask for it
     pipeline = Pipeline.from_pretrained(model, where, torch.float32 if precision == "auto" else dtype(precision, where))
-    config, scans = held_out_scans(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
+    config, _, scans = scans_by_use(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
     def load(i: int):
