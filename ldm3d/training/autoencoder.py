@@ -64,7 +64,6 @@ class AutoencoderTask(Task):
         self.config, self.scans, self.accelerator = config, scans, accelerator
         settings, training = config.autoencoder, config.autoencoder.training
         self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
-        self.subjects = list(scans.loc[scans["split"] == "train", "subject"])
         self.settings = {
             "autoencoder": settings.model_dump(mode="json"),
             "grid": config.data.grid.model_dump(mode="json"),
@@ -84,9 +83,6 @@ class AutoencoderTask(Task):
             main = self.trained[MAIN]
             start_from_linear_path(main.network, self.config, self.keys["train"], self.accelerator)
             load_weights(main.average.network, main.network.state_dict(), "the linear path")
-
-    def subject(self, sample: int) -> str:
-        return self.subjects[sample]
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The autoencoder's, and then its adversary's; batch: volume (n, C, X, Y, Z), noise (n, c, x, y, z)."""

@@ -80,7 +80,6 @@ class DecoderTask(Task):
         self.config, self.scans, self.accelerator = config, scans, accelerator
         settings, training = config.decoder, config.decoder.training
         self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
-        self.subjects = list(scans.loc[scans["split"] == "train", "subject"])
         self.settings = {
             "decoder": settings.model_dump(mode="json"),
             "autoencoder": weights_hash(config.autoencoder_folder),
@@ -98,9 +97,6 @@ class DecoderTask(Task):
         self.settled, self.takes_other_scans = self.loss.settled, config.autoencoder.changed_data == GO_ON
         samples = PerturbedSamples(config, tuple(self.keys["train"]), copy.latent_shape(config.data.grid.shape))
         self.batches = batches_of(samples, training, config.seed, accelerator)
-
-    def subject(self, sample: int) -> str:
-        return self.subjects[sample]
 
     def latents(self, volume: Tensor, noise: Tensor) -> Tensor:
         """Normalised samples of the posteriors of volumes (n, C, X, Y, Z), by the encoder as it is."""

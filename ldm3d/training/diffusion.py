@@ -104,9 +104,6 @@ class DiffusionTask(Task):
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
         self.batches = batches_of(samples, training, config.seed, accelerator)
 
-    def subject(self, sample: int) -> str:
-        return self.scans["subject"][self.split["train"][sample]]
-
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
         x = self.normalised(batch["moments"], batch["posterior_noise"])  # (n, c, *padded)

@@ -82,8 +82,8 @@ class Task:
         """What precedes the first step of a run that does not go on from a checkpoint."""
 
     def subject(self, sample: int) -> str:
-        """Whose scan a sample is, for messages."""
-        raise NotImplementedError
+        """Whose scan a sample of the training split is, for messages."""
+        return self.scans.loc[self.scans["split"] == "train", "subject"].iloc[sample]
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """(name of the trained network, its loss, what to log) in turn; after each the loop takes the gradient, and the step.
