@@ -8,7 +8,7 @@ import pytest
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.subgroups import Judged, gaps
-from ldm3d.evaluation.support import Beyond
+from ldm3d.evaluation.support import Beyond, beyond_training
 from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
 from ldm3d.rulers.categories import count_hits
 from ldm3d.statistics.agreement import compare
@@ -159,6 +159,25 @@ def test_sections_hold_every_row_and_name_requests_beyond():
     assert [row[:2] for row in titles["Reconstruction of held-out volumes"].table["rows"]] == [["ml (ml)", "120"]]
     frame = fidelity_table(found)
     assert list(frame["kind"]) == ["real", "kept", "generated"] and (frame["slope_low"] <= frame["slope_high"]).all()
+
+
+@pytest.mark.parametrize("kind, colour", [("as in training", "green"), ("combined at random", "red"), ("older", "red")])
+def test_two_hundred_requests_and_what_training_saw(kind, colour):
+    """Requests that people make as they are; ventricles of the old for the young; ages that training hardly has."""
+
+    def people(number: int, seed: int, years: float = 0) -> list[dict]:
+        rng = np.random.default_rng(seed)
+        ages = rng.uniform(20, 80, number) + years
+        return [{"age": age, "ml": age / 2 + 3 * rng.standard_normal()} for age in ages]
+
+    training, requests = people(400, 1), people(200, 2, 12 if kind == "older" else 0)
+    if kind == "combined at random":
+        mixed = np.random.default_rng(3).permutation([row["ml"] for row in requests])
+        requests = [row | {"ml": ml} for row, ml in zip(requests, mixed)]
+    schema = CovariateSchema((Covariate("age", "continuous", "years"), Covariate("ml", "continuous", "ml"))).fit(training)
+    found = evaluation()
+    found.requests, found.beyond = requests, beyond_training(schema, requests, training)
+    assert light_of(found)["Requests beyond what training saw"] == colour
 
 
 def test_categories_are_judged_by_what_is_told_on_real_people():
