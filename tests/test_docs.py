@@ -1,0 +1,92 @@
+"""The documentation is up to date: links, anchors, named files, options of commands, the reference of config keys."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from ldm3d.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(r"`((?:ldm3d|tests|benchmarks|docs|configs)/[\w./-]+\.\w+)`")
+CODE = re.compile(r"```.*?```", re.DOTALL)
+COMMANDS = typer.main.get_command(app).commands
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of all headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", CODE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_config_reference_is_todays():
+    done = subprocess.run(
+        [sys.executable, "-c", "import config_reference; print(config_reference.page(), end='')"],
+        cwd=ROOT / "docs",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run python docs/config_reference.py"
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists() and there.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@every_page
+def test_named_files_exist(page):
+    for name in NAMED.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+@every_page
+def test_options_exist(page):
+    """Of the commands in code blocks; those of `generate` may be covariates."""
+    for block in CODE.findall(page.read_text(encoding="utf-8")):
+        for line in (line.split(" #")[0] for line in block.replace("\\\n", " ").splitlines()):
+            used = re.search(r"\bldm3d ([a-z][a-z-]+) ", line)
+            if used and used[1] in set(COMMANDS) - {"generate"}:
+                parameters = COMMANDS[used[1]].params
+                known = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
+                assert set(re.findall(r" (--[a-z-]+)", line[used.start() :])) <= known, line
+
+
+@every_page
+def test_imports_of_examples_work(page):
+    for block in CODE.findall(page.read_text(encoding="utf-8")):
+        for module, names in re.findall(r"^from (ldm3d[\w.]*) import (.+)$", block, re.MULTILINE):
+            assert set(names.split(", ")) <= set(dir(importlib.import_module(module))), module
+
+
+def test_every_page_is_found_from_the_readme():
+    found, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        found.add(page)
+        names = {target.partition("#")[0] for target in LINK.findall(page.read_text(encoding="utf-8"))}
+        pages = {(page.parent / name).resolve() for name in names if name.endswith(".md")}
+        waiting += pages - found - set(waiting)
+    assert set((ROOT / "docs").rglob("*.md")) <= found
+
+
+@every_page
+def test_lines_of_prose_are_short(page):
+    if page.parent.name == "benchmarks":
+        return
+    for line in CODE.sub("", page.read_text(encoding="utf-8")).splitlines():
+        assert len(line) <= 120 or line.startswith(("|", "!")), line
