@@ -48,7 +48,7 @@ def test_samples_and_samplers_have_its_covariance(gaussian):
 
 
 def test_variances_are_those_of_samples_that_were_left_out():
-    """20 samples of 128 dimensions: by themselves they say too little; what is left out meets the errors of mean and directions."""
+    """20 samples of 128 dimensions say too little of themselves; left-out ones meet the errors of mean and directions."""
     shape, rest = (2, 4, 4, 4), torch.tensor([0.3, 0.05], dtype=torch.float64)
     directions = torch.linalg.qr(random(128, 2))[0].T.reshape(2, *shape)
     true = Gaussian(random(*shape, seed=1), directions, torch.tensor([90.0, 40.0], dtype=torch.float64), rest)
