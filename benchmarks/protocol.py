@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import platform
 import signal
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import torch
 import ldm3d
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
+from ldm3d.environment import processor
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
@@ -148,7 +148,7 @@ def write(name: str, rows: list[dict]) -> Path:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     machine = {
         "device": where,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "ldm3d": ldm3d.__version__,

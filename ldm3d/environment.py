@@ -43,7 +43,7 @@ def describe_environment() -> str:
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"),
         ("device", _device_name(device)),
-        ("CPU", f"{_cpu_name()}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"),
+        ("CPU", processor()),
         ("cores", f"{cores()} for this process, {torch.get_num_threads()} threads"),
         *((name, os.environ[name]) for name in LIMITS if name in os.environ),
     ]
@@ -90,11 +90,12 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
 
 
-def _cpu_name() -> str:
-    """The processor's name where the system says it."""
+def processor() -> str:
+    """The CPU's name where the system says it, and the instructions that PyTorch uses on it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return names[0] if names else platform.processor() or "unknown"
+    name = names[0] if names else platform.processor() or "unknown"
+    return f"{name}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
