@@ -23,10 +23,10 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
 from ldm3d.rulers.volumetry import measure_volumes
-from ldm3d.training.autoencoder import MAX_VALIDATION
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
+from ldm3d.training.volumes import MAX_VALIDATION
 
 # In units of what it takes to start Python with PyTorch: a command; one that a launcher starts; splits, bootstraps and plots
 START, LAUNCH, STATISTICS = 0.9, 2.0, 4.5

@@ -20,7 +20,7 @@ from ldm3d.data.phantoms import write_dataset
 from ldm3d.data.preparing import prepare, read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT, find_experiment, save_experiment, scans_by_use
-from ldm3d.seen import RECORD, note_scans, seen_by, sign
+from ldm3d.seen import RECORD, record_export, record_scans, seen_by
 
 
 @pytest.fixture(autouse=True)
@@ -109,29 +109,29 @@ def table(**splits) -> pd.DataFrame:
 
 def test_a_run_goes_on_only_with_the_scans_it_began_with(tmp_path):
     first = table(a="train", b="train", c="validation", d="test")
-    assert note_scans(tmp_path, first, go_on=False, begun=False) == ""
-    assert note_scans(tmp_path, first, go_on=False, begun=True) == ""
+    assert record_scans(tmp_path, first, go_on=False, begun=False) == ""
+    assert record_scans(tmp_path, first, go_on=False, begun=True) == ""
     other = table(a="train", b="test", c="train", d="test", e="train")
     with pytest.raises(InputError) as error:
-        note_scans(tmp_path, other, go_on=False, begun=True)
+        record_scans(tmp_path, other, go_on=False, begun=True)
     for part in ("1 new (sub-e)", "1 no longer in training or validation (sub-b)", "1 in another split (sub-c)", "go-on"):
         assert part in str(error.value)
-    assert "goes on with other scans" in note_scans(tmp_path, other, go_on=True, begun=True)
-    assert note_scans(tmp_path, other, go_on=False, begun=True) == ""
-    sign(tmp_path, "abc")
+    assert "goes on with other scans" in record_scans(tmp_path, other, go_on=True, begun=True)
+    assert record_scans(tmp_path, other, go_on=False, begun=True) == ""
+    record_export(tmp_path, "abc")
     seen = seen_by(tmp_path)
     assert {scan.lstrip("0") for scan in seen.train} == {"a", "b", "c", "e"} and not seen.validation
     assert seen.subjects == {"a", "b", "c", "e"} and seen.network == "abc"
     with pytest.raises(InputError, match="the same ones, prepared with other settings"):
-        note_scans(tmp_path, other.assign(key=[key[:-1] + "1" for key in other["key"]]), go_on=False, begun=True)
+        record_scans(tmp_path, other.assign(key=[key[:-1] + "1" for key in other["key"]]), go_on=False, begun=True)
 
 
 def test_a_run_of_before_takes_today_s_scans_and_says_so(tmp_path):
-    assert "did not note its scans" in note_scans(tmp_path, table(a="train"), go_on=False, begun=True)
+    assert "did not record its scans" in record_scans(tmp_path, table(a="train"), go_on=False, begun=True)
     assert seen_by(tmp_path).subjects == {"a"}
     (tmp_path / RECORD).write_text('{"now": {"a": 1}, "before": {}}')
     with pytest.raises(InputError, match=r"scans.json is damaged"):
-        note_scans(tmp_path, table(a="train"), go_on=False, begun=True)
+        record_scans(tmp_path, table(a="train"), go_on=False, begun=True)
 
 
 @pytest.fixture
