@@ -32,7 +32,8 @@ from ldm3d import figures
 from ldm3d.covariates import CovariateSchema, drop_covariates
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import TIMESTEPS
-from ldm3d.diffusion.process import make_process, times_from_quantiles
+from ldm3d.diffusion.process import times_from_quantiles
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.metrics.distances import kernel_distance

@@ -36,7 +36,7 @@ from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.denoiser import TIMESTEPS, ask
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import Block, UNet

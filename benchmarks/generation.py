@@ -22,7 +22,7 @@ from torch import nn
 
 from ldm3d.config.read import load_config
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.generation.run import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import make_network

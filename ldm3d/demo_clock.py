@@ -15,7 +15,7 @@ from ldm3d.covariates import CovariateSchema
 from ldm3d.data.phantoms import make_phantom, write_dataset
 from ldm3d.data.preparing import prepare
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.geometry import Grid
 from ldm3d.metrics.features import RandomFeatures, extract
 from ldm3d.models.pretrained import make_network

@@ -10,9 +10,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ldm3d.config.data import MAX_VOXELS, Suffix
 from ldm3d.covariates import CovariateSchema
-from ldm3d.diffusion.process import TARGETS, choose, make_process
+from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
-from ldm3d.errors import InputError, shown
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.errors import InputError, choose, shown
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import read_json

@@ -1,5 +1,6 @@
 """What happens when the input, not the program, is at fault."""
 
+import difflib
 import errno
 import functools
 import itertools
@@ -35,6 +36,16 @@ def itemised(problems: Mapping[str, str], count: int | None = None) -> str:
     count = len(problems) if count is None else count
     lines = [f"  {where}: {what}" for where, what in itertools.islice(problems.items(), SHOWN)]
     return "\n".join(lines + ([f"  and {count - SHOWN} more"] if count > SHOWN else []))
+
+
+def choose(what: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is known, else an InputError that gives the nearest alternative and all others."""
+    known = list(known)
+    if name in known:
+        return name
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise InputError(f"unknown {what} {name!r}; {hint}known: {', '.join(known) or 'none'}")
 
 
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:

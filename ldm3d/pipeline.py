@@ -28,11 +28,10 @@ from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
 from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
 from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
-from ldm3d.diffusion.denoiser import NetworkDenoiser
+from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
-from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 from ldm3d.files import write_whole
 from ldm3d.generation import run

@@ -29,8 +29,8 @@ from ldm3d.config.sections import GenerationConfig, ProcessConfig
 from ldm3d.config.yaml import read_yaml
 from ldm3d.covariates import NAME, Covariate, CovariateSchema
 from ldm3d.description import WHOLE, Sampling
-from ldm3d.diffusion.process import choose, make_process
-from ldm3d.errors import InputError
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.errors import InputError, choose
 from ldm3d.geometry import Grid, spacing_of
 from ldm3d.models.foreign import read_weights
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network

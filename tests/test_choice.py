@@ -11,7 +11,7 @@ from test_end_to_end import another_run
 
 from ldm3d.config.sections import AutoencoderConfig
 from ldm3d.diffusion.objective import Denoising
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.unet import UNet
 from ldm3d.training import diffusion

@@ -25,7 +25,7 @@ from monai.transforms import DivisiblePad
 from safetensors.torch import save_file
 
 from ldm3d.data.phantoms import write_dataset
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline

@@ -104,7 +104,7 @@ class ProcessConfig(Section):
     kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm"] = "flow"
     beta_start: float | None = None
     beta_end: float | None = None
-    # gamma = -log SNR at the data's end and at the noise's; None: those of ldm3d.diffusion.vdm.Schedule
+    # gamma = -log SNR at the data's end and at the noise's; None: those of ldm3d.diffusion.vdm.VDMSchedule
     gamma_min: Annotated[float, Field(ge=-30, le=30)] | None = None
     gamma_max: Annotated[float, Field(ge=-30, le=30)] | None = None
     schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma in between; 0 leaves it a straight line

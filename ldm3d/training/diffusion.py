@@ -23,9 +23,10 @@ from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask
-from ldm3d.diffusion.objective import Denoising, Objective, VariationalBound
-from ldm3d.diffusion.process import Process, make_process
-from ldm3d.diffusion.vdm import Schedule
+from ldm3d.diffusion.objective import Denoising, Objective, VDMObjective
+from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
@@ -166,18 +167,18 @@ def make_objective(settings: DiffusionConfig, device: torch.device | str) -> Obj
     """What the config's U-Net is trained on; a vdm's gamma is still a straight line."""
     if settings.process.kind == "vdm":
         ends = settings.process.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
-        return VariationalBound(Schedule(**ends).to(device), settings.target)
+        return VDMObjective(VDMSchedule(**ends).to(device), settings.target)
     time = settings.time_sampling
     process = make_process(**settings.process.model_dump(exclude_none=True))
     return Denoising(process, settings.target, settings.loss_weight, time.kind, time.location, time.scale)
 
 
-def schedule_optimizer(schedule: Schedule, settings: DiffusionConfig) -> Adam:
+def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam:
     rate = settings.process.schedule_learning_rate
     return Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
 
 
-def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
+def learn(schedule: VDMSchedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
     """One step of a schedule towards less variance of the batch's loss, alike on every process; none if it is not finite.
 
     The gradient of a squared loss is a product of the loss and its gradient. Both have to be the whole batch's, so they are
