@@ -6,7 +6,6 @@ given and 0 where it is left open. Open values serve a missing cell of the table
 classifier-free guidance alike.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -19,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ldm3d.errors import SHOWN, InputError, shown, some
+from ldm3d.errors import SHOWN, InputError, nearest, shown, some
 
 Value = float | str | None
 NAME = r"^[a-z][a-z0-9_]{0,99}$"  # how requests, columns and files can be called
@@ -232,8 +231,8 @@ class CovariateSchema:
         for covariate in self.covariates:
             if covariate.name == name:
                 return covariate
-        close = difflib.get_close_matches(name[:100], self.names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        close = nearest(name, self.names)
+        hint = f"; did you mean {close!r}?" if close else ";"
         raise InputError(f"unknown covariate {shown(name)}{hint} this model knows {', '.join(self.names) or 'none'}")
 
     @property

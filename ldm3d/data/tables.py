@@ -5,7 +5,6 @@ What a cell means is others' business; here are files, lines and columns.
 
 import collections
 import csv
-import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm3d.errors import InputError, shown, some
+from ldm3d.errors import InputError, nearest, shown, some
 from ldm3d.files import write_whole
 
 MAX_TABLE_BYTES = 2**30
@@ -98,8 +97,8 @@ def check_column(path: Path, columns: Collection[str], column: str, purpose: str
     """Raise InputError, with the nearest name, unless the column is one of the table's; `purpose` says who wants it."""
     if column not in columns:
         names = {name.lower(): name for name in columns if len(name) < 100}
-        close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[close[0]]!r}? " if close else ""
+        close = nearest(column.lower(), names, cutoff=0.5)
+        hint = f"did you mean {names[close]!r}? " if close else ""
         listed = some((shown(name)[1:-1] for name in columns), 30)
         raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {listed}")
 
