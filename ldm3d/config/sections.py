@@ -103,9 +103,7 @@ class ProcessConfig(Section):
     # gamma = -log SNR at the data's end and at the noise's; None: the defaults of ldm3d.diffusion.vdm.VDMSchedule
     gamma_min: Annotated[float, Field(ge=-30, le=30)] | None = None
     gamma_max: Annotated[float, Field(ge=-30, le=30)] | None = None
-    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = (
-        None  # of gamma between its ends; 0: a straight line
-    )
+    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma between its ends; 0: a straight line
 
     @model_validator(mode="after")
     def _betas_belong(self):
