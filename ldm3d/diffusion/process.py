@@ -101,7 +101,7 @@ class Process:
         choose("target", kind, TARGETS)
         alpha, sigma = self._alpha_sigma(t)
         if kind == "data":
-            return torch.zerosof_type(t), torch.onesof_type(t)
+            return torch.zeros_like(t), torch.ones_like(t)
         if kind == "noise":
             inverse = torch.where(alpha < ALPHA_FLOOR, 0.0, 1 / alpha)
             return inverse, -sigma * inverse
@@ -123,7 +123,7 @@ class Process:
         choose("loss weight", kind, LOSS_WEIGHTS)
         time = as_double(t)
         if kind == "none":
-            return of_type(t, torch.onesof_type(time))
+            return of_type(t, torch.ones_like(time))
         alpha, sigma = self._alpha_sigma(time)
         snr = (alpha / sigma) ** 2  # infinite at t = 0, which the minimum makes finite
         if target == "noise":  # 0 / 0 at alpha = 0 when written with b

@@ -26,7 +26,7 @@ class Flow(Process):
         return 1 - t, t
 
     def _rates(self, t):
-        return -torch.onesof_type(t), torch.onesof_type(t)
+        return -torch.ones_like(t), torch.ones_like(t)
 
     def _t_of_lam(self, lam):
         return torch.sigmoid(-lam)
@@ -67,11 +67,11 @@ class Cosine(VariancePreserving):
         return ((t + self.offset) / (1 + self.offset) * (math.pi / 2)).clamp(max=math.pi / 2 - 1e-4)
 
     def _log_alpha(self, t):
-        phi, start = self._phi(t), self._phi(torch.zerosof_type(t))
+        phi, start = self._phi(t), self._phi(torch.zeros_like(t))
         return torch.log(phi.cos() / start.cos()), -phi.tan() * (math.pi / 2) / (1 + self.offset)
 
     def _t_of_log_alpha(self, log_alpha):
-        start = self._phi(torch.zerosof_type(log_alpha))
+        start = self._phi(torch.zeros_like(log_alpha))
         return (log_alpha.exp() * start.cos()).acos() / (math.pi / 2) * (1 + self.offset) - self.offset
 
 
