@@ -12,7 +12,8 @@ import torch
 
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.data.phantoms import make_phantom, write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.preparing import prepare
 from ldm3d.description import Sampling
 from ldm3d.diffusion.schedules import make_process

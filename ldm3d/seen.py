@@ -11,13 +11,12 @@ import pandas as pd
 
 from ldm3d.data.keys import scan_of
 from ldm3d.data.splits import TRAIN, VALIDATION
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, some
 from ldm3d.files import write_whole
 from ldm3d.models.pretrained import read_json
 
 RECORD = "scans.json"
 GO_ON = "go-on"  # the value of autoencoder.changed_data that lets a run go on with other scans
-_NAMED = 5  # subjects that a message names
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,6 @@ def _changes(before: dict, now: dict) -> str:
     }
     found = []
     for kind, scans in kinds.items():
-        subjects = sorted({subject for _, subject in scans})
-        named = ", ".join(f"sub-{subject}" for subject in subjects[:_NAMED])
-        named += f" and {len(subjects) - _NAMED} more" if len(subjects) > _NAMED else ""
-        found += [f"{len(scans)} {kind} ({named})"] if scans else []
+        subjects = some(f"sub-{subject}" for subject in sorted({subject for _, subject in scans}))
+        found += [f"{len(scans)} {kind} ({subjects})"] if scans else []
     return "; ".join(found) or "the same ones, prepared with other settings or placed otherwise"

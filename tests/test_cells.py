@@ -67,7 +67,7 @@ def test_codes_mean_what_the_config_says_and_nothing_else(quietly):
         read(["1", "2", "F", "2"], kind="categorical")
     message = str(caught.value)
     assert message.startswith("3 cells cannot be used:\n  row 0, sex: '1' is not one of F, M\n")
-    assert "sex: if '1', '2' stand for categories, say for which: `categories: {F: [...], M: [...]}`" in message
+    assert "sex: if '1', '2' stand for categories, write which: `categories: {F: [...], M: [...]}`" in message
 
 
 @pytest.mark.parametrize("word", ["none", "NA", "nan", "null"])

@@ -16,7 +16,7 @@ from conftest import SHAPE, command_line, tiny_settings
 from ldm3d.config.read import load_config
 from ldm3d.data.keys import scan_of, volume_key
 from ldm3d.data.nifti import read_volume, write_volume
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.preparing import prepare, read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT, find_experiment, save_experiment, scans_by_use

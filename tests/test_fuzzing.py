@@ -263,7 +263,7 @@ def test_bids_links_that_go_round(tmp_path):
     data = _bids(tmp_path)
     for name in ("up", "sub-01/up"):
         (tmp_path / name).symlink_to(tmp_path)
-    with pytest.raises(InputError, match="links to a folder that it lies in itself; remove the link"):
+    with pytest.raises(InputError, match="links to a folder that holds it; remove the link"):
         read_scans(data, [])
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom, write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 
