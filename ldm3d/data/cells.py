@@ -175,7 +175,7 @@ def warn_of_constant_ages(
             who = some(f"sub-{subject}: {ages[subject][0]:g} at {len(ages[subject])} visits" for subject in constant)
             warnings.warn(
                 f"{config.name} is the same at all visits of {len(constant)} of {len(several)} people with several ({who}); "
-                "if the visits lie apart in time, give it for each: in sub-XX_sessions.tsv, or in a row a session of the table",
+                "if the visits lie apart in time, give it for each: in sub-XX_sessions.tsv, or in a row a session",
                 stacklevel=4,
             )
 
