@@ -79,9 +79,9 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     """
     started = time.monotonic()
     folder = config.prepared_folder
-    (folder / "volumes").mkdir(parents=True, exist_ok=True)
     kept = _kept_splits(config, processes)
     scans = read_scans(config.data, config.covariates)
+    (folder / "volumes").mkdir(parents=True, exist_ok=True)
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
     arguments = [(path, *shared) for path in processes.share(scans["path"])]
