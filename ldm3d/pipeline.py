@@ -33,7 +33,7 @@ from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
 from ldm3d.errors import InputError
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 from ldm3d.generation import run
 from ldm3d.generation.series import Origin
 from ldm3d.geometry import Grid
@@ -225,7 +225,7 @@ class Pipeline:
             "crop": self.crop,
             "generates": "synthetic volumes; no patient's data",
         }
-        write_whole(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
         self.model_hash = weights_hash(folder / "autoencoder", folder / "unet")
 
     @classmethod

@@ -12,7 +12,7 @@ import pandas as pd
 from ldm3d.data.keys import scan_of
 from ldm3d.data.splits import TRAIN, VALIDATION
 from ldm3d.errors import InputError, some
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 from ldm3d.models.pretrained import read_json
 
 RECORD = "scans.json"
@@ -71,13 +71,13 @@ def record_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> st
             )
         message = f"{run} goes on with other scans ({changed}); what it has seen before stays seen"
         record["before"] = _union(record["before"], record["now"])
-    write_whole(run / RECORD, json.dumps({**record, "now": now}, indent=1) + "\n")
+    write_atomic(run / RECORD, json.dumps({**record, "now": now}, indent=1) + "\n")
     return message
 
 
 def record_export(run: Path, network: str) -> None:
     """Record the hash of the exported network, to recognise another one in its place."""
-    write_whole(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
+    write_atomic(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
 
 
 def seen_by(run: Path) -> Seen | None:

@@ -249,10 +249,10 @@ def test_an_old_model_folder_still_works_and_is_warned_of(experiment, tmp_path, 
     with pytest.warns(UserWarning) as said:
         _, trained, held_out = scans_by_use(tmp_path / "model", experiment / "data", tmp_path / "work")
     assert set(trained["split"]) == {"train"} and set(held_out["split"]) == {"test"}
-    assert "before you hand the model folder on" in str(said[0].message) and "bytes of their files" in str(said[1].message)
+    assert "before you publish the model folder" in str(said[0].message) and "bytes of their files" in str(said[1].message)
     old["config"]["data"]["bids"] = str(packed_anew)
     (tmp_path / "model" / EXPERIMENT).write_text(json.dumps(old))
-    with warnings.catch_warnings(), pytest.raises(InputError, match="none of its 20 files is what it was"):
+    with warnings.catch_warnings(), pytest.raises(InputError, match="none of its 20 files is unchanged"):
         warnings.simplefilter("ignore")
         scans_by_use(tmp_path / "model", packed_anew, tmp_path / "work")
 

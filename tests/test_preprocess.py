@@ -286,7 +286,7 @@ def test_full_disk_stops_the_run(dataset, monkeypatch):
     def fail(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(preprocess, "write_whole", fail)
+    monkeypatch.setattr(preprocess, "write_atomic", fail)
     with pytest.raises(OSError, match="No space left"):
         prepare(dataset(), workers=1)
 

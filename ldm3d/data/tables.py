@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ldm3d.errors import InputError, nearest, shown, some
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 
 MAX_TABLE_BYTES = 2**30
 _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spreadsheet; a lone + or - is a value
@@ -21,7 +21,7 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
     Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` removes.
     """
-    write_whole(path, as_tsv(frame))
+    write_atomic(path, as_tsv(frame))
 
 
 def read_table(path: Path) -> pd.DataFrame:

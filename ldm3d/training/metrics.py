@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ldm3d import figures
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 
 
 class Metrics:
@@ -36,7 +36,7 @@ class Metrics:
             return
         if self.path.exists():
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(run / "tensorboard")
         for row in self.rows:
