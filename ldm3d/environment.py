@@ -1,4 +1,4 @@
-"""What ldm3d finds on this machine: versions, devices, the precision that is fast, and the attention kernels that load."""
+"""A description of this machine: versions, devices, the fast precision, and the attention kernels that work."""
 
 import importlib.metadata
 import os
@@ -14,15 +14,7 @@ from ldm3d.precision import bf16_is_fast
 from ldm3d.processes import cores, own_device
 
 PACKAGES = (
-    "monai",
-    "monai-generative",
-    "nibabel",
-    "accelerate",
-    "xformers",
-    "safetensors",
-    "numpy",
-    "scipy",
-    "pandas",
+    *("monai", "monai-generative", "nibabel", "accelerate", "xformers", "safetensors", "numpy", "scipy", "pandas"),
     "pybids",
 )
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
@@ -32,11 +24,11 @@ KERNELS = {
     "cuDNN (SDPA)": SDPBackend.CUDNN_ATTENTION,
     "matrix products (SDPA)": SDPBackend.MATH,
 }
-HEAD_CHANNELS = 64  # of the heads that kernels are tried on
+HEAD_CHANNELS = 64  # of the heads in the trials of kernels
 
 
 def describe_environment() -> str:
-    """Lines for a person, or for a report of a fault; nothing in them names the user or the machine."""
+    """Lines for a bug report; they name neither the user nor the machine."""
     device = torch.device(own_device())
     rows = [
         ("ldm3d", ldm3d.__version__),
@@ -61,7 +53,7 @@ def describe_environment() -> str:
 
 
 def probe_attention(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Kernel -> None where it computes attention, else why not. Each is tried."""
+    """Kernel -> None if a trial computes attention, else the reason."""
     found = {name: _why_sdpa_fails(kernel, device, dtype) for name, kernel in KERNELS.items()}
     return found | {"xformers": why_xformers_fails(device, dtype, HEAD_CHANNELS)}
 
@@ -91,7 +83,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's name where the system says it."""
+    """The processor's name, if the system gives it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

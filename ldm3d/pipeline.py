@@ -26,7 +26,7 @@ import ldm3d
 from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
-from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
+from ldm3d.description import DESCRIPTION, NO_CROP, Sampling, check_parts, read_description
 from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
@@ -106,7 +106,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         skull_stripped: bool = False,
         model_hash: str = "unsaved",
-        crop: Sequence[Sequence[int]] = WHOLE,
+        crop: Sequence[Sequence[int]] = NO_CROP,
         decode_mode: str = "auto",
         group: int | None = None,
         threads: int | None = 1,

@@ -25,7 +25,7 @@ from ldm3d.config.networks import MonaiAutoencoderConfig, MonaiLibrary, MonaiUNe
 from ldm3d.config.sections import GenerationConfig, ProcessConfig
 from ldm3d.config.yaml import read_yaml
 from ldm3d.covariates import NAME, Covariate, CovariateSchema
-from ldm3d.description import WHOLE, Sampling
+from ldm3d.description import NO_CROP, Sampling
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError, choose
 from ldm3d.geometry import Grid, spacing_of
@@ -128,7 +128,7 @@ class ImportConfig(Section):
     unet: PublishedUNetConfig
     covariates: tuple[ScaledCovariate, ...]  # in the order of the network's input
     grid: GridConfig  # of the autoencoder's volumes
-    crop: tuple[Planes, Planes, Planes] = WHOLE  # planes (before, after) that generated volumes lose
+    crop: tuple[Planes, Planes, Planes] = NO_CROP  # planes (before, after) that generated volumes lose
     affine: tuple[Row, Row, Row, Row] | None = None  # of generated volumes; None centres the grid at 0
     process: ProcessConfig
     target: Literal["noise", "v", "data"] = "noise"
