@@ -68,9 +68,8 @@ class AttentionMaps:
         maps = []
         for block, total in self._sums.items():
             # Position i of a level covers positions 2^level i, ... of the latent grid; the last may exceed it
-            upsampled = F.interpolate(
-                total / self._calls[block], scale_factor=factor * 2 ** self._levels[block], mode="trilinear"
-            )
+            voxels = factor * 2 ** self._levels[block]  # for each position, along an axis
+            upsampled = F.interpolate(total / self._calls[block], scale_factor=voxels, mode="trilinear")
             maps.append(upsampled[..., : shape[0], : shape[1], : shape[2]])
         return torch.stack(maps).mean(dim=0)
 

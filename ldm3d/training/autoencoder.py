@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ldm3d.config.sections import Config
 from ldm3d.data.preparing import read_scan_table
-from ldm3d.data.samples import load_volume
 from ldm3d.errors import InputError
-from ldm3d.models.autoencoder import Autoencoder, LatentSpace
+from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import load_weights, make_network, weights_hash
 from ldm3d.preemption import Stop
 from ldm3d.processes import cores
@@ -60,64 +59,52 @@ class AutoencoderTask(VolumeTask):
         }
 
     def begin(self) -> None:
-        if self.config.autoencoder.network.linear_path:
-            main = self.trained[MAIN]
-            start_from_linear_path(main.network, self.config, self.keys["train"], self.accelerator)
-            load_weights(main.average.network, main.network.state_dict(), "the linear path")
+        """Fit the linear path to some volumes on the main process, with the cores of all, and broadcast it.
+
+        So one process and several start from the same bits.
+        """
+        if not self.config.autoencoder.network.linear_path:
+            return
+        main, keys = self.trained[MAIN], self.keys["train"]
+        if self.accelerator.is_main_process:
+            count = volumes_for(self.config.data.grid.shape)
+            chosen = keys[:: max(1, len(keys) // count)][:count]
+            print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
+            steps, threads = self.config.autoencoder.linear_path_steps, torch.get_num_threads()
+            torch.set_num_threads(cores())
+            train_linear_path(main.network, self.volumes(chosen), steps, self.config.seed, self.accelerator.autocast)
+            torch.set_num_threads(threads)
+        broadcast_weights(main.network)
+        load_weights(main.average.network, main.network.state_dict(), "the linear path")
 
     def reconstruct(self, network: LatentSpace, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         with self.accelerator.autocast():
             return network(batch["volume"], batch["noise"])
 
     def export(self, average: LatentSpace, which: str) -> None:
-        export(self.config, average, self.keys["train"], which, self.accelerator)
-
-
-def start_from_linear_path(model: Autoencoder, config: Config, keys: list[str], accelerator: Accelerator) -> None:
-    """Fit the linear path to some volumes on the main process, with the cores of all, and broadcast it.
-
-    So one process and several start from the same bits.
-    """
-    if accelerator.is_main_process:
-        count = volumes_for(config.data.grid.shape)
-        chosen = keys[:: max(1, len(keys) // count)][:count]
-        print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
-        volumes = torch.stack([load_volume(config, key) for key in chosen])  # (n, C, X, Y, Z)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(cores())
-        train_linear_path(model, volumes, config.autoencoder.linear_path_steps, config.seed, accelerator.autocast)
-        torch.set_num_threads(threads)
-    broadcast_weights(model)
-
-
-def export(config: Config, network: LatentSpace, keys: list[str], which: str, accelerator: Accelerator) -> None:
-    """Write the averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder.
-
-    `which` describes the network: last step, or best.
-    """
-    # This process's share, then all: (sum, sum of squares) of each channel, and the number of values
-    count, total = 0, torch.zeros(2, network.latent_channels, dtype=torch.float64)
-    with torch.no_grad(), accelerator.autocast():
-        own = keys[accelerator.process_index :: accelerator.num_processes]
-        training = config.autoencoder.training
+        """Write the averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
+        config, accelerator, training = self.config, self.accelerator, self.config.autoencoder.training
+        # This process's share, then all: (sum, sum of squares) of each channel, and the number of values
+        count, total = 0, torch.zeros(2, average.latent_channels, dtype=torch.float64)
+        own = self.keys["train"][accelerator.process_index :: accelerator.num_processes]
         together = max(1, training.batch_size // (training.accumulation * accelerator.num_processes))
-        for first in range(0, len(own), together):
-            volumes = torch.stack([load_volume(config, key) for key in own[first : first + together]])  # (n, C, X, Y, Z)
-            mean, log_variance = network.encode(volumes.to(accelerator.device)).float().chunk(2, dim=1)
-            # The second moment of a posterior sample: its variance counts
-            moments = torch.stack([mean, mean.square() + log_variance.exp()])  # (2, n, c, x, y, z)
-            total += moments.double().sum(dim=(1, 3, 4, 5)).cpu()
-            count += mean[:, 0].numel()
-    total = accelerator.reduce(total.float().to(accelerator.device), "sum").double().cpu()
-    count = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
-    mean, square = total / count
-    network.latent_mean.copy_(mean)
-    network.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
-    if accelerator.is_main_process:
-        network.save_pretrained(config.autoencoder_folder)
-        record_export(config.autoencoder_run, weights_hash(config.autoencoder_folder))
-        print(f"autoencoder written to {config.autoencoder_folder} ({which})")
-    accelerator.wait_for_everyone()
+        with torch.no_grad(), accelerator.autocast():
+            for first in range(0, len(own), together):
+                volumes = self.volumes(own[first : first + together]).to(accelerator.device)
+                mean, log_variance = average.encode(volumes).float().chunk(2, dim=1)
+                # The second moment of a posterior sample includes its variance
+                moments = torch.stack([mean, mean.square() + log_variance.exp()])  # (2, n, c, x, y, z)
+                total += moments.double().sum(dim=(1, 3, 4, 5)).cpu()
+                count += mean[:, 0].numel()
+        total = accelerator.reduce(total.float().to(accelerator.device), "sum").double().cpu()
+        count = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
+        mean, square = total / count
+        average.latent_mean.copy_(mean)
+        average.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
+        if accelerator.is_main_process:
+            average.save_pretrained(config.autoencoder_folder)
+            record_export(config.autoencoder_run, weights_hash(config.autoencoder_folder))
+            print(f"autoencoder written to {config.autoencoder_folder} ({which})")
 
 
 def main() -> None:

@@ -17,14 +17,13 @@ from torch.optim import Adam
 
 from ldm3d import figures
 from ldm3d.config.sections import Config, DiffusionConfig
-from ldm3d.covariates import CovariateSchema, describe, drop_covariates
+from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import ask
 from ldm3d.diffusion.objective import Denoising, Objective, VDMObjective
-from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
@@ -160,7 +159,11 @@ class DiffusionTask(Task):
             print(f"model written to {self.config.model_folder} ({which})")
 
     def pipeline(self, unet: LatentUNet) -> Pipeline:
-        return make_pipeline(self.config, self.autoencoder, unet, self.schema, self.objective.process)
+        """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""
+        data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
+        grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
+        networks = self.autoencoder, unet, self.schema
+        return Pipeline(*networks, grid, process, target, sampling, data.skull_stripped, threads=None, suffix=data.suffix)
 
 
 def make_objective(settings: DiffusionConfig, device: torch.device | str) -> Objective:
@@ -193,18 +196,6 @@ def learn(schedule: VDMSchedule, optimizer: Adam, loss: Tensor, accelerator: Acc
     optimizer.found_inf = (~schedule.logits.grad.isfinite().all()).float()  # where it is 1, a fused optimiser does nothing
     optimizer.step()
     optimizer.zero_grad()
-
-
-def make_pipeline(
-    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
-) -> Pipeline:
-    """The pipeline of these networks with the config's defaults for generation, on as many threads as the training has."""
-    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
-    sampling = Sampling(**config.generation.model_dump())
-    target, stripped = config.diffusion.target, config.data.skull_stripped
-    return Pipeline(
-        autoencoder, unet, schema, grid, process, target, sampling, stripped, threads=None, suffix=config.data.suffix
-    )
 
 
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:

@@ -1,6 +1,6 @@
 """What the trainings on volumes share: stage 1 (the autoencoder) and stage 3 (its decoder). Volumes are (N, C, X, Y, Z)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,6 +67,10 @@ class VolumeTask(Task):
         """The autoencoder that a network is, or is a part of."""
         return network
 
+    def volumes(self, keys: Sequence[str]) -> Tensor:
+        """Prepared volumes (n, C, X, Y, Z), on the CPU."""
+        return torch.stack([load_volume(self.config, key) for key in keys])
+
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         made, moments = self.reconstruct(self.trained[MAIN].module, batch)
         return self.loss.in_turn(batch["volume"], made, step, moments)
@@ -83,7 +87,7 @@ class VolumeTask(Task):
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(chosen), accelerator.num_processes):
             number = first + accelerator.process_index
-            volume = load_volume(self.config, chosen[number % len(chosen)])[None].to(accelerator.device)
+            volume = self.volumes([chosen[number % len(chosen)]]).to(accelerator.device)
             noise = torch.randn((1, *space.latent_shape(volume.shape[2:])), generator=generator("validation", number))
             batch = {"volume": volume, "noise": noise.to(accelerator.device)}
             made, moments = self.reconstruct(average, batch)
@@ -98,7 +102,7 @@ class VolumeTask(Task):
     def preview(self, average: nn.Module, path: Path) -> None:
         """Originals above their reconstructions."""
         keys = (self.keys["validation"] or self.keys["train"])[:4]
-        volumes = torch.stack([load_volume(self.config, key) for key in keys]).to(self.accelerator.device)
+        volumes = self.volumes(keys).to(self.accelerator.device)
         again = clipped_reconstruction(self.space(average), volumes)
         titles = ["original"] * len(keys) + [f"{quality:.1f} dB" for quality in psnr(again, volumes).tolist()]
         shown = [volume.cpu().numpy() for volume in torch.cat([volumes, again])[:, 0]]
