@@ -182,10 +182,10 @@ class Stage2(Training):
         found = {"batch": self.batch}
         for name in JUDGED:
             try:
-                agreed = agreement([row[name] for row in rows], [m[name] for m in measured]).to_dict()
+                fitted = agreement([row[name] for row in rows], [m[name] for m in measured]).to_dict()
             except InputError:  # nothing that could be measured yet
-                agreed = {"r": 0.0, "slope": 0.0}
-            found |= {f"{name}_r": agreed["r"], f"{name}_slope": agreed["slope"]}
+                fitted = {"r": 0.0, "slope": 0.0}
+            found |= {f"{name}_r": fitted["r"], f"{name}_slope": fitted["slope"]}
         generated = torch.from_numpy(np.stack(volumes))[:, None]
         self.shown = volumes[:SHOWN]
         return found | {"distance": distance(generated, self.data.test)}

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from monai.inferers import DiffusionInferer, LatentDiffusionInferer
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler
-from protocol import GB, denoiser_calls, device, free_memory, in_own_process, measure, spread, timed, write
+from protocol import GB, denoiser_calls, device, free_memory, in_own_process, measure, summarise, timed, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,7 +153,7 @@ def perform(part: str, side: str, shape: list[int], repeats: int, quick: bool, b
         rest = missing * statistics.median(chosen.unet_seconds[1:] or chosen.unet_seconds)
         found |= {key: found[key] + rest for key in ("median", "min", "max")}
         found["extrapolated"] = f"from {done} of {done + missing} U-Net calls"
-        found["unet_call_seconds"] = spread(chosen.unet_seconds)
+        found["unet_call_seconds"] = summarise(chosen.unet_seconds)
     return found
 
 

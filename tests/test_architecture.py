@@ -116,7 +116,7 @@ def test_the_picture_of_the_arrows_is_todays():
 
 
 def test_no_import_is_hidden_from_the_program():
-    """What is needed for types alone would be a circle that nobody sees."""
+    """What is needed for types alone would hide a circle."""
     for module, source in MODULES.items():
         assert "TYPE_CHECKING" not in source, module
 

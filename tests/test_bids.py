@@ -22,7 +22,7 @@ SEX = CovariateConfig(name="sex", kind="categorical", categories=("F", "M"))
 
 
 def bids(root: Path, scans, participants: str | None = None) -> DataConfig:
-    """A dataset of empty files; nobody looks into them here."""
+    """A dataset of empty files; they are not read here."""
     for scan in scans:
         path = root / scan
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def test_words_and_numbers_that_stand_for_missing_values(quietly):
     assert read(["50", "-9999"], ["-1"], missing=["-9999"]) == [50, None]  # the covariate's own list
 
 
-def test_codes_that_nobody_explained_are_refused_with_the_way_out():
+def test_unexplained_codes_are_refused_with_the_way_out():
     cells = [*map(str, ADULTS), "-9999", "-9999", "999"]
     with pytest.raises(InputError) as caught:
         read(cells)
@@ -94,7 +94,7 @@ def test_codes_that_nobody_explained_are_refused_with_the_way_out():
     assert "`missing: [-9999, 999]`" in message and "`missing: []`" in message
     assert read(cells, missing=["-9999", "999"])[-3:] == [None] * 3
     with pytest.warns(UserWarning, match=r"age is 999 in 1 cells.*`missing: \[-9999, 999\]`"):
-        assert read(cells, missing=["-9999"])[-1] == 999  # a list that somebody wrote is taken at its word
+        assert read(cells, missing=["-9999"])[-1] == 999  # a given list is complete
 
 
 def test_an_empty_list_says_that_every_number_is_a_value(quietly):

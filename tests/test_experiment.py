@@ -143,7 +143,7 @@ def own(experiment, tmp_path) -> Path:
 
 
 def test_a_changed_split_reaches_the_autoencoder(own, experiment, train_here, capsys):
-    """Stage 1 refuses it; on purpose it goes on, and whoever either stage has seen is not held out afterwards."""
+    """Stage 1 refuses it; on purpose it goes on, and subjects that either stage has seen are not held out afterwards."""
     config = own / "config.yaml"
     before = read_scan_table(load_config(config)).set_index("subject")["split"]
     changed = "data.splits.seed=1"
@@ -190,7 +190,7 @@ def test_splits_of_an_older_experiment_stay(own):
 # What a model folder gives away, and what judging leaves alone
 
 
-def test_a_model_folder_names_nobody(tmp_path, train_here, monkeypatch):
+def test_a_model_folder_names_no_subject(tmp_path, train_here, monkeypatch):
     """No file of it holds a scan's key, a subject's label, a local path or a column's name."""
     write_dataset(tmp_path / "data", subjects=6, shape=SHAPE, seed=5, workers=1)
     table = pd.read_csv(tmp_path / "data/participants.tsv", sep="\t").rename(columns={"age": "AgeAtSecretVisit"})
