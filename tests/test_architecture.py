@@ -143,6 +143,12 @@ def test_one_part_alone_uses(package, users):
     assert using <= set(below(*users))
 
 
+def test_two_files_alone_know_the_ways_of_accelerate():
+    """The others take an Accelerator as it is."""
+    for module in set(below("training/")) - {"training/parallel.py", "training/sharding.py"}:
+        assert {name for name in IMPORTS[module] if is_in(name, ("accelerate",))} <= {"accelerate.Accelerator"}, module
+
+
 def test_pipeline_never_imports_training():
     reached, waiting = set(), ["ldm3d.pipeline"]
     while waiting:  # nor does anything that it imports
