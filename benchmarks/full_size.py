@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.diffusion.denoiser import TIMESTEPS, ask
+from ldm3d.diffusion.denoiser import TIMESTEPS, call_network
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions
@@ -313,7 +313,7 @@ class Ours(Side):
 
         def predict(z: Tensor, time: Tensor) -> Tensor:
             with accelerator.autocast():
-                return ask(network, z, time, conditions)
+                return call_network(network, z, time, conditions)
 
         def loss() -> Tensor:
             return objective.losses(predict, x, torch.randn_like(x), u).mean()

@@ -80,8 +80,10 @@ def spacing_of(affine: NDArray) -> NDArray:
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
 
-def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid) -> NDArray:
-    """Lay the Grid's box over a scan, with nothing rotated.
+def align_grid(
+    source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid
+) -> NDArray:
+    """Align the Grid with a scan, without rotation.
 
     The box takes the axes of the scan in their closest RAS+ order (axes are swapped and flipped, an oblique scan stays
     oblique). A sheared affine gives the closest axes that are perpendicular. Where the scan's spacing is the Grid's,
@@ -94,7 +96,7 @@ def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Seq
         grid: gives shape and spacing; its own affine plays no part.
 
     Returns:
-        (4, 4) from voxels of the placed Grid to the scan's world.
+        (4, 4) from voxels of the aligned Grid to the scan's world.
     """
     source_affine = np.asarray(source_affine, dtype=np.float64)
     if centre_voxel is None:

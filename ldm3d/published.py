@@ -183,8 +183,8 @@ def find_weights(folder: Path) -> tuple[dict[str, Path], str]:
     """({"autoencoder": file, "unet": file}, stem of the U-Net's file)."""
 
     def find(stem: str) -> Path | None:
-        places = (place / f"{stem}{suffix}" for place in (folder, folder / "models") for suffix in SUFFIXES)
-        return next((path for path in places if path.is_file()), None)
+        paths = (parent / f"{stem}{suffix}" for parent in (folder, folder / "models") for suffix in SUFFIXES)
+        return next((path for path in paths if path.is_file()), None)
 
     autoencoder = find("autoencoder")
     unets = {stem: path for stem in LAYOUTS if (path := find(stem))}

@@ -76,7 +76,7 @@ def record_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> st
 
 
 def record_export(run: Path, network: str) -> None:
-    """Record the hash of the exported network, to recognise another one in its place."""
+    """Record the hash of the exported network, so that another one is not taken for it."""
     write_atomic(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
 
 

@@ -177,7 +177,7 @@ class GenerationConfig(Section):
 
 
 class Config(Section):
-    """The whole file."""
+    """The file."""
 
     name: str
     output: Path  # the folder of everything that the experiment makes

@@ -70,10 +70,10 @@ def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
-    files, cells, places = cells_of(data, files, columns)
+    files, cells, locations = cells_of(data, files, columns)
 
     def where(i: int, name: str) -> str:
-        return f"{places[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
+        return f"{locations[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
 
     return _Scans(*map(list, zip(*files)), cells, where)
 

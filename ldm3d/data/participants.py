@@ -85,7 +85,8 @@ def cells_of(
         columns: column of the table by the covariate's name.
 
     Returns:
-        The scans that the tables list; for each covariate their cells, "" for no value; and the place of each in its table.
+        The scans that the tables list; for each covariate their cells, "" for no value; and the location of each, for
+        messages.
 
     Raises:
         InputError: a table that is needed is missing or cannot be read, has no such column or a subject twice; or no scan has
@@ -97,7 +98,7 @@ def cells_of(
     sessions = {subject: _sessions(data, subject, visits) for subject, visits in _visits(scans).items()}
     _check_columns(data, table, [visits for visits in sessions.values() if visits], columns)
     cells: dict[str, list[str]] = {name: [] for name in columns}
-    places: dict[str, list[str]] = {name: [] for name in columns}
+    locations: dict[str, list[str]] = {name: [] for name in columns}
     absent: dict[str, list[str]] = {}
     for subject, session, _ in scans:
         for name, column in columns.items():
@@ -106,13 +107,13 @@ def cells_of(
             if row is None:
                 absent.setdefault(name, []).append(f"sub-{subject} ses-{session}" if session else f"sub-{subject}")
             cells[name].append("" if row is None else source.columns[column][row])
-            places[name].append("no table" if row is None else f"{source.path.name} line {source.lines[row]}")
+            locations[name].append("no table" if row is None else f"{source.path.name} line {source.lines[row]}")
     for name, who in absent.items():
         warnings.warn(
             f"{name} counts as missing for {len(who)} scans, whose session has no row in a table that gives it ({some(who)})",
             stacklevel=5,
         )
-    return list(scans), cells, places
+    return list(scans), cells, locations
 
 
 def _participants(data: DataConfig, scans: Sequence[Scan]) -> _Table | None:

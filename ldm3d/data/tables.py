@@ -17,7 +17,7 @@ _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spre
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all.
+    """Write a TSV as BIDS has them (missing values are n/a); the write is atomic.
 
     Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` removes.
     """

@@ -37,7 +37,7 @@ class NetworkDenoiser:
 
     def predict(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The network's prediction of the target at time t, a float or (N,); float32, like z."""
-        return ask(self.network, z, self.process.network_time(t), conditions)
+        return call_network(self.network, z, self.process.network_time(t), conditions)
 
     def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The expected clean latent, like z."""
@@ -48,8 +48,8 @@ class NetworkDenoiser:
         return lambda z, t: self(z, t, conditions)
 
 
-def ask(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
-    """The prediction of a network for z, in float32.
+def call_network(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
+    """The prediction of a network for z, in float32; its times are in thousandths.
 
     Args:
         network: see `NetworkDenoiser`.

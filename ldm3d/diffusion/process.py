@@ -33,7 +33,7 @@ class Process:
     """Base of all processes: `_alpha_sigma`, `_rates` (their derivatives) and `_t_of_lam` make one.
 
     These work on float64 tensors of any shape. Public methods take t as a float (and return a float) or as a
-    floating-point tensor (and return its type); where latents are involved, t of shape (N,) meets the batch axis.
+    floating-point tensor (and return its type); with latents, t of shape (N,) has a time for each sample.
     """
 
     kind: ClassVar[str]
@@ -135,7 +135,7 @@ class Process:
 
         "uniform": even in t (for the DDPM processes the spacing known as "trailing"). "quadratic": even in sqrt(t). "share":
         even in sigma / (alpha + sigma), which the flow process is by itself. "lambda": even in lambda. "karras": even in
-        (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). The latter two place times[:-1] over `lam_range`, then move the
+        (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). The latter two set times[:-1] over `lam_range`, then move the
         first one to exactly 1, where pure noise belongs.
 
         "leading": steps 0, r, 2 r, ... of a DDPM's chain of T, r = T // steps, from the last of them down to the data: how

@@ -164,7 +164,7 @@ def sample_unipc(
 ) -> Tensor:
     """UniPC (Zhao et al. 2023), multistep, in data prediction with B_2(h) = exp(h) - 1.
 
-    Predicts z_s, asks the denoiser there, and uses the answer twice: to correct z_s and to predict the next latent. One
+    Predicts z_s, calls the denoiser there, and uses the result twice: to correct z_s and to predict the next latent. One
     denoiser call a step, order + 1 accurate for `order` in 1..3. Other arguments as in `sample_ddpm`.
     """
     if order not in (1, 2, 3):

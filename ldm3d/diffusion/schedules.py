@@ -97,7 +97,7 @@ class LinearBetas(VariancePreserving):
             )
 
     def t_of_step(self, step: int) -> float:
-        """The time of the chain's step 0..T-1; a network trained on the chain wants t T - 1 back."""
+        """The time of the chain's step 0..T-1; the input of a network trained on the chain is t T - 1."""
         return (step + 1) / self.train_steps
 
     def _leading_times(self, steps: int) -> list[float]:

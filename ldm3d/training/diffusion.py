@@ -22,7 +22,7 @@ from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
-from ldm3d.diffusion.denoiser import ask
+from ldm3d.diffusion.denoiser import call_network
 from ldm3d.diffusion.objective import Denoising, Objective, VDMObjective
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.diffusion.vdm import VDMSchedule
@@ -115,7 +115,7 @@ class DiffusionTask(Task):
 
         def predict(z: Tensor, network_time: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                return ask(unet, z, network_time, Conditions(context))
+                return call_network(unet, z, network_time, Conditions(context))
 
         return self.objective.losses(predict, x, noise, u).mean()
 
@@ -184,7 +184,7 @@ def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam
 def learn(schedule: VDMSchedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
     """One step of a schedule towards less variance of the batch's loss, alike on every process; none if it is not finite.
 
-    The gradient of a squared loss is a product of the loss and its gradient. Both have to be the whole batch's, so they are
+    The gradient of a squared loss is a product of the loss and its gradient. Both have to be of the full batch, so they are
     averaged over accumulated parts and processes before they are multiplied: a part has only its own stretch of the
     low-discrepancy times, and the square of its loss would mostly tell where that stretch lies.
 
