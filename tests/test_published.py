@@ -340,7 +340,7 @@ def test_leading_times_are_the_published_steps(published_schedulers, steps):
 
 def test_leading_times_belong_to_chains():
     for kind in ("flow", "vp-cosine"):
-        with pytest.raises(InputError, match=f"{kind} process has not"):
+        with pytest.raises(InputError, match=f"{kind} process has none"):
             make_process(kind).times(10, "leading")
     with pytest.raises(InputError, match="1001 steps: the chain has 1000"):
         make_process("vp-linear").times(1001, "leading")

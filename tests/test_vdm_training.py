@@ -185,7 +185,7 @@ def load(tmp_path):
         ([*VDM, "process.beta_end=0.1"], ["vdm has no betas"]),
         (["process.gamma_min=-9"], ["flow has no schedule to be learned", "or use vdm"]),
         (["process.schedule_learning_rate=0.1"], ["flow has no schedule"]),
-        ([*VDM, "generation.spacing=leading"], ["diffusion.process.kind vdm has not"]),
+        ([*VDM, "generation.spacing=leading"], ["diffusion.process.kind vdm has none"]),
         (["network.fourier_features=[40]"], ["network.fourier_features.0 is 40"]),
     ],
 )

@@ -163,7 +163,7 @@ class Process:
 
     def _leading_times(self, steps: int) -> list[float]:
         raise InputError(
-            f"spacing leading counts the steps of a DDPM's chain, which the {self.kind} process has not; use uniform, or a "
+            f"spacing leading counts the steps of a DDPM's chain, and the {self.kind} process has none; use uniform, or a "
             "vp-linear or vp-scaled-linear process"
         )
 
