@@ -176,6 +176,10 @@ class GenerationConfig(Section):
         return self
 
 
+def _below_output(name: str) -> property:
+    return property(lambda config: config.output / name, doc=f"OUTPUT/{name}")
+
+
 class Config(Section):
     """The file."""
 
@@ -220,34 +224,11 @@ class Config(Section):
         return CovariateSchema(tuple(c.covariate() for c in self.covariates))
 
     # The only place that knows the names of an experiment's folders
-    @property
-    def prepared_folder(self) -> Path:
-        return self.output / "prepared"
-
-    @property
-    def latents_folder(self) -> Path:
-        return self.output / "latents"
-
-    @property
-    def autoencoder_run(self) -> Path:
-        return self.output / "autoencoder-training"
-
-    @property
-    def autoencoder_folder(self) -> Path:
-        return self.output / "autoencoder"
-
-    @property
-    def diffusion_run(self) -> Path:
-        return self.output / "diffusion-training"
-
-    @property
-    def decoder_run(self) -> Path:
-        return self.output / "decoder-training"
-
-    @property
-    def decoder_folder(self) -> Path:
-        return self.output / "decoder"
-
-    @property
-    def model_folder(self) -> Path:
-        return self.output / "model"
+    prepared_folder = _below_output("prepared")
+    latents_folder = _below_output("latents")
+    autoencoder_run = _below_output("autoencoder-training")
+    autoencoder_folder = _below_output("autoencoder")
+    diffusion_run = _below_output("diffusion-training")
+    decoder_run = _below_output("decoder-training")
+    decoder_folder = _below_output("decoder")
+    model_folder = _below_output("model")
