@@ -64,7 +64,7 @@ def run_demo(out: Path, config_path: Path) -> None:
     for goal in goals:
         verdict = "reached" if goal.reached else "NOT REACHED"
         print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
-    print("likeness and gaps, above, are not among the goals of so short a training; docs/likeness.md explains them")
+    print("likeness and gaps, further above, are no goals of so short a training; docs/likeness.md says what they mean")
     print(f"\n{clock.summary()}\nvolumes and mosaic: {sweep}\npage: {page}")
 
 

@@ -14,7 +14,15 @@ from ldm3d.precision import bf16_is_fast
 from ldm3d.processes import cores, own_device
 
 PACKAGES = (
-    *("monai", "monai-generative", "nibabel", "accelerate", "xformers", "safetensors", "numpy", "scipy", "pandas"),
+    "monai",
+    "monai-generative",
+    "nibabel",
+    "accelerate",
+    "xformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
     "pybids",
 )
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
@@ -24,7 +32,7 @@ KERNELS = {
     "cuDNN (SDPA)": SDPBackend.CUDNN_ATTENTION,
     "matrix products (SDPA)": SDPBackend.MATH,
 }
-HEAD_CHANNELS = 64  # of the heads in the trials of kernels
+HEAD_CHANNELS = 64  # of the heads that kernels are tried on
 
 
 def describe_environment() -> str:
@@ -83,7 +91,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's name, if the system gives it."""
+    """The processor's name where the system says it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
