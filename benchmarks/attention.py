@@ -6,7 +6,7 @@ First, few keys: forward and backward of all backends in bfloat16 and float32 (w
 bfloat16 is slow for few keys). Then self-attention of 512 to 32,768 tokens, and cross-attention of as many to 4, in heads of
 32 to 512 channels, 512 in all: ldm3d's backends and each of SDPA's kernels by itself, forward alone and with backward. Memory
 is the peak above the inputs. What would take more than --limit-gb or --limit-seconds, by the previous number of tokens, is
-left out, and the row says so; so is a kernel that the machine or the shape does not have.
+left out, with a note in the row; so is a kernel that does not exist for the machine or the shape.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from protocol import device, peak_memory, spread, time_in_turns, write
+from protocol import device, peak_memory, summarise, time_in_turns, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm3d.errors import InputError
@@ -64,8 +64,8 @@ def few_keys() -> list[dict]:
                 print(f"{keys:6} {error}")
                 continue
             for backend, values in seconds.items():
-                found = spread(values)
-                ratio = found["median"] / spread(seconds["sdpa"])["median"]
+                found = summarise(values)
+                ratio = found["median"] / summarise(seconds["sdpa"])["median"]
                 name = str(dtype).removeprefix("torch.")
                 print(f"{keys:6} {name:>9} {backend:>9} {1000 * found['median']:8.1f} {ratio:14.2f}")
                 rows.append({"keys": keys, "queries": queries, "samples": samples, "dtype": name, "backend": backend, **found})
@@ -98,7 +98,7 @@ def many_tokens(all_tokens: list[int], head_sizes: tuple[int, ...], limit_second
             running = {backend: calls[backend] for backend, row in found.items() if "peak_gb" in row}
             slow = max((growth * before[backend]["median"] for backend in running), default=0.0) > limit_seconds / 10
             for backend, seconds in time_in_turns(running, repeats=1 if slow else 5).items():
-                found[backend] |= spread(seconds)
+                found[backend] |= summarise(seconds)
             for backend, row in found.items():
                 setting = {"kind": kind, "head_channels": head_channels, "pass": "both" if backward else "forward"}
                 setting |= {"tokens": tokens, "keys": keys, "dtype": str(dtype).removeprefix("torch."), "backend": backend}

@@ -32,7 +32,8 @@ from ldm3d import figures
 from ldm3d.covariates import CovariateSchema, drop_covariates
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import TIMESTEPS
-from ldm3d.diffusion.process import make_process, times_from_quantiles
+from ldm3d.diffusion.process import times_from_quantiles
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.metrics.distances import kernel_distance
@@ -181,10 +182,10 @@ class Stage2(Training):
         found = {"batch": self.batch}
         for name in JUDGED:
             try:
-                agreed = agreement([row[name] for row in rows], [m[name] for m in measured]).to_dict()
+                fitted = agreement([row[name] for row in rows], [m[name] for m in measured]).to_dict()
             except InputError:  # nothing that could be measured yet
-                agreed = {"r": 0.0, "slope": 0.0}
-            found |= {f"{name}_r": agreed["r"], f"{name}_slope": agreed["slope"]}
+                fitted = {"r": 0.0, "slope": 0.0}
+            found |= {f"{name}_r": fitted["r"], f"{name}_slope": fitted["slope"]}
         generated = torch.from_numpy(np.stack(volumes))[:, None]
         self.shown = volumes[:SHOWN]
         return found | {"distance": distance(generated, self.data.test)}

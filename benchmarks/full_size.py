@@ -28,15 +28,15 @@ from accelerate import Accelerator
 from monai.inferers import DiffusionInferer, LatentDiffusionInferer
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler
-from protocol import GB, denoiser_calls, device, free_memory, in_own_process, measure, spread, timed, write
+from protocol import GB, denoiser_calls, device, free_memory, in_own_process, measure, summarise, timed, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.diffusion.denoiser import TIMESTEPS, ask
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.denoiser import TIMESTEPS, call_network
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import Block, UNet
@@ -153,7 +153,7 @@ def perform(part: str, side: str, shape: list[int], repeats: int, quick: bool, b
         rest = missing * statistics.median(chosen.unet_seconds[1:] or chosen.unet_seconds)
         found |= {key: found[key] + rest for key in ("median", "min", "max")}
         found["extrapolated"] = f"from {done} of {done + missing} U-Net calls"
-        found["unet_call_seconds"] = spread(chosen.unet_seconds)
+        found["unet_call_seconds"] = summarise(chosen.unet_seconds)
     return found
 
 
@@ -313,7 +313,7 @@ class Ours(Side):
 
         def predict(z: Tensor, time: Tensor) -> Tensor:
             with accelerator.autocast():
-                return ask(network, z, time, conditions)
+                return call_network(network, z, time, conditions)
 
         def loss() -> Tensor:
             return objective.losses(predict, x, torch.randn_like(x), u).mean()

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from protocol import device, memory_of, spread, time_in_turns, write
+from protocol import device, memory_of, summarise, time_in_turns, write
 from torch import nn
 
 from ldm3d.config.read import load_config
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.generation.run import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import make_network
@@ -95,7 +95,7 @@ def sampling() -> Iterator[dict]:
         what, count = name.split()
         each = seconds if what == "decode" else [value / len(requests) for value in seconds]
         kind = {"what": "decode"} if what == "decode" else {"what": "sample", "group": int(what)}
-        yield {**kind, "threads": int(count), **spread(each)}
+        yield {**kind, "threads": int(count), **summarise(each)}
 
 
 def datasets(volumes: int) -> Iterator[dict]:

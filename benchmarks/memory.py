@@ -6,7 +6,7 @@ ldm3d's side is the autoencoder of configs/brain-1mm.yaml, MONAI's the published
 brain_image_synthesis_latent_diffusion_model (Pinaya et al. 2022), decoded by its own `decode` and by ours. Weights are random,
 which changes neither figure. Both precisions; every measurement has a process of its own, and memory is the peak above what
 the loaded weights take. `estimated` is what `ldm3d.memory` had expected. A decode that would not fit into --limit-gb, or
-outgrows it, is not measured, and its row says so.
+outgrows it, is not measured, with a note in its row.
 """
 
 import argparse

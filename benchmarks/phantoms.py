@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protocol import write
 
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What every benchmark does alike: alternate, repeat, measure memory, print, write."""
+"""Functions that benchmarks share: alternate, repeat, measure memory, write results."""
 
 import ctypes
 import json
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 
 def time_in_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, `repeats` times in alternation after one warm-up each, so that a busy machine slows all alike."""
+    """Seconds of each side, `repeats` times in alternation after one warm-up each, so that other load slows all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, side in sides.items():
@@ -38,7 +38,7 @@ def time_in_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call, with whatever it left running on the GPU."""
+    """Seconds of one call, including its work on the GPU."""
     wait()
     start = time.perf_counter()
     call()
@@ -51,12 +51,13 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def summarise(values: list[float]) -> dict[str, float]:
+    """Median, range and number of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
 def peak_memory(call: Callable[[], object]) -> float:
-    """GB that `call` takes at its peak above what was there before: of the GPU's allocator, or of this process (Linux).
+    """GB that `call` takes at its peak above the memory before: of the GPU's allocator, or of this process (Linux).
 
     Raises:
         OSError: no GPU, and no /proc in which the peak could be set back.
@@ -68,7 +69,7 @@ def peak_memory(call: Callable[[], object]) -> float:
         call()
         wait()
         return (torch.cuda.max_memory_allocated() - before) / GB
-    ctypes.CDLL(None).malloc_trim(0)  # else `call` could take what earlier calls have left in the heap, unseen
+    ctypes.CDLL(None).malloc_trim(0)  # else `call` could reuse the heap of earlier calls, which would not be counted
     before = memory_of("self", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak of VmRSS, back to the present
     call()
@@ -82,21 +83,21 @@ def memory_of(process: int | str, field: str) -> float:
 
 
 def free_memory() -> float:
-    """GB that can be had without swapping."""
+    """GB that are available without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / GB
 
 
 def measure(call: Callable[[], object], repeats: int, enough_seconds: float) -> dict[str, float]:
-    """Spread of the seconds and peak memory of `call`: a warm-up, under which memory is measured, then `repeats` calls.
+    """Seconds, summarised, and peak memory of `call`: a warm-up, under which memory is measured, then `repeats` calls.
 
-    A call that lasts longer than `enough_seconds` is not repeated: its first run is its time, and `repeats` says 1.
+    A call that lasts longer than `enough_seconds` is not repeated: its first run is its time, and `repeats` is 1.
     """
     seconds: list[float] = []
     peak = peak_memory(lambda: seconds.append(timed(call)))
     if seconds[0] < enough_seconds:
         seconds = [timed(call) for _ in range(repeats)]
-    return {**spread(seconds), "peak_gb": peak}
+    return {**summarise(seconds), "peak_gb": peak}
 
 
 def in_own_process(script: str, task: dict, limit_seconds: float, limit_gb: float) -> dict:
@@ -117,7 +118,7 @@ def in_own_process(script: str, task: dict, limit_seconds: float, limit_gb: floa
         output.seek(0)
         errors.seek(0)
         if why is None and code == -signal.SIGKILL:
-            why = "killed, most likely for want of memory"
+            why = "killed, probably for lack of memory"
         if why is None and code:
             why = [f"exit status {code}", *errors.read().strip().splitlines()][-1][:200]
         return {"not_measured": why} if why else json.loads(output.read().strip().splitlines()[-1])
@@ -131,7 +132,7 @@ def _outgrown(process: int, limit_gb: float) -> bool:
 
 
 def denoiser_calls(sampler: str, steps: int, process: Process) -> int:
-    """How often a sampler asks its denoiser."""
+    """Number of calls of its denoiser by a sampler."""
     asked: list[float] = []
 
     def denoise(z: torch.Tensor, t: float) -> torch.Tensor:
@@ -144,7 +145,7 @@ def denoiser_calls(sampler: str, steps: int, process: Process) -> int:
 
 
 def write(name: str, rows: list[dict]) -> Path:
-    """Rows and what they were measured on, as results/NAME-DEVICE.json."""
+    """Rows with a description of the machine, as results/NAME-DEVICE.json."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     machine = {
         "device": where,

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from protocol import denoiser_calls, spread, timed, write
+from protocol import denoiser_calls, summarise, timed, write
 from torch import Tensor
 
 from ldm3d.description import Sampling
@@ -170,8 +170,8 @@ def judge(settings: list[Setting], asked: NDArray) -> list[dict]:
 def describe(setting: Setting, asked: NDArray) -> dict:
     """Sampler, steps, seconds and fidelity; r is 0 where nothing could be measured or all volumes are alike."""
     row = {"sampler": setting.sampling.sampler, "steps": setting.sampling.steps, "calls": setting.calls}
-    row |= {"guidance": setting.sampling.guidance, "seconds": spread(setting.seconds)["median"]}
-    row["seconds_spread"] = spread(setting.seconds)
+    row |= {"guidance": setting.sampling.guidance, "seconds": summarise(setting.seconds)["median"]}
+    row["seconds_spread"] = summarise(setting.seconds)
     try:
         found = agreement(asked, setting.measured)
         row |= {"r": found.r, "r_low": found.r_low, "r_high": found.r_high, "slope": found.slope, "bias_ml": found.bias}

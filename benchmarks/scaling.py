@@ -10,7 +10,7 @@ A model of the seconds of one step on P processes with a global batch B, b = B /
     reduce(P)  = 2 log2(P) * latency + 2 (P - 1) / P * 4 bytes * parameters / bandwidth
 
 Latency and bandwidth come from all-reduces of gloo on this machine. The model is then checked: it predicts the steps of DDP
-on two processes, which are measured, too. Last, the same formula with a GPU's figures in it, which are assumed and said so,
+on two processes, which are measured, too. Last, the same formula with a GPU's figures in it, assumed and marked so,
 goes up to 1,024 of them for configs/brain-1mm.yaml.
 """
 
@@ -69,11 +69,11 @@ def stage_2(config: Config) -> tuple[torch.nn.Module, tuple[int, ...]]:
 class Steps:
     """Optimiser steps on random latents, as stage 2 takes them."""
 
-    def __init__(self, config: Config, spread: bool):
+    def __init__(self, config: Config, distributed: bool):
         torch.manual_seed(0)
         self.network, self.shape = stage_2(config)
         self.optimizer = make_optimizer(self.network, config.diffusion.training)
-        self.model = DistributedDataParallel(self.network) if spread else self.network
+        self.model = DistributedDataParallel(self.network) if distributed else self.network
 
     def seconds(self, batch: int, repeats: int) -> float:
         """Of one step with `batch` samples on this process: the median."""
@@ -103,7 +103,7 @@ def worker(out: Path, repeats: int) -> None:
             dist.all_reduce(tensor)
             found.append(time.perf_counter() - start)
         reduces[size] = float(np.median(found[2:]))
-    steps = Steps(load_config(CONFIGS / "brains-3mm.yaml"), spread=True)
+    steps = Steps(load_config(CONFIGS / "brains-3mm.yaml"), distributed=True)
     ddp = {batch: steps.seconds(batch, repeats) for batch in BATCHES}
     if dist.get_rank() == 0:
         out.write_text(json.dumps({"reduce": reduces, "ddp": ddp}))
@@ -114,7 +114,7 @@ def measured(repeats: int) -> list[dict]:
     """The model's constants on this machine, and its predictions beside what two processes take."""
     torch.set_num_threads(1)
     config = load_config(CONFIGS / "brains-3mm.yaml")
-    alone = Steps(config, spread=False)
+    alone = Steps(config, distributed=False)
     compute = {batch: alone.seconds(batch, repeats) for batch in BATCHES}
     each, fixed = np.polyfit(list(compute), list(compute.values()), 1)
     rate = reading_rate(alone.shape)

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py MODEL --data DIR [--volumes 100] [--try unipc:10:1.5 ...]
 
-`sampling.py` asks how near a sampler comes to DDPM with 1,000 steps of the same model; this, whether anybody gains by it: a
+`sampling.py` asks how near a sampler comes to DDPM with 1,000 steps of the same model; this, whether that matters: the
 model's own error may be larger. Volumes are generated for the covariates of held-out subjects, from the same noise in all
 settings, and compared with those subjects' volumes.
 """

@@ -1,12 +1,11 @@
-"""Covariates: what a volume is asked to show, and how tables become tensors.
+"""Covariates: the conditions of a volume, and how tables become tensors.
 
 A schema is an ordered list of covariates. Its tensor form, the `context` that a U-Net reads, has one token a covariate:
 (N, K, 2), where [..., 0] is the value (standardised, or the index of the category) and [..., 1] is 1 where the value is
-given and 0 where it is left open. Open values serve a missing cell of the table, a covariate left out of a request and
-classifier-free guidance alike.
+given and 0 where it is left open. Open values represent missing cells of a table, covariates left out of a request, and the
+unconditional case of classifier-free guidance.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -19,13 +18,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ldm3d.errors import SHOWN, InputError, shown, some
+from ldm3d.errors import SHOWN, InputError, nearest, shown, some
 
 Value = float | str | None
-NAME = r"^[a-z][a-z0-9_]{0,99}$"  # how requests, columns and files can be called
+NAME = r"^[a-z][a-z0-9_]{0,99}$"  # of covariates, in requests, columns and files
 
-MISSING = ("", "n/a", "na", "nan", "none", "null")  # in lower case; a category of such a name is a category all the same
-# What the two sexes are called beside the names that a covariate gives them, if it knows both
+MISSING = ("", "n/a", "na", "nan", "none", "null")  # in lower case; a category of such a name stays a category
+# Aliases of the two sexes, for a covariate that has both as categories
 _SEXES = (("f", "female", "woman", "women", "girl"), ("m", "male", "man", "men", "boy"))
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")  # as in 1,234: does the comma part thousands, or decimals?
@@ -35,22 +34,22 @@ _RANGE = re.compile(rf"(?P<low>{_NUMBER})\s*(?:[-–—]|to)\s*(?P<high>{_NUMBER
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell of a table says that there is no value."""
+    """Whether a cell of a table means a missing value."""
     return text.strip().lower() in MISSING
 
 
 def read_number(text: str) -> tuple[float, str]:
-    """A number as published tables write it, and which way that is.
+    """A number as published tables write it, and the kind of notation.
 
     Args:
-        text: a cell; missing values are the caller's to look for before.
+        text: a cell that is not missing.
 
     Returns:
         (value, kind): "plain" is 42.5; "decimal comma" is 42,5; "open-ended" is 89+ or >89, read as its limit; "range" is
         35-40 or 35 to 40, read as its middle.
 
     Raises:
-        ValueError: no number, not finite, or a number that can be read in two ways (1,234); says so in words.
+        ValueError: no number, not finite, or a number that can be read in two ways (1,234).
     """
     text = text.strip()
     if len(text) > 100 or "_" in text:  # float("1_2") is 12
@@ -82,15 +81,15 @@ class Covariate:
     """One column of the user's table.
 
     Args:
-        name: how requests and columns of written tables call it.
+        name: in requests and columns of written tables.
         kind: "continuous" or "categorical".
         unit: of a continuous one, for labels and messages; "" if it has none.
         range: (lowest, highest) value that makes sense, in `unit`; None for no limits. Continuous only.
         categories: the values a categorical one can take, as strings.
         mean, std: of a continuous one over the training split; set by `CovariateSchema.fit`.
         seen: (lowest, highest) over the training split; a request beyond it draws a warning.
-        required: whether it cannot be left open: a model that was trained without open values has no answer to them.
-        aliases: what else a category is called, {"F": ("2", "femme")}; "female" and its like are known where both sexes are.
+        required: whether it cannot be left open, because the model was trained without open values.
+        aliases: other names of a category, {"F": ("2", "femme")}; "female" and its like are known if both sexes are.
     """
 
     name: str
@@ -104,7 +103,7 @@ class Covariate:
     required: bool = False
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
-    # How `from_dict` has pydantic check what a file says
+    # For the check of a file's values by pydantic in `from_dict`
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
     def __post_init__(self):
@@ -131,7 +130,7 @@ class Covariate:
 
     @property
     def answers(self) -> str:
-        """What it can be asked for, in words: "0 to 120 years; training saw 21 to 88", "F, M"."""
+        """The values that can be requested, in words: "0 to 120 years; training saw 21 to 88", "F, M"."""
         if self.kind == "categorical":
             return ", ".join(self.categories)
         text = f"{self.range[0]:g} to {self.range[1]:g} {self.unit}" if self.range else self.unit or "any number"
@@ -154,7 +153,7 @@ class Covariate:
         return number
 
     def read(self, cell: Any) -> tuple[Value, str]:
-        """A cell of a table as published, whatever `range` says, and how it is written.
+        """A cell of a table as published, also beyond `range`, and its kind of notation.
 
         Returns:
             (value, kind): kind is "missing" (value None), "category", or a kind of `read_number`.
@@ -185,7 +184,7 @@ class Covariate:
 
     @functools.cached_property
     def _words(self) -> dict[str, str]:
-        """Category by what it may be called, in lower case."""
+        """Category by its names and aliases in lower case."""
         words = {name.lower(): name for name in reversed(self.categories)}
         for category, aliases in self.aliases.items():
             for alias in aliases:
@@ -207,7 +206,7 @@ class Covariate:
 
 
 def as_name(text: str) -> str:
-    """A name that a covariate may have, for a column of any name: "age_at_scan" for "Age at scan"."""
+    """A valid name of a covariate for any column: "age_at_scan" for "Age at scan"."""
     name = re.sub("[^a-z0-9]+", "_", text.lower()).strip("_")
     return (name if name[:1].isalpha() else f"column_{name or text.encode().hex()}")[:100]
 
@@ -232,8 +231,8 @@ class CovariateSchema:
         for covariate in self.covariates:
             if covariate.name == name:
                 return covariate
-        close = difflib.get_close_matches(name[:100], self.names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        close = nearest(name, self.names)
+        hint = f"; did you mean {close!r}?" if close else ";"
         raise InputError(f"unknown covariate {shown(name)}{hint} this model knows {', '.join(self.names) or 'none'}")
 
     @property
@@ -242,7 +241,7 @@ class CovariateSchema:
 
     @property
     def num_categories(self) -> list[int]:
-        """Number of categories of each covariate, 0 for continuous ones: what a U-Net needs to know of the schema."""
+        """Number of categories of each covariate, 0 for continuous ones, as a U-Net takes it."""
         return [len(covariate.categories) for covariate in self.covariates]
 
     @property
@@ -251,7 +250,7 @@ class CovariateSchema:
         return [covariate.name for covariate in self.covariates if covariate.required]
 
     def middle(self) -> dict[str, Value]:
-        """For every covariate that cannot be left open the middle of what training saw, or the first category."""
+        """For every required covariate the middle of the range that training saw, or the first category."""
         return {
             c.name: c.categories[0] if c.categories else (c.seen[0] + c.seen[1]) / 2 for c in self.covariates if c.required
         }
@@ -282,7 +281,7 @@ class CovariateSchema:
         return CovariateSchema(tuple(fitted))
 
     def warn_beyond_seen(self, rows: Iterable[Mapping[str, Value]]) -> None:
-        """Warn once for every covariate that is asked beyond what the training split held."""
+        """Warn once for every covariate with requests beyond the range of the training split."""
         rows = list(rows)
         for covariate in self.covariates:
             if not covariate.seen:
@@ -305,7 +304,7 @@ class CovariateSchema:
     def to_dict(self) -> list[dict]:
         items = [asdict(covariate) for covariate in self.covariates]
         for item in items:
-            if not item["aliases"]:  # so that what was written before there were any compares equal
+            if not item["aliases"]:  # as in files of versions without aliases
                 del item["aliases"]
         return items
 
@@ -326,11 +325,11 @@ def describe(row: Mapping[str, Value]) -> str:
 
 
 def drop_covariates(context: Tensor, uniform: Tensor, probability: float) -> Tensor:
-    """Leave covariates open at random, per sample and each on its own.
+    """Leave covariates open at random, independently for each sample and covariate.
 
     A chosen sample draws a rate, and each of its covariates is dropped at that rate. Every number of open covariates from 0
-    to K is then equally likely: the network sees requests for one covariate alone and for none, which guidance needs
-    (Ho & Salimans 2022, section 3.2), and which independent drops at one low rate would almost never show.
+    to K is then equally likely. Guidance needs requests for one covariate alone and for none (Ho & Salimans 2022, section
+    3.2), which independent drops at one low rate would almost never give.
 
     Args:
         context: (N, K, 2).

@@ -1,4 +1,4 @@
-"""The whole path on toy brains: phantoms, both training stages, generation, evaluation; says what it reached."""
+"""The full workflow on toy brains: phantoms, both training stages, generation, evaluation; compared with goals."""
 
 import os
 import signal
@@ -25,11 +25,11 @@ from ldm3d.rulers.volumetry import measure_volumes
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
-GENERATED, SWEEP_VALUES, SWEEP_REPEATS = 64, 6, 4  # volumes that are evaluated; values of each sweep, and noises at each
+GENERATED, SWEEP_VALUES, SWEEP_REPEATS = 64, 6, 4  # volumes to evaluate; values in a sweep, and noises for each
 
 
 def run_demo(out: Path, config_path: Path) -> None:
-    """Everything below `out`; a demo that was interrupted goes on where it stopped."""
+    """Write everything below `out`; an interrupted demo goes on where it stopped."""
     data, output = out / "data", out / "run"
     overrides = ["--set", f"data.bids={data}", "--set", f"output={output}"]
     config = load_config(config_path, overrides[1::2])
@@ -54,9 +54,9 @@ def run_demo(out: Path, config_path: Path) -> None:
     sweep = out / "generated"
     if not (sweep / "participants.tsv").is_file():
         with clock.part("generate a sweep"):
-            _say("generate a sweep of ages and ventricular volumes")
+            _headline("generate a sweep of ages and ventricular volumes")
             rows = pipeline.parse([{"age": a, "ventricular_volume_ml": v} for a in AGES for v in VENTRICLES_ML])
-            numbers = [0] * len(rows)  # the same noise for all, so that what differs is what was asked
+            numbers = [0] * len(rows)  # the same noise for all, so that only the covariates differ
             volumes = pipeline.volumes(rows, pipeline.sampling, numbers=numbers)
             pipeline.write(sweep, volumes, rows, pipeline.sampling, numbers=numbers)
     with clock.part("evaluate"):
@@ -69,27 +69,27 @@ def run_demo(out: Path, config_path: Path) -> None:
 
 
 def start_clock(config: Config, out: Path) -> Clock:
-    """Measure what the demo's parts will take here, and say it; what is there already takes no time."""
+    """Measure and print how long the demo's parts will take here; finished parts take no time."""
     print("measuring how long this will take here", flush=True)
     swept = SWEEP_VALUES * SWEEP_REPEATS * sum(c.kind == "continuous" for c in config.covariates)
     held_out = round(SUBJECTS * config.data.splits.test)
     drawn = len(AGES) * len(VENTRICLES_ML)
     expected = expected_seconds(config, SUBJECTS, held_out, GENERATED, swept, drawn)
-    there = {
+    finished = {
         "toy brains": out / "data/participants.tsv",
         "train the autoencoder": config.autoencoder_folder,
         "train the diffusion model": config.model_folder,
         "generate a sweep": out / "generated/participants.tsv",
     }
-    clock = Clock({name: 0.0 if name in there and there[name].exists() else s for name, s in expected.items()})
+    clock = Clock({name: 0.0 if name in finished and finished[name].exists() else s for name, s in expected.items()})
     print(clock.announce(), flush=True)
     return clock
 
 
 def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Path]:
-    """Judge the model on held-out toy brains; the demo's goals, and the page."""
-    _say("evaluate")
-    pipeline.threads = None  # all: what is measured does not depend on the last bits
+    """Evaluate the model on held-out toy brains; returns the demo's goals and the page."""
+    _headline("evaluate")
+    pipeline.threads = None  # all of them: the measures do not depend on the last bits
     config, _, scans = scans_by_use(out / "run/model", data, out / "work")
     subjects = scans[pipeline.schema.names].to_dict("records")
 
@@ -115,7 +115,7 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Pa
 
 
 def demo_goals(found: Evaluation) -> list[Goal]:
-    """What the toy experiment should reach."""
+    """Goals of the toy experiment."""
     ventricles = found.find("ventricular_volume_ml", "generated").agreement
     brain = found.find("brain_volume_ml", "generated").agreement
     kept = found.find("ventricular_volume_ml", "reconstructed").agreement
@@ -132,19 +132,19 @@ def demo_goals(found: Evaluation) -> list[Goal]:
     ]
 
 
-def _say(title: str) -> None:
+def _headline(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
 def _step(title: str, *command) -> None:
-    """Run a module as a user would; what it prints is shown. Who ends the demo ends all of its processes."""
-    _say(title)
+    """Run a module as a user would, and show its output. A signal to the demo ends all of its processes."""
+    _headline(title)
     process = subprocess.Popen([sys.executable, "-m", *map(str, command)], start_new_session=True)
     stopped = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         stopped.append(signal.Signals(number).name)
-        os.killpg(process.pid, signal.SIGTERM)  # on which training writes a checkpoint
+        os.killpg(process.pid, signal.SIGTERM)  # training then writes a checkpoint
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -153,7 +153,7 @@ def _step(title: str, *command) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
-        while _is_there(process.pid):  # a launcher ends at once, its training when the checkpoint is written
+        while _exists(process.pid):  # a launcher ends at once, its training after the checkpoint
             time.sleep(0.1)
         print(f"stopped by {stopped[0]}; the same command goes on", flush=True)
         raise SystemExit(REQUEUE)
@@ -161,7 +161,7 @@ def _step(title: str, *command) -> None:
         raise SystemExit(code)
 
 
-def _is_there(group: int) -> bool:
+def _exists(group: int) -> bool:
     """Whether a process of the group is left."""
     try:
         os.killpg(group, 0)

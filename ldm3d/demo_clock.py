@@ -1,4 +1,4 @@
-"""How long a demo takes on this machine: what its parts cost, from a few of their steps, and what they took."""
+"""How long a demo takes on this machine: expected, from a few steps of each part, and measured."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ldm3d.config.sections import Config
-from ldm3d.covariates import CovariateSchema
-from ldm3d.data.phantoms import make_phantom, write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.preparing import prepare
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.geometry import Grid
 from ldm3d.metrics.features import RandomFeatures, extract
 from ldm3d.models.pretrained import make_network
@@ -23,21 +23,21 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
 from ldm3d.rulers.volumetry import measure_volumes
-from ldm3d.training.autoencoder import MAX_VALIDATION
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
+from ldm3d.training.volumes import MAX_VALIDATION
 
-# In units of what it takes to start Python with PyTorch: a command; one that a launcher starts; splits, bootstraps and plots
+# In units of the time to start Python with PyTorch: a command; one that a launcher starts; splits, bootstraps and plots
 START, LAUNCH, STATISTICS = 0.9, 2.0, 4.5
 
 
 class Clock:
-    """What parts were expected to take, and took.
+    """Expected and measured seconds of parts.
 
     Args:
         expected: part -> seconds.
-        now: seconds that pass; another one in tests.
+        now: the clock.
     """
 
     def __init__(self, expected: Mapping[str, float], now: Callable[[], float] = time.monotonic):
@@ -45,18 +45,18 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is done within is this part."""
+        """Measure what is done within as this part."""
         start = self.now()
         yield
         self.took[name] = self.now() - start
 
     def announce(self) -> str:
-        """How long all of it will take here."""
+        """The expected time of all parts."""
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.expected.items())
         return f"this will take about {minutes(sum(self.expected.values()))} here: {parts}"
 
     def summary(self) -> str:
-        """What parts took beside what was expected; only those that ran."""
+        """Measured beside expected times, of the parts that ran."""
         rows = [f"  {name:32} {self.took[name]:6.0f} s   expected {self.expected[name]:6.0f} s" for name in self.took]
         took, expected = sum(self.took.values()), sum(self.expected[name] for name in self.took)
         return "\n".join([*rows, f"  {'together':32} {took:6.0f} s   expected {expected:6.0f} s"])
@@ -73,16 +73,16 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
 
     Args:
         config: its experiment.
-        subjects, held_out: of the toy dataset, and those of them that are evaluated on.
-        generated, swept: volumes of the evaluation; drawn: of the pictures beside.
+        subjects, held_out: of the toy dataset, in all and for the evaluation.
+        generated, swept: volumes of the evaluation; drawn: of the mosaic.
     """
-    unit = once(lambda: subprocess.run([sys.executable, "-c", "import ldm3d.training.diffusion"], check=True))
+    unit = seconds_of(lambda: subprocess.run([sys.executable, "-c", "import ldm3d.training.diffusion"], check=True))
     start, launch = START * unit, LAUNCH * unit
     phantom, scan = _data_seconds(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
     linear, step_1, step_2, encode = _training_seconds(config)
-    volume, again, looked = _evaluation_seconds(config)
+    volume, again, measured = _evaluation_seconds(config)
     torch.set_num_threads(threads)
     one, two = config.autoencoder, config.diffusion
     share = config.data.splits
@@ -96,37 +96,37 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
         "encode": start + subjects * encode,
         "train the diffusion model": launch + two.training.steps * step_2,
         "generate a sweep": start + drawn * volume[1],
-        "evaluate": STATISTICS * unit + held_out * (again + 2 * looked) + (generated + swept) * (volume[0] + looked),
+        "evaluate": STATISTICS * unit + held_out * (again + 2 * measured) + (generated + swept) * (volume[0] + measured),
     }
 
 
-def once(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def quickest(work: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds that it takes at best, done before: other programs on the same cores make single steps wait."""
+def shortest_seconds_of(work: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds of the fastest call after a warm-up: other programs on the same cores slow single calls."""
     work()
-    return min(once(work) for _ in range(repeats))
+    return min(seconds_of(work) for _ in range(repeats))
 
 
 def _data_seconds(config: Config) -> tuple[float, float]:
-    """A phantom, and preparing one, with all cores at work."""
+    """Seconds to make a phantom and to prepare one, with all cores at work."""
     count = 6
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        phantom = once(lambda: write_dataset(data, count, config.data.grid.shape, workers=1)) / count
+        phantom = seconds_of(lambda: write_dataset(data, count, config.data.grid.shape, workers=1)) / count
         source = config.data.model_copy(update={"bids": data})
-        there = config.model_copy(update={"data": source, "output": Path(folder) / "run"})
-        scan = once(lambda: prepare(there, workers=1)) / count
+        experiment = config.model_copy(update={"data": source, "output": Path(folder) / "run"})
+        scan = seconds_of(lambda: prepare(experiment, workers=1)) / count
     return phantom / cores(), scan / cores()
 
 
 def _training_seconds(config: Config) -> tuple[float, float, float, float]:
-    """A step of the linear path, of stage 1 and of stage 2, and encoding one scan."""
+    """Seconds of a step of the linear path, of stage 1 and of stage 2, and of encoding one scan."""
     device = own_device()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
     network, training = config.autoencoder.network, config.autoencoder.training
@@ -154,7 +154,7 @@ def _training_seconds(config: Config) -> tuple[float, float, float, float]:
         model.to(dtype=dtype("auto", device)).encode(volumes.to(dtype("auto", device)))
 
     unet = make_unet(config, latent[0]).to(device)
-    own = make_optimizer(unet, config.diffusion.training)
+    unet_optimizer = make_optimizer(unet, config.diffusion.training)
     size = config.diffusion.training.batch_size
     z, times = torch.randn(size, *latent, device=device), torch.full((size,), 500.0, device=device)
 
@@ -162,36 +162,34 @@ def _training_seconds(config: Config) -> tuple[float, float, float, float]:
         with autocast:
             output = unet(z, times)
         (output.float() - z).square().mean().backward()
-        own.step()
-        own.zero_grad()
+        unet_optimizer.step()
+        unet_optimizer.zero_grad()
 
-    found = [quickest(work) for work in (linear_step, step_1, step_2)]
-    return *found, quickest(encode) / training.batch_size
+    found = [shortest_seconds_of(work) for work in (linear_step, step_1, step_2)]
+    return *found, shortest_seconds_of(encode) / training.batch_size
 
 
 def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, float]:
-    """A volume generated with all threads, and with one; one reconstructed; one measured."""
+    """Seconds to generate a volume with all threads and with one, to reconstruct one, and to measure one."""
     device, grid = own_device(), Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     autoencoder = make_network("Autoencoder", **config.autoencoder.network.model_dump()).eval()
     unet, process = make_unet(config, autoencoder.latent_channels).eval(), make_process("flow")
-    schema = CovariateSchema(tuple(c.covariate() for c in config.covariates))
     sampling = Sampling(**config.generation.model_dump())
-    pipeline = Pipeline(autoencoder, unet, schema, grid, process, config.diffusion.target, sampling)
+    pipeline = Pipeline(autoencoder, unet, config.schema(), grid, process, config.diffusion.target, sampling)
     pipeline.to(device, dtype("auto", device))
     volume = torch.from_numpy(make_phantom(grid.shape, grid.spacing_mm[0])[0] / 1000)
     seconds = []
     requests = pipeline.parse([{}] * pipeline.group_size)
     for threads in (None, 1):
         pipeline.threads = threads
-        seconds.append(quickest(lambda: list(pipeline.volumes(requests, sampling)), 2) / pipeline.group_size)
-    again = quickest(lambda: pipeline.reconstruct(volume[None, None].to(device)))
+        seconds.append(shortest_seconds_of(lambda: list(pipeline.volumes(requests, sampling)), 2) / pipeline.group_size)
+    again = shortest_seconds_of(lambda: pipeline.reconstruct(volume[None, None].to(device)))
     features, array = RandomFeatures(), volume.numpy()
-    looked = quickest(lambda: (measure_volumes(array, grid.spacing_mm), extract([array], features, device)), 2)
-    return (seconds[0], seconds[1]), again, looked
+    measured = shortest_seconds_of(lambda: (measure_volumes(array, grid.spacing_mm), extract([array], features, device)), 2)
+    return (seconds[0], seconds[1]), again, measured
 
 
 def make_unet(config: Config, channels: int) -> torch.nn.Module:
-    """A network as stage 2 makes it."""
-    categories = [len(c.categories) for c in config.covariates]
-    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": categories}
+    """The U-Net of stage 2."""
+    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": config.schema().num_categories}
     return make_network("UNet", **of_data, **config.diffusion.network.model_dump())

@@ -1,4 +1,4 @@
-"""pipeline.json: what a model folder says of itself beside its weights, and how volumes are drawn unless asked otherwise."""
+"""pipeline.json, which describes a model folder beside its weights, with the defaults of sampling."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ldm3d.config.data import MAX_VOXELS, Suffix
 from ldm3d.covariates import CovariateSchema
-from ldm3d.diffusion.process import TARGETS, choose, make_process
+from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
-from ldm3d.errors import InputError, shown
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.errors import InputError, choose, shown
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import read_json
 from ldm3d.models.unet import LatentUNet
 
 DESCRIPTION = "pipeline.json"
-WHOLE = ((0, 0), (0, 0), (0, 0))  # a crop that leaves everything
+NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
@@ -27,10 +28,10 @@ Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How volumes are drawn.
+    """How volumes are sampled.
 
     Args:
-        sampler: "ddpm", "ddim", "euler", "heun", "dpmpp-2m" or "unipc".
+        sampler: a name in `ldm3d.diffusion.samplers.SAMPLERS`.
         steps: of the sampler.
         guidance: classifier-free guidance scale; 1 is none, 0 ignores the covariates.
         guidance_rescale: 0 to 1, see `ldm3d.diffusion.guidance`.
@@ -47,11 +48,11 @@ class Sampling:
     spacing: str | None = None
     seed: int = 0
 
-    # How `Pipeline.from_pretrained` has pydantic check what a file says
+    # For the check of a file's values by pydantic in `read_description`
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
     def __post_init__(self):
-        choose("sampler", self.sampler, SAMPLERS)  # before anything is written, not when the first volume is drawn
+        choose("sampler", self.sampler, SAMPLERS)  # here, before anything is written
         if self.steps < 1 or self.guidance < 0 or self.seed < 0:
             raise InputError(
                 f"steps {self.steps}, guidance {self.guidance}, seed {self.seed}: steps must be at least 1, the others >= 0"
@@ -66,7 +67,7 @@ class Sampling:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What pipeline.json says, as arguments of `Pipeline`; an InputError where a value is missing or makes no sense."""
+    """pipeline.json as arguments of `Pipeline`; InputError if a value is missing or invalid."""
     values = read_json(path)
     try:
         process = make_process(**values["process"])
@@ -78,8 +79,8 @@ def read_description(path: Path) -> dict[str, Any]:
             "target": choose("target", values["target"], TARGETS),
             "sampling": TypeAdapter(Sampling).validate_python(values["sampling"]),
             "skull_stripped": bool(values["skull_stripped"]),
-            "suffix": TypeAdapter(Suffix).validate_python(values.get("suffix", "T1w")),  # older folders do not say it
-            "crop": TypeAdapter(Crop).validate_python(values.get("crop", WHOLE)),
+            "suffix": TypeAdapter(Suffix).validate_python(values.get("suffix", "T1w")),  # older folders lack it
+            "crop": TypeAdapter(Crop).validate_python(values.get("crop", NO_CROP)),
         }
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""What a device computes with, and how volumes are computed on it: always in one way, for the last bits follow from it."""
+"""Devices: their names, settings for reproducible computation, copies to the host, and a test of their convolutions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from ldm3d.errors import InputError
 
-# Of a convolution's largest value. Rounding to bfloat16 makes up to 0.004, to the TF32 of float32 convolutions 0.0005
+# Relative to the largest value. Rounding to bfloat16 causes up to 0.004, to TF32 up to 0.0005
 CONVOLUTION_ERROR = 0.02
 
 
 def described(device: torch.device) -> str:
-    """The type of a device; of a GPU, its model as well: another one adds in another order."""
+    """The type of a device, and the model of a GPU, since another one rounds sums in another way."""
     return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 @contextmanager
 def computing_alike(device: torch.device, threads: int | None) -> Iterator[None]:
-    """Within it, PyTorch computes the same bits in every process on such a device, and fast; then it is as before.
+    """Within it, PyTorch is set to compute fast, and the same bits in every process on such a device.
 
-    On CUDA, products of float32 matrices are made of TF32 numbers (10 bits of mantissa), as PyTorch's convolutions are anyway.
-    cuDNN is not asked to choose its kernels by timing them (`torch.backends.cudnn.benchmark`): it would choose otherwise in
-    another process, and a volume would have other last bits.
+    On CUDA, float32 matrices are multiplied in TF32 (10 bits of mantissa), as PyTorch's convolutions are by default. cuDNN
+    does not choose its kernels by timing them (`torch.backends.cudnn.benchmark`), because the choice, and with it the last
+    bits of a volume, would differ between processes.
 
     Args:
         device: of the networks.
@@ -48,7 +48,7 @@ def computing_alike(device: torch.device, threads: int | None) -> Iterator[None]
 
 
 class HostCopy:
-    """A tensor on its way to the host, while the GPU goes on; on a CPU it is there already."""
+    """An asynchronous copy of a tensor to the host; on a CPU, the tensor itself."""
 
     def __init__(self, tensor: Tensor):
         self._tensor, self._done = tensor, None
@@ -65,16 +65,16 @@ class HostCopy:
 
 
 def check_convolutions(device: torch.device, dtype: torch.dtype) -> None:
-    """Look whether a GPU's three-dimensional convolutions are right; on a CPU there is nothing to look at.
+    """Test a GPU's 3D convolutions; on a CPU nothing is tested.
 
-    Releases of cuDNN have given wrong numbers for large ones in half precision (pytorch issue 163539).
+    Some releases of cuDNN compute large ones in half precision wrongly (pytorch issue 163539).
 
     Args:
-        device: where networks are to run.
-        dtype: that they compute in.
+        device: of the networks.
+        dtype: in which they compute.
 
     Raises:
-        InputError: they are not.
+        InputError: they are wrong.
     """
     if device.type == "cuda":
         error = convolution_error(device, dtype)

@@ -1,4 +1,4 @@
-"""What ldm3d finds on this machine: versions, devices, the precision that is fast, and the attention kernels that load."""
+"""A description of this machine: versions, devices, the fast precision, and the attention kernels that work."""
 
 import importlib.metadata
 import os
@@ -36,7 +36,7 @@ HEAD_CHANNELS = 64  # of the heads that kernels are tried on
 
 
 def describe_environment() -> str:
-    """Lines for a person, or for a report of a fault; nothing in them names the user or the machine."""
+    """Lines for a bug report; they name neither the user nor the machine."""
     device = torch.device(own_device())
     rows = [
         ("ldm3d", ldm3d.__version__),
@@ -61,7 +61,7 @@ def describe_environment() -> str:
 
 
 def probe_attention(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Kernel -> None where it computes attention, else why not. Each is tried."""
+    """Kernel -> None if a trial computes attention, else the reason."""
     found = {name: _why_sdpa_fails(kernel, device, dtype) for name, kernel in KERNELS.items()}
     return found | {"xformers": why_xformers_fails(device, dtype, HEAD_CHANNELS)}
 

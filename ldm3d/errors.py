@@ -1,5 +1,6 @@
-"""What happens when the input, not the program, is at fault."""
+"""Errors of the input, not of the program: how messages are worded, and how a command ends."""
 
+import difflib
 import errno
 import functools
 import itertools
@@ -8,15 +9,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit on a file
-SHOWN = 10  # of many like problems, those that a message spells out
+SHOWN = 10  # problems that a message lists, of many alike
 
 
 class InputError(ValueError):
-    """The user gave something that cannot be used; the message gives the value, the rule and the way out."""
+    """Input that cannot be used; the message gives the value, the rule and the way out."""
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """The value as a message gives it: a long one without its middle, so that no cell or setting can flood a terminal."""
+    """The value as messages show it; a long one is shown without its middle, so that it cannot flood a terminal."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list that holds itself
@@ -37,10 +38,25 @@ def itemised(problems: Mapping[str, str], count: int | None = None) -> str:
     return "\n".join(lines + ([f"  and {count - SHOWN} more"] if count > SHOWN else []))
 
 
+def choose(what: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is known, else an InputError that gives the nearest alternative and all others."""
+    known = list(known)
+    if name in known:
+        return name
+    close = nearest(str(name), known)
+    hint = f"did you mean {close!r}? " if close else ""
+    raise InputError(f"unknown {what} {name!r}; {hint}known: {', '.join(known) or 'none'}")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that a mistyped one stands for, most likely; None if there is none like it."""
+    return next(iter(difflib.get_close_matches(name[:100], known, n=1, cutoff=cutoff)), None)
+
+
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
     """Make a command print what is wrong with its input, without a traceback, and exit with code 2.
 
-    Anything that is not the user's doing still ends in a traceback and exit code 1.
+    Faults of the program still end in a traceback and exit code 1.
     """
 
     @functools.wraps(main)
@@ -62,7 +78,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def differences(old: Any, new: Any, free: Collection[str] = (), where: str = "") -> list[str]:
-    """What differs between two trees of JSON values, as "key: old -> new"; keys named in `free` may."""
+    """The differences between two trees of JSON values, as "key: old -> new", except those of the keys in `free`."""
     if where.rpartition(".")[2] in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

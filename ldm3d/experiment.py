@@ -1,7 +1,7 @@
-"""What belongs to which: latents to their autoencoder and data, a trained model to the settings and scans it was made with.
+"""The origin of latents (autoencoder and data) and of a trained model (settings and scans).
 
-OUTPUT/experiment.json lets `evaluate` prepare other scans in the same way and keep to those that the model never saw. It names
-scans, subjects and local paths, so it stays with the run, beside the model folder, which is what is handed on.
+With OUTPUT/experiment.json, `evaluate` prepares other scans in the same way and uses only those that the model has never seen.
+The file names scans, subjects and local paths, so it lies beside the model folder, not in it: that can be published.
 """
 
 import json
@@ -18,8 +18,8 @@ from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
 from ldm3d.description import DESCRIPTION, read_description
-from ldm3d.errors import InputError, shown
-from ldm3d.files import write_whole
+from ldm3d.errors import InputError, shown, some
+from ldm3d.files import write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.processes import ALONE, Processes
@@ -27,21 +27,21 @@ from ldm3d.seen import Seen, seen_by
 
 EXPERIMENT = "experiment.json"
 FORMAT = 2  # 1: in the model folder, scans by the bytes of their files
-NONE = "none"  # instead of a file: the user's word that the model has seen nothing of the data
+NONE = "none"  # instead of a file: the user declares that the model has seen nothing of the data
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is known of how a model came to be.
+    """What is known of the training of a model.
 
     Attributes:
-        config: its own; `output` is where the run lies now.
-        base: folder that relative paths of its data start from.
-        train: scans that either stage was trained on.
+        config: its settings; `output` is the present folder of the run.
+        base: folder to which relative paths of its data refer.
+        train: scans that any stage was trained on.
         seen: these, and those of validation.
-        subjects: labels of all that were seen; empty in old files.
-        by_file: whether scans are named by the bytes of their files, as old files do.
-        place: the file; None for a model that is told to have seen nothing.
+        subjects: labels of all subjects that were seen; empty in old files.
+        by_file: whether scans are identified by the bytes of their files, as in old files.
+        file: experiment.json; None for a model that is declared to have seen nothing.
     """
 
     config: Config
@@ -50,7 +50,7 @@ class Experiment:
     seen: frozenset[str] = frozenset()
     subjects: frozenset[str] = frozenset()
     by_file: bool = False
-    place: Path | None = None
+    file: Path | None = None
 
     @property
     def data(self) -> Path:
@@ -59,7 +59,7 @@ class Experiment:
 
 
 def latents_origin(config: Config) -> dict[str, str]:
-    """What a latent cache of this experiment follows from: a cache of anything else is stale.
+    """The origin of this experiment's latent cache; one with another origin is stale.
 
     Raises:
         InputError: no autoencoder yet, or nothing prepared.
@@ -73,8 +73,8 @@ def latents_origin(config: Config) -> dict[str, str]:
 
 
 def save_experiment(config: Config, model: Path) -> None:
-    """Write OUTPUT/experiment.json for a model of this config: what all stages have seen, or, where no run noted it, what
-    the table of prepared scans says."""
+    """Write OUTPUT/experiment.json for a model of this config: what all stages have seen by their records, or else by the
+    table of prepared scans."""
     first, second = seen_by(config.autoencoder_run), seen_by(config.diffusion_run) or _seen_by_table(config)
     if first and first.network != weights_hash(config.autoencoder_folder):
         first = None  # of another autoencoder
@@ -91,7 +91,7 @@ def save_experiment(config: Config, model: Path) -> None:
         "subjects": sorted(frozenset.union(*(stage.subjects for stage in known))),
         "autoencoder_known": first is not None,
     }
-    write_whole(config.output / EXPERIMENT, json.dumps(values, indent=1) + "\n")
+    write_atomic(config.output / EXPERIMENT, json.dumps(values, indent=1) + "\n")
     (model / EXPERIMENT).unlink(missing_ok=True)  # an older version's
 
 
@@ -108,24 +108,24 @@ def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
     """
     if str(given) == NONE:
         return Experiment(_config_of(model))
-    places = [Path(given)] if given else [model.resolve().parent / EXPERIMENT, model / EXPERIMENT]
+    paths = [Path(given)] if given else [model.resolve().parent / EXPERIMENT, model / EXPERIMENT]
     weights = weights_hash(model / "autoencoder", model / "unet")
-    for place in places:
-        if place.is_file():
-            values = read_json(place)
-            inside = place.resolve().parent == model.resolve()
+    for path in paths:
+        if path.is_file():
+            values = read_json(path)
+            inside = path.resolve().parent == model.resolve()
             if inside:
                 warnings.warn(
-                    f"{place} names scans and local paths of the training: before you hand the model folder on, move "
-                    f"that file to {model.resolve().parent} or elsewhere (--experiment FILE then says where)",
+                    f"{path} names scans and local paths of the training: before you publish the model folder, move that "
+                    f"file to {model.resolve().parent} or elsewhere (and give it as --experiment FILE)",
                     stacklevel=3,
                 )
             if inside or given or values.get("model") == weights:
-                return _read_experiment(place, values, weights)
+                return _read_experiment(path, values, weights)
     raise InputError(
         f"nothing says which scans {model} was trained on, so that none can be called held out: there is no "
-        f"{' or '.join(map(str, places))} of it. Give the {EXPERIMENT} of the run that made it (--experiment FILE); or, if "
-        f"you know that it has never seen a scan of --data, say so (--experiment {NONE})"
+        f"{' or '.join(map(str, paths))} of it. Give the {EXPERIMENT} of the run that made it (--experiment FILE); or, if "
+        f"you know that it has never seen a scan of --data, declare it with --experiment {NONE}"
     )
 
 
@@ -137,9 +137,9 @@ def scans_by_use(
     processes: Processes = ALONE,
     experiment: str | Path | None = None,
 ) -> tuple[Config, pd.DataFrame, pd.DataFrame]:
-    """Prepare the scans of a dataset as the model's own were, and say which it was trained on and which it has never seen.
+    """Prepare the scans of a dataset as the model's were, and find those that it was trained on and those it has never seen.
 
-    The experiment's own folder is read only: scans that are not prepared there as the model's were are prepared in `work`.
+    The experiment's folder is only read: scans that are not prepared there with the model's settings are prepared in `work`.
 
     Args:
         model: pipeline folder.
@@ -159,7 +159,7 @@ def scans_by_use(
     known = find_experiment(model, experiment)
     if not data.exists():
         raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
-    own = known.place is not None and known.data == data.resolve()
+    own = known.file is not None and known.data == data.resolve()
     config, scans = _prepared(known, data, work, root, own, processes)
     if known.by_file:
         grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
@@ -198,34 +198,35 @@ def _prepared(
 def _seen_by_label(
     known: Experiment, scans: pd.DataFrame, by_scan: set[str], data: Path, own: bool, is_main: bool
 ) -> set[str]:
-    """Subjects that are called like seen ones though their scans are others; of the experiment's own data they are seen."""
+    """Subjects with the labels of seen ones but other scans; in the experiment's own data these count as seen."""
     alike = sorted((known.subjects & set(scans["subject"])) - by_scan)
     if own and known.by_file and not by_scan:
         raise InputError(
-            f"{data} is what the model was trained on, but none of its {len(scans)} files is what it was: packed anew? This "
-            f"model's {EXPERIMENT} knows scans by the bytes of their files; give the files of then, or train the model again"
+            f"{data} is what the model was trained on, but none of its {len(scans)} files is unchanged: compressed anew? This "
+            f"model's {EXPERIMENT} identifies scans by the bytes of their files; give the original files, or train it again"
         )
     if alike and is_main:
-        what = f"{len(alike)} subjects of {data} are called like subjects that the model has seen ({', '.join(alike[:5])}"
-        what += ", ...), and none of their scans has the voxels that it saw: "
+        consequence = "if they are the same people, processed otherwise, they are not truly held out"
         if own:
-            what += "their scans were changed since the training. They count as seen, and are neither trained on nor held out"
-        else:
-            what += "if they are the same people, processed otherwise, they are not held out, whatever the figures say"
-        warnings.warn(what, stacklevel=4)
+            consequence = "their scans were changed since the training. They count as seen: not as trained on, not as held out"
+        warnings.warn(
+            f"{len(alike)} subjects of {data} are called like subjects that the model has seen ({some(alike)}), and none of "
+            f"their scans has the voxels that it saw: {consequence}",
+            stacklevel=4,
+        )
     return set(alike) if own else set()
 
 
 def _seen_by_table(config: Config) -> Seen:
-    """By the table of prepared scans, for runs that began before they noted what they see."""
+    """By the table of prepared scans, for runs that began before runs recorded what they see."""
     scans = read_scan_table(config)
     of = {split: scans[scans["split"] == split] for split in ("train", "validation")}
     names = {split: frozenset(rows["key"].map(scan_of)) for split, rows in of.items()}
     return Seen(names["train"], names["validation"], frozenset(pd.concat(of.values())["subject"]))
 
 
-def _read_experiment(place: Path, values: dict[str, Any], weights: str) -> Experiment:
-    """What a file says; a warning where it does not know everything."""
+def _read_experiment(path: Path, values: dict[str, Any], weights: str) -> Experiment:
+    """The content of a file; a warning where it is incomplete."""
     try:
         config, form = Config.model_validate(values["config"], context={"saved": True}), values.get("format", 1)
         if form == 1:
@@ -233,38 +234,38 @@ def _read_experiment(place: Path, values: dict[str, Any], weights: str) -> Exper
             train = seen - {*values.get("validation", ())}
             if seen:
                 warnings.warn(
-                    f"{place} is of an older version: it knows scans by the bytes of their files, and those of stage 2 alone. "
-                    "Scans that were packed anew since count as never seen",
+                    f"{path} is of an older version: it identifies scans by the bytes of their files, and lists those of "
+                    "stage 2 alone. Scans that were compressed anew since count as never seen",
                     stacklevel=4,
                 )
-            return Experiment(config, Path(), train, seen, by_file=True, place=place)
+            return Experiment(config, Path(), train, seen, by_file=True, file=path)
         if form != FORMAT:
-            raise InputError(f"{place} is of another version of ldm3d (format {shown(form)}, here {FORMAT}); update ldm3d")
+            raise InputError(f"{path} is of another version of ldm3d (format {shown(form)}, here {FORMAT}); update ldm3d")
         if values["model"] != weights:
-            raise InputError(f"{place} is of model {shown(values['model'])}, and this is {weights}; give its own")
+            raise InputError(f"{path} is of model {shown(values['model'])}, and this is {weights}; give its own")
         if not values["autoencoder_known"]:
             warnings.warn(
-                f"{place} does not know which scans the autoencoder was trained on: some that count as held out may be among "
+                f"{path} does not know which scans the autoencoder was trained on: some that count as held out may be among "
                 "them, so that reconstructions look better than they are. Train stage 1 again to know",
                 stacklevel=4,
             )
         train = frozenset(values["train"])
-        config = config.model_copy(update={"output": place.resolve().parent})
-        everything = train | {*values["validation"]}
-        return Experiment(config, Path(values["base"]), train, everything, frozenset(values["subjects"]), place=place)
+        config = config.model_copy(update={"output": path.resolve().parent})
+        seen = train | {*values["validation"]}
+        return Experiment(config, Path(values["base"]), train, seen, frozenset(values["subjects"]), file=path)
     except ValidationError as error:
-        raise InputError(f"{place} is damaged or of another version: {explain(error)}") from None
+        raise InputError(f"{path} is damaged or of another version: {explain(error)}") from None
     except (KeyError, TypeError) as error:
-        raise InputError(f"{place} is damaged or of another version: {shown(error)}") from None
+        raise InputError(f"{path} is damaged or of another version: {shown(error)}") from None
 
 
 def _config_of(model: Path) -> Config:
-    """A config that scans can be prepared by, with the model's covariates as columns; its training never takes place."""
+    """A config for preparing scans, with the model's covariates as columns; nothing is trained by it."""
     if not (model / DESCRIPTION).is_file():
         raise InputError(f"{model} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
     parts = read_description(model / DESCRIPTION)
     grid, schema = parts["grid"], parts["schema"]
-    never = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}
+    unused = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}
     columns = ("name", "kind", "unit", "categories")
     values = {
         "name": "unknown",
@@ -277,7 +278,7 @@ def _config_of(model: Path) -> Config:
             "splits": {"validation": 0, "test": 0},
         },
         "covariates": [{name: getattr(c, name) for name in columns} | {"range": c.range} for c in schema],
-        "autoencoder": {"network": {"latent_channels": 1, "downsampling": 1, "channels": [1]}, "training": never},
-        "diffusion": {"network": {"channels": [1], "attention": [False]}, "training": never},
+        "autoencoder": {"network": {"latent_channels": 1, "downsampling": 1, "channels": [1]}, "training": unused},
+        "diffusion": {"network": {"channels": [1], "attention": [False]}, "training": unused},
     }
     return Config.model_validate(values)

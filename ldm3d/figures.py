@@ -1,7 +1,7 @@
 """Pictures: slices of volumes, curves and scatter plots. The one user of matplotlib.
 
-Volumes are (X, Y, Z) in [0, 1], RAS+. Slices are drawn as a neurologist holds them: the patient's left on the left, front
-and top up.
+Volumes are (X, Y, Z) in [0, 1], RAS+. Slices are in neurological orientation: the patient's left on the left, front and top
+up.
 """
 
 import base64
@@ -24,7 +24,7 @@ def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
     """Middle axial, coronal and sagittal slice side by side, as one image (rows, columns) in true proportions."""
     x, y, z = (n // 2 for n in volume.shape)
     sx, sy, sz = spacing_mm
-    # The sagittal slice lies a little off the middle: in it there is only the fissure
+    # The sagittal slice is a little off the middle, where only the fissure would be
     planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
     fine = min(spacing_mm)
     images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
@@ -69,7 +69,7 @@ def mosaic(
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Every figure of metrics.jsonl against the step, one panel each."""
+    """Every value of metrics.jsonl against the step, one panel each."""
     names = sorted({key for row in rows for key in row if key != "step"}) or ["loss"]
     figure = Figure(figsize=(4 * min(3, len(names)), 2.6 * -(-len(names) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).ravel()
@@ -89,7 +89,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
 def scatter(
     asked: NDArray, measured: NDArray, asked_label: str, measured_label: str, title: str, band: NDArray | None = None
 ) -> Figure:
-    """Measured against asked, with the identity and the fitted line; `band` is its interval, (3, places): asked, low, high."""
+    """Measured against asked, with the identity and the fitted line; `band` is its interval, (3, M): asked, low, high."""
     figure = Figure(figsize=(3.8, 3.6), layout="constrained")
     axis = figure.subplots()
     low, high = min(asked.min(), measured.min()), max(asked.max(), measured.max())
@@ -130,7 +130,7 @@ def lines(
 
 
 def histogram(values: NDArray, label: str, title: str) -> Figure:
-    """How often values (N,) occur, with their mean."""
+    """Histogram of values (N,), with their mean."""
     figure = Figure(figsize=(3.8, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.hist(values, bins=min(30, max(5, round(len(values) ** 0.5) * 2)), color=INK, alpha=0.75)
@@ -155,12 +155,12 @@ def overlay(
         volume, values: (X, Y, Z).
         spacing_mm: of a voxel.
         title, label: of the picture and of the bar.
-        signed: colours from blue over none to red, even about 0, that hide the volume the more the larger the value; else from
-            the least value to the largest, all half transparent.
+        signed: colours from blue over transparent to red, symmetric about 0, more opaque for larger values; else from the
+            least value to the largest, all half transparent.
         outline: (X, Y, Z) bool, drawn with a thin line; None for none.
     """
     grey, shown = (slices(np.asarray(v, np.float32), spacing_mm) for v in (np.clip(volume, 0, 1), values))
-    # The slices' own range, without the last thousandth: one odd voxel would take all colour from the others
+    # The range of the slices without the last thousandth, so that one odd voxel does not set the scale
     inside = slices(np.ones(volume.shape, np.float32), spacing_mm) > 0
     low, high = np.quantile(np.abs(shown[inside]) if signed else shown[inside], [0.001, 0.999])
     high = max(high, low + 1e-6)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and names from other files that become part of a path."""
+"""Atomic writes of files, and checks of names that become part of a path."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from ldm3d.errors import InputError, shown
 
-LONGEST_NAME = 100  # file systems hold 255 bytes, and more is put before and behind a name
+LONGEST_NAME = 100  # file systems allow 255 bytes, and prefixes and suffixes are added
 # Letters of any script, digits and a few signs. No separator of folders or drives, nothing hidden, no option, no pattern
 _NAME = re.compile(r"\w[\w .,+=@()-]*")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file that appears whole or not at all: write to the path that is given; at the end it becomes `path`.
+    """Write a file atomically: the caller writes to the path that is given, which is renamed to `path` at the end.
 
-    It lies in the same folder, which must be there, so that the last step is a rename, and ends in the same suffixes, by
-    which some libraries choose the format. Where writing fails it is removed, and what was at `path` stays.
+    It is in the same folder, which must exist, and has the same suffixes, by which some libraries choose the format. If
+    writing fails it is removed, and an older file at `path` stays.
     """
     unfinished = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
@@ -29,21 +29,21 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8, lines end in a line feed) or bytes as a file that appears whole or not at all."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write text (UTF-8, lines end in a line feed) or bytes atomically."""
     with replacing(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def checked_name(text: str, what: str) -> str:
-    """A name that came from a file, once it is known to stay in its folder when it becomes part of a path.
+    """A name from a file, after a check that it stays in its folder when it becomes part of a path.
 
     Args:
         text: the name.
-        what: it is, for the message: "subject", "covariate".
+        what: its kind, for the message: "subject", "covariate".
 
     Raises:
-        InputError: it could lead elsewhere (a separator, a leading dot), or is no name that every file system takes.
+        InputError: it could lead elsewhere (a separator, a leading dot), or some file system would refuse it.
     """
     if not (isinstance(text, str) and len(text) <= LONGEST_NAME and _NAME.fullmatch(text)):
         raise InputError(

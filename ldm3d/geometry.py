@@ -1,4 +1,4 @@
-"""Where voxels lie: the experiment's Grid, and the way from a scan onto it and back.
+"""Geometry of volumes: the experiment's Grid, and resampling from a scan to it and back.
 
 Legend: an affine is a 4x4 matrix from voxel indices (centres of voxels at whole numbers) to millimetres in RAS+: x to
 the right, y to the front (anterior), z to the top (superior) of the patient, as in NIfTI. A volume is (X, Y, Z).
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-# How far (in voxels) a voxel may lie from a whole position of the source and still be copied rather than interpolated:
-# far above the rounding of float32 affines in NIfTI headers, far below anything visible.
+# Largest distance (in voxels) from the source's voxel centres at which voxels are copied, not interpolated: far above the
+# rounding of float32 affines in NIfTI headers, far below anything visible.
 _ALIGNED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The one grid of an experiment: every volume a network sees or makes has its shape and spacing.
+    """The grid of an experiment: all volumes of its networks have this shape and spacing.
 
     Args:
         shape: voxels to the right, to the front and to the top.
@@ -38,7 +38,7 @@ class Grid:
         if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or not all(0 < s < math.inf for s in spacing):
             raise ValueError(f"a grid has 3 sides of at least 1 voxel and 3 spacings > 0 mm, got {shape}, {spacing}")
         affine = np.array(self.affine, dtype=np.float64).reshape(4, 4)
-        affine.flags.writeable = False  # frozen for good: many volumes share this array
+        affine.flags.writeable = False  # many volumes share this array
         for name, value in (("shape", shape), ("spacing_mm", spacing), ("affine", affine)):
             object.__setattr__(self, name, value)
 
@@ -55,7 +55,7 @@ class Grid:
         return math.prod(self.spacing_mm) / 1000
 
     def cropped(self, crop: Sequence[Sequence[int]]) -> "Grid":
-        """The grid without (before, after) planes of each axis; the voxels that are left stay where they are."""
+        """The grid without (before, after) planes of each axis; the remaining voxels keep their positions."""
         before = [first for first, _ in crop]
         affine = self.affine.copy()
         affine[:, 3] = self.affine @ [*before, 1]
@@ -80,12 +80,14 @@ def spacing_of(affine: NDArray) -> NDArray:
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
 
-def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid) -> NDArray:
-    """Lay the Grid's box over a scan, with nothing rotated.
+def align_grid(
+    source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Sequence[float] | None, grid: Grid
+) -> NDArray:
+    """Align the Grid with a scan, without rotation.
 
     The box takes the axes of the scan in their closest RAS+ order (axes are swapped and flipped, an oblique scan stays
     oblique). A sheared affine gives the closest axes that are perpendicular. Where the scan's spacing is the Grid's,
-    the box moves by less than a voxel onto whole voxels, so that `resample` copies them unblurred.
+    the box moves by less than a voxel to the voxel centres, so that `resample` copies them unblurred.
 
     Args:
         source_shape: of the scan, (X, Y, Z).
@@ -94,7 +96,7 @@ def place(source_shape: Sequence[int], source_affine: NDArray, centre_voxel: Seq
         grid: gives shape and spacing; its own affine plays no part.
 
     Returns:
-        (4, 4) from voxels of the placed Grid to the scan's world.
+        (4, 4) from voxels of the aligned Grid to the scan's world.
     """
     source_affine = np.asarray(source_affine, dtype=np.float64)
     if centre_voxel is None:
@@ -124,13 +126,13 @@ def resample(
 ) -> NDArray:
     """Reorient, resample and crop or pad a volume in one interpolation; with the affines swapped it is the way back.
 
-    A target that lies on whole voxels of the source gets exactly these voxels. Where the target is coarser, the source
+    A target on the source's voxel centres gets exactly these voxels. Where the target is coarser, the source
     is smoothed first, by the Gaussian that takes a point spread as wide as the source's voxel to one as wide as the
     target's (full width at half maximum; Cardoso et al. 2015, Scale factor point spread function matching):
     sigma = sqrt((out^2 - in^2) / (8 ln 2)), for each axis alone.
 
-    SciPy and not MONAI's SpatialResample, which gives the same numbers (a test holds this): 0.2 s against 0.7 s for a
-    1 mm head on one core, and its GaussianSmooth takes eighteen times SciPy's 0.1 s; reading a dataset is mostly this.
+    SciPy is faster here than MONAI's SpatialResample, which gives the same numbers (tested): 0.2 s against 0.7 s for a 1 mm
+    head on one core, and 0.1 s against 1.8 s for the smoothing, which is most of the time of reading a dataset.
 
     Args:
         volume: (X, Y, Z).
@@ -147,9 +149,9 @@ def resample(
         raise ValueError(f"resample takes one volume (X, Y, Z), got shape {volume.shape}")
     matrix = np.linalg.solve(np.asarray(source_affine, np.float64), np.asarray(target_affine, np.float64))
     corners = np.array([*itertools.product(*[(0, n - 1) for n in target_shape])])  # (8, 3)
-    whole = np.round(matrix)
-    if np.abs((matrix - whole)[:3] @ np.c_[corners, np.ones(8)].T).max() < _ALIGNED:
-        matrix = whole
+    rounded = np.round(matrix)
+    if np.abs((matrix - rounded)[:3] @ np.c_[corners, np.ones(8)].T).max() < _ALIGNED:
+        matrix = rounded
     if order == "nearest":
         output, spline = volume.dtype, 0
     else:
@@ -169,7 +171,7 @@ def _smooth(volume: NDArray, source_affine: NDArray, target_affine: NDArray) -> 
     variance = np.zeros(3)
     variance[axes] = (wanted**2 - given[axes] ** 2) / (8 * math.log(2))
     sigma = np.sqrt(variance.clip(0)) / given
-    sigma[sigma < 0.05] = 0  # spacings that differ in their last digits: such a kernel is 1 at its centre, 0 around it
+    sigma[sigma < 0.05] = 0  # spacings that differ by rounding: the kernel would be 1 at its centre, 0 around it
     # "nearest": with zeros outside, anatomy that touches the border (a neck) would darken there
     return ndimage.gaussian_filter(volume, sigma, mode="nearest") if sigma.any() else volume
 

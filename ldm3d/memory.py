@@ -1,7 +1,7 @@
-"""How a latent is decoded: whole, or streamed where that saves memory.
+"""How a latent is decoded: whole, or streamed if that saves memory.
 
-What a decode takes is not guessed from a formula. It is run once on tensors without data (PyTorch's meta device), and the
-bytes alive at each moment are counted; so the answer holds for any network, ours or MONAI's.
+The memory of a decode is measured in a dry run on tensors without data (PyTorch's meta device) that counts the bytes in use,
+which works for any network, ours or MONAI's.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
 
 MODES = ("auto", "whole", "streamed")
 SAFETY = 1.1  # of an estimate
-# What a C library (glibc) takes from its heap, blocks up to 32 MiB, leaves holes there: measured, 0.6 to 0.8 of what is in use
+# glibc takes blocks up to 32 MiB from its heap, which fragments: the holes measure 0.6 to 0.8 of the bytes in use
 HEAP_BLOCK, HOLES = 32 * 2**20, 0.8
-SMALL = 2**29  # half a GiB: what PyTorch itself takes
+SMALL = 2**29  # half a GiB, the memory of PyTorch itself
 NOT_STREAMED = "this decoder cannot be streamed"
-UNLIMITED = 2**60  # a limit above this is how cgroup v1 spells none
+UNLIMITED = 2**60  # in cgroup v1, a limit above this means none
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ def plan_decode(
 ) -> Plan:
     """Choose between a whole and a streamed decode.
 
-    A CPU streams as fast as it decodes whole, so it takes what needs less memory. A GPU is faster with few large steps: it
-    streams only what would not fit.
+    A CPU decodes as fast either way, so the choice is by memory. A GPU is faster with few large steps, so it streams only what
+    would not fit.
 
     Args:
         autoencoder: see `decode_streamed`.
         latent_shape: (N, c, x, y, z).
         device: where the network is.
-        mode: "auto", or "whole" or "streamed" to have one of them anyway.
-        free: bytes; None to look.
+        mode: "auto", or "whole" or "streamed" to force one of them.
+        free: bytes of free memory; None: as found.
 
     Raises:
         InputError: another mode.
@@ -84,12 +84,13 @@ def plan_decode(
 
 @torch.no_grad()
 def tried(plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
-    """A plan that has been seen to work: streamed, where a whole decode runs out of a GPU's memory all the same.
+    """A plan that has been tried: streamed if a whole decode runs out of memory on a GPU.
 
-    What is counted is tensors. The workspace of cuDNN comes on top, and so does what another process takes meanwhile.
+    The estimate counts tensors, not the workspace of cuDNN, nor the memory of other processes.
 
     Args:
-        plan, autoencoder, latent_shape, device: as in `plan_decode`, which chose by itself.
+        plan: from `plan_decode` with mode "auto".
+        autoencoder, latent_shape, device: as there.
         dtype: of the latents.
     """
     if plan.mode != "whole" or plan.estimated_bytes <= SMALL or plan.reason == NOT_STREAMED:
@@ -98,7 +99,7 @@ def tried(plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype
         autoencoder.decode(torch.zeros(tuple(latent_shape), dtype=dtype, device=device))
         return plan
     except torch.OutOfMemoryError:
-        pass  # the exception holds on to the tensors of the decode: go on outside of it
+        pass  # the exception keeps the tensors of the decode: they are freed outside of this block
     if device.type == "cuda":
         torch.cuda.empty_cache()
     streamed = plan_decode(autoencoder, latent_shape, device, "streamed")
@@ -111,11 +112,11 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-# What a decode takes
+# Memory of a decode
 
 
 def decode_bytes(autoencoder: nn.Module, latent_shape: Sequence[int], device: torch.device, streamed: bool) -> int:
-    """Estimated peak of a decode above the weights, on the safe side; arguments as in `plan_decode`."""
+    """Estimated peak of a decode above the weights, with a margin; arguments as in `plan_decode`."""
     run = _Decode(autoencoder, chunk_bytes_of(device) if streamed else None)
     state = {**dict(run.named_parameters()), **dict(run.named_buffers())}
     blank = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
@@ -139,11 +140,11 @@ class _Decode(nn.Module):
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on, counts the bytes of the tensors that are made and still in use; `peak` is the most there were.
+    """While active, counts the bytes of new tensors that are in use; `peak` is the largest count.
 
     Args:
-        device: on which they would be. On CPUs two things come on top: the heap's holes, and copies for convolutions, since
-            oneDNN works channels last, and what comes otherwise it copies there and back.
+        device: on which they would be. A CPU needs more: the heap's holes, and copies for convolutions, because oneDNN works
+            channels last and copies other inputs there and back.
     """
 
     def __init__(self, device: torch.device):
@@ -153,7 +154,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten.native_batch_norm.default:  # most of the time of a dry run, by PyTorch's own means
+        if function is torch.ops.aten.native_batch_norm.default:  # otherwise most of the time of a dry run
             x = arguments[0]
             result = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         else:
@@ -181,11 +182,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.bytes.pop(key)
 
 
-# What there is
+# Free memory
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that a process may still take: of the GPU; or of the machine and of the cgroups (Slurm, containers) it is in.
+    """Memory that a process may still allocate: of the GPU, or of the machine within its cgroups (Slurm, containers).
 
     Args:
         device: whose memory.
@@ -198,7 +199,7 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _cgroup_free(root: Path) -> list[int]:
-    """What the limits of the process's control groups and of those above leave, v2 and v1."""
+    """Free memory by the limits of the process's control groups and their parents, v2 and v1."""
     free = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

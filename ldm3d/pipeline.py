@@ -26,15 +26,14 @@ import ldm3d
 from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
-from ldm3d.description import DESCRIPTION, WHOLE, Sampling, check_parts, read_description
+from ldm3d.description import DESCRIPTION, NO_CROP, Sampling, check_parts, read_description
 from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
-from ldm3d.diffusion.denoiser import NetworkDenoiser
+from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
-from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 from ldm3d.generation import run
 from ldm3d.generation.series import Origin
 from ldm3d.geometry import Grid
@@ -107,7 +106,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         skull_stripped: bool = False,
         model_hash: str = "unsaved",
-        crop: Sequence[Sequence[int]] = WHOLE,
+        crop: Sequence[Sequence[int]] = NO_CROP,
         decode_mode: str = "auto",
         group: int | None = None,
         threads: int | None = 1,
@@ -226,7 +225,7 @@ class Pipeline:
             "crop": self.crop,
             "generates": "synthetic volumes; no patient's data",
         }
-        write_whole(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
         self.model_hash = weights_hash(folder / "autoencoder", folder / "unet")
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Which precision is fast on a device, the one place that knows.
+"""Which precision is fast on a device.
 
-bfloat16 halves memory and time where the hardware multiplies it. Where it does not, every product is made of conversions, and
-convolutions take 7 to 20 times as long as in float32.
+bfloat16 halves memory and time where the hardware multiplies it. Elsewhere every product needs conversions, and convolutions
+take 7 to 20 times as long as in float32.
 """
 
 import os
@@ -13,7 +13,7 @@ from ldm3d.errors import InputError
 
 NAMES = ("auto", "float32", "bfloat16")
 
-# What ONEDNN_MAX_CPU_ISA can limit a CPU to that has no products of bfloat16; oneDNN reads it in any case of letters
+# Values of ONEDNN_MAX_CPU_ISA, in any case of letters, that exclude products of bfloat16
 _ONEDNN_WITHOUT_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 
 
@@ -22,11 +22,11 @@ def bf16_is_fast(device: str | torch.device) -> bool:
 
     CUDA: from Ampere on, and ROCm. x86 CPUs: AVX512-BF16 or AMX, unless ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA of old) or
     ATEN_CPU_CAPABILITY keep PyTorch from using them. ARM CPUs: the BF16 extension, where PyTorch comes with oneDNN (Linux).
-    Anything else, Apple's CPUs and GPUs among them: no, PyTorch has no kernels there that are known to gain by it.
+    Anything else, Apple's CPUs and GPUs included: no, since PyTorch is not known to have faster kernels there.
     """
     try:
         device = torch.device(device)
-    except RuntimeError:  # no such kind of device: whoever puts a network there says so
+    except RuntimeError:  # no such device, which is reported where it is used
         return False
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def cpu_multiplies_bf16() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # elsewhere oneDNN's answer is about the products themselves
+        return True  # there oneDNN's answer is about the products
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     if limit.lower() in _ONEDNN_WITHOUT_BF16 or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
@@ -49,7 +49,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """The type that "auto", "float32" or "bfloat16" stands for on a device.
+    """The type that "auto", "float32" or "bfloat16" means on a device.
 
     Raises:
         InputError: another name.

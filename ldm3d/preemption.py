@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, and the SIGUSR1 that Slurm sends some minutes before a job's time is up."""
+"""Requests to stop: SIGTERM, and the SIGUSR1 that Slurm sends some minutes before a job's time is up."""
 
 import signal
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 @dataclass
 class Stop:
-    """Whether one of `SIGNALS` has come since `preemption` was entered, and which."""
+    """Whether one of `SIGNALS` has arrived since `preemption` was entered, and which."""
 
     signal: str | None = None
 
@@ -22,17 +22,17 @@ class Stop:
 
 
 def ignore_signals(*_: object) -> None:
-    """For processes that only serve another one: the signals reach all of a job, and that one decides when to stop."""
+    """For processes that serve another one: all processes of a job get the signals, and only that one decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def preemption() -> Iterator[Stop]:
-    """Within it, `SIGNALS` do not end the process: they are noted in what it gives, for the work to stop where it can.
+    """Within it, `SIGNALS` do not end the process but set the `Stop` that it yields, so that the work can stop in order.
 
-    A program that leaves with `REQUEUE` ignores them to its end: once one process of a job has, `srun --kill-on-bad-exit`
-    sends SIGTERM to the others, and one that died of it would change the job's exit code.
+    A program that exits with `REQUEUE` ignores them to its end. When one process of a job has exited, `srun
+    --kill-on-bad-exit` sends SIGTERM to the others, and a death by it would change the job's exit code.
     """
     stop = Stop()
 

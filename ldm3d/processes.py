@@ -1,4 +1,4 @@
-"""The processes that a command was started as: by torchrun, by accelerate launch, or by srun with their variables set."""
+"""The processes of a command: started by torchrun, by accelerate launch, or by srun with their variables set."""
 
 import datetime
 import os
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from ldm3d.errors import InputError
 
-PATIENCE = datetime.timedelta(days=1)  # shares of the work differ; if a process dies, the launcher ends the others
+TIMEOUT = datetime.timedelta(days=1)  # shares of the work differ; if a process dies, the launcher ends the others
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process's view: its number, and how many there are."""
+    """The number of this process, and how many there are."""
 
     rank: int = 0
     world: int = 1
@@ -27,11 +27,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence) -> Sequence:
-        """What this process takes of `items`: every world-th."""
+        """This process's share of `items`: every world-th."""
         return items[self.rank :: self.world]
 
     def gather(self, value: Any) -> list:
-        """The values of all processes, in their order; every process has to call it, and waits for the others."""
+        """The values of all processes, in their order; a collective, which every process has to call."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -39,12 +39,12 @@ class Processes:
         return values
 
     def merge(self, shares: Sequence) -> list:
-        """The inverse of `share`: the items of all processes, whole again, on every one of them."""
+        """The inverse of `share`: all items, on every process."""
         parts = self.gather(list(shares))
         return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Until all processes call it."""
         self.gather(None)
 
 
@@ -52,13 +52,13 @@ ALONE = Processes()
 
 
 def share_work(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
-    """work(item) of all items, in their order, on every process; each does its share, and the main one shows a bar."""
+    """work(item) for all items, in their order; the processes share the work, and each gets all results."""
     own = processes.share(items)
     return processes.merge([work(item) for item in tqdm(own, desc=title, unit="step", disable=not processes.is_main)])
 
 
 def started_processes() -> Processes:
-    """Find the others, and make ready to talk to them.
+    """Find the other processes, and set up communication with them.
 
     Raises:
         InputError: `accelerate launch` was asked for several processes and started one, or srun started several.
@@ -66,15 +66,16 @@ def started_processes() -> Processes:
     found = which_process()
     if found.world > 1 and "WORLD_SIZE" not in os.environ:
         _refuse(
-            found, f"srun started {found.world} processes that do not know where to meet; start torchrun by it, one a node"
+            found,
+            f"srun started {found.world} processes without an address to meet at; let it start torchrun, once a node",
         )
     if found.world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
-        torch.set_num_threads(cores_each())  # torchrun says one, whatever the machine has
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        torch.set_num_threads(cores_each())  # torchrun sets one, on any machine
     return found
 
 
-# Where OpenMP pins every thread, this one included, to a core of its own: the cores that it counted before
+# If OpenMP pins threads to cores, this one included: the cores that it found before
 _BOUND_CORES = torch.get_num_threads() if os.environ.get("OMP_PROC_BIND", "false").lower() != "false" else 0
 
 
@@ -85,15 +86,15 @@ def cores() -> int:
 
 
 def cores_each() -> int:
-    """Cores for each of the processes on this machine."""
+    """Cores for each process on this machine."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def own_device() -> str:
     """The GPU of this process, made its current one; the CPU where there is none.
 
-    The number of a process on its machine comes from torchrun, accelerate launch or srun. Slurm may show each task all GPUs of
-    the machine, or its own alone (--gpus-per-task), whatever that number is.
+    The number of a process on its machine comes from torchrun, accelerate launch or srun. Slurm shows each task all GPUs of
+    the machine, or its own alone (--gpus-per-task).
     """
     if not torch.cuda.is_available():
         return "cpu"
@@ -107,11 +108,11 @@ def which_process() -> Processes:
     """This process's number and how many there are: from torchrun, accelerate launch or srun.
 
     Raises:
-        InputError: fewer were started than were asked for, or the environment does not say which of them this is.
+        InputError: fewer were started than requested, or the environment does not give this one's number.
     """
     check_all_started()
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None and world is None:  # the step's number, not the job's: outside of srun one process alone runs in a job
+    if rank is None and world is None:  # of the step, not the job, in which a process outside of srun runs alone
         rank, world = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS")
         if world is None:
             return Processes()
@@ -123,7 +124,7 @@ def which_process() -> Processes:
 
 
 def work_alone(command: str) -> None:
-    """For a command that knows no other processes: they would all do the same, and write the same files.
+    """For a command of one process: several would all do the same work, and write the same files.
 
     Raises:
         InputError: several processes were started; see `_refuse`.
@@ -134,9 +135,9 @@ def work_alone(command: str) -> None:
 
 
 def _refuse(found: Processes, message: str) -> NoReturn:
-    """Raise InputError on process 0; the others leave without a word.
+    """Raise InputError on process 0; the others exit silently.
 
-    They leave without an error, too, at which a launcher would end process 0 before it has spoken.
+    They exit without an error, at which a launcher would end process 0 before it prints the message.
     """
     if not found.is_main:
         raise SystemExit(0)
@@ -146,8 +147,7 @@ def _refuse(found: Processes, message: str) -> NoReturn:
 def check_all_started() -> None:
     """Raise InputError where accelerate launch was asked for several processes and started one.
 
-    With --cpu and no MPI hostfile it does, however many it was asked for. All that it leaves behind of the wish is the
-    address at which they should have met.
+    It does so with --cpu and no MPI hostfile. The only trace of the other processes is the address for their communication.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError(

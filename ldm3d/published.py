@@ -1,4 +1,4 @@
-"""Published MONAI models as pipelines of ours: their weights key by key, and what their files leave unsaid.
+"""Published MONAI models as pipelines: their weights key by key, and the settings that their files lack.
 
 Two layouts are told apart by the names of the files, which lie in the folder itself or in its models/, as .pt, .pth or
 .safetensors:
@@ -10,29 +10,26 @@ Networks and betas are taken from configs/inference.json, if there is one. A fil
 `ImportConfig` anew, and `ranges`, {covariate: [lowest, highest]}; a model of one's own is imported by setting all of them.
 """
 
-import json
-from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-import torch
 from pydantic import Field, ValidationError, model_validator
-from torch import Tensor
 
 from ldm3d.config.base import Section
+from ldm3d.config.bundle import read_bundle
 from ldm3d.config.data import GridConfig, Suffix
 from ldm3d.config.explain import explain
 from ldm3d.config.networks import MonaiAutoencoderConfig, MonaiLibrary, MonaiUNetConfig
 from ldm3d.config.sections import GenerationConfig, ProcessConfig
 from ldm3d.config.yaml import read_yaml
 from ldm3d.covariates import NAME, Covariate, CovariateSchema
-from ldm3d.description import WHOLE, Sampling
-from ldm3d.diffusion.process import choose, make_process
-from ldm3d.errors import InputError
+from ldm3d.description import NO_CROP, Sampling
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.errors import InputError, choose
 from ldm3d.geometry import Grid, spacing_of
-from ldm3d.models.foreign import read_weights
+from ldm3d.models.foreign import convert, read_weights
 from ldm3d.models.pretrained import Pretrained, load_weights, make_network
 from ldm3d.pipeline import Pipeline
 
@@ -55,8 +52,8 @@ SHARED = {
     "skull_stripped": True,
 }
 
-# Ages and the order of the sexes are those of the authors' demonstration; of the two volumes the bundle itself says only that
-# they are 0 to 1. Crop and affine are those of the bundle's saver; volumes of the model run to the left, as the affine says.
+# Ages and the order of the sexes are from the authors' demonstration; for the two volumes the bundle gives a range of 0 to 1
+# only. Crop and affine are those of the bundle's saver; by the affine, the first axis of the model runs to the left.
 MODEL_ZOO = SHARED | {
     "skull_stripped": False,
     "unet": UNET | {"concatenate": True},
@@ -95,7 +92,7 @@ Planes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 
 class ScaledCovariate(Section):
-    """A covariate that the network sees as a number from 0 to 1: by its `range`, or categories in equal steps."""
+    """A covariate that enters the network as a number from 0 to 1: by its `range`, or categories in equal steps."""
 
     name: Annotated[str, Field(pattern=NAME)]
     unit: str = ""
@@ -125,17 +122,17 @@ class PublishedUNetConfig(MonaiUNetConfig):
 
 
 class ImportConfig(Section):
-    """All that makes a pipeline of two files of weights."""
+    """The settings that two files of weights need to become a pipeline."""
 
     autoencoder: MonaiAutoencoderConfig
     unet: PublishedUNetConfig
-    covariates: tuple[ScaledCovariate, ...]  # in the order in which the network sees them
+    covariates: tuple[ScaledCovariate, ...]  # in the order of the network's input
     grid: GridConfig  # of the autoencoder's volumes
-    crop: tuple[Planes, Planes, Planes] = WHOLE  # planes (before, after) that generated volumes lose
+    crop: tuple[Planes, Planes, Planes] = NO_CROP  # planes (before, after) that generated volumes lose
     affine: tuple[Row, Row, Row, Row] | None = None  # of generated volumes; None centres the grid at 0
     process: ProcessConfig
     target: Literal["noise", "v", "data"] = "noise"
-    scale_factor: Annotated[float, Field(gt=0)]  # what the U-Net's latents are, times the autoencoder's
+    scale_factor: Annotated[float, Field(gt=0)]  # latents of the U-Net = scale_factor times latents of the autoencoder
     generation: GenerationConfig
     skull_stripped: bool = False
     suffix: Suffix = "T1w"  # BIDS suffix of what it generates
@@ -147,7 +144,7 @@ def import_model(folder: Path, out: Path, library: str = "monai", settings: Path
     Args:
         folder: see the top of this file.
         out: pipeline folder to write; must be empty or absent.
-        library: whose networks it shall have, "monai" or "monai-generative"; independent of whose the weights are.
+        library: of the new networks, "monai" or "monai-generative"; the weights may be of either.
         settings: read instead of FOLDER/import.yaml.
 
     Raises:
@@ -186,8 +183,8 @@ def find_weights(folder: Path) -> tuple[dict[str, Path], str]:
     """({"autoencoder": file, "unet": file}, stem of the U-Net's file)."""
 
     def find(stem: str) -> Path | None:
-        places = (place / f"{stem}{suffix}" for place in (folder, folder / "models") for suffix in SUFFIXES)
-        return next((path for path in places if path.is_file()), None)
+        paths = (parent / f"{stem}{suffix}" for parent in (folder, folder / "models") for suffix in SUFFIXES)
+        return next((path for path in paths if path.is_file()), None)
 
     autoencoder = find("autoencoder")
     unets = {stem: path for stem in LAYOUTS if (path := find(stem))}
@@ -203,7 +200,7 @@ def find_weights(folder: Path) -> tuple[dict[str, Path], str]:
 
 
 def read_settings(folder: Path, stem: str, library: str, settings: Path | None) -> ImportConfig:
-    """What the layout says, then configs/inference.json, then the user."""
+    """The layout's settings, overridden by configs/inference.json, and these by the user's."""
     values = deepcopy(LAYOUTS[stem])
     bundle = folder / "configs" / "inference.json"
     if bundle.is_file():
@@ -241,7 +238,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _set_ranges(values: dict[str, Any], ranges: Any, source: Path) -> None:
-    """Put the user's ranges into the covariates, and ask for all that is still missing at once."""
+    """Put the user's ranges into the covariates, and report all that are still missing at once."""
     covariates = values["covariates"] if isinstance(values["covariates"], list) else []
     covariates = [c for c in covariates if isinstance(c, dict)]
     if not isinstance(ranges, dict):
@@ -260,80 +257,6 @@ def _set_ranges(values: dict[str, Any], ranges: Any, source: Path) -> None:
         )
 
 
-# Keys of a network's definition in a bundle: ours, None for what does not matter or the weights show, or a demanded value
-COMMON_KEYS = {
-    "channels": "channels",
-    "num_channels": "channels",
-    "num_res_blocks": "blocks",
-    "attention_levels": "attention",
-    "norm_num_groups": "norm_num_groups",
-    "norm_eps": "norm_eps",
-}
-AUTOENCODER_KEYS = COMMON_KEYS | {"latent_channels": "latent_channels", "with_encoder_nonlocal_attn": "middle_attention"}
-UNET_KEYS = COMMON_KEYS | {
-    "num_head_channels": "head_channels",
-    "resblock_updown": "resblock_updown",
-    "transformer_num_layers": "transformer_layers",
-    "upcast_attention": "upcast_attention",
-}
-OTHER_KEYS = ("_target_", "include_fc", "use_flash_attention", "use_checkpoint", "use_checkpointing")
-UNET_SHOWN = (*OTHER_KEYS, "in_channels", "out_channels", "with_conditioning", "cross_attention_dim")
-DEMANDED = {"spatial_dims": 3, "use_combined_linear": False}
-AUTOENCODER_DEMANDED = DEMANDED | {"in_channels": 1, "out_channels": 1, "use_convtranspose": False}
-UNET_DEMANDED = DEMANDED | {"num_class_embeds": None, "dropout_cattn": 0.0}
-# What MONAI's schedulers do where a bundle is silent; and what samplers here do: clip nothing, and end at the data itself
-SCHEDULER_DEFAULTS = {"clip_sample": True, "set_alpha_to_one": True, "steps_offset": 0}
-SCHEDULER_DEMANDED = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
-SCHEDULES = {"scaled_linear": "vp-scaled-linear", "linear": "vp-linear"}
-
-
-def read_bundle(path: Path) -> dict[str, dict[str, Any]]:
-    """The settings `autoencoder`, `unet` and `process` that a MONAI bundle's inference.json defines."""
-    try:
-        bundle = json.loads(path.read_text())
-        autoencoder, unet = dict(bundle["autoencoder_def"]), dict(bundle["diffusion_def"])
-        scheduler = dict(bundle["scheduler"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is no such bundle's: autoencoder_def, diffusion_def and scheduler are read; {error!r}"
-        ) from None
-    # What MONAI takes where a definition is silent, and ours would not
-    autoencoder = {"with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True, **autoencoder}
-    unet = {"num_head_channels": 8, **unet}
-    demanded = AUTOENCODER_DEMANDED | {"with_decoder_nonlocal_attn": autoencoder["with_encoder_nonlocal_attn"]}
-    found = {
-        "autoencoder": _translate(autoencoder, AUTOENCODER_KEYS, OTHER_KEYS, demanded, f"{path}: autoencoder_def"),
-        "unet": _translate(unet, UNET_KEYS, UNET_SHOWN, UNET_DEMANDED, f"{path}: diffusion_def"),
-    }
-    found["unet"]["concatenate"] = unet.get("in_channels") != unet.get("out_channels")
-    steps, target = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
-    name = str(scheduler.get("schedule", scheduler.get("beta_schedule"))).removesuffix("_beta")
-    if name not in SCHEDULES or (steps, target) != (1000, "epsilon"):
-        raise InputError(f"{path}: scheduler must be linear or scaled linear, of 1000 steps, for epsilon; got {scheduler}")
-    for key, wanted in SCHEDULER_DEMANDED.items():
-        if (value := scheduler.get(key, SCHEDULER_DEFAULTS[key])) != wanted:
-            unsaid = "" if key in scheduler else ", as nothing is said"
-            raise InputError(f"{path}: scheduler.{key} is {value!r}{unsaid}; only {wanted!r} can be imported")
-    betas = {key: scheduler[key] for key in ("beta_start", "beta_end") if key in scheduler}
-    found["process"] = {"kind": SCHEDULES[name], **betas}
-    return found
-
-
-def _translate(definition: dict, names: dict[str, str], shown: tuple[str, ...], demanded: dict, where: str) -> dict[str, Any]:
-    values = {}
-    for key, value in definition.items():
-        if key in names:
-            values[names[key]] = value
-        elif key in demanded and value != demanded[key]:
-            raise InputError(f"{where}.{key} is {value!r}; only {demanded[key]!r} can be imported")
-        elif key not in demanded and key not in shown:
-            raise InputError(f"{where}.{key} is not known; what it does to the network cannot be imported")
-    blocks = values.get("blocks")
-    if isinstance(blocks, list) and len(set(blocks)) == 1:
-        values["blocks"] = blocks[0]
-    return values
-
-
 def make_grid(config: ImportConfig) -> Grid:
     """The grid of the autoencoder's volumes; the affine of the settings is that of the cropped ones."""
     shape, spacing = config.grid.shape, config.grid.spacing_mm
@@ -349,64 +272,3 @@ def make_grid(config: ImportConfig) -> Grid:
         raise InputError(f"affine has voxels of {spacing_of(affine).tolist()} mm, grid.spacing_mm says {spacing}")
     affine[:, 3] = affine @ [*(-before for before, _ in config.crop), 1]
     return Grid(shape, spacing, affine)
-
-
-# Names of the same weight in MONAI core and in monai-generative 0.2.3. There the self-attention outside of transformers has a
-# projection `proj_attn` that is never called; core's, `attn.out_proj`, is.
-RENAMED = (
-    (".attn.to_", ".to_"),
-    (".out_proj.", ".to_out.0."),
-    (".postconv.", ".conv."),
-)
-LIVE, DEAD = ".attn.out_proj.", ".proj_attn."
-
-
-def convert(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
-    """The state dict of a network of either library, from that of the same network of either library.
-
-    Every key of `weights` is used, except for the projection that is known to be dead; every key of `wanted` is set. Where
-    one library projects what comes out of an attention and the other does not, the projection is the identity.
-
-    Args:
-        weights: what there is; left as it is.
-        wanted: names, shapes and types of what the network needs.
-        source: for messages.
-
-    Raises:
-        InputError: a key of `weights` that is left over, or one of `wanted` that cannot be set; all are listed.
-    """
-    projects = any(LIVE in name for name in weights)
-    found, used, missing = {}, set(), []
-    for name, like in wanted.items():
-        other = next((other for other in _aliases(name) if other in weights), None)
-        if other is not None:
-            found[name] = weights[other].to(like.dtype)
-            used.add(other)
-        elif DEAD in name or (LIVE in name and not projects):
-            found[name] = torch.eye(len(like), dtype=like.dtype) if like.ndim == 2 else torch.zeros_like(like)
-        else:
-            missing.append(f"{name} is missing")
-    left = [name for name in weights if name not in used and not _is_dead(name, weights)]
-    if missing or left:
-        listed = sorted(missing) + [f"{name} is left over" for name in sorted(left)]
-        more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-        hint = ""
-        if any(LIVE in name for name in left):
-            hint = "; monai-generative 0.2.3 has no such projection, so use --library monai"
-        raise InputError(f"{source} is of another network: {'; '.join(listed[:6])}{more}{hint}")
-    return found
-
-
-def _aliases(name: str) -> Iterator[str]:
-    """Names that a weight may have in either library, its own first."""
-    yield name
-    for pair in RENAMED:
-        for here, there in (pair, pair[::-1]):
-            if here in name:
-                yield name.replace(here, there, 1)
-
-
-def _is_dead(name: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether this is the projection that monai-generative's attention owns and never calls."""
-    block, separator, _ = name.rpartition(DEAD)
-    return bool(separator) and f"{block}.to_q.weight" in weights

@@ -1,6 +1,6 @@
 """Which scans a training run has seen: RUN/scans.json, from its first step on. It stays with the run, as the data does.
 
-A run goes on only with the scans that it began with. Where others are wanted on purpose, what was seen before stays seen.
+A run goes on only with the scans that it began with. If the user allows others, what was seen before stays seen.
 """
 
 import json
@@ -11,13 +11,12 @@ import pandas as pd
 
 from ldm3d.data.keys import scan_of
 from ldm3d.data.splits import TRAIN, VALIDATION
-from ldm3d.errors import InputError
-from ldm3d.files import write_whole
+from ldm3d.errors import InputError, some
+from ldm3d.files import write_atomic
 from ldm3d.models.pretrained import read_json
 
 RECORD = "scans.json"
 GO_ON = "go-on"  # the value of autoencoder.changed_data that lets a run go on with other scans
-_NAMED = 5  # subjects that a message names
 
 
 @dataclass(frozen=True)
@@ -37,52 +36,52 @@ class Seen:
     network: str | None = None
 
 
-def note_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> str:
-    """Write down what a run is about to see, and compare it with what it has seen. One process may call this.
+def record_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> str:
+    """Record what a run is about to see, after a comparison with what it has seen. One process may call this.
 
     Args:
         run: its folder.
         scans: with key, subject and split; those of training and validation count.
-        go_on: whether other scans than before are wanted.
+        go_on: whether the run may go on with other scans than before.
         begun: whether the run has made steps already.
 
     Returns:
-        What there is to say; "" for nothing.
+        A message for the user; "" for none.
 
     Raises:
         InputError: other scans than before, and not `go_on`; the record is damaged.
     """
     rows = scans[scans["split"].isin([TRAIN, VALIDATION])]
     now = {key: [subject, split] for key, subject, split in zip(rows["key"], rows["subject"], rows["split"])}
-    record, said = _read(run), ""
+    record, message = _read(run), ""
     if record is None:
         record = {"before": {}}
         if begun:
-            said = (
-                f"{run} was begun by a version that did not note its scans: those of today are taken for those that it has "
+            message = (
+                f"{run} was begun by a version that did not record its scans: today's are taken for those that it has "
                 "seen. If data or splits changed since, delete it and train anew"
             )
     elif record["now"] != now:
         changed = _changes(record["now"], now)
         if not go_on:
             raise InputError(
-                f"{run} has seen other scans: {changed}. Whoever was trained on would count as held out from now on. Take "
-                "back the change; or delete the folder to train anew; or go on deliberately with --set "
+                f"{run} has seen other scans: {changed}. Subjects that it was trained on would count as held out from now on. "
+                "Take back the change; or delete the folder to train anew; or go on deliberately with --set "
                 f"autoencoder.changed_data={GO_ON}: all that it has seen stays seen"
             )
-        said = f"{run} goes on with other scans ({changed}); what it has seen before stays seen"
+        message = f"{run} goes on with other scans ({changed}); what it has seen before stays seen"
         record["before"] = _union(record["before"], record["now"])
-    write_whole(run / RECORD, json.dumps({**record, "now": now}, indent=1) + "\n")
-    return said
+    write_atomic(run / RECORD, json.dumps({**record, "now": now}, indent=1) + "\n")
+    return message
 
 
-def sign(run: Path, network: str) -> None:
-    """Note what the run exported, so that another network in its place is not taken for it."""
-    write_whole(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
+def record_export(run: Path, network: str) -> None:
+    """Record the hash of the exported network, so that another one is not taken for it."""
+    write_atomic(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
 
 
 def seen_by(run: Path) -> Seen | None:
-    """What a run has seen; None where it did not note it."""
+    """What a run has seen; None if it has no record."""
     record = _read(run)
     if record is None:
         return None
@@ -107,7 +106,7 @@ def _read(run: Path) -> dict | None:
 
 
 def _union(before: dict, now: dict) -> dict:
-    """All rows; a scan that was ever trained on was trained on."""
+    """All rows; a scan that was in training once stays there."""
     return {**before, **now, **{key: row for key, row in before.items() if row[1] == TRAIN}}
 
 
@@ -115,14 +114,12 @@ def _changes(before: dict, now: dict) -> str:
     """In words, by subjects."""
     old, new = ({(scan_of(key), subject): split for key, (subject, split) in rows.items()} for rows in (before, now))
     kinds = {
-        "new": [who for who in new if who not in old],
-        "no longer in training or validation": [who for who in old if who not in new],
-        "in another split": [who for who in new if who in old and old[who] != new[who]],
+        "new": [scan for scan in new if scan not in old],
+        "no longer in training or validation": [scan for scan in old if scan not in new],
+        "in another split": [scan for scan in new if scan in old and old[scan] != new[scan]],
     }
     found = []
     for kind, scans in kinds.items():
-        subjects = sorted({subject for _, subject in scans})
-        named = ", ".join(f"sub-{subject}" for subject in subjects[:_NAMED])
-        named += f" and {len(subjects) - _NAMED} more" if len(subjects) > _NAMED else ""
-        found += [f"{len(scans)} {kind} ({named})"] if scans else []
+        subjects = some(f"sub-{subject}" for subject in sorted({subject for _, subject in scans}))
+        found += [f"{len(scans)} {kind} ({subjects})"] if scans else []
     return "; ".join(found) or "the same ones, prepared with other settings or placed otherwise"

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 
 from ldm3d import cli
 from ldm3d.config.read import load_config
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.preemption import SIGNALS, Stop
 
 torch.set_num_threads(1)

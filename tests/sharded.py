@@ -30,7 +30,7 @@ from ldm3d.training import checkpoint
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer
 from ldm3d.training.parallel import start_accelerator
-from ldm3d.training.sharding import prepare
+from ldm3d.training.sharding import distribute
 
 FSDP = Path(__file__).parents[1] / "configs/accelerate/fsdp.yaml"
 TIMES = [123.4, 998.9]  # bfloat16 would make 123.5 and 1000 of them
@@ -66,7 +66,7 @@ def two_steps_from_the_last_checkpoint(folder: Path, kind: str) -> None:
         if isinstance(module, ResBlock):
             fully_shard(module)
     fully_shard(network)
-    ema.spread_like(network)
+    ema.shard_like(network)
     for net in (network, ema.network):
         assert all(isinstance(p, DTensor) for p in net.parameters())
     kept = sum(p.to_local().untyped_storage().nbytes() for p in ema.network.parameters())
@@ -139,7 +139,7 @@ def a_step_of_each_network(folder: Path) -> dict[str, list[str]]:
         "adversary": (Adversary(AdversarialConfig(weight=1.0, start=0, channels=4, layers=1), 1), (volume, volume)),
     }
     for name, (network, inputs) in networks.items():
-        model, optimizer = prepare(accelerator, network, make_optimizer(network, training))
+        model, optimizer = distribute(accelerator, network, make_optimizer(network, training))
         assert not (bare := [n for n, p in network.named_parameters() if not isinstance(p, DTensor)]), (name, bare)
         with accelerator.autocast():
             output = model(*inputs)

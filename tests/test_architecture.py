@@ -116,7 +116,7 @@ def test_the_picture_of_the_arrows_is_todays():
 
 
 def test_no_import_is_hidden_from_the_program():
-    """What is needed for types alone would be a circle that nobody sees."""
+    """What is needed for types alone would hide a circle."""
     for module, source in MODULES.items():
         assert "TYPE_CHECKING" not in source, module
 
@@ -141,6 +141,12 @@ def test_one_part_alone_uses(package, users):
     using = {module for module, names in IMPORTS.items() if any(is_in(name, (package,)) for name in names)}
     assert using
     assert using <= set(below(*users))
+
+
+def test_two_files_alone_know_the_ways_of_accelerate():
+    """The others take an Accelerator as it is."""
+    for module in set(below("training/")) - {"training/parallel.py", "training/sharding.py"}:
+        assert {name for name in IMPORTS[module] if is_in(name, ("accelerate",))} <= {"accelerate.Accelerator"}, module
 
 
 def test_pipeline_never_imports_training():

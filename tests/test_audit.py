@@ -23,9 +23,10 @@ from ldm3d.config.read import load_config
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.derivative import synthetic_path
 from ldm3d.data.nifti import write_volume
-from ldm3d.data.phantoms import make_phantom, write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.phantoms import make_phantom
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.experiment import save_experiment, scans_by_use
 from ldm3d.generation import series as series_format

@@ -22,7 +22,7 @@ SEX = CovariateConfig(name="sex", kind="categorical", categories=("F", "M"))
 
 
 def bids(root: Path, scans, participants: str | None = None) -> DataConfig:
-    """A dataset of empty files; nobody looks into them here."""
+    """A dataset of empty files; they are not read here."""
     for scan in scans:
         path = root / scan
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def test_labels_that_lost_their_zeros_are_matched_where_that_is_unique(tmp_path)
     assert dict(zip(scans["subject"], scans["age_years"])) == {"001": 50, "010": 51, "7": 52}
     messages = [str(warning.message) for warning in caught]
     assert "2 subjects are matched with rows" in messages[0] and "(sub-001 with 1, sub-010 with 10)" in messages[0]
-    assert "of sub-0020, sub-07 leading zeros apart there are several" in messages[1]
+    assert "for sub-0020, sub-07, several labels differ by leading zeros alone" in messages[1]
 
 
 def test_no_participants_at_all(tmp_path):

@@ -67,7 +67,7 @@ def test_codes_mean_what_the_config_says_and_nothing_else(quietly):
         read(["1", "2", "F", "2"], kind="categorical")
     message = str(caught.value)
     assert message.startswith("3 cells cannot be used:\n  row 0, sex: '1' is not one of F, M\n")
-    assert "sex: if '1', '2' stand for categories, say for which: `categories: {F: [...], M: [...]}`" in message
+    assert "sex: if '1', '2' stand for categories, write which: `categories: {F: [...], M: [...]}`" in message
 
 
 @pytest.mark.parametrize("word", ["none", "NA", "nan", "null"])
@@ -85,7 +85,7 @@ def test_words_and_numbers_that_stand_for_missing_values(quietly):
     assert read(["50", "-9999"], ["-1"], missing=["-9999"]) == [50, None]  # the covariate's own list
 
 
-def test_codes_that_nobody_explained_are_refused_with_the_way_out():
+def test_unexplained_codes_are_refused_with_the_way_out():
     cells = [*map(str, ADULTS), "-9999", "-9999", "999"]
     with pytest.raises(InputError) as caught:
         read(cells)
@@ -94,7 +94,7 @@ def test_codes_that_nobody_explained_are_refused_with_the_way_out():
     assert "`missing: [-9999, 999]`" in message and "`missing: []`" in message
     assert read(cells, missing=["-9999", "999"])[-3:] == [None] * 3
     with pytest.warns(UserWarning, match=r"age is 999 in 1 cells.*`missing: \[-9999, 999\]`"):
-        assert read(cells, missing=["-9999"])[-1] == 999  # a list that somebody wrote is taken at its word
+        assert read(cells, missing=["-9999"])[-1] == 999  # a given list is complete
 
 
 def test_an_empty_list_says_that_every_number_is_a_value(quietly):

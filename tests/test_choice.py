@@ -11,12 +11,13 @@ from test_end_to_end import another_run
 
 from ldm3d.config.sections import AutoencoderConfig
 from ldm3d.diffusion.objective import Denoising
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.unet import UNet
-from ldm3d.training import autoencoder, diffusion
+from ldm3d.training import diffusion
 from ldm3d.training.choice import Choice
 from ldm3d.training.losses import VolumeLoss, kl_divergence
+from ldm3d.training.volumes import VolumeTask
 
 # The rule
 
@@ -52,7 +53,7 @@ def test_the_best_by_psnr_of_an_older_run_is_none():
 def test_what_is_exported_follows_what_was_trained_for(experiment, tmp_path, train_here, monkeypatch, capsys):
     """An adversary from step 2 on; the networks before it have the lower losses. Then the same run again, with the default."""
     losses = iter([0.1, 0.2, 0.3, 0.4])  # of the steps 1 to 4
-    monkeypatch.setattr(autoencoder, "validate", lambda *_: {"validation_loss": next(losses), "validation_psnr_db": 20.0})
+    monkeypatch.setattr(VolumeTask, "score", lambda *_: {"validation_loss": next(losses), "validation_psnr_db": 20.0})
     config, run = another_run(experiment, tmp_path, "autoencoder"), tmp_path / "autoencoder-training"
     settings = ["training.steps=4", "training.validate_every=1", "linear_path_steps=2"]
     settings += ["adversarial={weight: 0.01, start: 2, channels: 4, layers: 1}"]

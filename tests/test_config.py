@@ -353,7 +353,7 @@ def test_kinds_of_networks(load):
         ([MONAI_UNET, "diffusion.network.head_channels=[8, 8, 8]"], "must be one number, or one for each of (32, 64)"),
         ([MONAI_UNET, "diffusion.network.attention=[yes]"], "one flag for each"),
         ([MONAI_UNET, "diffusion.network.kind=monai", "diffusion.network.upcast_attention=yes"], "half precision"),
-        (["generation.spacing=leading"], "which diffusion.process.kind flow has not"),
+        (["generation.spacing=leading"], "diffusion.process.kind flow has none"),
     ],
 )
 def test_mistakes_in_sections_of_a_kind(error, overrides, told):

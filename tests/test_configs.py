@@ -11,7 +11,7 @@ import yaml
 from conftest import command_line
 
 from ldm3d import figures
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -36,9 +36,9 @@ def test_parts_that_take_known_times():
 def test_another_program_s_bursts_do_not_lengthen_the_estimate(monkeypatch):
     """The first time is for loading kernels; of the others most are disturbed."""
     times = iter([4.1, 0.2, 3.9, 0.9, 4.0])
-    monkeypatch.setattr(demo_clock, "once", lambda work: next(times))
+    monkeypatch.setattr(demo_clock, "seconds_of", lambda work: next(times))
     done = []
-    assert demo_clock.quickest(lambda: done.append(1)) == 0.2 and len(done) == 1
+    assert demo_clock.shortest_seconds_of(lambda: done.append(1)) == 0.2 and len(done) == 1
 
 
 def test_minutes_are_said_by_halves():
@@ -48,7 +48,7 @@ def test_minutes_are_said_by_halves():
 def test_the_estimate_is_the_sum_of_what_each_part_repeats(monkeypatch):
     """Seconds of every unit known: a tenth of what is expected would be wrong, and so would be twice."""
     config = load_config(TOY)
-    monkeypatch.setattr(demo_clock, "once", lambda work: 5.0)
+    monkeypatch.setattr(demo_clock, "seconds_of", lambda work: 5.0)
     monkeypatch.setattr(demo_clock, "_data_seconds", lambda config: (0.1, 0.2))
     monkeypatch.setattr(demo_clock, "_training_seconds", lambda config: (0.01, 1.0, 0.5, 0.02))
     monkeypatch.setattr(demo_clock, "_evaluation_seconds", lambda config: ((1.0, 2.0), 0.5, 0.25))

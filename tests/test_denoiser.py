@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ldm3d.diffusion.denoiser import NetworkDenoiser
-from ldm3d.diffusion.process import PROCESSES, TARGETS, make_process
+from ldm3d.diffusion.process import TARGETS
+from ldm3d.diffusion.schedules import PROCESSES, make_process
 from ldm3d.models.conditioning import Conditions
 
 X = torch.randn(3, 2, 2, 3, 2, generator=torch.Generator().manual_seed(0))

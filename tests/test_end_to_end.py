@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import ldm3d
 from ldm3d.config.read import load_config
 from ldm3d.data.preparing import load_prepared, read_scan_table
-from ldm3d.diffusion.process import PROCESSES, TARGETS, make_process
+from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
+from ldm3d.diffusion.schedules import PROCESSES, make_process
 from ldm3d.metrics.reconstruction import psnr
 from ldm3d.training.checkpoint import checkpoints
 from ldm3d.training.metrics import read_metrics

@@ -16,11 +16,11 @@ from conftest import SHAPE, command_line, tiny_settings
 from ldm3d.config.read import load_config
 from ldm3d.data.keys import scan_of, volume_key
 from ldm3d.data.nifti import read_volume, write_volume
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.preparing import prepare, read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.experiment import EXPERIMENT, find_experiment, save_experiment, scans_by_use
-from ldm3d.seen import RECORD, note_scans, seen_by, sign
+from ldm3d.seen import RECORD, record_export, record_scans, seen_by
 
 
 @pytest.fixture(autouse=True)
@@ -109,29 +109,29 @@ def table(**splits) -> pd.DataFrame:
 
 def test_a_run_goes_on_only_with_the_scans_it_began_with(tmp_path):
     first = table(a="train", b="train", c="validation", d="test")
-    assert note_scans(tmp_path, first, go_on=False, begun=False) == ""
-    assert note_scans(tmp_path, first, go_on=False, begun=True) == ""
+    assert record_scans(tmp_path, first, go_on=False, begun=False) == ""
+    assert record_scans(tmp_path, first, go_on=False, begun=True) == ""
     other = table(a="train", b="test", c="train", d="test", e="train")
     with pytest.raises(InputError) as error:
-        note_scans(tmp_path, other, go_on=False, begun=True)
+        record_scans(tmp_path, other, go_on=False, begun=True)
     for part in ("1 new (sub-e)", "1 no longer in training or validation (sub-b)", "1 in another split (sub-c)", "go-on"):
         assert part in str(error.value)
-    assert "goes on with other scans" in note_scans(tmp_path, other, go_on=True, begun=True)
-    assert note_scans(tmp_path, other, go_on=False, begun=True) == ""
-    sign(tmp_path, "abc")
+    assert "goes on with other scans" in record_scans(tmp_path, other, go_on=True, begun=True)
+    assert record_scans(tmp_path, other, go_on=False, begun=True) == ""
+    record_export(tmp_path, "abc")
     seen = seen_by(tmp_path)
     assert {scan.lstrip("0") for scan in seen.train} == {"a", "b", "c", "e"} and not seen.validation
     assert seen.subjects == {"a", "b", "c", "e"} and seen.network == "abc"
     with pytest.raises(InputError, match="the same ones, prepared with other settings"):
-        note_scans(tmp_path, other.assign(key=[key[:-1] + "1" for key in other["key"]]), go_on=False, begun=True)
+        record_scans(tmp_path, other.assign(key=[key[:-1] + "1" for key in other["key"]]), go_on=False, begun=True)
 
 
 def test_a_run_of_before_takes_today_s_scans_and_says_so(tmp_path):
-    assert "did not note its scans" in note_scans(tmp_path, table(a="train"), go_on=False, begun=True)
+    assert "did not record its scans" in record_scans(tmp_path, table(a="train"), go_on=False, begun=True)
     assert seen_by(tmp_path).subjects == {"a"}
     (tmp_path / RECORD).write_text('{"now": {"a": 1}, "before": {}}')
     with pytest.raises(InputError, match=r"scans.json is damaged"):
-        note_scans(tmp_path, table(a="train"), go_on=False, begun=True)
+        record_scans(tmp_path, table(a="train"), go_on=False, begun=True)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def own(experiment, tmp_path) -> Path:
 
 
 def test_a_changed_split_reaches_the_autoencoder(own, experiment, train_here, capsys):
-    """Stage 1 refuses it; on purpose it goes on, and whoever either stage has seen is not held out afterwards."""
+    """Stage 1 refuses it; on purpose it goes on, and subjects that either stage has seen are not held out afterwards."""
     config = own / "config.yaml"
     before = read_scan_table(load_config(config)).set_index("subject")["split"]
     changed = "data.splits.seed=1"
@@ -190,7 +190,7 @@ def test_splits_of_an_older_experiment_stay(own):
 # What a model folder gives away, and what judging leaves alone
 
 
-def test_a_model_folder_names_nobody(tmp_path, train_here, monkeypatch):
+def test_a_model_folder_names_no_subject(tmp_path, train_here, monkeypatch):
     """No file of it holds a scan's key, a subject's label, a local path or a column's name."""
     write_dataset(tmp_path / "data", subjects=6, shape=SHAPE, seed=5, workers=1)
     table = pd.read_csv(tmp_path / "data/participants.tsv", sep="\t").rename(columns={"age": "AgeAtSecretVisit"})
@@ -249,10 +249,10 @@ def test_an_old_model_folder_still_works_and_is_warned_of(experiment, tmp_path, 
     with pytest.warns(UserWarning) as said:
         _, trained, held_out = scans_by_use(tmp_path / "model", experiment / "data", tmp_path / "work")
     assert set(trained["split"]) == {"train"} and set(held_out["split"]) == {"test"}
-    assert "before you hand the model folder on" in str(said[0].message) and "bytes of their files" in str(said[1].message)
+    assert "before you publish the model folder" in str(said[0].message) and "bytes of their files" in str(said[1].message)
     old["config"]["data"]["bids"] = str(packed_anew)
     (tmp_path / "model" / EXPERIMENT).write_text(json.dumps(old))
-    with warnings.catch_warnings(), pytest.raises(InputError, match="none of its 20 files is what it was"):
+    with warnings.catch_warnings(), pytest.raises(InputError, match="none of its 20 files is unchanged"):
         warnings.simplefilter("ignore")
         scans_by_use(tmp_path / "model", packed_anew, tmp_path / "work")
 

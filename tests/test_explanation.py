@@ -194,7 +194,7 @@ def test_neighbouring_tokens_are_one_covariates():
     """Of two tokens a covariate, the first one's are 0 and have no value: what comes out is the second one's share."""
     torch.manual_seed(0)
     block, maps, seen = TransformerBlock(8, 8, 8), AttentionMaps(1, 2), []
-    maps.watch(block, 0)
+    maps.record(block, 0)
     attention = block.cross_attention
     torch.nn.init.eye_(attention.out.weight)
     attention.register_forward_hook(lambda _, inputs, output: seen.append(output))

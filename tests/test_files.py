@@ -11,12 +11,12 @@ from torture.hostile.names import NAMES
 from ldm3d.covariates import Covariate, as_name
 from ldm3d.data.labels import LabelMaps
 from ldm3d.errors import InputError
-from ldm3d.files import LONGEST_NAME, checked_name, replacing, write_whole
+from ldm3d.files import LONGEST_NAME, checked_name, replacing, write_atomic
 
 
 def test_a_file_appears_whole_or_what_was_there_stays(tmp_path):
     path = tmp_path / "x.json"
-    write_whole(path, "before\n")
+    write_atomic(path, "before\n")
     with pytest.raises(KeyError), replacing(path) as unfinished:
         unfinished.write_text("half")
         assert path.read_text() == "before\n" and unfinished.parent == tmp_path and unfinished.name.endswith("-x.json")
@@ -30,7 +30,7 @@ def test_a_file_appears_whole_or_what_was_there_stays(tmp_path):
 
 
 def test_text_is_written_alike_everywhere(tmp_path):
-    write_whole(tmp_path / "x", "é\n")
+    write_atomic(tmp_path / "x", "é\n")
     assert (tmp_path / "x").read_bytes() == b"\xc3\xa9\n"
 
 

@@ -80,7 +80,7 @@ def unpickle(case):
     pickle.loads(pickle.dumps(print))
 
 
-def blame_nobody(case):
+def blame_no_file(case):
     raise InputError("something about this is wrong, but who knows where")
 
 
@@ -94,7 +94,7 @@ def blame_nobody(case):
         (peep, "which lies outside"),
         (follow, "which lies outside"),
         (unpickle, "a pickle was loaded"),
-        (blame_nobody, "names no file"),
+        (blame_no_file, "names no file"),
     ],
 )
 def test_the_harness_sees(read, seen, planted):
@@ -105,7 +105,7 @@ def test_the_harness_sees(read, seen, planted):
 
 @pytest.fixture(scope="module")
 def planted():
-    reads = (hang, fill_memory, die, raise_bug, say_nothing, peep, follow, unpickle, blame_nobody)
+    reads = (hang, fill_memory, die, raise_bug, say_nothing, peep, follow, unpickle, blame_no_file)
     reader = Reader({read.__name__: read for read in reads})
     yield reader
     reader.close()
@@ -263,7 +263,7 @@ def test_bids_links_that_go_round(tmp_path):
     data = _bids(tmp_path)
     for name in ("up", "sub-01/up"):
         (tmp_path / name).symlink_to(tmp_path)
-    with pytest.raises(InputError, match="links to a folder that it lies in itself; remove the link"):
+    with pytest.raises(InputError, match="links to a folder that holds it; remove the link"):
         read_scans(data, [])
 
 
@@ -441,7 +441,7 @@ def short_of_memory(path, *arguments):
 @pytest.mark.slow  # worker processes start several times
 def test_memory_bombs_in_workers_are_named(tmp_path, monkeypatch):
     folder, _ = _dataset(tmp_path)
-    (folder / "killer.nii").write_bytes(b"kills whoever reads it")
+    (folder / "killer.nii").write_bytes(b"kills its reader")
     (folder / "bomb.nii").write_bytes(nifti("single", "u1", fields={"dim": [3, 512, 512, 500, 1, 1, 1, 1]})[0])
     os.truncate(folder / "bomb.nii", 352 + 512 * 512 * 500)  # a file of holes
     _table(folder, "a.nii", "bomb.nii", "killer.nii")

@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 
-from ldm3d.geometry import Grid, place, resample, spacing_of
+from ldm3d.geometry import Grid, align_grid, resample, spacing_of
 
 SHAPE = (14, 17, 12)
 TURN = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])  # 16 degrees about z
@@ -49,17 +49,17 @@ def test_every_orientation_lands_on_the_same_world_position(directions, oblique)
     affine = affine_of(oblique @ directions, spacing_mm=(2.0, 2.0, 2.0))
     shape = (22, 24, 20)
     world = affine @ [10, 13, 9, 1]
-    placed = place(shape, affine, (10.5, 12, 9.5), Grid.centred((32, 28, 30), (1.5, 1.5, 1.5)))
-    volume = resample(blob(shape, affine, world[:3]), affine, placed, (32, 28, 30))
-    np.testing.assert_allclose(centre_of_mass(volume, placed), world[:3], atol=0.02)
+    aligned = align_grid(shape, affine, (10.5, 12, 9.5), Grid.centred((32, 28, 30), (1.5, 1.5, 1.5)))
+    volume = resample(blob(shape, affine, world[:3]), affine, aligned, (32, 28, 30))
+    np.testing.assert_allclose(centre_of_mass(volume, aligned), world[:3], atol=0.02)
 
 
 @pytest.mark.parametrize("directions", ORIENTATIONS)
 def test_placed_grid_runs_right_anterior_superior_without_rotation(directions):
     affine = affine_of(TURN @ TILT @ directions, spacing_mm=(1.0, 1.2, 3.0))
-    placed = place(SHAPE, affine, (3, 4, 5), Grid.centred((10, 12, 14), (2.0, 2.5, 1.5)))
-    np.testing.assert_allclose(placed[:3, :3] / (2.0, 2.5, 1.5), TURN @ TILT, atol=1e-12)
-    np.testing.assert_allclose(placed @ [4.5, 5.5, 6.5, 1], affine @ [3, 4, 5, 1], atol=1e-9)
+    aligned = align_grid(SHAPE, affine, (3, 4, 5), Grid.centred((10, 12, 14), (2.0, 2.5, 1.5)))
+    np.testing.assert_allclose(aligned[:3, :3] / (2.0, 2.5, 1.5), TURN @ TILT, atol=1e-12)
+    np.testing.assert_allclose(aligned @ [4.5, 5.5, 6.5, 1], affine @ [3, 4, 5, 1], atol=1e-9)
 
 
 @pytest.mark.parametrize("directions", ORIENTATIONS)
@@ -68,10 +68,10 @@ def test_aligned_grid_copies_voxels_there_and_back(directions):
     # float32, as a NIfTI header keeps it
     affine = affine_of(TURN @ directions, spacing_mm=(1.1, 1.1, 1.1)).astype(np.float32)
     grid = Grid.centred((20, 20, 20), (1.1, 1.1, 1.1))  # holds all of it
-    placed = place(SHAPE, affine, (6.3, 8.9, 5.2), grid)
-    on_grid = resample(volume, affine, placed, grid.shape)
+    aligned = align_grid(SHAPE, affine, (6.3, 8.9, 5.2), grid)
+    on_grid = resample(volume, affine, aligned, grid.shape)
     assert sorted(on_grid[on_grid > 0]) == sorted(volume.ravel())
-    np.testing.assert_array_equal(resample(on_grid, placed, affine, SHAPE), volume)
+    np.testing.assert_array_equal(resample(on_grid, aligned, affine, SHAPE), volume)
 
 
 def test_aligned_crop_and_pad_are_exact():
@@ -84,15 +84,15 @@ def test_aligned_crop_and_pad_are_exact():
 
 def test_middle_of_the_scan_is_the_default_centre():
     affine = affine_of(TURN, spacing_mm=(1.0, 2.0, 3.0))
-    placed = place(SHAPE, affine, None, Grid.centred((9, 9, 9), (1.3, 1.3, 1.3)))
-    np.testing.assert_allclose(placed @ [4, 4, 4, 1], affine @ [6.5, 8, 5.5, 1], atol=1e-9)
+    aligned = align_grid(SHAPE, affine, None, Grid.centred((9, 9, 9), (1.3, 1.3, 1.3)))
+    np.testing.assert_allclose(aligned @ [4, 4, 4, 1], affine @ [6.5, 8, 5.5, 1], atol=1e-9)
 
 
 def test_sheared_affine_gives_perpendicular_axes():
     sheared = affine_of(np.eye(3))
     sheared[0, 1] = 0.2
-    placed = place(SHAPE, sheared, None, Grid.centred((8, 8, 8), (2.0, 2.0, 2.0)))
-    np.testing.assert_allclose(placed[:3, :3].T @ placed[:3, :3], 4 * np.eye(3), atol=1e-12)
+    aligned = align_grid(SHAPE, sheared, None, Grid.centred((8, 8, 8), (2.0, 2.0, 2.0)))
+    np.testing.assert_allclose(aligned[:3, :3].T @ aligned[:3, :3], 4 * np.eye(3), atol=1e-12)
 
 
 @pytest.mark.parametrize("order, mode", [("linear", "bilinear"), ("nearest", "nearest")])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ldm3d.diffusion.guidance import autoguided, classifier_free, rescaled
-from ldm3d.diffusion.process import PROCESSES, TARGETS, make_process
+from ldm3d.diffusion.process import TARGETS
+from ldm3d.diffusion.schedules import PROCESSES, make_process
 from ldm3d.errors import InputError
 from ldm3d.models.conditioning import Conditions
 

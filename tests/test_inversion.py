@@ -7,8 +7,8 @@ import torch
 from test_samplers import exact_ode, gaussian_denoiser, noise, process  # noqa: F401 (a fixture)
 
 from ldm3d.diffusion.inversion import invert
-from ldm3d.diffusion.process import make_process
 from ldm3d.diffusion.samplers import SAMPLERS, follow, sample
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 
 BOTH_WAYS = ("ddim", "euler", "heun", "dpmpp-2m", "unipc")

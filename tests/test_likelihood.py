@@ -13,7 +13,7 @@ from test_samplers import AXES, COVARIANCE, MEAN, VARIANCES, gaussian_denoiser
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.diffusion.likelihood import low_discrepancy, ode_nll, variational_bound, window
-from ldm3d.diffusion.process import PROCESSES, Flow, Variational, make_process
+from ldm3d.diffusion.schedules import PROCESSES, VDM, Flow, make_process
 from ldm3d.errors import InputError
 from ldm3d.evaluation.likelihood import laplace_log_probability, laplace_nats, score
 from ldm3d.geometry import Grid
@@ -78,7 +78,7 @@ def test_bound_of_the_exact_denoiser_is_the_true_nll(process):
 def test_parts_of_the_bound_by_hand():
     """For one x of known distance: the KL of two Gaussians, an entropy, and a denoiser that is off by a known amount."""
     x = torch.full((1, 1, 2, 2, 1), 3.0, dtype=torch.float64)
-    process = Variational((-4.0, 2.0))
+    process = VDM((-4.0, 2.0))
     bound = variational_bound(lambda z, t: x - 0.1, x, process, lambda i: noise(i, 1), low_discrepancy(500))
     alpha2, sigma2 = (torch.sigmoid(torch.tensor(g, dtype=torch.float64)) for g in (-2.0, 2.0))
     prior = torch.distributions.kl_divergence(
@@ -130,13 +130,13 @@ def test_bound_does_not_depend_on_the_inner_schedule():
     schedules = [(-10.0, 8.0), (-10.0, -2.0, 0.0, 8.0), (-10.0, -9.0, -5.0, 8.0)]
     totals = []
     for knots in schedules:
-        process = Variational(knots)
+        process = VDM(knots)
         totals.append(variational_bound(gaussian_denoiser(process), data(), process, noise, low_discrepancy(400)).total)
     means = [total.mean().item() for total in totals]
     error = max((total - totals[0]).std().item() for total in totals) / math.sqrt(N)
     assert error < 0.08
     assert max(means) - min(means) < 4 * error
-    other_ends = Variational((-10.0, 0.0))  # while the ends do matter
+    other_ends = VDM((-10.0, 0.0))  # while the ends do matter
     other = variational_bound(gaussian_denoiser(other_ends), data(), other_ends, noise, low_discrepancy(400)).total
     assert other.mean().item() - means[0] > 0.5
 
@@ -239,7 +239,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_windows():
     assert window(Flow()) == (5, -5)
-    assert window(Variational((-12.0, 6.0))) == (6, -3)
+    assert window(VDM((-12.0, 6.0))) == (6, -3)
     chain = make_process("vp-linear")
     assert window(chain)[0] == pytest.approx(chain.lam(1 / 1000))
 
@@ -252,7 +252,7 @@ def test_windows():
         (lambda f, x: variational_bound(f, x, Flow(), noise, [0.5], steps=0), "0 steps"),
         (lambda f, x: variational_bound(f, x, Flow(), noise, [0.5], even_in="lamda"), "did you mean 'lambda'"),
         (lambda f, x: variational_bound(f, x, Flow(), noise, [0.5], ends=(-5, 5)), "that fall"),
-        (lambda f, x: variational_bound(f, x, Variational(), noise, [0.5], ends=(5, -7)), "no further than -5"),
+        (lambda f, x: variational_bound(f, x, VDM(), noise, [0.5], ends=(5, -7)), "no further than -5"),
         (lambda f, x: ode_nll(f, x, Flow(), noise, steps=0), "0 steps"),
         (lambda f, x: ode_nll(f, x, Flow(), noise, probes=0), "0 probes"),
     ],
@@ -366,7 +366,7 @@ def test_padding_costs_nothing():
 
 def test_network_is_told_its_own_time():
     unet = PaddedUNet()
-    process = Variational((-13.3, -10.0, 10.0))
+    process = VDM((-13.3, -10.0, 10.0))
     score(pipeline(process, unet), [{}], load, method="bound", times=4)
     told = torch.cat([timesteps for _, timesteps in unet.asked]) / 1000
     gamma = torch.tensor([-2 * process.lam((i + u) / 4) for i in range(4) for u in [offset(0)]])

@@ -5,8 +5,8 @@ import torch
 from test_samplers import AXES, COVARIANCE, MEAN, VARIANCES, gaussian_denoiser, noise
 
 from ldm3d.diffusion.measurement import conjugate_gradients, consistent, kept
-from ldm3d.diffusion.process import make_process
 from ldm3d.diffusion.samplers import sample
+from ldm3d.diffusion.schedules import make_process
 
 PROCESS = make_process("vp-cosine")
 

@@ -12,7 +12,7 @@ from conftest import SHAPE, command_line, launch, tiny_settings
 from monai.transforms import DivisiblePad
 from safetensors.torch import load_file
 
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.errors import InputError
 from ldm3d.models import monai as ours
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ldm3d.diffusion.objective import Denoising, VariationalBound
-from ldm3d.diffusion.process import LOSS_WEIGHTS, PROCESSES, TARGETS, make_process
-from ldm3d.diffusion.vdm import LEARNABLE_TARGETS, Schedule
+from ldm3d.diffusion.objective import Denoising, VDMObjective
+from ldm3d.diffusion.process import LOSS_WEIGHTS, TARGETS
+from ldm3d.diffusion.schedules import PROCESSES, make_process
+from ldm3d.diffusion.vdm import LEARNABLE_TARGETS, VDMSchedule
 
 RNG = torch.Generator().manual_seed(0)
 X, E = torch.randn(4, 2, 3, 3, 3, generator=RNG), torch.randn(4, 2, 3, 3, 3, generator=RNG)
@@ -25,7 +26,7 @@ def test_the_truth_has_no_loss_and_zero_has(kind, target):
 
 @pytest.mark.parametrize("target", LEARNABLE_TARGETS)
 def test_the_bound_is_0_for_the_truth(target):
-    objective = VariationalBound(Schedule(), target)
+    objective = VDMObjective(VDMSchedule(), target)
     truth = objective.process.target(target, X, E, U)
     assert (objective.losses(lambda z, time: truth, X, E, U) < 1e-6).all()
     assert (objective.losses(lambda z, time: torch.zeros_like(z), X, E, U) > 1e-4).all()
@@ -45,7 +46,7 @@ def test_a_network_is_asked_at_the_times_of_the_quantiles():
 
 
 def test_a_schedule_learns_and_a_given_process_does_not():
-    learned = VariationalBound(Schedule(), "noise")
+    learned = VDMObjective(VDMSchedule(), "noise")
     learned.losses(lambda z, time: torch.zeros_like(z), X, E, U).mean().backward()
     assert learned.schedule.logits.grad.abs().sum() > 0
     assert Denoising(make_process("flow"), "v", "none", "uniform").schedule is None

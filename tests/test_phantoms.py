@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom, write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 
@@ -65,7 +66,7 @@ def test_covariates_hang_together_as_in_adults(people):
     assert people["ventricular_volume_ml"].between(5, 130).all()
 
 
-def test_a_flip_is_noticed_in_everybody():
+def test_a_flip_is_noticed_in_every_phantom():
     for i in range(20):
         image, labels, _ = make_phantom(SHAPE, seed=6, index=i)
         left, right = (np.argwhere(labels == label) for label in (LEFT_VENTRICLE, RIGHT_VENTRICLE))

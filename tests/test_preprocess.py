@@ -160,6 +160,13 @@ def test_no_contrast_is_an_input_error():
 # A dataset
 
 
+def test_prepare_that_finds_no_scans_leaves_no_folder(dataset):
+    config = dataset("data.suffix=T2w")
+    with pytest.raises(InputError, match="no scan found"):
+        prepare(config, workers=1)
+    assert not config.output.exists()
+
+
 def test_prepare_leaves_tables_and_volumes(dataset):
     config = dataset()
     done = prepare(config, workers=1)
@@ -279,7 +286,7 @@ def test_full_disk_stops_the_run(dataset, monkeypatch):
     def fail(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(preprocess, "write_whole", fail)
+    monkeypatch.setattr(preprocess, "write_atomic", fail)
     with pytest.raises(OSError, match="No space left"):
         prepare(dataset(), workers=1)
 

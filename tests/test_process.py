@@ -9,17 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldm3d.diffusion.process import (
-    PROCESSES,
-    SPACINGS,
-    TARGETS,
-    Cosine,
-    Flow,
-    Linear,
-    ScaledLinear,
-    make_process,
-    times_from_quantiles,
-)
+from ldm3d.diffusion.process import SPACINGS, TARGETS, times_from_quantiles
+from ldm3d.diffusion.schedules import PROCESSES, Cosine, Flow, LinearBetas, ScaledLinearBetas, make_process
 from ldm3d.errors import InputError
 
 T = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -78,7 +69,7 @@ def test_type_of_t_is_the_type_of_the_answer_and_costs_no_digits(process):
         assert function(t).tolist() == pytest.approx(exact, rel=1e-7)
 
 
-@pytest.mark.parametrize("ours, theirs", [(Linear, "linear"), (ScaledLinear, "scaled_linear")])
+@pytest.mark.parametrize("ours, theirs", [(LinearBetas, "linear"), (ScaledLinearBetas, "scaled_linear")])
 def test_chain_is_the_one_of_diffusers(ours, theirs):
     """Both ways round: diffusers' step k is our t_of_step(k). diffusers rounds its chain to float32."""
     betas = {"beta_start": 0.0012, "beta_end": 0.018}
@@ -124,7 +115,7 @@ def test_targets_by_hand():
     t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     torch.testing.assert_close(Flow().target("velocity", x, e, t), e - x)
     torch.testing.assert_close(Flow().target("v", x, e, t)[1], 0.75 * e[1] - 0.25 * x[1])
-    vp = Linear()
+    vp = LinearBetas()
     torch.testing.assert_close(vp.target("v", x, e, t)[1], vp.alpha(0.25) * e[1] - vp.sigma(0.25) * x[1])
 
 
@@ -145,8 +136,8 @@ def test_ends_are_finite_and_known_where_they_can_be(process, target, dtype):
 
 
 def test_min_snr_known_values():
-    t = Linear().t_of_lam(torch.tensor([math.log(10), math.log(2)], dtype=torch.float64) / 2)  # SNR 10 and 2
-    weight = {target: Linear().loss_weight("min-snr", target, t).tolist() for target in ("data", "noise", "v")}
+    t = LinearBetas().t_of_lam(torch.tensor([math.log(10), math.log(2)], dtype=torch.float64) / 2)  # SNR 10 and 2
+    weight = {target: LinearBetas().loss_weight("min-snr", target, t).tolist() for target in ("data", "noise", "v")}
     assert weight["data"] == pytest.approx([5, 2])
     assert weight["noise"] == pytest.approx([0.5, 1])
     assert weight["v"] == pytest.approx([5 / 11, 2 / 3])
@@ -198,7 +189,7 @@ def test_spacings_are_even_in_what_they_say(process):
 
 
 def test_times_of_a_chain_stay_on_what_was_trained():
-    assert ScaledLinear().times(10, "lambda")[-2] == pytest.approx(1 / 1000)
+    assert ScaledLinearBetas().times(10, "lambda")[-2] == pytest.approx(1 / 1000)
 
 
 def test_times_from_quantiles():
@@ -233,7 +224,7 @@ def test_process_survives_json_and_pickle(process):
         (lambda: Flow().times(0), "0 steps"),
         (lambda: Flow().loss_weight("snr", "v", 0.5), "did you mean 'min-snr'"),
         (lambda: times_from_quantiles("lognormal", torch.rand(1)), "did you mean 'logit-normal'"),
-        (lambda: Linear().alpha(torch.tensor([999])), "t_of_step"),
+        (lambda: LinearBetas().alpha(torch.tensor([999])), "t_of_step"),
     ],
 )
 def test_errors_name_the_way_out(call, message):
@@ -246,9 +237,9 @@ def test_tables_are_copied_once_to_a_device(kind):
     """Such a copy makes the host wait for the GPU, three times a training step. "meta" is a device without values."""
     process = make_process(kind)
     t = torch.full((3,), 0.5, dtype=torch.float32)
-    first = process._table.beside(t)
-    assert process._table.beside(t.clone()) is first and first.dtype == torch.float32
-    double = process._table.beside(t.double())
-    assert process._table.beside(t.double()) is double and double.dtype == torch.float64
-    assert process._table.beside(t.to("meta")) is process._table.beside(t.to("meta"))
+    first = process._table._values_like(t)
+    assert process._table._values_like(t.clone()) is first and first.dtype == torch.float32
+    double = process._table._values_like(t.double())
+    assert process._table._values_like(t.double()) is double and double.dtype == torch.float64
+    assert process._table._values_like(t.to("meta")) is process._table._values_like(t.to("meta"))
     assert process == make_process(kind), "a copy is no part of what a process is"

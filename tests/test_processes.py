@@ -33,7 +33,7 @@ def counted(cores: int, **variables: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_cores_that_openmp_binds_threads_to_are_counted(world):
-    """With OMP_PROC_BIND, whoever loads PyTorch finds itself on one core; the others are there all the same."""
+    """With OMP_PROC_BIND, a process that loads PyTorch is bound to one core; the others still count."""
     allowed, each = counted(os.cpu_count(), OMP_PROC_BIND="true", LOCAL_WORLD_SIZE=str(world))
     assert each == max(1, allowed // world)
 

@@ -24,12 +24,13 @@ from monai.networks import nets as core
 from monai.transforms import DivisiblePad
 from safetensors.torch import save_file
 
-from ldm3d.data.phantoms import write_dataset
-from ldm3d.diffusion.process import make_process
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
+from ldm3d.models.foreign import convert
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
-from ldm3d.published import convert, find_weights, make_grid, read_settings
+from ldm3d.published import find_weights, make_grid, read_settings
 from ldm3d.randomness import generator
 
 LIBRARIES = ("monai", "monai-generative")
@@ -339,7 +340,7 @@ def test_leading_times_are_the_published_steps(published_schedulers, steps):
 
 def test_leading_times_belong_to_chains():
     for kind in ("flow", "vp-cosine"):
-        with pytest.raises(InputError, match=f"{kind} process has not"):
+        with pytest.raises(InputError, match=f"{kind} process has none"):
             make_process(kind).times(10, "leading")
     with pytest.raises(InputError, match="1001 steps: the chain has 1000"):
         make_process("vp-linear").times(1001, "leading")

@@ -11,8 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from ldm3d.diffusion.process import PROCESSES, Flow, Linear, ScaledLinear, make_process
 from ldm3d.diffusion.samplers import SAMPLERS, recommended_spacing, sample, sample_ddim, sample_ddpm, sample_unipc
+from ldm3d.diffusion.schedules import PROCESSES, Flow, LinearBetas, ScaledLinearBetas, make_process
 from ldm3d.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -144,7 +144,7 @@ def test_float32_is_enough(process):
 # diffusers as the oracle. Its trailing steps are our uniform times; its tables are rounded to float32.
 
 STEPS = 20
-CHAINS = [(Linear(), "linear"), (ScaledLinear(), "scaled_linear")]
+CHAINS = [(LinearBetas(), "linear"), (ScaledLinearBetas(), "scaled_linear")]
 
 
 def diffusers_sample(scheduler, process, z, prediction="sample", **step_options):

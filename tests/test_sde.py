@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_samplers import AXES, MEAN, VARIANCES, gaussian_denoiser
 
-from ldm3d.diffusion.process import PROCESSES, Flow, make_process
 from ldm3d.diffusion.samplers import recommended_spacing, sample
+from ldm3d.diffusion.schedules import PROCESSES, Flow, make_process
 from ldm3d.diffusion.sde import sample_predictor_corrector, sample_sde_euler, sample_sde_heun
 from ldm3d.errors import InputError
 

@@ -1,4 +1,4 @@
-"""Splits follow from each subject's own name, so nobody moves when others come."""
+"""Splits follow from each subject's own name, so adding subjects does not move others."""
 
 import pandas as pd
 import pytest
@@ -26,7 +26,7 @@ def test_known_splits():
     assert splits == {"s1": "train", "s2": "train", **held_out}
 
 
-def test_nobody_moves_when_scans_are_added():
+def test_added_scans_move_no_subject():
     subjects = [f"sub{i:03d}" for i in range(330)]
     for seed in range(5):
         rule = SplitConfig(seed=seed)

@@ -627,7 +627,7 @@ def test_interrupted_write_is_ignored(tmp_path):
     (partial / "tensors.safetensors").write_bytes(b"half")
     assert kept(tmp_path) == [2]
     assert restore(tmp_path, *parts)["step"] == 2
-    save(tmp_path, 4, *parts)  # what is left of it is in nobody's way
+    save(tmp_path, 4, *parts)  # its leftovers do no harm
     assert restore(tmp_path, *parts)["step"] == 4
     assert not partial.exists()
 

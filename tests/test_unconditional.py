@@ -9,7 +9,7 @@ import yaml
 from conftest import SHAPE, command_line, tiny_settings
 
 from ldm3d.config.read import load_config
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.models.attention import Attention
 from ldm3d.models.monai import MonaiUNet
 from ldm3d.models.unet import UNet

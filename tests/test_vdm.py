@@ -9,8 +9,8 @@ import torch
 from test_samplers import AXES, MEAN, VARIANCES, gaussian_denoiser
 
 from ldm3d.diffusion.likelihood import low_discrepancy, variational_bound
-from ldm3d.diffusion.process import Cosine, Flow, Variational, make_process
-from ldm3d.diffusion.vdm import LEARNABLE_TARGETS, Schedule, variational_losses
+from ldm3d.diffusion.schedules import VDM, Cosine, Flow, make_process
+from ldm3d.diffusion.vdm import LEARNABLE_TARGETS, VDMSchedule, vdm_losses
 from ldm3d.errors import InputError
 from ldm3d.models.unet import UNet
 
@@ -19,7 +19,7 @@ T = torch.linspace(0, 1, 201, dtype=torch.float64)
 
 def curved(knots=9, seed=0, **ends):
     """A schedule that is no straight line."""
-    schedule = Schedule(knots=knots, **ends).double()
+    schedule = VDMSchedule(knots=knots, **ends).double()
     torch.nn.init.normal_(schedule.logits, generator=torch.Generator().manual_seed(seed))
     return schedule
 
@@ -49,7 +49,7 @@ def exact_noise(schedule):
 
 
 def test_it_starts_straight_and_its_ends_are_exact():
-    gamma, rate = Schedule(-12.0, 8.0).double()(T)
+    gamma, rate = VDMSchedule(-12.0, 8.0).double()(T)
     torch.testing.assert_close(gamma, -12 + 20 * T)
     torch.testing.assert_close(rate, torch.full_like(T, 20.0))
     for seed in range(5):
@@ -79,26 +79,17 @@ def test_the_process_is_the_schedule():
     torch.testing.assert_close(-2 * single.process().lam(t), single(t)[0].detach().double(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_saved_schedule_goes_on():
-    schedule = curved()
-    again = Schedule.from_process(schedule.process())
-    torch.testing.assert_close(again.knots().double(), schedule.knots(), rtol=1e-6, atol=1e-5)
-    assert len(again.logits) == len(schedule.logits)
-
-
 @pytest.mark.parametrize("learned", [-1000.0, 1000.0])
 def test_whatever_is_learned_gamma_rises(learned):
     """In float32, with one step that wants all of the rise, or none: a model can be saved, and no stretch of t is lost."""
-    schedule = Schedule()
+    schedule = VDMSchedule()
     schedule.logits.data[40] = learned
     gaps = torch.tensor(schedule.process().gamma, dtype=torch.float64).diff()
     assert gaps.min().item() == pytest.approx(1e-3 * 23.3 / 64, rel=0.05)
-    again = Schedule.from_process(schedule.process()).process()
-    torch.testing.assert_close(torch.tensor(again.gamma), torch.tensor(schedule.process().gamma), rtol=0, atol=1e-4)
 
 
 def test_process_jumps_from_the_data_to_its_least_noise():
-    process = Variational((-10.0, 0.0, 10.0))
+    process = VDM((-10.0, 0.0, 10.0))
     assert (process.alpha(0.0), process.sigma(0.0), process.lam(0.0)) == (1, 0, math.inf)
     assert process.lam(1e-12) == pytest.approx(5)
     assert 0 < process.t_of_lam(5.0) < 1e-6 and 0 < process.t_of_lam(7.0) < 1e-6
@@ -145,7 +136,7 @@ def test_losses_are_the_bounds_integrand(target):
 
     x, e, t = batch(2000, random)
     with torch.no_grad():
-        losses = variational_losses(schedule, predict, target, x, e, t)
+        losses = vdm_losses(schedule, predict, target, x, e, t)
     rate, lam = -2 * process.lam_rate(t), process.lam(t)
     z = process.add_noise(x, e, t)
     by_hand = rate / 2 * (2 * lam).exp() * (x - denoised(z, None)).square().flatten(1).mean(1)
@@ -157,7 +148,7 @@ def test_mean_loss_is_the_bounds_diffusion_term():
     schedule, random = curved(), torch.Generator().manual_seed(0)
     process = schedule.process()
     with torch.no_grad():
-        losses = variational_losses(schedule, exact_noise(schedule), "noise", *batch(20_000, random))
+        losses = vdm_losses(schedule, exact_noise(schedule), "noise", *batch(20_000, random))
 
     def noise(_):
         return torch.randn(400, 1, 2, 2, 1, dtype=torch.float64, generator=random)
@@ -178,7 +169,7 @@ def test_gradients_of_the_loss(target):
     def predict(z, level):
         return weight * torch.sin(z + level[:, None, None, None, None])
 
-    variational_losses(schedule, predict, target, x, e, t).mean().backward()
+    vdm_losses(schedule, predict, target, x, e, t).mean().backward()
 
     gamma, rate = (value[:, None, None, None, None] for value in schedule(t))
     alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
@@ -196,7 +187,7 @@ def test_variance_gradient():
     batches = [batch(8, random) for _ in range(3)]
 
     def loss(each):
-        return variational_losses(schedule, exact_noise(schedule), "noise", *each).mean()
+        return vdm_losses(schedule, exact_noise(schedule), "noise", *each).mean()
 
     mean, found = 5.0, 0.0
     for each in batches:
@@ -212,7 +203,7 @@ def test_variance_gradient():
 
 def test_first_step_teaches_the_schedule_nothing():
     """There is no mean to compare with yet; and the running mean is of the state that a checkpoint keeps."""
-    schedule = Schedule(knots=5)
+    schedule = VDMSchedule(knots=5)
     schedule.logits.grad = torch.ones(4)
     schedule.learn_variance(torch.tensor(3.0))
     assert not schedule.logits.grad.any() and schedule.state_dict()["mean_loss"] == 3
@@ -231,13 +222,13 @@ def test_learning_lowers_the_variance_of_the_batch_and_leaves_the_bound():
 
         e, x = (torch.randn(8, 1, 128, 1, 1, dtype=torch.float64, generator=random) for _ in range(2))
         t = torch.tensor(low_discrepancy(8, torch.rand((), generator=random).item()), dtype=torch.float64)
-        return variational_losses(schedule, predict, "noise", deviations * x, e, t).mean()
+        return vdm_losses(schedule, predict, "noise", deviations * x, e, t).mean()
 
     def repeated(schedule):
         with torch.no_grad():
             return torch.stack([loss(schedule) for _ in range(400)])
 
-    schedule = Schedule(knots=33).double()
+    schedule = VDMSchedule(knots=33).double()
     before = repeated(schedule)
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.01)
     for _ in range(250):
@@ -258,19 +249,19 @@ def test_losses_without_a_gradient_to_the_schedule():
     schedule, weight = curved(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     schedule.requires_grad_(False)
     x, e, t = batch(4, torch.Generator().manual_seed(0))
-    variational_losses(schedule, lambda z, level: weight * z, "v", x, e, t).mean().backward()
+    vdm_losses(schedule, lambda z, level: weight * z, "v", x, e, t).mean().backward()
     assert weight.grad is not None and schedule.logits.grad is None
 
 
 def test_a_u_net_learns_with_it():
     """In float32, with the time embedding in between; every parameter and the schedule get a finite gradient."""
     torch.manual_seed(0)
-    unet, schedule = UNet(1, 1, [], [8], 1, [False]), Schedule(knots=5)
+    unet, schedule = UNet(1, 1, [], [8], 1, [False]), VDMSchedule(knots=5)
     x, e, t = (value.float() for value in batch(4, torch.Generator().manual_seed(0)))
     optimizer = torch.optim.Adam([*unet.parameters(), *schedule.parameters()], lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        losses = variational_losses(schedule, lambda z, level: unet(z, 1000 * level), "v", x, e, t)
+        losses = vdm_losses(schedule, lambda z, level: unet(z, 1000 * level), "v", x, e, t)
         losses.mean().backward()
         optimizer.step()
     assert losses.dtype == torch.float32
@@ -281,12 +272,12 @@ def test_a_u_net_learns_with_it():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Schedule(3.0, -3.0), "from 3.0 to -3.0"),
-        (lambda: Schedule(knots=1), "1 knots"),
-        (lambda: Variational((0.0, 0.0)), "numbers that rise"),
+        (lambda: VDMSchedule(3.0, -3.0), "from 3.0 to -3.0"),
+        (lambda: VDMSchedule(knots=1), "1 knots"),
+        (lambda: VDM((0.0, 0.0)), "numbers that rise"),
         (lambda: make_process("vdm", gamma=[1.0]), "two or more"),
         (lambda: make_process("vdm", gama=[1.0]), "did you mean 'gamma'"),
-        (lambda: variational_losses(Schedule(), None, "velocity", *[torch.zeros(1)] * 3), "known: noise, v, data"),
+        (lambda: vdm_losses(VDMSchedule(), None, "velocity", *[torch.zeros(1)] * 3), "known: noise, v, data"),
     ],
 )
 def test_errors_name_the_way_out(call, message):

@@ -19,7 +19,7 @@ from torch.optim import Adam
 
 import ldm3d
 from ldm3d.config.read import load_config
-from ldm3d.diffusion.vdm import Schedule
+from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError, differences
 from ldm3d.models.pretrained import make_network
 from ldm3d.preemption import REQUEUE, Stop
@@ -35,7 +35,7 @@ def tensors(folder, step):
 
 def gamma_of(found):
     """The schedule in a checkpoint's tensors as a process."""
-    schedule = Schedule(-10.0, 8.0)
+    schedule = VDMSchedule(-10.0, 8.0)
     schedule.load_state_dict({key: found[f"schedule/{key}"] for key in ("logits", "mean_loss")})
     return schedule.process()
 
@@ -136,7 +136,7 @@ def test_two_processes_teach_the_schedule_as_one(experiment, in_one_part, tmp_pa
 
 def taught(*steps):
     """(state of a schedule and of its optimiser) after `learn` with each (gradient, loss)."""
-    schedule = Schedule(knots=5)
+    schedule = VDMSchedule(knots=5)
     optimizer = Adam(schedule.parameters(), 0.01, fused=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
@@ -185,7 +185,7 @@ def load(tmp_path):
         ([*VDM, "process.beta_end=0.1"], ["vdm has no betas"]),
         (["process.gamma_min=-9"], ["flow has no schedule to be learned", "or use vdm"]),
         (["process.schedule_learning_rate=0.1"], ["flow has no schedule"]),
-        ([*VDM, "generation.spacing=leading"], ["diffusion.process.kind vdm has not"]),
+        ([*VDM, "generation.spacing=leading"], ["diffusion.process.kind vdm has none"]),
         (["network.fourier_features=[40]"], ["network.fourier_features.0 is 40"]),
     ],
 )

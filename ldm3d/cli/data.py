@@ -18,7 +18,7 @@ def phantoms(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
 ) -> None:
     """Make a BIDS dataset of toy brains with exactly known covariates."""
-    from ldm3d.data.phantoms import write_dataset
+    from ldm3d.data.phantom_dataset import write_dataset
 
     write_dataset(folder, subjects, shape, seed, workers=workers)
     print(f"{subjects} phantoms written to {folder}")

@@ -1,22 +1,15 @@
-"""What every section of a config is: strict, frozen, and clear about numbers and flags."""
+"""The base of all sections of a config: strict, frozen, and with numbers apart from flags."""
 
 from typing import Annotated, Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _types(annotation: Any) -> set[type]:
-    """All types that an annotation is made of."""
+    """All types in an annotation."""
     return {annotation} if isinstance(annotation, type) else set().union(*map(_types, get_args(annotation)))
 
 
@@ -35,7 +28,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _flags_are_no_numbers(cls, values: Any) -> Any:
-        """Where a number belongs yes and true become text, which is an error; pydantic would take them for 1."""
+        """yes and true become text where a number belongs, which is an error; pydantic would read them as 1."""
         if not isinstance(values, dict):
             return values
         types = {name: _types(field.annotation) for name, field in cls.model_fields.items()}

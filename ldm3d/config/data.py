@@ -1,28 +1,19 @@
 """Sections of the data: where scans and covariates are, the Grid, splits, covariates."""
 
-import difflib
 import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Section
 from ldm3d.covariates import NAME, Covariate
-from ldm3d.errors import shown
+from ldm3d.errors import nearest, shown
 
 MAX_VOXELS = 2**30  # of the grid: 1024^3
 
-
-# What no covariate can be called: columns of ldm3d's own tables, options of `ldm3d generate`, arguments of a pipeline's call
+# Names that no covariate may have: columns of ldm3d's tables, options of `ldm3d generate`, arguments of a pipeline's call
 RESERVED_NAMES = frozenset(
     {
         *("subject", "session", "path", "key", "split", "participant_id", "session_id"),
@@ -58,7 +49,7 @@ class SplitConfig(Section):
 
     validation: Fraction = 0.1
     test: Fraction = 0.1
-    seed: Annotated[int, Field(ge=0)] = 0  # apart from the experiment's, so that repeats with other seeds share the split
+    seed: Annotated[int, Field(ge=0)] = 0  # not the experiment's, so that repeats with other seeds share the split
 
     @model_validator(mode="after")
     def _leaves_training(self):
@@ -68,7 +59,7 @@ class SplitConfig(Section):
 
 
 def _texts(values: Any) -> Any:
-    """One word or a list of them as a tuple of texts; numbers as they are written in short."""
+    """One word or a list of them as a tuple of texts; numbers in their short form."""
     words = list(values) if isinstance(values, list | tuple | dict) else [values]
     for word in words:
         if isinstance(word, bool):
@@ -83,12 +74,10 @@ def _texts(values: Any) -> Any:
 
 Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
 
-
-ENTITIES = (  # what BIDS file names say of a file beside its subject, as it stands there
+ENTITIES = (  # of BIDS file names, beside sub, in their short form
     *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
     *("res", "run", "sample", "seg", "space", "trc"),
 )
-
 
 Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
 
@@ -101,14 +90,14 @@ class DataConfig(Section):
     root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
     # Of the BIDS files, and of the volumes that a model of them generates
     suffix: Suffix = "T1w"
-    # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null for without, a list for each of them
+    # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null: without; a list: one scan for each
     filter: dict[str, Any] = Field(default_factory=dict)
-    skull_stripped: bool = False  # whether the scans are; BIDS wants to know it of generated volumes
+    skull_stripped: bool = False  # whether the scans are; BIDS requires it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"
     session_column: str = "session_id"
     participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
-    missing: Codes | None = None  # what stands for a missing value in any column; a covariate's own list takes its place
+    missing: Codes | None = None  # codes of a missing value in any column; a covariate's own list replaces them
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
@@ -118,9 +107,8 @@ class DataConfig(Section):
     def _entities(cls, wanted: dict[str, Any]) -> dict[str, Any]:
         for entity, value in wanted.items():
             if entity not in ENTITIES:
-                close = {"acquisition": ["acq"], "session": ["ses"]}.get(entity)
-                close = close or difflib.get_close_matches(entity[:100], ENTITIES, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(ENTITIES)}"
+                close = {"acquisition": "acq", "session": "ses"}.get(entity) or nearest(entity, ENTITIES)
+                hint = f"did you mean {close!r}?" if close else f"use {', '.join(ENTITIES)}"
                 raise ValueError(f"{shown(entity)} is no entity of file names that is known; {hint}")
             for each in value if isinstance(value, list) and value else [value]:
                 is_text = isinstance(each, str | int) and not isinstance(each, bool)
@@ -142,9 +130,9 @@ class DataConfig(Section):
 class CovariateConfig(Section):
     """One covariate and the column of the table that holds it (default: the column of its name).
 
-    `categories` lists the values of a categorical one, [F, M], or says what else stands for them: {F: [female, 2], M: [1]}.
-    `missing` lists what stands for a missing value beside empty cells and n/a; given, it is complete: [] says that every
-    number in the column is a value, however odd.
+    `categories` lists the values of a categorical one, [F, M], or gives each its aliases: {F: [female, 2], M: [1]}.
+    `missing` lists the codes of a missing value beside empty cells and n/a. If given, it is complete: with [] every number
+    in the column is a value, however odd.
     """
 
     name: Annotated[str, Field(pattern=NAME)]

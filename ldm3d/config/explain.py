@@ -1,26 +1,20 @@
 """What is wrong with a config, in words: the key's full name, the value, and the nearest valid key."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from pydantic import (
-    Tag,
-    ValidationError,
-)
+from pydantic import Tag, ValidationError
 
 from ldm3d.config.base import Section
 from ldm3d.config.networks import MonaiLibrary
 from ldm3d.config.sections import Config
-from ldm3d.errors import shown
-
-_SHOWN = 10  # of many mistakes, those that a message spells out
+from ldm3d.errors import SHOWN, nearest, shown
 
 
 def explain(error: ValidationError, root: type[Section] = Config) -> str:
     """What is wrong with the values of a section, in words."""
     problems = [_explain(problem, root) for problem in error.errors()]
-    return "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+    return "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
 
 
 def _explain(problem: dict, root: type[Section]) -> str:
@@ -29,8 +23,8 @@ def _explain(problem: dict, root: type[Section]) -> str:
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
         fields = list(section.model_fields)
-        close = difflib.get_close_matches(location[-1][:100], fields, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields)}"
+        close = nearest(location[-1], fields, cutoff=0.5)
+        hint = f"did you mean {close!r}?" if close else f"valid keys here: {', '.join(fields)}"
         return f"unknown key {shown(where)}; {hint}"
     if problem["type"] == "union_tag_invalid":
         known = ", ".join(("ldm3d", *get_args(MonaiLibrary)))
@@ -44,10 +38,10 @@ def _explain(problem: dict, root: type[Section]) -> str:
 
 
 def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], type[Section]]:
-    """(the keys of pydantic's `location`, as they stand in the file; the section that the last of them is in)."""
+    """(the keys of pydantic's `location` as written in the file, the section that holds the last of them)."""
     keys, section, choices = [], root, {}
     for part in location:
-        if part in choices:  # which of several kinds of section was meant: no key of the file
+        if part in choices:  # the tag of a kind of section, not a key of the file
             section, choices = choices[part], {}
             continue
         keys.append(str(part))

@@ -7,11 +7,7 @@ in an `InputError` that says where and what to write instead. Relative paths sta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Section
 from ldm3d.config.data import CovariateConfig, DataConfig
@@ -20,7 +16,7 @@ from ldm3d.covariates import CovariateSchema
 
 
 class TrainingConfig(Section):
-    """What both training loops share. Batch sizes are global: over all processes and accumulated gradients."""
+    """Settings of every training. Batch sizes are global: over all processes and accumulated gradients."""
 
     steps: Positive
     batch_size: Positive
@@ -32,15 +28,15 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Fraction = 0.999
-    # What the stage hands on: the averaged network after the last step, or the best of validation by the loss that is trained
+    # The network that is exported: the average after the last step, or the one with the best validation loss
     keep: Literal["last", "best"] = "last"
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 20  # whose loss is NaN or infinite; more end the training
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20  # steps with a loss that is NaN or infinite; more end the training
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
     log_every: Positive = 10
     validate_every: Positive = 100
     preview_every: Positive = 500
     checkpoint_every: Positive = 500
-    workers: Annotated[int, Field(ge=0)] = 0  # processes that read data ahead; 0 reads in the training process
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that prefetch data; 0: the training process reads
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -83,14 +79,14 @@ class AutoencoderConfig(Section):
     kl: Annotated[float, Field(ge=0)] = 1e-6
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
-    changed_data: Literal["refuse", "go-on"] = "refuse"  # where a run that goes on finds other scans than it has seen
+    changed_data: Literal["refuse", "go-on"] = "refuse"  # if a resumed run finds other scans than it has seen
     training: TrainingConfig
 
 
 class DecoderConfig(Section):
-    """Stage 3, which is optional: the decoder alone, sharpened. The encoder and the latents stay as they are."""
+    """Stage 3, which is optional: the decoder alone is trained further. Encoder and latents stay as they are."""
 
-    noise: Annotated[float, Field(ge=0)] = 0.2  # at most, in deviations of a latent: what the U-Net gets wrong
+    noise: Annotated[float, Field(ge=0)] = 0.2  # largest deviation, in units of a latent's: imitates errors of the U-Net
     l1: Annotated[float, Field(ge=0)] = 1.0
     l2: Annotated[float, Field(ge=0)] = 0.0
     perceptual: PerceptualConfig | None = None
@@ -104,10 +100,10 @@ class ProcessConfig(Section):
     kind: Literal["flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm"] = "flow"
     beta_start: float | None = None
     beta_end: float | None = None
-    # gamma = -log SNR at the data's end and at the noise's; None: those of ldm3d.diffusion.vdm.Schedule
+    # gamma = -log SNR at the data's end and at the noise's; None: the defaults of ldm3d.diffusion.vdm.VDMSchedule
     gamma_min: Annotated[float, Field(ge=-30, le=30)] | None = None
     gamma_max: Annotated[float, Field(ge=-30, le=30)] | None = None
-    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma in between; 0 leaves it a straight line
+    schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma between its ends; 0: a straight line
 
     @model_validator(mode="after")
     def _betas_belong(self):
@@ -142,7 +138,7 @@ class DiffusionConfig(Section):
     target: Literal["noise", "v", "data", "velocity"] = "v"
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr"] = "none"
-    drop_covariates: Fraction = 0.3  # share of the samples that leave some covariates open, or all
+    drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
     network: UNetNetwork
     training: TrainingConfig
 
@@ -163,7 +159,7 @@ class DiffusionConfig(Section):
 
 
 class GenerationConfig(Section):
-    """What generation does unless it is asked otherwise; saved with the pipeline."""
+    """Defaults of generation; saved with the pipeline."""
 
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc", "sde-euler", "sde-heun", "sde-pc"] = "heun"
     steps: Positive = 20
@@ -180,14 +176,18 @@ class GenerationConfig(Section):
         return self
 
 
+def _below_output(name: str) -> property:
+    return property(lambda config: config.output / name, doc=f"OUTPUT/{name}")
+
+
 class Config(Section):
-    """The whole file."""
+    """The file."""
 
     name: str
-    output: Path  # everything an experiment makes lies below this folder
+    output: Path  # the folder of everything that the experiment makes
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig
-    covariates: tuple[CovariateConfig, ...] = ()  # none: volumes are generated, and nothing is asked of them
+    covariates: tuple[CovariateConfig, ...] = ()  # none: an unconditional model
     autoencoder: AutoencoderConfig
     diffusion: DiffusionConfig
     decoder: DecoderConfig | None = None
@@ -195,7 +195,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _covariates_make_sense(self):
-        self.schema()  # raises what is wrong with them
+        self.schema()  # raises if they do not
         return self
 
     @model_validator(mode="after")
@@ -214,8 +214,8 @@ class Config(Section):
         kind = self.diffusion.process.kind
         if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine", "vdm"):
             raise ValueError(
-                f"generation.spacing leading counts the steps of a DDPM's chain, which diffusion.process.kind {kind} has "
-                "not; use vp-linear or vp-scaled-linear, or another spacing"
+                f"generation.spacing leading counts the steps of a DDPM's chain, and diffusion.process.kind {kind} has "
+                "none; use vp-linear or vp-scaled-linear, or another spacing"
             )
         return self
 
@@ -223,35 +223,12 @@ class Config(Section):
         """The covariates, not yet fitted to a training split."""
         return CovariateSchema(tuple(c.covariate() for c in self.covariates))
 
-    # Where the parts of an experiment lie; nobody else joins these names.
-    @property
-    def prepared_folder(self) -> Path:
-        return self.output / "prepared"
-
-    @property
-    def latents_folder(self) -> Path:
-        return self.output / "latents"
-
-    @property
-    def autoencoder_run(self) -> Path:
-        return self.output / "autoencoder-training"
-
-    @property
-    def autoencoder_folder(self) -> Path:
-        return self.output / "autoencoder"
-
-    @property
-    def diffusion_run(self) -> Path:
-        return self.output / "diffusion-training"
-
-    @property
-    def decoder_run(self) -> Path:
-        return self.output / "decoder-training"
-
-    @property
-    def decoder_folder(self) -> Path:
-        return self.output / "decoder"
-
-    @property
-    def model_folder(self) -> Path:
-        return self.output / "model"
+    # The only place that knows the names of an experiment's folders
+    prepared_folder = _below_output("prepared")
+    latents_folder = _below_output("latents")
+    autoencoder_run = _below_output("autoencoder-training")
+    autoencoder_folder = _below_output("autoencoder")
+    diffusion_run = _below_output("diffusion-training")
+    decoder_run = _below_output("decoder-training")
+    decoder_folder = _below_output("decoder")
+    model_folder = _below_output("model")

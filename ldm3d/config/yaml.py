@@ -1,4 +1,4 @@
-"""YAML of strangers as plain Python values: what would take the memory, what is there twice, and what is no YAML are said."""
+"""Untrusted YAML as plain Python values; what would exhaust the memory, repeats a key or is no YAML is refused."""
 
 import unicodedata
 from pathlib import Path
@@ -28,11 +28,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
     Args:
         text: one document.
-        source: how messages call it.
+        source: its name in messages.
 
     Raises:
         InputError: no YAML; nested too deeply; more than MAX_VALUES values once aliases are written out (a few lines of them
-            can stand for billions); a key twice in one mapping, of which YAML would silently take the last; control
+            can stand for billions); a key twice in one mapping, of which PyYAML would silently take the last; control
             characters.
     """
     try:
@@ -50,7 +50,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        # What PyYAML lets through of dates like 2024-99-99, numbers of 5,000 digits and tags such as !!bool 7
+        # Raised by PyYAML itself for dates like 2024-99-99, numbers of 5,000 digits and tags such as !!bool 7
         raise InputError(f"{source} is not YAML: one of its values cannot be read ({error})") from None
 
 
@@ -60,7 +60,7 @@ def _count(node: yaml.Node, source: str, counts: dict[int, int]) -> int:
         if not counts[id(node)]:
             raise InputError(f"{source} line {node.start_mark.line + 1}: the alias stands within what it stands for")
         return counts[id(node)]
-    counts[id(node)] = 0  # not known yet: whoever meets it now is inside of it
+    counts[id(node)] = 0  # not known yet: an alias that meets it now lies inside it
     children = []
     if isinstance(node, yaml.MappingNode):
         names = set()

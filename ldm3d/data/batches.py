@@ -1,4 +1,4 @@
-"""What every training step reads: which samples, in which order, with which random numbers.
+"""Batches of training steps: which samples, in which order, with which random numbers.
 
 All of it follows from (seed, step) alone. A run that is resumed at step s, or split over more processes, reads what an
 uninterrupted run on one process reads.
@@ -67,7 +67,7 @@ class TrainingBatches(Dataset):
         except InputError as error:
             if get_worker_info() is None:
                 raise
-            return error  # an exception would arrive with the worker's traceback for its message
+            return error  # a raised one would arrive with the worker's traceback in its message
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         offset = torch.rand((), generator=generator(self.seed, step, self.batch_size))
         batch["quantile"] = (torch.tensor(rows) / self.batch_size + offset) % 1
@@ -79,18 +79,18 @@ class TrainingBatches(Dataset):
 
     def _sample(self, position: int) -> int:
         """The sample at a position in the endless sequence of epochs."""
-        epoch, place = divmod(position, self.num_samples)
+        epoch, index = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            # Two numbers, where the generators of steps have three: none is used twice
+            # A position of two numbers, where those of steps have three: no generator is used twice
             order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
             self._epoch, self._order = epoch, order
-        return int(self._order[place])
+        return int(self._order[index])
 
     def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
         """Batches of steps first_step to last_step - 1, read ahead by `workers` processes."""
         batches = self._batches(range(first_step * self.accumulation, last_step * self.accumulation), workers, pin_memory)
         if workers:
-            # Python ends its processes with a SIGTERM and waits; these ignore it, so have them told in PyTorch's way before
+            # At exit Python sends SIGTERM, which the workers ignore, and waits; so PyTorch has to stop them before
             atexit.register(_close, weakref.ref(batches))
         return batches
 

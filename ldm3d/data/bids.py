@@ -1,8 +1,4 @@
-"""Subject tables in, a BIDS derivative out.
-
-In: which scans there are, whose they are and what the table says of them, from a BIDS dataset or from any CSV or TSV.
-Out: the files around generated volumes that make a folder a BIDS derivative dataset.
-"""
+"""The scans of a BIDS dataset, or of any CSV or TSV, with their subjects, sessions and covariates."""
 
 import logging
 import os
@@ -15,14 +11,14 @@ from typing import Any
 import pandas as pd
 
 from ldm3d.config.data import CovariateConfig, DataConfig
-from ldm3d.data.cells import Where, read_cells, warn_of_ages_that_stand_still
+from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.participants import cells_of, label
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
-# What BIDS files metadata of whole folders under; PyBIDS would take patterns to match file names with from it
+# Instead of layout files in the dataset, from which PyBIDS would take patterns of file names
 _NO_LAYOUT_FILE = ".no-such-file"
 
 
@@ -42,9 +38,9 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
 
     BIDS: scans are files of `data.suffix`, derivatives aside, one a session (`ldm3d.data.selection`); their covariates come
     from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an
-    age differs between sessions). Table: one row a scan. Identifiers may carry "sub-" and "ses-" or not, and may have lost
-    leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range counts as
-    missing, with a warning.
+    age differs between sessions). Table: one row a scan. Identifiers may have the prefixes "sub-" and "ses-" or not, and may
+    have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range
+    counts as missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -52,13 +48,13 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
 
     Raises:
         InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; numbers
-            that look like codes for a missing one (-9999) and are not said to be values or missing; anything that leads
+            that look like codes of a missing value (-9999), unless the config calls them values or missing; paths that lead
             out of `data.root` (by default the dataset, or the table's folder), links followed.
     """
     columns = {c.name: c.column or c.name for c in covariates}
     scans = _scans_of_bids(data, columns) if data.bids else _scans_of_table(data, columns)
     values = read_cells(scans.cells, covariates, data.missing, scans.where)
-    warn_of_ages_that_stand_still(scans.subject, scans.session, values, covariates)
+    warn_of_constant_ages(scans.subject, scans.session, values, covariates)
     keys = list(zip(scans.subject, scans.session, scans.path))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     frame = pd.DataFrame([keys[i] for i in order], columns=["subject", "session", "path"])
@@ -74,16 +70,16 @@ def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
-    files, cells, places = cells_of(data, files, columns)
+    files, cells, locations = cells_of(data, files, columns)
 
     def where(i: int, name: str) -> str:
-        return f"{places[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
+        return f"{locations[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
 
     return _Scans(*map(list, zip(*files)), cells, where)
 
 
 def _check_folders(dataset: Path, root: Path) -> None:
-    """Raise InputError for a link to a folder that leads out, or back to where one would come by it again.
+    """Raise InputError for a link to a folder outside of the root, or to one that holds the link.
 
     Files are checked when they are opened.
     """
@@ -93,24 +89,24 @@ def _check_folders(dataset: Path, root: Path) -> None:
             if path.is_symlink():
                 check_inside(path, root)
                 if path.parent.resolve().is_relative_to(path.resolve()):
-                    raise InputError(f"{path} links to a folder that it lies in itself; remove the link")
+                    raise InputError(f"{path} links to a folder that holds it; remove the link")
 
 
 def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(subject, session, path) of every scan of a BIDS dataset that reads nothing outside of `root`."""
+    """(subject, session, path) of every scan of a BIDS dataset; nothing outside of `root` is read."""
     if not dataset.is_dir():
         raise InputError(f"no folder {dataset} (data.bids)")
     _check_folders(dataset, root)
     check_inside(dataset / "dataset_description.json", root)
     logging.getLogger("bids").setLevel(logging.ERROR)
-    from bids import BIDSLayout, BIDSLayoutIndexer  # takes half a second: not for those who bring a table
+    from bids import BIDSLayout, BIDSLayoutIndexer  # takes half a second, which a table does not need
 
-    # Without metadata, which nobody asks for here: 2 s instead of 6 s for 1,000 subjects with 2 sessions
+    # Without metadata, which is not needed: 2 s instead of 6 s for 1,000 subjects with 2 sessions
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, config_filename=_NO_LAYOUT_FILE)
     try:
         layout = BIDSLayout(dataset, validate=False, config=["bids", "derivatives"], indexer=indexer)
         found = layout.get(suffix=suffix, extension=[".nii", ".nii.gz"])
-    except Exception as error:  # PyBIDS lets through whatever a broken dataset sets off, SQL errors among it
+    except Exception as error:  # a broken dataset can raise anything in PyBIDS, even SQL errors
         raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
     named = [(file.path, entities) for file in found if "subject" in (entities := file.get_entities())]
     if not named:

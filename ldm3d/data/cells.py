@@ -1,6 +1,6 @@
-"""Cells of published tables as values of covariates: what is read with a warning, what counts as missing, what is refused.
+"""Cells of published tables as values of covariates: read as they are, read with a warning, missing, or refused.
 
-One warning or one error speaks for all cells of its kind, with `SHOWN` of them spelt out.
+There is one warning or error for all cells of a kind, which lists `SHOWN` of them.
 """
 
 import re
@@ -19,7 +19,7 @@ _LENIENT = {"open-ended": "open-ended", "range": "ranges", "decimal comma": "wit
 
 
 class _Reading(NamedTuple):
-    """What a cell says, and what is to be said of it."""
+    """The value of a cell, and what is wrong with it."""
 
     value: Value
     kind: str  # one of `Covariate.read`, "beyond" or "bad"
@@ -34,8 +34,8 @@ def read_cells(
     Args:
         cells: by the covariate's name, one a scan.
         covariates: what to read them as.
-        missing: what stands for a missing value where the covariate does not say it (`data.missing`).
-        where: places a cell, for messages.
+        missing: codes of a missing value, for covariates without their own (`data.missing`).
+        where: locates a cell, for messages.
 
     Raises:
         InputError: cells that hold no valid value; numbers that look like codes for a missing one.
@@ -54,12 +54,12 @@ def read_cells(
             if failed := {i: reading for i, reading in at.items() if reading.kind == "bad"}:
                 bad[config.name] = failed
             beyond |= {(config.name, i): reading.problem for i, reading in at.items() if reading.kind == "beyond"}
-        if said := _say_kinds(column, readings):
-            lenient.append(f"{config.name}: {said}")
+        if kinds := _count_kinds(column, readings):
+            lenient.append(f"{config.name}: {kinds}")
         numbers = [value for value in values[config.name] if value is not None]
         if covariate.kind == "continuous" and config.missing != () and (found := implausible(numbers)):
-            odd.append((config, _say_odd(config.name, found, numbers, config.missing or missing or ())))
-    _raise(bad, [text for config, text in odd if config.missing is None], {c.name: c for c in covariates}, cells, where)
+            odd.append((config, _describe_odd(config.name, found, numbers, config.missing or missing or ())))
+    _refuse(bad, [text for config, text in odd if config.missing is None], {c.name: c for c in covariates}, cells, where)
     if lenient:
         warnings.warn(
             "cells are read as the number that they stand for:\n" + "\n".join(f"  {x}" for x in lenient), stacklevel=4
@@ -73,12 +73,12 @@ def read_cells(
 
 
 class _Codes:
-    """Words and numbers that stand for a missing value of one covariate."""
+    """Words and numbers that mean a missing value of one covariate."""
 
     def __init__(self, config: CovariateConfig, missing: Sequence[str] | None):
         self.words = set(config.missing if config.missing is not None else missing or ())
         self.numbers = set()
-        if config.kind == "categorical":  # a category of such a name is a category all the same
+        if config.kind == "categorical":  # a category of such a name stays a category
             self.words -= {word for category, aliases in config.categories.items() for word in (category, *aliases)}
             return
         for word in self.words:
@@ -104,7 +104,7 @@ def _read(covariate: Covariate, codes: _Codes, cell: str) -> _Reading:
     return _Reading(value, kind)
 
 
-def _say_kinds(column: Sequence[str], readings: Mapping[str, _Reading]) -> str:
+def _count_kinds(column: Sequence[str], readings: Mapping[str, _Reading]) -> str:
     """ "30 open-ended (89+ as 89), 10 ranges (35-40 as 37.5)"; empty if all numbers are plain."""
     examples = {reading.kind: (cell, reading.value) for cell, reading in readings.items() if reading.kind in _LENIENT}
     if not examples:
@@ -117,7 +117,7 @@ def _say_kinds(column: Sequence[str], readings: Mapping[str, _Reading]) -> str:
     )
 
 
-def _say_odd(name: str, found: Mapping[float, int], numbers: Sequence[float], missing: Sequence[str]) -> str:
+def _describe_odd(name: str, found: Mapping[float, int], numbers: Sequence[float], missing: Sequence[str]) -> str:
     rest = [number for number in numbers if number not in found]
     codes = sorted(found, key=lambda number: -found[number])
     known = ", ".join((*missing, *(f"{code:g}" for code in codes[:SHOWN])))
@@ -128,7 +128,7 @@ def _say_odd(name: str, found: Mapping[float, int], numbers: Sequence[float], mi
     )
 
 
-def _raise(
+def _refuse(
     bad: Mapping[str, Mapping[int, _Reading]],
     odd: Sequence[str],
     covariates: Mapping[str, CovariateConfig],
@@ -144,7 +144,7 @@ def _raise(
             if categories := covariates[name].categories:
                 words = some((shown(word, 50) for word in dict.fromkeys(cells[name][i] for i in found)), SHOWN)
                 form = ", ".join(f"{category}: [...]" for category in list(categories)[:SHOWN])
-                parts.append(f"{name}: if {words} stand for categories, say for which: `categories: {{{form}}}`")
+                parts.append(f"{name}: if {words} stand for categories, write which: `categories: {{{form}}}`")
     if parts or odd:
         raise InputError("\n".join((*parts, *odd)))
 
@@ -154,13 +154,13 @@ def _itemised(problems: Mapping[tuple[str, int], str], where: Where) -> str:
     return itemised({where(i, name): what for (name, i), what in first}, len(problems))
 
 
-def warn_of_ages_that_stand_still(
+def warn_of_constant_ages(
     subjects: Sequence[str],
     sessions: Sequence[str],
     values: Mapping[str, Sequence[Value]],
     covariates: Iterable[CovariateConfig],
 ) -> None:
-    """Warn where people are of one and the same age at all of their visits: that of the first one, most likely."""
+    """Warn of subjects with the same age at all visits, which is most likely that of the first."""
     of_age = [config for config in covariates if _is_age(config)]
     if not of_age or len(set(sessions)) < 2:
         return
@@ -170,12 +170,12 @@ def warn_of_ages_that_stand_still(
     several = {subject: list(at.values()) for subject, at in visits.items() if len(at) > 1}
     for config in of_age:
         ages = {subject: [values[config.name][i] for i in at] for subject, at in several.items()}
-        still = [subject for subject, found in ages.items() if found[0] is not None and len(set(found)) == 1]
-        if still:
-            who = some(f"sub-{subject}: {ages[subject][0]:g} at {len(ages[subject])} visits" for subject in still)
+        constant = [subject for subject, found in ages.items() if found[0] is not None and len(set(found)) == 1]
+        if constant:
+            who = some(f"sub-{subject}: {ages[subject][0]:g} at {len(ages[subject])} visits" for subject in constant)
             warnings.warn(
-                f"{config.name} is the same at all visits of {len(still)} of {len(several)} people with several ({who}); if "
-                "the visits lie apart in time, give it for each: in sub-XX_sessions.tsv, or in a row a session of the table",
+                f"{config.name} is the same at all visits of {len(constant)} of {len(several)} people with several ({who}); "
+                "if the visits lie apart in time, give it for each: in sub-XX_sessions.tsv, or in a row a session",
                 stacklevel=4,
             )
 

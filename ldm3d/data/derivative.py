@@ -18,7 +18,7 @@ def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readm
     Args:
         name: of the dataset.
         generated_by: BIDS GeneratedBy, each {"Name": ..., "Version": ..., "Description": ...}.
-        readme: what the README says.
+        readme: text of the README.
     """
     description = {
         "Name": name,

@@ -1,4 +1,4 @@
-"""Nothing outside of a dataset's root is read: where that is, and whether a file lies below it."""
+"""The root of a dataset, outside of which no file is read."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Keys of scans: what is in them, not where they lie, how they are packed or what their header says beside it.
+"""Keys of scans, which follow from their voxels, not from file names, compression or headers.
 
-A key is SCAN-PLACING. SCAN, a hash of the voxels, says whether a model has seen a scan. It stays the same where a file is
+A key is SCAN-PLACING. SCAN, a hash of the voxels, tells whether a model has seen a scan. It stays the same where a file is
 renamed, packed anew or converted without loss, and where its header is corrected or its axes are stored in another order. It
 changes with any voxel: by resampling, cropping, defacing, bias correction, or rounding. PLACING is a hash of the affine and
 of the settings of preparing: both together name a prepared volume.
@@ -29,7 +29,7 @@ def scan_of(key: str) -> str:
 
 
 def settings_of(grid: Grid, percentiles: tuple[float, float], version: int) -> dict[str, Any]:
-    """What a prepared volume follows from beside the scan."""
+    """The settings that determine a prepared volume, together with the scan."""
     return {"version": version, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
 
 
@@ -43,13 +43,13 @@ def volume_key(volume: NDArray, affine: NDArray, settings: Mapping[str, Any]) ->
     voxels = np.ascontiguousarray(in_ras_order(volume, affine), dtype="<f4") + np.float32(0)  # -0 is 0
     scan = hashlib.sha256(json.dumps(voxels.shape).encode())
     scan.update(voxels)
-    # To 0.1 micrometres: programs that rewrite a header round its numbers otherwise
-    place = json.dumps([(np.round(affine, 4) + 0.0).tolist(), settings])
-    return f"{scan.hexdigest()[:20]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    # To 0.1 micrometres: programs that rewrite a header may round its numbers
+    placing = json.dumps([(np.round(affine, 4) + 0.0).tolist(), settings])
+    return f"{scan.hexdigest()[:20]}-{hashlib.sha256(placing.encode()).hexdigest()[:8]}"
 
 
 def file_key(path: Path, settings: Mapping[str, Any]) -> str:
-    """20 hex digits that follow from the bytes of a scan's files and the settings: quick to make, other once packed anew."""
+    """20 hex digits of the bytes of a scan's files and the settings: quick to compute, but changed by compressing anew."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for file in files_of(path):
         if not file.is_file():

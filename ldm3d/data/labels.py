@@ -1,4 +1,4 @@
-"""Label maps that lie beside scans: which belongs to which, brought to the experiment's grid, and volumes counted on them."""
+"""Label maps of scans: finding a scan's, resampling it to the experiment's grid, counting volumes on it."""
 
 import bisect
 import fnmatch
@@ -21,8 +21,8 @@ _KINDS = (".nii", ".nii.gz", ".mgz", ".mgh")
 class LabelMaps:
     """The label maps below a folder, found in one walk of it.
 
-    A file belongs to a subject (and session) by its name, sub-XX[_ses-YY]_...nii.gz, or where none does, by its folders:
-    FreeSurfer has sub-XX/mri/aseg.mgz, other programs sub-XX/ses-YY/labels.nii.gz.
+    A file belongs to a subject (and session) by its name, sub-XX[_ses-YY]_...nii.gz, or if no name fits, by its folders:
+    FreeSurfer writes sub-XX/mri/aseg.mgz, other programs sub-XX/ses-YY/labels.nii.gz.
 
     Args:
         folder: to walk.
@@ -82,7 +82,7 @@ def _stem(subject: str, session: str) -> str:
 def load_labels(config: Config, key: str, path: Path, classes: Mapping[str, Sequence[int]]) -> tuple[NDArray, NDArray]:
     """A prepared volume and its label map on the same grid, as classes.
 
-    Of the nearest voxel, which keeps volumes on average: a share of each voxel, and what most of it is, would lose thin horns.
+    Labels are of the nearest voxel, which preserves volumes on average; the majority label would lose thin horns.
 
     Args:
         config, key: of the prepared scan.
@@ -126,5 +126,5 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[int]]:
         raise InputError("no structure; give at least one as NAME=LABEL,LABEL")
     known = [label for group in found.values() for label in group]
     if twice := sorted({label for label in known if known.count(label) > 1}):
-        raise InputError(f"labels {twice} stand in two places; each may be in one group, once")
+        raise InputError(f"labels {twice} are listed twice; each may be in one group, once")
     return found

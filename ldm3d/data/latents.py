@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm3d.data.batches import evenly
 from ldm3d.errors import InputError
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 from ldm3d.processes import ALONE, Processes
 
 MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
@@ -66,8 +66,8 @@ def write_latents(
 
 
 def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:
-    write_whole(folder / SCANS, scans.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n"))
-    write_whole(folder / ORIGIN, json.dumps(dict(origin), indent=2) + "\n")
+    write_atomic(folder / SCANS, scans.to_csv(sep="\t", index=False, na_rep="n/a", lineterminator="\n"))
+    write_atomic(folder / ORIGIN, json.dumps(dict(origin), indent=2) + "\n")
 
 
 def noise_share(moments: NDArray, most: int = 256) -> NDArray:

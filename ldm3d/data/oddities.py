@@ -1,4 +1,4 @@
-"""What is odd about scans that could be prepared, seen over all of them: said once for each kind, not for each scan."""
+"""Warnings about prepared scans that look odd among all of them: one for each kind, not for each scan."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ import pandas as pd
 from scipy import sparse
 from scipy.sparse import csgraph
 
-HEAD_MM = (40, 350)  # sides of the foreground: a premature newborn's brain, a grown head with neck and shoulders; with room
+HEAD_MM = (40, 350)  # sides of the foreground: from a premature newborn's brain to an adult's head with neck and shoulders
 
 
 def people_of(table: pd.DataFrame) -> dict[str, str]:
-    """Subject -> the first by name of all subjects that it shares scans with, directly or through others; mostly itself.
+    """Subject -> the first by name of all subjects with which it shares scans, directly or through others; mostly itself.
 
     Args:
         table: a row a scan, with subject and key.
@@ -32,17 +32,17 @@ def warn_of_oddities(table: pd.DataFrame, results: Sequence[Mapping[str, Any]], 
     Args:
         table: a row a scan, with subject, session, path and key.
         results: of each row cut_mm, extent_mm, around_zero as in `ldm3d.data.placing.to_grid`, and notes on reading it.
-        tolerance_mm: how much foreground may be cut off unsaid.
+        tolerance_mm: how much foreground may be cut off without a warning.
     """
     rows = [*table.itertuples()]
     cut = sorted([(result["cut_mm"], who(row)) for row, result in zip(rows, results)], reverse=True)
-    _say(
+    _warn(
         "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape)",
         [f"{name}: {mm:g} mm" for mm, name in cut if mm > tolerance_mm],
     )
-    _say("scans were read with a guess", [note for result in results for note in result["notes"]])
-    # No failure: animals and phantoms have other sizes, and nothing in a file tells them from wrong voxel sizes
-    _say(
+    _warn("scans were read with a guess", [note for result in results for note in result["notes"]])
+    # No error: animals and phantoms have other sizes, which cannot be told from wrong voxel sizes
+    _warn(
         f"scans have the size of no human head ({HEAD_MM[0]} to {HEAD_MM[1]} mm on each side of the foreground); are their "
         "voxel sizes right?",
         [
@@ -51,7 +51,7 @@ def warn_of_oddities(table: pd.DataFrame, results: Sequence[Mapping[str, Any]], 
             if not HEAD_MM[0] <= min(sides) <= max(sides) <= HEAD_MM[1]
         ],
     )
-    _say_mixed(
+    _warn_of_mixed(
         *([who(row) for row, result in zip(rows, results) if result["around_zero"] is is_so] for is_so in (True, False))
     )
     twins = [
@@ -59,25 +59,25 @@ def warn_of_oddities(table: pd.DataFrame, results: Sequence[Mapping[str, Any]], 
         for _, group in table.groupby("key")
         if group["subject"].nunique() > 1
     ]
-    _say("scans are of several subjects each, which therefore share a split (one person under two names?)", twins)
+    _warn("scans are of several subjects each, which therefore share a split (one person under two names?)", twins)
 
 
 def who(row: Any) -> str:
-    """Of a scan's row: "sub-01 ses-a"."""
+    """Name of a scan's row: "sub-01 ses-a"."""
     return f"sub-{row.subject}" + (f" ses-{row.session}" if row.session else "")
 
 
-def _say_mixed(standardised: Sequence[str], raw: Sequence[str]) -> None:
-    """Name the rarer kind where a dataset has both; all standardised is as good as all raw."""
+def _warn_of_mixed(standardised: Sequence[str], raw: Sequence[str]) -> None:
+    """List the rarer kind if a dataset has both; all standardised is as good as all raw."""
     if not standardised or not raw:
         return
     what, fewer = "no intensities below 0", raw
     if len(standardised) <= len(raw):
         what, fewer = "intensities around 0, as standardised scans have", standardised
-    _say(f"scans have {what}, unlike the others, so their contrast differs; give all raw, or all standardised", fewer)
+    _warn(f"scans have {what}, unlike the others, so their contrast differs; give all raw, or all standardised", fewer)
 
 
-def _say(what: str, scans: Sequence[str]) -> None:
+def _warn(what: str, scans: Sequence[str]) -> None:
     if scans:
         more = f"\n  and {len(scans) - 5} more" if len(scans) > 5 else ""
         warnings.warn(f"{len(scans)} {what}:\n  " + "\n  ".join(scans[:5]) + more, stacklevel=4)

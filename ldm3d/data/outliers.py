@@ -1,6 +1,6 @@
-"""Numbers that no measurement explains: codes such as -9999 that stand for a missing value, and slips of the unit.
+"""Implausible numbers in a column: codes such as -9999 for a missing value, and wrong units.
 
-Judged by the column's other numbers, so that skewed volumes, constant columns and tables of three people are left in peace.
+They are judged by the column's other numbers, so that skewed volumes, constant columns and tables of three people pass.
 """
 
 import math
@@ -8,22 +8,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-_SPREAD = 100  # robust standard deviations: skewed volumes come this far, so logarithms have a say, too
-_SPREAD_OF_LOGARITHMS = 10
-_SPREAD_OF_ANY_SIGN = 10_000  # changes and ratios have heavy tails, and no logarithms to tell
-_LEAST = 8  # numbers that a spread is judged by
-_NEGATIVE_CODES = {-1, -3, -4, -7, -8, -9}  # of surveys and cohorts, where nothing else is negative
-_LIMITS = {-32768, 32767, -(2**31), 2**31 - 1}  # of integers, which programs write for want of a number
+_FAR = 100  # robust standard deviations; skewed volumes reach this, so the logarithms are tested, too
+_FAR_IN_LOGARITHMS = 10
+_FAR_OF_ANY_SIGN = 10_000  # changes and ratios have heavy tails, and no logarithms
+_LEAST = 8  # numbers from which a deviation can be estimated
+_NEGATIVE_CODES = {-1, -3, -4, -7, -8, -9}  # of surveys and cohorts, if nothing else is negative
+_LIMITS = {-32768, 32767, -(2**31), 2**31 - 1}  # of integers, which programs write for a missing number
 
 
 def implausible(values: Iterable[float]) -> Counter[float]:
-    """Which numbers of a column cannot be measurements like the others, and how often each stands there.
+    """The numbers of a column that cannot be measurements like the others, and how often each occurs.
 
-    Codes are repeated 7, 8 or 9 (99, -999, 8888, -99.9), the limits of integers, and -1, -3, -4, -7, -8 and -9. One is found
-    where it lies farther from all other numbers than these lie from each other, or is the only kind of number below 0 (one
-    above -10 only where half of the others are at least 10 and three times its size).
-    Any other number is found beyond 100 robust standard deviations (1.4826 MAD) from the median if it is also beyond 10 of
-    the logarithms'; where not all are positive, beyond 10,000.
+    Codes are repeated 7, 8 or 9 (99, -999, 8888, -99.9), the limits of integers, and -1, -3, -4, -7, -8 and -9. A code is
+    found if it lies farther from all other numbers than these lie from each other, or is the only kind of number below 0 (one
+    above -10 only where half of the others are at least 10 and three times its size). Any other number is found beyond 100
+    robust standard deviations (1.4826 MAD) from the median if it is also beyond 10 of the logarithms'; where not all are
+    positive, beyond 10,000.
     """
     counts = Counter(values)
     others = {value: count for value, count in counts.items() if not _is_code(value)}
@@ -39,7 +39,7 @@ def _is_code(value: float) -> bool:
 
 
 def _stands_apart(code: float, others: Sequence[float], cells: int) -> bool:
-    """Whether a code is none of the measurements: `others`, all different and in order, in so many cells."""
+    """Whether a code does not belong to `others`: the other numbers, unique and sorted, that fill so many cells."""
     if code < 0:
         if cells < 2:
             return False
@@ -51,24 +51,24 @@ def _stands_apart(code: float, others: Sequence[float], cells: int) -> bool:
 
 
 def _far(values: Sequence[float]) -> list[float]:
-    """Numbers beyond any spread."""
+    """Numbers too many deviations from the median."""
     middle = median(values) if values else 0.0
-    spread = _robust_deviation(values, middle)
-    if not spread:  # most are equal: a scale that starts at 0, say; the others have a spread of their own
+    deviation = _robust_deviation(values, middle)
+    if not deviation:  # most are equal, as in a scale that starts at 0: the deviation of the others
         values = [value for value in values if value != middle]
         middle = median(values) if values else 0.0
-        spread = _robust_deviation(values, middle)
-    if len(values) < _LEAST or not spread:
+        deviation = _robust_deviation(values, middle)
+    if len(values) < _LEAST or not deviation:
         return []
-    far = [value for value in set(values) if abs(value - middle) > _SPREAD * spread]
+    far = [value for value in set(values) if abs(value - middle) > _FAR * deviation]
     if not far:
         return []
     if min(values) > 0:
         logarithms = [math.log(value) for value in values]
         centre = median(logarithms)
-        limit = _SPREAD_OF_LOGARITHMS * _robust_deviation(logarithms, centre)
+        limit = _FAR_IN_LOGARITHMS * _robust_deviation(logarithms, centre)
         return [value for value in far if abs(math.log(value) - centre) > limit]
-    return [value for value in far if abs(value - middle) > _SPREAD_OF_ANY_SIGN * spread]
+    return [value for value in far if abs(value - middle) > _FAR_OF_ANY_SIGN * deviation]
 
 
 def _robust_deviation(values: Sequence[float], middle: float) -> float:

@@ -1,8 +1,9 @@
-"""What the tables of a BIDS dataset say of each scan: participants.tsv, a row a subject or a session, and sub-XX_sessions.tsv.
+"""Covariates of each scan in the tables of a BIDS dataset: participants.tsv, a row a subject or a session, and
+sub-XX_sessions.tsv.
 
-A value may be said of a subject for all time (sex) or of one session (age). Nobody says which, so tables do: a column of
-sub-XX_sessions.tsv, or one that differs between rows of a subject in participants.tsv, is said of the session, and a session
-without a row has no value of it. The value of another session is never taken for it.
+A value belongs to a subject (sex) or to a session (age). BIDS does not mark which, so the tables decide: a column of
+sub-XX_sessions.tsv, or one that differs between rows of a subject in participants.tsv, belongs to the session. A session
+without a row then has no value; another session's is never taken instead.
 """
 
 import os
@@ -29,7 +30,7 @@ def label(value: str) -> str:
 
 
 def matched(wanted: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """For each wanted label the known one that is it, or that alone differs from it, and it alone, by leading zeros."""
+    """For each wanted label the same known one, or the only one that differs by leading zeros, if that is mutual."""
     found = {label: label for label in wanted if label in known}
     alike = [_without_zeros(labels) for labels in (wanted, known)]
     for label in wanted:
@@ -48,14 +49,14 @@ def _without_zeros(labels: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class _Table:
-    """A table, and whose its rows are.
+    """A table, with the subject and session of its rows.
 
     Args:
         path: of the file.
         columns: cells by the column's name.
         lines: of the file, for each row.
         rows: subject -> session -> number of the row; the session is "" where the table has a row a subject.
-        dated: columns whose value is said of a session, not of its subject.
+        dated: columns whose values belong to a session, not to its subject.
     """
 
     path: Path
@@ -84,7 +85,8 @@ def cells_of(
         columns: column of the table by the covariate's name.
 
     Returns:
-        The scans that the tables know; for each covariate their cells, "" where there is no value; and where those stand.
+        The scans that the tables list; for each covariate their cells, "" for no value; and the location of each, for
+        messages.
 
     Raises:
         InputError: a table that is needed is missing or cannot be read, has no such column or a subject twice; or no scan has
@@ -96,7 +98,7 @@ def cells_of(
     sessions = {subject: _sessions(data, subject, visits) for subject, visits in _visits(scans).items()}
     _check_columns(data, table, [visits for visits in sessions.values() if visits], columns)
     cells: dict[str, list[str]] = {name: [] for name in columns}
-    places: dict[str, list[str]] = {name: [] for name in columns}
+    locations: dict[str, list[str]] = {name: [] for name in columns}
     absent: dict[str, list[str]] = {}
     for subject, session, _ in scans:
         for name, column in columns.items():
@@ -105,13 +107,13 @@ def cells_of(
             if row is None:
                 absent.setdefault(name, []).append(f"sub-{subject} ses-{session}" if session else f"sub-{subject}")
             cells[name].append("" if row is None else source.columns[column][row])
-            places[name].append("no table" if row is None else f"{source.path.name} line {source.lines[row]}")
+            locations[name].append("no table" if row is None else f"{source.path.name} line {source.lines[row]}")
     for name, who in absent.items():
         warnings.warn(
             f"{name} counts as missing for {len(who)} scans, whose session has no row in a table that gives it ({some(who)})",
             stacklevel=5,
         )
-    return list(scans), cells, places
+    return list(scans), cells, locations
 
 
 def _participants(data: DataConfig, scans: Sequence[Scan]) -> _Table | None:
@@ -120,7 +122,7 @@ def _participants(data: DataConfig, scans: Sequence[Scan]) -> _Table | None:
     path = Path(os.path.abspath(data.participants or root / "participants.tsv"))
     if not data.participants and not os.path.lexists(path):
         return None
-    if not data.participants:  # a table that the config names may lie anywhere
+    if not data.participants:  # one that the config names may lie anywhere
         check_inside(path, root_of(data))
     frame = read_table(path)
     check_column(path, frame, data.subject_column, "data.subject_column")
@@ -138,15 +140,15 @@ def _participants(data: DataConfig, scans: Sequence[Scan]) -> _Table | None:
     for row, (subject, session) in enumerate(zip(subjects, sessions)):
         rows.setdefault(subject, {})[session] = row
     dated = {c for c, cells in columns.items() if several and any(_differ(cells, at.values()) for at in rows.values())}
-    return _Table(path, columns, list(frame.index), _as_scans_say(rows, scans), dated)
+    return _Table(path, columns, list(frame.index), _with_scans_labels(rows, scans), dated)
 
 
 def _differ(cells: Sequence[str], rows: Iterable[int]) -> bool:
     return len({cells[row] for row in rows if not is_missing(cells[row])}) > 1
 
 
-def _as_scans_say(rows: Mapping[str, Mapping[str, int]], scans: Sequence[Scan]) -> dict[str, dict[str, int]]:
-    """The rows by the subjects and sessions of the scans that they belong to; rows of nobody keep their own names."""
+def _with_scans_labels(rows: Mapping[str, Mapping[str, int]], scans: Sequence[Scan]) -> dict[str, dict[str, int]]:
+    """The rows by the subjects and sessions of their scans; rows without a scan keep their own labels."""
     visits = _visits(scans)
     found = matched(visits, rows)
     loose = {subject: known for subject, known in found.items() if subject != known}
@@ -172,7 +174,7 @@ def _visits(scans: Sequence[Scan]) -> dict[str, set[str]]:
 
 
 def _known(table: _Table, scans: Sequence[Scan], data: DataConfig) -> list[Scan]:
-    """The scans whose subjects have rows; says which subjects have only the one or the other."""
+    """The scans whose subjects have rows; warns of subjects with only a scan or only a row."""
     known = [scan for scan in scans if scan[0] in table.rows]
     with_scans = {subject for subject, *_ in scans}
     if strangers := sorted(with_scans - set(table.rows)):
@@ -180,8 +182,8 @@ def _known(table: _Table, scans: Sequence[Scan], data: DataConfig) -> list[Scan]
         rows = _without_zeros(table.rows)
         if unclear := [s for s in strangers if s.lstrip("0") in rows]:
             message += (
-                f"; of {_subjects(unclear)} leading zeros apart there are several, so that nobody can tell whose a row is: "
-                "write the labels in full"
+                f"; for {_subjects(unclear)}, several labels differ by leading zeros alone, so rows cannot be matched: write "
+                "the labels in full"
             )
         if not known:
             raise InputError(f"{message}; it has rows for {_subjects(table.rows)}")

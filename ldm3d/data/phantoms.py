@@ -1,35 +1,24 @@
-"""Toy brains: T1w-like heads of known anatomy, with exact labels and covariates, as many as asked and in any shape.
+"""Toy brains: T1w-like heads of known anatomy, with exact labels and covariates, in any number and shape.
 
 A phantom is a stack of closed surfaces, each a field of signed depth in mm (positive inside). Painting the layers from
 the outside in gives the labels (depth > 0 at the voxel's centre) and the image (the covered part of each voxel, so that
 there is partial volume) from the same fields. All people share one anatomy and one folding pattern; a person adds a
-size, a smooth warp, atrophy and ventricles. Left and right differ in everybody, so that a flip cannot go unseen.
+size, a smooth warp, atrophy and ventricles. Left and right differ in all of them, so that a flip is visible.
 
 Volumes are (X, Y, Z), X to the right, Y anterior, Z superior; coordinates and depths in mm, the brain near the origin.
 """
 
 import functools
-import json
 import math
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy import ndarray
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
-import ldm3d
-from ldm3d.data.derivative import BIDS_VERSION
-from ldm3d.data.nifti import write_volume
-from ldm3d.data.tables import write_table
 from ldm3d.errors import InputError
-from ldm3d.geometry import Grid
 
 BACKGROUND, HEAD, SKULL, CSF, GREY, WHITE, LEFT_VENTRICLE, RIGHT_VENTRICLE = range(8)
 LABELS = {
@@ -59,7 +48,7 @@ CORTEX_MM, SULCUS_DEPTH_MM, FOLD_WAVELENGTH_MM = 3.8, 15.0, 36.0
 _BODY = [(15, 36, -1, 3.6), (12, 22, 11, 5.2), (11, 0, 17, 5.0), (15, -20, 15, 5.2), (23, -36, 5, 6.4), (22, -60, -1, 2.8)]
 _TEMPORAL_HORN = [(23, -36, 5, 5.0), (33, -22, -13, 3.4), (31, -4, -19, 2.6)]
 
-# The folding pattern is everybody's: random plane waves of one wavelength, whose zero level set is a labyrinth of sulci.
+# The folding pattern, the same for all: random plane waves of one wavelength, whose zero level set is a labyrinth of sulci.
 _FOLDS = np.random.default_rng(12).standard_normal((18, 4))
 _FOLD_VECTORS = (2 * np.pi / FOLD_WAVELENGTH_MM * _FOLDS[:, :3] / np.linalg.norm(_FOLDS[:, :3], axis=1, keepdims=True)).astype(
     np.float32
@@ -69,12 +58,12 @@ _FOLD_PHASES = (np.pi * _FOLDS[:, 3]).astype(np.float32)
 
 @dataclass(frozen=True)
 class Person:
-    """What is drawn before the anatomy: covariates and the few numbers that shape a head."""
+    """Covariates and the few numbers that shape a head."""
 
     age_years: float
     sex: str
     size: float  # linear, 1 = the template
-    ventricles_ml: float  # aimed at; what is reported is counted
+    ventricles_ml: float  # the aim; covariates report what is counted
     atrophy_mm: float  # how far the pial surface has withdrawn from the template's
 
 
@@ -101,8 +90,8 @@ def make_phantom(
     Raises:
         InputError: a side or the spacing is too small.
     """
-    shape, spacing_mm = _checked(shape, spacing_mm)
-    # Two streams: who it is does not depend on how many voxels are drawn for.
+    shape, spacing_mm = checked_grid(shape, spacing_mm)
+    # Two streams: the person does not depend on the number of voxels.
     person = draw_person(np.random.default_rng([seed, index, 0]))
     rng = np.random.default_rng([seed, index, 1])
 
@@ -135,9 +124,9 @@ def make_phantom(
 
 
 def draw_person(rng: np.random.Generator) -> Person:
-    """Covariates that hang together as in adults: ventricles grow ever faster with age, brains shrink, men are larger.
+    """Covariates that are related as in adults: ventricles grow ever faster with age, brains shrink, men are larger.
 
-    At one age ventricles still differ twofold either way, so that age does not stand for them.
+    At one age ventricles still differ twofold either way, so that age does not determine them.
     """
     age = round(float(rng.uniform(20, 90)), 1)
     sex = str(rng.choice(["F", "M"]))
@@ -234,7 +223,7 @@ def _ventricles(side, y, z, left, person: Person, spacing_mm: float) -> ndarray:
             r = r0 + along * (r1 - r0)
             nearer = distance / r < ratio
             ratio, radius = np.where(nearer, distance / r, ratio), np.where(nearer, r, radius)
-    ratio = np.where(left, ratio / 1.05, ratio * 1.05)  # the left one is the larger in everybody
+    ratio = np.where(left, ratio / 1.05, ratio * 1.05)  # the left one is always larger
     ratio = np.where(side < 0.8, np.inf, ratio)  # septum
     count = round(person.ventricles_ml * 1000 / spacing_mm**3)
     inside = np.partition(ratio, min(count, ratio.size - 1), axis=None)[min(count, ratio.size - 1)]
@@ -279,7 +268,8 @@ def _coordinates(shape: tuple, spacing_mm: float) -> tuple[ndarray, ndarray, nda
     return tuple(np.ix_(*((np.arange(n, dtype=np.float32) - (n - 1) / 2) * spacing_mm for n in shape)))
 
 
-def _checked(shape: Sequence[int], spacing_mm: float | None) -> tuple[tuple, float]:
+def checked_grid(shape: Sequence[int], spacing_mm: float | None) -> tuple[tuple, float]:
+    """Shape and spacing, or an InputError; None for `default_spacing`."""
     shape = tuple(int(n) for n in shape)
     if len(shape) != 3 or min(shape) < SMALLEST_SIDE:
         raise InputError(
@@ -290,78 +280,3 @@ def _checked(shape: Sequence[int], spacing_mm: float | None) -> tuple[tuple, flo
     if not 0 < spacing_mm < np.inf:
         raise InputError(f"phantom spacing {spacing_mm} mm must be positive; leave it out for {default_spacing(shape):.3g} mm")
     return shape, spacing_mm
-
-
-def write_dataset(
-    root: Path | str,
-    subjects: int,
-    shape: Sequence[int],
-    seed: int = 0,
-    spacing_mm: float | None = None,
-    workers: int | None = None,
-) -> Path:
-    """Write phantoms as a BIDS dataset, with their label maps as a derivative.
-
-    Args:
-        root: must be empty or absent.
-        subjects: how many; subject i is `make_phantom(..., seed, i)`.
-        shape, spacing_mm, seed: see `make_phantom`.
-        workers: processes; None for one per available core, 1 for none beside this one.
-
-    Returns:
-        `root`, with participants.tsv, sub-XXXX/anat/sub-XXXX_T1w.nii.gz and derivatives/labels.
-
-    Raises:
-        InputError: `root` holds something already, or what `make_phantom` raises.
-    """
-    root, (shape, spacing_mm) = Path(root), _checked(shape, spacing_mm)
-    readme = "Toy brains made by ldm3d: synthetic anatomy, not measured on anyone. Volumes are counted on the label maps."
-    _start(root, {"Name": "Toy brains (SYNTHETIC)", "DatasetType": "raw", "License": "CC0"}, readme)
-    labels = root / "derivatives" / "labels"
-    origin = [{"Name": "ldm3d phantoms", "Version": ldm3d.__version__}]
-    _start(labels, {"Name": "Labels", "DatasetType": "derivative", "GeneratedBy": origin}, readme)
-    write_table(labels / "dseg.tsv", pd.DataFrame({"index": LABELS.keys(), "name": LABELS.values()}))
-
-    jobs = [(root, i, shape, spacing_mm, seed) for i in range(subjects)]
-    bar = tqdm(total=subjects, desc="phantoms", unit="subject", disable=None)
-    rows = []
-    if workers == 1:
-        for job in jobs:
-            rows.append(_write_subject(job))
-            bar.update()
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for row in pool.map(_write_subject, jobs, chunksize=8):
-                rows.append(row)
-                bar.update()
-    bar.close()
-    write_table(root / "participants.tsv", pd.DataFrame(rows))
-    columns = {
-        "age": {"Description": "age", "Units": "years"},
-        "sex": {"Description": "sex", "Levels": {"F": "female", "M": "male"}},
-        "ventricular_volume_ml": {"Description": "volume of both lateral ventricles", "Units": "mL"},
-        "brain_volume_ml": {"Description": "volume of grey and white matter", "Units": "mL"},
-    }
-    (root / "participants.json").write_text(json.dumps(columns, indent=2) + "\n")
-    return root
-
-
-def _start(folder: Path, description: dict, readme: str) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; choose another folder, or delete what is in it")
-    folder.mkdir(parents=True, exist_ok=True)
-    description = {"BIDSVersion": BIDS_VERSION, **description}
-    (folder / "dataset_description.json").write_text(json.dumps(description, indent=2) + "\n")
-    (folder / "README").write_text(readme + "\n")
-
-
-def _write_subject(job: tuple) -> dict:
-    """Write one subject's image and label map; its row of participants.tsv."""
-    root, index, shape, spacing_mm, seed = job
-    image, labels, covariates = make_phantom(shape, spacing_mm, seed, index)
-    name, affine = f"sub-{index + 1:04d}", Grid.centred(shape, [spacing_mm] * 3).affine
-    image = np.round(image).astype(np.int16)
-    write_volume(root / name / "anat" / f"{name}_T1w.nii.gz", image, affine, "SYNTHETIC phantom")
-    maps = root / "derivatives" / "labels" / name / "anat"
-    write_volume(maps / f"{name}_dseg.nii.gz", labels, affine, "SYNTHETIC phantom")
-    return {"participant_id": name, **covariates}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ldm3d.errors import InputError
-from ldm3d.geometry import Grid, place, resample, spacing_of
+from ldm3d.geometry import Grid, align_grid, resample, spacing_of
 
 BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
 _FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
@@ -118,7 +118,7 @@ def _foreground_box(volume: NDArray, threshold: float, affine: NDArray) -> tuple
 def _place_on_foreground(box: tuple[NDArray, NDArray], volume: NDArray, affine: NDArray, grid: Grid) -> tuple[NDArray, float]:
     """Affine of the Grid laid over a foreground box; and how many mm of the box stick out, on the worst side."""
     first, last = box
-    placed = place(volume.shape, affine, (first + last) / 2, grid)
+    placed = align_grid(volume.shape, affine, (first + last) / 2, grid)
     corners = np.array([np.where(end, last + 0.5, first - 0.5) for end in np.ndindex(2, 2, 2)])  # (8, 3), faces of voxels
     corners = np.linalg.solve(placed, affine @ np.c_[corners, np.ones(8)].T)[:3].T + 0.5  # from the Grid's own faces
     above = corners[:, 2].max() - grid.shape[2]

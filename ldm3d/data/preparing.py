@@ -41,7 +41,7 @@ from ldm3d.data.placing import BLOCK_MM, to_grid
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
-from ldm3d.files import checked_name, write_whole
+from ldm3d.files import checked_name, write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.processes import ALONE, Processes, cores_each
 
@@ -79,9 +79,9 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     """
     started = time.monotonic()
     folder = config.prepared_folder
-    (folder / "volumes").mkdir(parents=True, exist_ok=True)
     kept = _kept_splits(config, processes)
     scans = read_scans(config.data, config.covariates)
+    (folder / "volumes").mkdir(parents=True, exist_ok=True)
     grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
     arguments = [(path, *shared) for path in processes.share(scans["path"])]
@@ -121,7 +121,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
-        write_whole(folder / "settings.json", json.dumps(_settings(config), indent=2))
+        write_atomic(folder / "settings.json", json.dumps(_settings(config), indent=2))
     processes.wait()
     cached = sum(result["cached"] for result in good)
     return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
@@ -198,9 +198,9 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
                 info["notes"] = [str(warning.message) for warning in caught]
                 buffer = io.BytesIO()
                 np.save(buffer, volume.astype(np.float16))
-                write_whole(folder / f"{key}.npy", buffer.getvalue())
-                write_whole(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
-            write_whole(known, key)
+                write_atomic(folder / f"{key}.npy", buffer.getvalue())
+                write_atomic(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
+            write_atomic(known, key)
         return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}}
     except InputError as error:
         return {"reason": str(error)}

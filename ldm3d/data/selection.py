@@ -1,27 +1,27 @@
 """Which of a session's files is its scan: one of them, magnitude, in native space, unless `data.filter` asks for others.
 
-BIDS names say what a file is by entities, `acq-mprage` or `run-2`: those of `ldm3d.config.ENTITIES`. The choice never
-depends on the order of files:
+BIDS names describe a file by entities, `acq-mprage` or `run-2` (`ldm3d.config.data.ENTITIES`). The choice does not depend on
+the order of files:
 
 1. `data.filter` keeps the files that it describes.
-2. The dataset has one kind of scan: magnitudes, in native space, without contrast agent; where no file is in native space
-   (or none is without agent), what most sessions have. A session without a scan of this kind has none.
-3. Of what is left of a session, the first in the order of `_ORDER`.
+2. All scans are of one kind: magnitudes, in native space, without contrast agent; if no file is in native space (or none
+   is without agent), of the kind that most sessions have. A session without a file of this kind has no scan.
+3. Of the remaining files of a session, the first in the order of `_ORDER`.
 
-An entity that the filter does not mention is decided so; one with a list of values gives a scan for each of them.
+Rules 2 and 3 decide entities that the filter does not mention; one with a list of values gives a scan for each value.
 """
 
 import collections
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ldm3d.config.data import ENTITIES
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, some
 
-# PyBIDS has long names for these
+# PyBIDS's names for these
 _LONG = {"acq": "acquisition", "ce": "ceagent", "dir": "direction", "mod": "modality", "rec": "reconstruction"}
 _LONG |= {"seg": "segmentation", "ses": "session", "trc": "tracer"}
 _PLAIN = {"part": ("", "mag"), "space": ("",), "ce": ("",)}
@@ -38,7 +38,6 @@ _RULES = {
     "run": "the lowest run is used",
 }
 _ORDER = (*("desc", "rec", "res"), *(e for e in ENTITIES if e not in {*_PLAIN, *_RULES, "ses"}), "echo", "run")
-_SHOWN = 5  # of many files or sessions, those that a message names
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ class Candidate:
         return cls(str(entities["subject"]), str(entities.get("session", "")), path, found)
 
     def has(self, entity: str) -> str:
-        """As it stands in the name, "run-1"; "no run" where it does not."""
+        """The entity as in the name, "run-1"; "no run" if it is not there."""
         return f"{entity}-{self.entities[entity]}" if entity in self.entities else f"no {entity}"
 
 
 def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suffix: str) -> list[Candidate]:
-    """One file a session, in a fixed order; one warning says what was left aside and how to ask for it.
+    """One file a session, in a fixed order; one warning tells which files are not used and how to select them.
 
     Args:
         candidates: the dataset's files of one suffix, at least one.
@@ -70,7 +69,7 @@ def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suf
         suffix: of the files, for messages.
 
     Raises:
-        InputError: no file is of the kind that is asked for.
+        InputError: no file matches the filter.
     """
     asked = {entity: _values(value) for entity, value in wanted.items()}
     kept = [c for c in candidates if all(c.entities.get(entity, "") in values for entity, values in asked.items())]
@@ -80,7 +79,7 @@ def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suf
             f"data.filter ({described}) leaves none of {len(candidates)} {suffix} files; they have {_inventory(candidates)}"
         )
     sessions = {(c.subject, c.session) for c in kept}
-    why: dict[str, str] = {}  # path -> reason for which it is left aside
+    why: dict[str, str] = {}  # path -> reason why it is not used
     for entity in (entity for entity in _PLAIN if entity not in asked):
         kept = _of_one_kind(kept, entity, why)
     if not kept:
@@ -91,22 +90,22 @@ def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suf
     order = _ranking(kept)
     several = [entity for entity, values in asked.items() if len(values) > 1]
 
-    def place(c: Candidate) -> tuple:
+    def scan(c: Candidate) -> tuple:
         return c.subject, c.session, *(c.entities.get(entity, "") for entity in several)
 
     chosen = []
-    for _, group in itertools.groupby(sorted(kept, key=lambda c: (place(c), order(c))), key=place):
+    for _, group in itertools.groupby(sorted(kept, key=lambda c: (scan(c), order(c))), key=scan):
         first, *others = group
         chosen.append(first)
         why |= {other.path: _difference(first, other) for other in others}
     if why:
         scanless = sorted(sessions - {(c.subject, c.session) for c in chosen})
-        warnings.warn(_left_aside([c for c in candidates if c.path in why], why, scanless, suffix), stacklevel=5)
+        warnings.warn(_not_used([c for c in candidates if c.path in why], why, scanless, suffix), stacklevel=5)
     return chosen
 
 
 def _of_one_kind(candidates: Sequence[Candidate], entity: str, why: dict[str, str]) -> list[Candidate]:
-    """Those that are plain in an entity, or have what most sessions have where none is; why the others are not."""
+    """Candidates without an entity, or, if all have it, with its most common value; `why` gets the reasons for the others."""
     values, reason = _PLAIN[entity], _ONLY[entity]
     if entity != "part" and candidates and not any(c.entities.get(entity, "") in values for c in candidates):
         values = (_by_frequency(candidates, entity)[0],)
@@ -117,7 +116,7 @@ def _of_one_kind(candidates: Sequence[Candidate], entity: str, why: dict[str, st
 
 
 def _by_frequency(candidates: Sequence[Candidate], entity: str) -> list[str]:
-    """Values of an entity ("" for without), that of most sessions first; of like ones, without, then by number or name."""
+    """Values of an entity ("" for without), the most common first; equally common ones by number or name, "" first."""
     sessions = {(c.subject, c.session, c.entities.get(entity, "")) for c in candidates}
     count = collections.Counter(value for _, _, value in sessions)
     return sorted(count, key=lambda value: (-count[value], _natural(value)))
@@ -135,7 +134,7 @@ def _ranking(candidates: Sequence[Candidate]) -> Any:
 
 
 def _difference(first: Candidate, other: Candidate) -> str:
-    """Why the first goes before the other."""
+    """Why the first is used and not the other."""
     for entity in _ORDER:
         if first.entities.get(entity) != other.entities.get(entity):
             rule = _RULES.get(entity, f"the {entity} that most sessions have goes first")
@@ -143,11 +142,11 @@ def _difference(first: Candidate, other: Candidate) -> str:
     return "another file with the same entities: the first by path is used"
 
 
-def _left_aside(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequence[tuple], suffix: str) -> str:
-    """The one message: how many files of which kind and why, and the way to have them."""
-    lines = [f"  {reason} ({count} files)" for reason, count in collections.Counter(why.values()).most_common(_SHOWN)]
+def _not_used(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequence[tuple], suffix: str) -> str:
+    """The warning: how many files of which kind are not used, why, and how to select them."""
+    lines = [f"  {reason} ({count} files)" for reason, count in collections.Counter(why.values()).most_common(5)]
     if scanless:
-        names = _some(f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in scanless)
+        names = some(f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in scanless)
         lines.append(f"  {len(scanless)} sessions have no other scan and are left out: {names}")
     reason = why[files[0].path].partition(":")[0]
     entity, _, value = reason.partition("-")
@@ -155,24 +154,26 @@ def _left_aside(files: Sequence[Candidate], why: Mapping[str, str], scanless: Se
     if reason.startswith("no "):
         example = f"{{{reason.removeprefix('no ')}: null}}"
     return (
-        f"{len(files)} {suffix} files are left aside, for each session gives one scan:\n" + "\n".join(lines) + "\n  such as "
+        f"{len(files)} {suffix} files are left aside, because each session gives one scan:\n"
+        + "\n".join(lines)
+        + "\n  such as "
         f"{files[0].path}\nto use others, set data.filter, such as {example}; null asks for files without an entity, and a "
         "list for a scan of each value"
     )
 
 
 def _inventory(candidates: Sequence[Candidate]) -> str:
-    """What values the files have of every entity that any of them has."""
+    """The values of every entity in the names of the files."""
     found = []
     for entity in ENTITIES:
         values = _by_frequency(candidates, entity)
         if values != [""]:
-            found.append(f"{entity}: {_some(value or 'null' for value in values)}")
+            found.append(f"{entity}: {some(value or 'null' for value in values)}")
     return "; ".join(found) or "no entity but their subject"
 
 
 def _values(value: Any) -> tuple[str, ...]:
-    """What a filter asks for of one entity, "" for without."""
+    """The values that a filter allows for one entity, "" for without."""
     return tuple("" if each is None else _text(each) for each in (value if isinstance(value, list | tuple) else (value,)))
 
 
@@ -185,8 +186,3 @@ def _text(value: Any) -> str:
 def _natural(value: str) -> tuple[int, int, str]:
     """Nothing, numbers in their order, other text."""
     return (0, 0, "") if not value else (1, int(value), "") if value.isdecimal() else (2, 0, value)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""Who trains, who validates and who tests: every subject's own hash says it, so that nobody moves when others come."""
+"""The split of every subject, by a hash of its own label: adding subjects does not move others."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,18 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 def assign_splits(subjects: Iterable[str], splits: SplitConfig, kept: Mapping[str, str] | None = None) -> dict[str, str]:
     """Split every subject into "train", "validation" or "test", all of its scans together.
 
-    A hash of seed and name, as a number in [0, 1), is compared with the shares: below `test` a subject tests, below `test` +
-    `validation` it validates, else it trains. That depends on nobody else, so shares are met on average only.
+    A hash of seed and label, as a number in [0, 1), is compared with the shares: below `test` it is "test", below `test` +
+    `validation` it is "validation", else "train". It does not depend on other subjects, so shares are met on average only.
 
-    From three subjects on, a split with a share is not left empty: the lowest numbers test, the next ones validate. Then,
-    too, subjects that are added may bring somebody from a held-out split to training, but nobody from training to a held-out
-    split. Somebody has to train: where nobody would, those with the highest numbers do.
+    With three subjects or more, a split with a share is never empty: the lowest numbers are "test", the next "validation".
+        Then
+    added subjects may move one from a held-out split to training, but none from training to a held-out split. Training is
+    never empty, either: it gets the highest number if it has none.
 
     Args:
         subjects: labels.
         splits: shares and seed.
-        kept: splits that stand already, by subject; they stay as they are, and the rule is for the others.
+        kept: existing splits, by subject; they stay as they are, and the rule is for the others.
     """
     kept = dict(kept or {})
     numbers = {subject: _number(subject, splits.seed) for subject in {*subjects} - kept.keys()}
@@ -43,5 +44,5 @@ def assign_splits(subjects: Iterable[str], splits: SplitConfig, kept: Mapping[st
 
 
 def _number(subject: str, seed: int) -> float:
-    """From 0 to 1, alike for any subject and seed."""
+    """Uniform in [0, 1) over subjects and seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{subject}".encode()).digest(), "big") / 2**256

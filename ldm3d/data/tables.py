@@ -1,11 +1,7 @@
-"""Tables of text, read and written: every cell a string, whoever wrote the file.
-
-What a cell means is others' business; here are files, lines and columns.
-"""
+"""Tables read and written as text: every cell is a string, whose meaning is not known here."""
 
 import collections
 import csv
-import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -13,26 +9,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm3d.errors import InputError, shown, some
-from ldm3d.files import write_whole
+from ldm3d.errors import InputError, nearest, shown, some
+from ldm3d.files import write_atomic
 
 MAX_TABLE_BYTES = 2**30
-_FORMULA = re.compile(r"'*[=+\-@](?=.)")  # how a cell begins that a spreadsheet may run; a lone + or - is a value
+_FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spreadsheet; a lone + or - is a value
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a TSV as BIDS has them (missing values are n/a); the file appears whole or not at all.
+    """Write a TSV as BIDS has them (missing values are n/a); the write is atomic.
 
-    Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` takes off again.
+    Text that a spreadsheet might run as a formula gets an apostrophe in front, which `read_table` removes.
     """
-    write_whole(path, as_tsv(frame))
+    write_atomic(path, as_tsv(frame))
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV or TSV as strings, "" where a cell is empty; the index is the line in the file.
 
     Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Columns
-    with neither name nor cells, which spreadsheets leave behind, are dropped.
+    with neither name nor cells, which spreadsheets may append, are dropped.
 
     Raises:
         InputError: missing, too large, empty, no text, or rows of different lengths; control characters.
@@ -44,7 +40,7 @@ def read_table(path: Path) -> pd.DataFrame:
             f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest"
         )
     try:
-        # Excel starts its CSV files with a byte order mark; and csv, not pandas, which takes a millisecond for each column
+        # Excel starts CSV files with a byte order mark. Not by pandas, which takes a millisecond for each column
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline(2**16)
             file.seek(0)
@@ -58,7 +54,7 @@ def read_table(path: Path) -> pd.DataFrame:
                     if any(row[len(columns) :]):
                         raise csv.Error(f"Expected {len(columns)} fields in line {reader.line_num}, saw {len(row)}")
                     row = [*row, *[""] * len(columns)]
-                for column, cell in zip(columns, row):  # a million lists of cells would be too much for the memory's keeper
+                for column, cell in zip(columns, row):  # by columns: a million lists would slow the garbage collector
                     column.append(cell)
                 lines.append(reader.line_num)
     except UnicodeDecodeError:
@@ -81,7 +77,7 @@ def read_table(path: Path) -> pd.DataFrame:
 def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
     """A column's cells without blanks around them, nor the apostrophe that `write_table` puts before formulas."""
     cells = [cell.strip() for cell in cells]
-    everything = "".join(cells)  # a million cells are looked at one by one only where there is something to find
+    everything = "".join(cells)  # one look at all; single cells only if there is something to find
     if not everything.isprintable():
         for line, cell in zip(lines, cells):
             if any(unicodedata.category(letter) == "Cc" for letter in cell):
@@ -95,17 +91,17 @@ def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
 
 
 def check_column(path: Path, columns: Collection[str], column: str, purpose: str) -> None:
-    """Raise InputError, with the nearest name, unless the column is one of the table's; `purpose` says who wants it."""
+    """Raise InputError, with the nearest name, unless the table has the column; `purpose` is the setting that needs it."""
     if column not in columns:
         names = {name.lower(): name for name in columns if len(name) < 100}
-        close = difflib.get_close_matches(column.lower()[:100], names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[close[0]]!r}? " if close else ""
+        close = nearest(column.lower(), names, cutoff=0.5)
+        hint = f"did you mean {names[close]!r}? " if close else ""
         listed = some((shown(name)[1:-1] for name in columns), 30)
         raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {listed}")
 
 
 def check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:
-    """Raise InputError unless every name, of those on these lines, stands on one line only."""
+    """Raise InputError unless the names on these lines are all different."""
     if len(set(names)) == len(names):
         return
     at: dict[str, list[int]] = {}

@@ -1,17 +1,18 @@
 """A network as a denoiser: the one place where times are scaled, types cast and targets turned into clean latents.
 
-Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 0 = data, 1 = noise. Conditions are what a
-network is told beside z and t (`ldm3d.models.conditioning.Conditions`); here they are passed on.
+Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 0 = data, 1 = noise. Conditions are the
+other inputs of a network (`ldm3d.models.conditioning.Conditions`); here they are passed on.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ldm3d.diffusion.process import Process
-from ldm3d.diffusion.steps import Denoiser
 
+Denoiser = Callable[[Tensor, float], Tensor]  # (z, t) -> the expected clean latent
 TIMESTEPS = 1000  # what networks call the time t = 1, as MONAI's and diffusers' schedulers count
 
 
@@ -22,7 +23,7 @@ class ConditionalDenoiser(Protocol):
 
 
 class NetworkDenoiser:
-    """E[x | z_t, conditions] by a network; gradients pass, unless the caller computes without.
+    """E[x | z_t, conditions] by a network. Gradients pass, unless the caller disables them.
 
     Args:
         network: (z, timesteps (N,), conditions) -> prediction of `target`, like z. It may be wrapped for several
@@ -36,7 +37,7 @@ class NetworkDenoiser:
 
     def predict(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The network's prediction of the target at time t, a float or (N,); float32, like z."""
-        return ask(self.network, z, self.process.network_time(t), conditions)
+        return call_network(self.network, z, self.process.network_time(t), conditions)
 
     def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The expected clean latent, like z."""
@@ -47,14 +48,14 @@ class NetworkDenoiser:
         return lambda z, t: self(z, t, conditions)
 
 
-def ask(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
-    """What a network says of z, in float32.
+def call_network(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
+    """The prediction of a network for z, in float32; its times are in thousandths.
 
     Args:
         network: see `NetworkDenoiser`.
         z: (N, C, X, Y, Z).
         network_time: `Process.network_time`, a float or (N,).
-        conditions: as the network takes them; they keep their type, for half precision would round covariates.
+        conditions: as the network takes them; they keep their type, because half precision would round covariates.
     """
     dtype = next(network.parameters()).dtype
     if isinstance(network_time, Tensor):

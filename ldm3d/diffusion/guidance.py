@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.denoiser import ConditionalDenoiser
-from ldm3d.diffusion.steps import Denoiser
+from ldm3d.diffusion.denoiser import ConditionalDenoiser, Denoiser
 from ldm3d.errors import InputError
 
 EVERYWHERE = (0.0, 1.0)
@@ -32,7 +31,7 @@ def classifier_free(
         denoise: (z, t, conditions) -> x; asked once a step, with z and both conditions stacked to a batch of 2N.
         conditions: of each sample.
         null: the same left open; `conditions + null` stacks them.
-        scale: w. 1 is the conditional denoiser, 0 the unconditional one; neither asks for the other, a batch of N.
+        scale: w. 1 is the conditional denoiser, 0 the unconditional one; these two cost a batch of N only.
         rescale: share phi in [0, 1] of the mixture whose standard deviation is brought back to that of x_c, per sample
             over all its elements (Lin et al. 2024, eq. 15-16). Unlike the mixing this depends on the target: they
             rescale the network's output (v), here it is x.
@@ -60,7 +59,7 @@ def classifier_free(
 
 
 def autoguided(good: Denoiser, bad: Denoiser, scale: float, interval: tuple[float, float] = EVERYWHERE) -> Denoiser:
-    """Away from a worse model of the same thing: x = x_bad + w (x_good - x_bad) (Karras et al. 2024, eq. 2).
+    """Guidance away from a worse model of the same data: x = x_bad + w (x_good - x_bad) (Karras et al. 2024, eq. 2).
 
     Args:
         good: the model.

@@ -1,10 +1,11 @@
-"""From a clean latent back to the noise that it would be sampled from."""
+"""Inversion: from a clean latent to the noise from which it would be sampled."""
 
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.ode import Progress
 from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import follow, recommended_spacing
-from ldm3d.diffusion.steps import Denoiser, Progress
 
 
 def invert(
@@ -20,11 +21,10 @@ def invert(
 ) -> Tensor:
     """Follow the probability-flow ODE from data towards noise (Song et al. 2021, sec. 4.3).
 
-    The same sampler with the same times then leads back to x, up to its own error, which falls with `steps` as its order
-    says.
+    The same sampler with the same times leads back to x, up to an error that falls with `steps` by the sampler's order.
 
     Args:
-        denoise: expected clean latent of z at time t, under the conditions that x was made or measured with; unguided.
+        denoise: expected clean latent of z at time t, under the conditions that x was generated or measured with; unguided.
         x: clean latents (N, C, X, Y, Z).
         process: of the diffusion.
         steps: from data to pure noise.

@@ -1,4 +1,4 @@
-"""Denoisers that know what was measured: functions from denoiser to denoiser, like guidance.
+"""Denoisers given a measurement: functions from denoiser to denoiser, like guidance.
 
 Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); A a linear operator, y = A x + s n its measurement, n ~ N(0, 1);
 C the covariance of x given z.
@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.process import ALPHA_FLOOR, Process
-from ldm3d.diffusion.steps import Denoiser
 
 
 class Operator(Protocol):
-    """A linear map of a batch, with what its measurements are worth.
+    """A linear map of a batch, with the noise of its measurements.
 
     Attributes:
         noise_std: s, above 0.
@@ -33,7 +33,7 @@ class Operator(Protocol):
 
 
 def kept(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
-    """The denoiser for data of which a part is known exactly: there the clean latent is what is known.
+    """The denoiser for data that are known exactly in a part, where the clean latent is set to them.
 
     Args:
         denoise: (z, t) -> x.
@@ -51,7 +51,7 @@ def consistent(denoise: Denoiser, operator: Operator, y: Tensor, process: Proces
     iterations is a backward pass through the denoiser. Near pure noise (alpha < 0.001) the answer is x' itself.
 
     Args:
-        denoise: (z, t) -> x; differentiable. The answer is not: it is computed for sampling.
+        denoise: (z, t) -> x; differentiable, which the result is not.
         operator: A and s.
         y: the measurement, (N, ...).
         process: that z follows.
@@ -66,14 +66,14 @@ def consistent(denoise: Denoiser, operator: Operator, y: Tensor, process: Proces
             z = z.detach().requires_grad_()
             x = denoise(z, t)
 
-        def spread(v: Tensor) -> Tensor:  # C v; C is symmetric, so that the transposed Jacobian will do
+        def covariance(v: Tensor) -> Tensor:  # C v; C is symmetric, so the transposed Jacobian serves
             return sigma**2 / alpha * torch.autograd.grad(x, z, v, retain_graph=True)[0]
 
         def system(w: Tensor) -> Tensor:
-            return operator(spread(operator.transpose(w))) + operator.noise_std**2 * w
+            return operator(covariance(operator.transpose(w))) + operator.noise_std**2 * w
 
         weights = conjugate_gradients(system, y - operator(x.detach()), iterations)
-        return x.detach() + spread(operator.transpose(weights))
+        return x.detach() + covariance(operator.transpose(weights))
 
     return informed
 

@@ -1,6 +1,6 @@
-"""What a network is trained on: a loss for each sample, from clean latents, noise and quantiles of the time.
+"""Training objectives: a loss for each sample, from clean latents, noise and quantiles of the time.
 
-Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (N,), which decide about the times. `predict`
+Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (N,), that determine the times. `predict`
 is the network, (z, network time (N,)) -> prediction of the target, like z.
 """
 
@@ -10,22 +10,22 @@ from typing import Protocol
 from torch import Tensor
 
 from ldm3d.diffusion.process import Process, times_from_quantiles
-from ldm3d.diffusion.vdm import Schedule, variational_losses
+from ldm3d.diffusion.vdm import VDMSchedule, vdm_losses
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 MARGIN = 1e-5  # of quantiles: 0 and 1 have no finite logit
 
 
 class Objective(Protocol):
-    """A loss, and the process that its network belongs to.
+    """A loss, and the process of its network.
 
     Attributes:
-        process: as far as it has been learned.
-        schedule: what of it is learned; None where it is given.
+        process: in its present state, if it is learned.
+        schedule: the learned part of the process; None if the process is given.
     """
 
     process: Process
-    schedule: Schedule | None
+    schedule: VDMSchedule | None
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
         """(N,), like x."""
@@ -56,15 +56,15 @@ class Denoising:
         return self.process.loss_weight(self.weight, self.target, t) * error
 
 
-class VariationalBound:
-    """The bound's diffusion term in nats per dimension, with a schedule that is learned: `variational_losses`.
+class VDMObjective:
+    """The bound's diffusion term in nats per dimension, with a schedule that is learned: `vdm_losses`.
 
     Args:
         schedule: gamma(t).
         target: "noise", "v" or "data".
     """
 
-    def __init__(self, schedule: Schedule, target: str):
+    def __init__(self, schedule: VDMSchedule, target: str):
         self.schedule, self.target = schedule, target
 
     @property
@@ -72,4 +72,4 @@ class VariationalBound:
         return self.schedule.process()
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
-        return variational_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))
+        return vdm_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))

@@ -5,13 +5,13 @@ are already inside it), and of a list of times. None of them knows a network, a 
 
 Decreasing times lead from noise to data. Those samplers that draw no noise follow the probability-flow ODE and take
 increasing times, too, which lead from data to the noise that it came from (`ldm3d.diffusion.inversion`). Gradients pass
-through all of them, unless the caller computes without.
+through all of them, unless the caller disables them.
 
 Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step; z_t = alpha x + sigma e;
 lambda = log(alpha / sigma). Step k of n is times[k] -> times[k + 1].
 
 Where the process begins with pure noise (flow: alpha(1) = 0), lambda(1) is -inf. Every formula here has a finite limit
-there, and that limit is what is computed: no sampler has to start from t = 0.999 instead.
+there, which is used, so no sampler has to start from t = 0.999 instead.
 """
 
 import inspect
@@ -21,21 +21,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.process import Flow, Process, Variational, choose
+from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.ode import Noise, Progress, ddim_step, forward_step, heun_step, ode_scale, ode_share, ode_slope, walk
+from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.schedules import VDM, Flow
 from ldm3d.diffusion.sde import sample_predictor_corrector, sample_sde_euler, sample_sde_heun
-from ldm3d.diffusion.steps import (
-    Denoiser,
-    Noise,
-    Progress,
-    ddim_step,
-    forward_step,
-    heun_step,
-    ode_scale,
-    ode_share,
-    ode_slope,
-    walk,
-)
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, choose
 
 
 def sample_ddpm(
@@ -173,7 +164,7 @@ def sample_unipc(
 ) -> Tensor:
     """UniPC (Zhao et al. 2023), multistep, in data prediction with B_2(h) = exp(h) - 1.
 
-    Predicts z_s, asks the denoiser there, and uses the answer twice: to correct z_s and to predict the next latent. One
+    Predicts z_s, calls the denoiser there, and uses the result twice: to correct z_s and to predict the next latent. One
     denoiser call a step, order + 1 accurate for `order` in 1..3. Other arguments as in `sample_ddpm`.
     """
     if order not in (1, 2, 3):
@@ -211,18 +202,18 @@ def _unipc_step(
     if corrector is not None:
         r, differences = [*r, 1.0], [*differences, corrector - x]
 
-    whole = -math.expm1(-h)  # I_0
+    integral_0 = -math.expm1(-h)  # I_0
     if len(r) < 2:
         a = [0.5] * len(r)  # as the authors do: the exact a_1 for h -> 0, and as accurate
     else:  # sum_k a_k r_k^(j - 1) = I_j / I_0; I_j: the integral of exp(lambda - lambda_s) ((lambda - lambda_t) / h)^j
-        rows, right, integral = [], [], whole
+        rows, right, integral = [], [], integral_0
         for j in range(1, len(r) + 1):
             integral = 1 - j / h * integral  # by parts
             rows.append([ratio ** (j - 1) for ratio in r])
-            right.append(integral / whole)
+            right.append(integral / integral_0)
         a = torch.linalg.solve(*(torch.tensor(side, dtype=torch.float64) for side in (rows, right))).tolist()
     direction = x + sum(weight * difference for weight, difference in zip(a, differences))
-    return process.sigma(s) / process.sigma(t) * z + process.alpha(s) * whole * direction
+    return process.sigma(s) / process.sigma(t) * z + process.alpha(s) * integral_0 * direction
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -246,7 +237,7 @@ def recommended_spacing(name: str, process: Process) -> str:
     """
     if isinstance(process, Flow):
         return "uniform"
-    if isinstance(process, Variational):  # what a schedule has learned is the bound's variance, not a sampler's error
+    if isinstance(process, VDM):  # its schedule was learned for the bound's variance, not for a sampler
         return "share"
     return {"heun": "quadratic", "dpmpp-2m": "lambda", "unipc": "lambda"}.get(name, "uniform")
 

@@ -8,8 +8,8 @@ tau = -2 log alpha_w: dw = -w / 2 dtau + dW. Backwards in time (Anderson 1982; S
 where x is the denoised latent. The ODE with the same marginals, half the score and no dW (eq. 13), is what
 `ldm3d.diffusion.samplers` follow without noise.
 
-tau is infinite at pure noise (flow: alpha(1) = 0), and the SDE then forgets z altogether. In a step of dtau from t to s the
-noise is beta = 1 - exp(-dtau) = 1 - (alpha_w(t) / alpha_w(s))^2, which is dtau for small steps and never above 1.
+tau is infinite at pure noise (flow: alpha(1) = 0), where a step of the SDE does not depend on z. A step of dtau from t to s
+has the noise beta = 1 - exp(-dtau) = 1 - (alpha_w(t) / alpha_w(s))^2, which is dtau for small steps and never above 1.
 """
 
 import math
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.ode import Noise, Progress, forward_step, heun_step, ode_share, walk
 from ldm3d.diffusion.process import Process
-from ldm3d.diffusion.steps import Denoiser, Noise, Progress, forward_step, heun_step, ode_share, walk
 from ldm3d.errors import InputError
 
 LARGEST_RATIO = 10  # of sigma / (alpha + sigma) over a step of Heun's
@@ -41,7 +42,7 @@ def sample_sde_euler(
         times: decreasing, to 0 for a clean latent; len(times) - 1 steps.
         process: gives alpha(t) and sigma(t).
         noise: noise(i) is N(0, 1) noise like z, independent for every i; the caller keeps one stream per sample. The last
-            step, to t = 0, draws none and is the denoised latent, which the noise of any other step would spoil.
+            step, to t = 0, draws none and is the denoised latent, without noise.
         progress: called after each step with the number of steps done.
 
     Returns:
@@ -70,12 +71,13 @@ def sample_sde_heun(
     The reverse SDE of a stretch in lambda is the ODE over that stretch and Langevin dynamics, and these are the ODE over as
     much again and the forward process back (Karras et al., eq. 6-8). So a step from t to s is Heun's to the time r beyond s
     with lambda(r) - lambda(s) = lambda(s) - lambda(t), then the forward step from r to s. Both keep the marginals, so that
-    only Heun's error is left. From pure noise r is 0: the step forgets z, as the SDE does. Arguments as `sample_sde_euler`.
+    only Heun's error is left. From pure noise r is 0, and the step does not depend on z, as in the SDE. Arguments as
+    `sample_sde_euler`.
     """
     check_noise(noise, "the stochastic Heun sampler")
     for k, t, s in walk(times, progress):
         r = process.t_of_lam(2 * process.lam(s) - process.lam(t)) if s > 0 else 0.0
-        # Heun's second slope multiplies what is wrong with z by u_t / u_r: in a step as large as that, rather Euler's
+        # Heun's second slope multiplies errors of z by u_t / u_r: Euler's step where that ratio is large
         z = heun_step(denoise, z, t, r, process, correct=ode_share(process, r) > ode_share(process, t) / LARGEST_RATIO)
         if s > 0:
             ratio, variance = forward_step(process, s, r)
@@ -94,7 +96,7 @@ def sample_predictor_corrector(
     snr: float = 0.16,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Predictor-corrector sampling (Song et al. 2021, algorithm 1): `sample_sde_euler` and Langevin steps after each of its.
+    """Predictor-corrector sampling (Song et al. 2021, algorithm 1): Langevin steps after each step of `sample_sde_euler`.
 
     A Langevin step is z + eps score + sqrt(2 eps) noise with eps = 2 (snr |noise| / |score|)^2 (algorithms 4 and 5). Here the
     norms are those expected where x is known, |noise| / |score| = sigma: a sample must not depend on its batch. Where the

@@ -1,15 +1,15 @@
-"""Variational diffusion (Kingma et al. 2021): the noise schedule that is learned, and the loss that teaches it.
+"""Variational diffusion models, VDM (Kingma et al. 2021): the noise schedule is learned, and the loss is the bound's.
 
 z = alpha x + sigma e with alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma); gamma(t) = -log SNR rises over t in [0, 1].
 
-The bound on the likelihood knows of gamma(t) only its two ends (their eq. 18); what lies in between changes how much the
-bound's estimate from random times varies. So the ends are given, and the inside is learned to make that variance small, while
-the network learns the bound itself. A network must be told gamma, not t, or what it has learned would move with the schedule:
-`Process.network_time`.
+The bound on the likelihood depends on the two ends of gamma(t) alone (their eq. 18); what lies in between changes the
+variance of its estimate from random times. So the ends are given and the inside is learned to make that variance small, while
+the network minimises the bound. The network's input is gamma, not t, because t changes its meaning as the schedule is learned
+(`Process.network_time`).
 
 In a training step, with `losses` over the batch as the network's loss:
 
-    losses = variational_losses(schedule, predict, target, x, e, t)
+    losses = vdm_losses(schedule, predict, target, x, e, t)
     losses.mean().backward()
     schedule.learn_variance(losses.mean().detach())
     (step both optimisers)
@@ -20,16 +20,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ldm3d.diffusion.process import Variational, choose
-from ldm3d.errors import InputError
+from ldm3d.diffusion.schedules import VDM
+from ldm3d.errors import InputError, choose
 
-# A velocity is a rate in t, which a network that is told gamma alone cannot know
+# Not velocity: it is a rate in t, which does not follow from gamma, the network's input
 LEARNABLE_TARGETS = ("noise", "v", "data")
-FLOOR = 1e-3  # of the straight line's slope, below which gamma's never falls: float32 could no longer tell knots apart
-MEAN_DECAY = 0.9  # of the running mean of losses: the network learns, so that old ones say little
+FLOOR = 1e-3  # least slope of gamma, relative to a straight line's: float32 must tell knots apart
+MEAN_DECAY = 0.9  # of the running mean of losses: old ones are outdated, since the network learns
 
 
-class Schedule(nn.Module):
+class VDMSchedule(nn.Module):
     """gamma(t), learned: rising, linear between knots at evenly spaced t, its ends exact. It starts as a straight line.
 
     The buffer `mean_loss` is a running mean of the batches' losses.
@@ -50,17 +50,9 @@ class Schedule(nn.Module):
                 "-13.3 to 10 with 65 is usual"
             )
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
-        # Log of each step's share in what rises above FLOOR, but for a constant
+        # Softmax of these: each step's share of the rise beyond FLOOR
         self.logits = nn.Parameter(torch.zeros(knots - 1))
         self.register_buffer("mean_loss", torch.tensor(float("nan")))
-
-    @classmethod
-    def from_process(cls, process: Variational) -> "Schedule":
-        """The schedule of a process, to go on learning it."""
-        schedule = cls(process.gamma[0], process.gamma[-1], len(process.gamma))
-        rises = torch.tensor(process.gamma, dtype=torch.float64).diff()
-        schedule.logits.data.copy_((rises / rises.mean() - FLOOR).clamp_min(FLOOR**2).log())
-        return schedule
 
     def knots(self) -> Tensor:
         """gamma at evenly spaced t, (knots,)."""
@@ -82,31 +74,31 @@ class Schedule(nn.Module):
         """Turn the gradient of a batch's loss L, in `logits.grad`, into that of L's variance (Kingma et al. 2021, app. I.2).
 
         As the mean of L does not depend on the schedule, that is E 2 (L - c) dL for any c; the running mean of L as c leaves
-        the least noise. L is what is estimated from a whole batch, all its low-discrepancy times together. The squares of
-        single samples' losses would say of independent times how to place them, and even times are best placed otherwise: for
-        latents of 512 dimensions and 16 times, L then varied three times as much as with the straight line.
+        the least noise. L is the mean over a full batch with its low-discrepancy times. Squares of single samples' losses are
+        not used: they are minimal at the best schedule for independent times. With that one, for latents of 512 dimensions
+        and 16 times, L varied three times as much as with the straight line.
 
         Args:
-            loss: mean over the whole batch, all processes and accumulated parts; so has to be the gradient. One that is NaN or
-                infinite makes the gradient so, too, and leaves the running mean as it is.
+            loss: mean over the batch, all processes and accumulated parts, as the gradient has to be. If it is NaN or
+                infinite, so is the gradient, and the running mean stays as it is.
         """
         mean = torch.where(self.mean_loss.isnan(), loss, self.mean_loss)
         self.logits.grad *= 2 * (loss - mean)
         self.mean_loss.copy_(torch.where(loss.isfinite(), torch.lerp(mean, loss.to(mean), 1 - MEAN_DECAY), self.mean_loss))
 
-    def process(self) -> Variational:
-        """What sampling, likelihood and a saved pipeline need of it."""
-        return Variational((self.gamma_min, *self.knots()[1:-1].tolist(), self.gamma_max))
+    def process(self) -> VDM:
+        """The process for sampling, likelihood and a saved pipeline."""
+        return VDM((self.gamma_min, *self.knots()[1:-1].tolist(), self.gamma_max))
 
 
-def variational_losses(
-    schedule: Schedule, predict: Callable[[Tensor, Tensor], Tensor], target: str, x: Tensor, e: Tensor, t: Tensor
+def vdm_losses(
+    schedule: VDMSchedule, predict: Callable[[Tensor, Tensor], Tensor], target: str, x: Tensor, e: Tensor, t: Tensor
 ) -> Tensor:
     """Each sample's diffusion loss, nats per dimension: gamma'(t) / 2 |e - e'|^2 (Kingma et al. 2021, eq. 17), |.|^2 a mean.
 
     Its mean over uniform t, e and data, with the prior and reconstruction terms of `ldm3d.diffusion.likelihood`, is the bound;
-    those two follow from the ends of gamma and teach nobody. Gradients reach the schedule, too: through z, through what the
-    network is told and through gamma'. For them to lower the variance see `Schedule.learn_variance`.
+    those two depend on the ends of gamma alone and have no gradient. Gradients reach the schedule, too: through z, through the
+    network's time and through gamma'. `VDMSchedule.learn_variance` makes them lower the variance.
 
     Args:
         schedule: gamma(t).
@@ -128,7 +120,7 @@ def variational_losses(
     gamma, rate = (value.to(x.dtype)[:, None, None, None, None] for value in (gamma, rate))
     alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     output = predict(alpha * x + sigma * e, level).to(x.dtype)
-    # The error in e that one in the target stands for: e' = (z - alpha x') / sigma; x' = alpha z - sigma v'
+    # Errors in the target as errors in e: e' = (z - alpha x') / sigma; x' = alpha z - sigma v'
     wanted, factor = {
         "noise": (e, torch.ones_like(gamma)),
         "v": (alpha * e - sigma * x, alpha),

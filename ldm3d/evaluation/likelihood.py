@@ -22,10 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm3d.covariates import Value
+from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.likelihood import low_discrepancy, ode_nll, variational_bound, window
-from ldm3d.diffusion.process import choose
-from ldm3d.diffusion.steps import Denoiser
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, choose
 from ldm3d.models.unet import cut_to, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator

@@ -1,7 +1,7 @@
-"""Attention behind one function, whatever kernel computes it.
+"""Attention as one function over several kernels.
 
 softmax(q k^T / sqrt(D)) v, with q (N, H, Q, D) and k, v (N, H, K, D): N samples, H heads, Q queries, K keys, D channels
-a head. Nothing here keeps state but the memory of which kernels have been seen to work.
+a head. The only state is a cache of which kernels work.
 """
 
 import functools
@@ -53,9 +53,9 @@ def choose_backend(q: Tensor, k: Tensor) -> str:
     """What "auto" means for queries and keys like these.
 
     SDPA runs everywhere and is FlashAttention on CUDA for half-precision heads of up to 256 channels. Beyond those it
-    falls back to slower or memory-hungry kernels: there xformers is taken, where it proves to have a kernel. On a CPU, the
-    backward pass of SDPA in half precision is slow for few keys: at 256 of them matrix products take half of its time, at
-    441 four fifths, and more than it from 1,024 on (one core, bfloat16; benchmarks/attention.py).
+    falls back to slower kernels or ones that need more memory; xformers is taken instead if a trial shows that it has a
+    kernel. On a CPU, the backward pass of SDPA in half precision is slow for few keys: at 256 keys matrix products take half
+    of its time, at 441 four fifths, and more than it from 1,024 on (one core, bfloat16; benchmarks/attention.py).
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cpu" and half and q.requires_grad and k.shape[-2] <= CPU_FEW_KEYS:
@@ -67,12 +67,12 @@ def choose_backend(q: Tensor, k: Tensor) -> str:
 
 @functools.cache
 def xformers_works(device: torch.device, dtype: torch.dtype, head_channels: int) -> bool:
-    """Whether xformers computes attention, forward and backward, for such heads: it is tried, not assumed."""
+    """Whether xformers computes attention for such heads, forward and backward, by a trial."""
     return why_xformers_fails(device, dtype, head_channels) is None
 
 
 def why_xformers_fails(device: torch.device, dtype: torch.dtype, head_channels: int) -> str | None:
-    """What comes of trying xformers on such heads, forward and backward; None where it works."""
+    """Why a trial of xformers on such heads, forward and backward, fails; None if it works."""
     try:
         q = torch.zeros(1, 1, 8, head_channels, device=device, dtype=dtype, requires_grad=True)
         with torch.enable_grad(), quiet_xformers():
@@ -86,7 +86,7 @@ def why_xformers_fails(device: torch.device, dtype: torch.dtype, head_channels: 
 
 @contextmanager
 def quiet_xformers() -> Iterator[None]:
-    """Within it, an import of xformers does not warn of kernels that do not load: for when nobody has asked for them."""
+    """Within it, xformers does not warn of kernels that do not load, because the user has not asked for them."""
     logger = logging.getLogger("xformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -104,7 +104,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention backend xformers cannot be imported ({error}); use auto or sdpa, or install ldm3d[xformers]"
         ) from None
     try:
-        # xformers keeps the heads behind the tokens: (N, tokens, H, D)
+        # xformers has the heads behind the tokens: (N, tokens, H, D)
         out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     except NotImplementedError:
         raise InputError(
@@ -118,8 +118,8 @@ class Attention(nn.Module):
     """Multi-head attention of tokens to a context, or to themselves.
 
     Args:
-        channels: of the tokens that ask.
-        context_channels: of the tokens that answer; None for self-attention.
+        channels: of the tokens that give queries.
+        context_channels: of the tokens that give keys and values; None for self-attention.
         head_channels: D; must divide `channels`.
         backend: see `attention`.
     """

@@ -1,7 +1,7 @@
-"""Where a U-Net's cross-attention looks: the weights of each covariate's tokens, brought back to the latent grid.
+"""Maps of a U-Net's cross-attention: the weights of each covariate's tokens on the latent grid.
 
-The kernels that compute attention keep no weights. While they are recorded, softmax(q k^T / sqrt(D)) is computed a second time
-beside them; a network that nobody records does nothing of it.
+Attention kernels do not return weights. While maps are recorded, softmax(q k^T / sqrt(D)) is computed once more; otherwise
+nothing is added to the network.
 """
 
 import math
@@ -32,13 +32,13 @@ class AttentionMaps:
 
     @property
     def coarsest(self) -> int:
-        """Positions of the latent grid, along an axis, that the coarsest of the maps has one for."""
+        """Positions of the latent grid, along an axis, for each position of the coarsest map."""
         return 2 ** max(self._levels.values())
 
-    def watch(self, block: TransformerBlock, level: int) -> list:
-        """Record a block of the level that halves the latent grid `level` times; handles to end it with."""
+    def record(self, block: TransformerBlock, level: int) -> list:
+        """Record a block of the level that halves the latent grid `level` times; returns handles that end it."""
         self._levels[block] = level
-        shape: list[Sequence[int]] = []  # of the block's grid: its attention is given a row of positions
+        shape: list[Sequence[int]] = []  # of the block's grid; its attention gets a flat sequence of positions
 
         def see_shape(_: nn.Module, inputs: tuple) -> None:
             shape[:] = [inputs[0].shape[2:]]
@@ -67,15 +67,16 @@ class AttentionMaps:
         """
         maps = []
         for block, total in self._sums.items():
-            # A level's position i covers positions 2^level i, ..., of the latent grid, and the last ones may jut out of it
-            whole = F.interpolate(total / self._calls[block], scale_factor=factor * 2 ** self._levels[block], mode="trilinear")
-            maps.append(whole[..., : shape[0], : shape[1], : shape[2]])
+            # Position i of a level covers positions 2^level i, ... of the latent grid; the last may exceed it
+            voxels = factor * 2 ** self._levels[block]  # for each position, along an axis
+            upsampled = F.interpolate(total / self._calls[block], scale_factor=voxels, mode="trilinear")
+            maps.append(upsampled[..., : shape[0], : shape[1], : shape[2]])
         return torch.stack(maps).mean(dim=0)
 
 
 @contextmanager
 def recorded(unet: LatentUNet, samples: int) -> Iterator[AttentionMaps | None]:
-    """Within it, what the U-Net's cross-attention looks at is recorded; None for a network that has none of ours."""
+    """Within it, the U-Net's cross-attention is recorded; None for a network without attention blocks of ours."""
     blocks = []
     if isinstance(unet, UNet) and unet.num_covariates:
         sides = [*enumerate(unet.down), *enumerate(unet.up)]
@@ -84,7 +85,7 @@ def recorded(unet: LatentUNet, samples: int) -> Iterator[AttentionMaps | None]:
         yield None
         return
     maps = AttentionMaps(samples, unet.num_covariates)
-    handles = [handle for block, level in blocks for handle in maps.watch(block, level)]
+    handles = [handle for block, level in blocks for handle in maps.record(block, level)]
     try:
         yield maps
     finally:

@@ -1,8 +1,8 @@
 """The autoencoder: volumes to a small latent grid and back.
 
-Two findings shape it. Work at full resolution is what costs, so a space-to-depth stem and a depth-to-space head keep every
-convolution at half resolution or below. And a linear code of small blocks is already a usable autoencoder, so it is there
-from the first step (`fit_linear_path`), and the networks only learn what it leaves over.
+Two findings shape it. Work at full resolution is expensive, so a space-to-depth stem and a depth-to-space head keep every
+convolution at half resolution or below. And a linear code of small blocks is already a usable autoencoder, so it is fitted
+before the first step (`fit_linear_path`), and the networks learn its residual.
 
 Volumes are (N, C, X, Y, Z) in [0, 1]; latents (N, c, X/f, Y/f, Z/f); moments hold the posterior's mean and log-variance,
 (N, 2c, X/f, Y/f, Z/f) (Kingma & Welling 2014, here as in Rombach et al. 2022).
@@ -25,13 +25,13 @@ from ldm3d.models.blocks import (
 )
 from ldm3d.models.pretrained import Pretrained
 
-# Starting with unit-variance noise the decoder would learn the mean image; exp(-6) is a twentieth of a latent's deviation.
+# With unit variance the decoder would first learn the mean image; exp(-6) is a twentieth of a latent's deviation.
 START_LOG_VARIANCE = -6.0
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class LatentSpace(Pretrained):
-    """What every autoencoder is to everybody else; a subclass adds `encode` and `decode`.
+    """The interface of every autoencoder; a subclass adds `encode` and `decode`.
 
     Args:
         in_channels: C, modalities in a volume.
@@ -56,7 +56,7 @@ class LatentSpace(Pretrained):
         raise NotImplementedError
 
     def decoder_modules(self) -> list[nn.Module]:
-        """What `decode` consists of."""
+        """The modules of `decode`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class LatentSpace(Pretrained):
         """The inverse of `normalise`."""
         return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
 
-    # The names under which MONAI's LatentDiffusionInferer calls an autoencoder; what it sees is normalised.
+    # MONAI's LatentDiffusionInferer calls an autoencoder by these names; its latents are normalised.
     def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
         return self.normalise(self.sample(self.encode(x)))
 
@@ -106,8 +106,8 @@ class Autoencoder(LatentSpace):
         downsampling: f, a power of two.
         channels: width at 1/2, 1/4, ... 1/f of the resolution; log2(f) numbers (one for f = 1).
         blocks: residual blocks a level, in the encoder and in the decoder.
-        attention: self-attention at the coarsest level. Tiles of a volume then no longer decode alike.
-        linear_path: the linear code beside the networks.
+        attention: self-attention at the coarsest level. Tiles of a volume then decode otherwise than the volume.
+        linear_path: whether there is a linear code beside the networks.
         in_channels: C, modalities in a volume.
     """
 
@@ -156,8 +156,8 @@ class Autoencoder(LatentSpace):
             patch = in_channels * downsampling**3
             self.analysis = nn.Conv3d(patch, latent_channels, 3, padding=1)
             self.synthesis = nn.Conv3d(latent_channels, patch, 3, padding=1)
-            # The networks start as no correction at all to the linear path, which leaves a twentieth of the intensity range
-            # over: at the rate of all other layers, the first steps of these two would be larger than what they correct
+            # The networks start as a zero correction to the linear path, whose error is a twentieth of the intensity range:
+            # at the rate of other layers, the first steps of these two would be larger than that error
             zero(self.to_moments).learning_rate_factor = 0.3
             zero(self.to_voxels).learning_rate_factor = 0.1
         with torch.no_grad():
@@ -182,7 +182,7 @@ class Autoencoder(LatentSpace):
         h = self.decoder(z)  # (N, channels[0], X/s, Y/s, Z/s), s = self.stem
         if self.synthesis is None:
             return depth_to_space(convolve_to_voxels(h, self.to_voxels), self.stem)
-        # Half precision rounds the network's small correction, but not the image: that is the linear path's, and the sum
+        # Half precision rounds the network's small correction, but neither the linear path's image nor the sum
         volume = depth_to_space(convolve_to_voxels(z, self.synthesis), self.downsampling)
         return volume + depth_to_space(self.to_voxels(h), self.stem)
 
@@ -190,17 +190,16 @@ class Autoencoder(LatentSpace):
         return [module for module in (self.decoder, self.to_voxels, self.synthesis) if module is not None]
 
     def through_linear_path(self, x: Tensor) -> Tensor:
-        """Volumes (N, C, X, Y, Z) through the linear code alone: what the networks start from."""
+        """Volumes (N, C, X, Y, Z) encoded and decoded by the linear path alone."""
         return depth_to_space(self.synthesis(self.analysis(space_to_depth(x, self.downsampling))), self.downsampling)
 
     @torch.no_grad()
     def fit_linear_path(self, volumes: Tensor, ridge: float = 1e-3) -> None:
         """Set the linear path from data: principal components in, ridge regression back.
 
-        `analysis` projects each block of f^3 voxels on its c leading principal components, scaled to unit variance; it could
-        look at the 26 blocks around, too, and learns to in training. `synthesis` predicts a block from the latents of the
-        block and its neighbours: the least-squares answer, so that blocks join without the edges that inverse principal
-        components would leave.
+        `analysis` projects each block of f^3 voxels on its c leading principal components, scaled to unit variance; its
+        weights for the 26 blocks around start at zero. `synthesis` predicts a block from the latents of the block and its
+        neighbours by least squares, without the edges between blocks that inverse principal components would leave.
 
         Args:
             volumes: some training volumes, (N, C, X, Y, Z).
@@ -214,10 +213,10 @@ class Autoencoder(LatentSpace):
         covariance = (rows - mean) @ (rows - mean).T / rows.shape[1]
         variance, components = torch.linalg.eigh(covariance)  # ascending
         variance, components = variance.flip(0)[:c], components.flip(1)[:, :c]
-        if len(variance) < c:  # more latent channels than voxels in a block (f = 1): the rest stays silent
+        if len(variance) < c:  # more latent channels than voxels in a block (f = 1): the rest is 0
             components = torch.cat([components, components.new_zeros(patch, c - len(variance))], dim=1)
             variance = torch.cat([variance, variance.new_ones(c - len(variance))])
-        # A sign that data does not fix: make it reproducible
+        # The sign is arbitrary: make it reproducible
         components = components * torch.where(components.sum(dim=0) < 0, -1.0, 1.0)
         kernel = (components / variance.clamp_min(1e-12).sqrt()).T  # (c, C f^3)
         zero(self.analysis)

@@ -1,7 +1,7 @@
-"""What the autoencoder and the U-Net are built of.
+"""Building blocks of the autoencoder and the U-Net.
 
-Volumes are (N, C, X, Y, Z). Nothing here mixes positions except convolutions of known reach and attention: the norm works
-on the channels of one position, so a network without attention gives the same answer on a part of a volume as on the whole.
+Volumes are (N, C, X, Y, Z). Only convolutions of known reach and attention mix positions. The norm works on the channels of
+one position, so that a network without attention gives the same result on a part of a volume as on all of it.
 """
 
 import math
@@ -37,11 +37,11 @@ def full_precision(x: Tensor) -> Tensor:
 def convolve_to_voxels(x: Tensor, conv: nn.Conv3d, padding: int | tuple[int, ...] = 1) -> Tensor:
     """A convolution whose output is an image, in full precision, with weights in half precision and under autocast, too.
 
-    From 0.5 to 1 bfloat16 has 128 values, and 256 in all above 0.25: voxels rounded to those comb every histogram.
+    bfloat16 has only 256 values from 0.25 to 1, and voxels rounded to these leave gaps in every histogram.
 
     Args:
         x: (N, channels, X, Y, Z).
-        conv: of stride 1; its own padding is not read.
+        conv: of stride 1; its own padding is ignored.
         padding: zeros around the volume, along each axis.
     """
     x, weight = full_precision(x), full_precision(conv.weight).contiguous(memory_format=torch.channels_last_3d)
@@ -51,7 +51,7 @@ def convolve_to_voxels(x: Tensor, conv: nn.Conv3d, padding: int | tuple[int, ...
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The same module with every parameter zero: a branch that starts as no change."""
+    """The same module with all parameters zero: a branch that changes nothing at the start."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -69,8 +69,8 @@ class ChannelNorm(nn.LayerNorm):
 def normalise_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The norm of `ChannelNorm` kept out of autocast, in x's dtype: (N, C, ...) -> (N, C, ...).
 
-    CUDA's autocast would make a float32 copy of x, hold on to it for the backward pass and return float32; that of the CPU
-    leaves the norm alone. The kernel sums in float32 either way.
+    CUDA's autocast would make a float32 copy of x, keep it for the backward pass and return float32; that of the CPU leaves
+    the norm alone. The kernel sums in float32 either way.
     """
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     with torch.autocast(x.device.type, enabled=False):

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: safetensors and JSON in a folder that appears whole or not at all.
+"""Checkpoints of a training run: safetensors and JSON, in a folder that gets its name when it is complete.
 
 RUN/checkpoints/step-00000500/tensors.safetensors   weights, averages and optimiser states, by name
                               state.json            the step, figures so far, settings
                               SHA256SUMS            of both, as `sha256sum --check` reads them
-Three are kept: the last two, for the last may turn out to be damaged, and the best.
+Three are kept: the last two, in case the last is damaged, and the best.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from ldm3d.config.sections import AutoencoderConfig, DecoderConfig, DiffusionCon
 from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights
-from ldm3d.training.sharding import spread_like, whole
+from ldm3d.training.sharding import gather, shard_like
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 # Changing these between two starts of a run is fine; any other setting makes it another run
-ROUNDING = ("accumulation", "activation_checkpointing", "attention_backend")  # the next start says so
+ROUNDING = ("accumulation", "activation_checkpointing", "attention_backend")  # a changed one is announced
 FREE_SETTINGS = (
     *("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps", "keep"),
     "changed_data",
-    *(*ROUNDING, "mixed_precision"),  # of the last, the precision that it leads to is said
+    *(*ROUNDING, "mixed_precision"),  # a changed precision is announced, too
 )
 
 SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "decoder": DecoderConfig, "grid": GridConfig}
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state, spread as it is, named after the network's parameters."""
+    """An optimiser's state, named after the network's parameters; sharded tensors stay so."""
     return {
         f"{name}/{key}": value
         for name, parameter in network.named_parameters()
@@ -57,10 +57,10 @@ def load_optimizer_tensors(network: nn.Module, optimizer: Optimizer, tensors: Ma
     for name, value in tensors.items():
         name, _, key = name.rpartition("/")
         parameter = parameters[name]
-        if value.ndim:  # shaped like the parameter: to its device, memory format and processes
-            value = spread_like(value.to(parameter.device), parameter)
+        if value.ndim:  # shaped like the parameter: on its device, in its memory format, sharded like it
+            value = shard_like(value.to(parameter.device), parameter)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        else:  # a step counter: beside the parameter, so that a step can be skipped without the host's knowing
+        else:  # a step counter: on the same device, so that skipping a step needs no word from the host
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
 
@@ -76,15 +76,15 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `step`, then remove those that are neither it nor the best one.
 
-    Every process has to call this, for what is spread over processes is brought together first, one tensor after the other;
-    one process writes, and the others keep nothing.
+    Every process has to call this, because sharded tensors are gathered, one after the other. One process writes, and the
+    others keep nothing.
 
     Args:
         run: folder of the training run.
         step: optimiser steps done.
         networks: by name; their averages are networks, too.
-        optimizers: by name, each with the network whose parameters it moves.
-        state: JSON values to be given back by `load_checkpoint`.
+        optimizers: by name, each with the network whose parameters it updates.
+        state: JSON values that `load_checkpoint` returns.
         best_step: the step of the best checkpoint so far; None if there is none.
         is_writer: whether this process is the one that writes.
     """
@@ -93,7 +93,7 @@ def save_checkpoint(
         kept |= {f"{name}/{key}": value for key, value in optimizer_tensors(network, optimizer).items()}
     tensors = {}
     for name, value in kept.items():
-        value = whole(value.detach())  # one at a time: on a GPU there is room for no more
+        value = gather(value.detach())  # one at a time, to fit a GPU's memory
         if is_writer:
             tensors[name] = value.cpu().contiguous()
     if not is_writer:
@@ -109,7 +109,7 @@ def save_checkpoint(
         (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (TENSORS, STATE)))
         for path in (*partial.iterdir(), partial):
             _to_disk(path)
-    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
+    except (SafetensorError, OSError) as error:  # safetensors raises the first when the disk is full
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
         shutil.rmtree(partial)
@@ -150,9 +150,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_intact(run: Path) -> int | None:
-    """The step of the newest checkpoint that is what was written; None if there is none. One process may call this.
+    """The step of the newest checkpoint with valid checksums; None if there is none. One process may call this.
 
-    Damaged ones are said, and set aside under another name.
+    Damaged ones are announced and renamed.
     """
     for folder in reversed(checkpoints(run)):
         damage = _damage(folder)
@@ -193,7 +193,7 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, dict[str, Tensor]],
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(
             f"checkpoint {folder} cannot be read ({error}). All processes must see the same folder; if they do, delete this "
-            "checkpoint to go on from another"
+            "checkpoint to go on from an older one"
         ) from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, value in flat.items():
@@ -205,9 +205,9 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, dict[str, Tensor]],
 def restore(
     run: Path, step: int | None, networks: Mapping[str, nn.Module], settings: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Bring networks to the checkpoint of a step; its tensors by name, for `restore_optimizers`, and its state.
+    """Load networks from the checkpoint of a step; returns its tensors by name, for `restore_optimizers`, and its state.
 
-    None if `step`, from `newest_intact`, is.
+    Returns None if `step`, from `newest_intact`, is None.
 
     Raises:
         InputError: the checkpoint was made with other settings; the message lists which.
@@ -234,9 +234,9 @@ def restore(
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings as a run of today writes them: a key that is newer than the checkpoint has its default.
+    """A checkpoint's settings in today's format: keys that are newer than the checkpoint get their defaults.
 
-    A section that today's config does not take stays as it is.
+    A section that today's config refuses stays as it is.
     """
     filled = dict(settings)
     for name, section in SECTIONS.items():
@@ -257,13 +257,13 @@ def as_json(values: Any) -> Any:
 
 
 def rounding_changes(old: Any, new: Any) -> list[str]:
-    """Which settings changed that leave what is learned alone but for rounding, as `differences` says it."""
+    """The changed settings among those that affect rounding alone, in the words of `differences`."""
     found = differences(old, new)
     return [text for text in found if text.partition(":")[0].rpartition(".")[2] in ROUNDING]
 
 
 def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, nn.Module]) -> Mapping[str, Any] | None:
-    """Bring networks of a finished run to its best checkpoint; None, and a word, if they must stay at the last."""
+    """Load networks of a finished run from its best checkpoint; None, and a message, if it is damaged or there is none."""
     if best is None:
         return None
     damage = _damage(_folder(run, best["step"]))
@@ -277,9 +277,9 @@ def load_best(run: Path, best: Mapping[str, Any] | None, networks: Mapping[str, 
 
 
 def restore_optimizers(tensors: dict[str, dict[str, Tensor]], optimizers: Mapping[str, tuple[nn.Module, Optimizer]]) -> None:
-    """The second half of `restore`, once the networks are on their devices and spread as they will be.
+    """The second half of `restore`, once the networks are on their devices and sharded.
 
-    It empties `tensors`: a checkpoint is three to four times as large as the networks, and a run needs it no more.
+    It empties `tensors`, since a checkpoint takes three to four times the memory of the networks.
     """
     for name, (network, optimizer) in optimizers.items():
         load_optimizer_tensors(network, optimizer, tensors.pop(name, {}))

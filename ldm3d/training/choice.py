@@ -37,7 +37,7 @@ class Choice:
             self.best = {"step": step, "validation_loss": loss}
 
     def load(self, run: Path, networks: Mapping[str, nn.Module]) -> str:
-        """Bring networks, which are at the last step, to the chosen one; which that is and why, in words."""
+        """Load the chosen weights into networks that are at the last step; says in words which they are, and why."""
         if self.keep == "last":
             return "average after the last step"
         best = load_best(run, self.best, networks)

@@ -12,7 +12,7 @@ from ldm3d.preemption import Stop, preemption
 
 @exit_on_input_error
 def run(train: Callable[[Config, Stop], None], description: str, section: str) -> None:
-    """Train by the config named on the command line, with its --set overrides, until it is done or a stop is asked for."""
+    """Train by the config named on the command line, with its --set overrides, to the end or until a request to stop."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="the experiment's YAML file")
     parser.add_argument(

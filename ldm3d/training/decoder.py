@@ -2,14 +2,12 @@
 
     accelerate launch -m ldm3d.training.decoder CONFIG [--set key=value ...]
 
-Reads prepared volumes and OUTPUT/autoencoder, whose encoder stays as it is, so that latents and whatever was trained on them
-stay valid. Writes OUTPUT/decoder-training, at the end OUTPUT/decoder, an autoencoder of the same latents, and puts it into
-OUTPUT/model where that is there; otherwise stage 2 takes it up. Started again with the same command it goes on.
+Reads prepared volumes and OUTPUT/autoencoder. The encoder stays as it is, so latents and U-Nets trained on them stay valid.
+Writes OUTPUT/decoder-training and, at the end, OUTPUT/decoder, an autoencoder of the same latents. It replaces the autoencoder
+of OUTPUT/model if that exists; otherwise stage 2 uses it. Started again with the same command it goes on.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -24,21 +22,17 @@ from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import weights_hash
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
-from ldm3d.seen import GO_ON, sign
+from ldm3d.seen import record_export
 from ldm3d.training import command
-from ldm3d.training.autoencoder import draw_reconstructions, validate
-from ldm3d.training.ema import EMA
 from ldm3d.training.loop import fit
-from ldm3d.training.losses import VolumeLoss
-from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.parallel import start_accelerator
-from ldm3d.training.task import MAIN, Task, Trained, batches_of
+from ldm3d.training.volumes import VolumeTask
 
 ORIGIN = "origin.txt"  # in OUTPUT/decoder: the hash of the autoencoder whose encoder it has
 
 
 def train(config: Config, stop: Stop) -> None:
-    """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
+    """Train as the config describes, from the last checkpoint if there is one, until the end or a request to stop."""
     if config.decoder is None:
         raise InputError("the config has no section `decoder`; docs/training.md shows one")
     if not config.autoencoder_folder.is_dir():
@@ -62,11 +56,11 @@ class Decoder(nn.Module):
         return self.autoencoder.decode_stage_2_outputs(z)
 
 
-class DecoderTask(Task):
+class DecoderTask(VolumeTask):
     """The decoder and, if the config has one, its adversary.
 
-    A decoder that has only ever seen latents of real volumes shows every error of the U-Net; noise on the latents in training
-    teaches it to overlook those (Zheng et al. 2025, sec. 4.3).
+    A decoder that was trained on latents of real volumes alone shows every error of the U-Net. Noise on the latents
+    in training makes it robust to them (Zheng et al. 2025, sec. 4.3).
 
     Args:
         config: of the experiment.
@@ -74,64 +68,41 @@ class DecoderTask(Task):
         accelerator: of the run.
     """
 
-    title, shown = "decoder", "l1"
+    title = "decoder"
+    sample_class = PerturbedSamples
 
     def __init__(self, config: Config, scans, accelerator: Accelerator):
-        self.config, self.scans, self.accelerator = config, scans, accelerator
-        settings, training = config.decoder, config.decoder.training
-        self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
-        self.settings = {
-            "decoder": settings.model_dump(mode="json"),
-            "autoencoder": weights_hash(config.autoencoder_folder),
-            "seed": config.seed,
-        }
-        # Two copies, for the parameters of the one that is trained may be spread over processes
+        # Two copies, because the parameters of the trained one may be sharded
         self.autoencoder, copy = (
             LatentSpace.from_pretrained(config.autoencoder_folder, accelerator.device, torch.float32) for _ in range(2)
         )
-        model = Decoder(copy)
-        rate = partial(learning_rate, training=training)
-        average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
-        self.loss = VolumeLoss.of(settings, model.autoencoder.in_channels, accelerator)
-        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average), **self.loss.trained}
-        self.settled, self.takes_other_scans = self.loss.settled, config.autoencoder.changed_data == GO_ON
-        samples = PerturbedSamples(config, tuple(self.keys["train"]), copy.latent_shape(config.data.grid.shape))
-        self.batches = batches_of(samples, training, config.seed, accelerator)
+        super().__init__(config, config.decoder, scans, Decoder(copy), copy, accelerator)
+        self.settings = {
+            "decoder": config.decoder.model_dump(mode="json"),
+            "autoencoder": weights_hash(config.autoencoder_folder),
+            "seed": config.seed,
+        }
 
-    def latents(self, volume: Tensor, noise: Tensor) -> Tensor:
-        """Normalised samples of the posteriors of volumes (n, C, X, Y, Z), by the encoder as it is."""
+    def reconstruct(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, None]:
+        """Latents are samples of the posteriors by the encoder as it is; in training, with the noise of `PerturbedSamples`."""
         with torch.no_grad(), self.accelerator.autocast():
-            moments = self.autoencoder.encode(volume).float()
-        return self.autoencoder.normalise(self.autoencoder.sample(moments, noise))
-
-    def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The decoder's, and then its adversary's; batch: see `PerturbedSamples`."""
-        z = self.latents(batch["volume"], batch["noise"])
-        strength = self.config.decoder.noise * batch["strength"][:, None, None, None, None]
+            moments = self.autoencoder.encode(batch["volume"]).float()
+        z = self.autoencoder.normalise(self.autoencoder.sample(moments, batch["noise"]))
+        if "perturbation" in batch:
+            strength = self.config.decoder.noise * batch["strength"][:, None, None, None, None]
+            z = z + strength * batch["perturbation"]
         with self.accelerator.autocast():
-            made = self.trained[MAIN].module(z + strength * batch["perturbation"])
-        return self.loss.in_turn(batch["volume"], made, step)
+            return network(z), None
 
-    def score(self, average: Decoder, step: int) -> dict[str, float]:
-        def loss(volume: Tensor, noise: Tensor) -> Tensor:
-            z = self.latents(volume, noise)
-            with self.accelerator.autocast():
-                made = average(z)
-            return self.loss(volume, made, step)[0]
-
-        keys = self.keys["validation"]
-        return validate(loss, average.autoencoder, self.config, keys, self.accelerator) if keys else {}
-
-    def preview(self, average: Decoder, path: Path) -> None:
-        shown = (self.keys["validation"] or self.keys["train"])[:4]
-        draw_reconstructions(average.autoencoder, self.config, shown, self.accelerator.device, path)
+    def space(self, network: Decoder) -> LatentSpace:
+        return network.autoencoder
 
     def export(self, average: Decoder, which: str) -> None:
         if not self.accelerator.is_main_process:
             return
         config = self.config
         average.autoencoder.save_pretrained(config.decoder_folder)
-        sign(config.decoder_run, weights_hash(config.decoder_folder))
+        record_export(config.decoder_run, weights_hash(config.decoder_folder))
         (config.decoder_folder / ORIGIN).write_text(self.settings["autoencoder"] + "\n")
         print(f"autoencoder with the sharpened decoder written to {config.decoder_folder} ({which})")
         if config.model_folder.is_dir():

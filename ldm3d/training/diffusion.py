@@ -7,7 +7,6 @@ TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the 
 """
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,15 @@ from torch.optim import Adam
 
 from ldm3d import figures
 from ldm3d.config.sections import Config, DiffusionConfig
-from ldm3d.covariates import CovariateSchema, describe, drop_covariates
+from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
-from ldm3d.diffusion.denoiser import ask
-from ldm3d.diffusion.objective import Denoising, Objective, VariationalBound
-from ldm3d.diffusion.process import Process, make_process
-from ldm3d.diffusion.vdm import Schedule
+from ldm3d.diffusion.denoiser import call_network
+from ldm3d.diffusion.objective import Denoising, Objective, VDMObjective
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.geometry import Grid
@@ -39,20 +38,18 @@ from ldm3d.preemption import Stop
 from ldm3d.randomness import generator
 from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
-from ldm3d.training.ema import EMA
 from ldm3d.training.loop import fit
-from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
-SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, if the config does not say it
+SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, unless the config sets it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 VALIDATION_BATCH = 16
 
 
 def train(config: Config, stop: Stop) -> None:
-    """Run, or go on with, the training that the config describes, until it is done or a stop is asked for."""
+    """Train as the config describes, from the last checkpoint if there is one, until the end or a request to stop."""
     training, run = config.diffusion.training, config.diffusion_run
     origin = latents_origin(config)
     autoencoder = LatentSpace.from_pretrained(config.autoencoder_folder)
@@ -75,7 +72,7 @@ class DiffusionTask(Task):
         accelerator: of the run.
     """
 
-    title, takes_other_scans = "diffusion", True  # it has those of its latents, which are compared
+    title, takes_other_scans = "diffusion", True  # its settings hold the origin of the latents, which names their scans
 
     def __init__(self, config: Config, autoencoder: LatentSpace, moments, scans, origin: dict, accelerator: Accelerator):
         settings, training = config.diffusion, config.diffusion.training
@@ -90,10 +87,8 @@ class DiffusionTask(Task):
         of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
         model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
         self.padded = model.padded_shape(moments.shape[2:])
-        rate = partial(learning_rate, training=training)
-        average, optimizer = EMA(model, training.ema), make_optimizer(model, training)
-        self.trained = {MAIN: Trained(model, optimizer, rate, training.gradient_clip, average)}
-        if self.objective.schedule is not None:  # 64 numbers, whose gradient `learn` brings together itself
+        self.trained = {MAIN: Trained.of(model, training)}
+        if self.objective.schedule is not None:  # 64 numbers, whose gradient `learn` sums over the processes
             self.companions = {"schedule": (self.objective.schedule, schedule_optimizer(self.objective.schedule, settings))}
         self.settings = {
             "diffusion": settings.model_dump(mode="json"),
@@ -120,7 +115,7 @@ class DiffusionTask(Task):
 
         def predict(z: Tensor, network_time: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                return ask(unet, z, network_time, Conditions(context))
+                return call_network(unet, z, network_time, Conditions(context))
 
         return self.objective.losses(predict, x, noise, u).mean()
 
@@ -145,7 +140,7 @@ class DiffusionTask(Task):
             scans = [rows[n % len(rows)] for n in chosen]
             x = self.normalised(torch.from_numpy(np.stack([self.moments[scan] for scan in scans])).to(device))
             noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
-            # Quantiles spread over all pairs, in an order that has nothing to do with the samples' own
+            # Quantiles even over all pairs, in an order that does not depend on that of the samples
             u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float()
             loss = self.loss(average, x, noise.to(device), u.to(device), self.contexts[scans].to(device))
             total += loss.item() * len(chosen)
@@ -164,30 +159,34 @@ class DiffusionTask(Task):
             print(f"model written to {self.config.model_folder} ({which})")
 
     def pipeline(self, unet: LatentUNet) -> Pipeline:
-        return make_pipeline(self.config, self.autoencoder, unet, self.schema, self.objective.process)
+        """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""
+        data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
+        grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
+        networks = self.autoencoder, unet, self.schema
+        return Pipeline(*networks, grid, process, target, sampling, data.skull_stripped, threads=None, suffix=data.suffix)
 
 
 def make_objective(settings: DiffusionConfig, device: torch.device | str) -> Objective:
     """What the config's U-Net is trained on; a vdm's gamma is still a straight line."""
     if settings.process.kind == "vdm":
         ends = settings.process.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
-        return VariationalBound(Schedule(**ends).to(device), settings.target)
+        return VDMObjective(VDMSchedule(**ends).to(device), settings.target)
     time = settings.time_sampling
     process = make_process(**settings.process.model_dump(exclude_none=True))
     return Denoising(process, settings.target, settings.loss_weight, time.kind, time.location, time.scale)
 
 
-def schedule_optimizer(schedule: Schedule, settings: DiffusionConfig) -> Adam:
+def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam:
     rate = settings.process.schedule_learning_rate
     return Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
 
 
-def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
+def learn(schedule: VDMSchedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
     """One step of a schedule towards less variance of the batch's loss, alike on every process; none if it is not finite.
 
-    The gradient of a squared loss is a product of the loss and its gradient. Both have to be the whole batch's, so they are
-    averaged over accumulated parts and processes before they are multiplied: a part has but its own stretch of the
-    low-discrepancy times, and the square of its loss would be mostly the square of where that stretch lies.
+    The gradient of a squared loss is a product of the loss and its gradient. Both have to be of the full batch, so they are
+    averaged over accumulated parts and processes before they are multiplied: a part has only its own stretch of the
+    low-discrepancy times, and the square of its loss would mostly tell where that stretch lies.
 
     Args:
         loss: mean over this process's parts of the batch, whose gradient is in `schedule.logits.grad`.
@@ -199,18 +198,6 @@ def learn(schedule: Schedule, optimizer: Adam, loss: Tensor, accelerator: Accele
     optimizer.zero_grad()
 
 
-def make_pipeline(
-    config: Config, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, process: Process
-) -> Pipeline:
-    """The pipeline of these networks with the config's defaults for generation, on as many threads as the training has."""
-    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
-    sampling = Sampling(**config.generation.model_dump())
-    target, stripped = config.diffusion.target, config.data.skull_stripped
-    return Pipeline(
-        autoencoder, unet, schema, grid, process, target, sampling, stripped, threads=None, suffix=config.data.suffix
-    )
-
-
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:
     """One sample over the seen range of the first continuous covariate, the others left open, as a picture."""
     swept = next((c for c in pipeline.schema if c.seen), None)
@@ -220,7 +207,7 @@ def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int 
         rows = [{swept.name: low + (high - low) * i / (columns - 1)} for i in range(columns)]
     requests = pipeline.parse(rows)
     with accelerator.autocast():
-        # Number 0 for all: the same noise, so that what differs is the covariate's doing
+        # Number 0 for all: the same noise, so that differences come from the covariate
         volumes = [next(pipeline.volumes([row], pipeline.sampling)) for row in requests]
     titles = [describe(row) for row in requests]
     figures.save(figures.mosaic(volumes, titles, pipeline.grid.spacing_mm, columns=3), path)

@@ -1,4 +1,4 @@
-"""The start of stage 1: the autoencoder's linear path, brought to what a linear code can do before any network is trained."""
+"""The start of stage 1: the autoencoder's linear path is trained alone, before any network."""
 
 import math
 from collections.abc import Callable
@@ -28,11 +28,11 @@ def train_linear_path(
     seed: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
-    """Fit the linear path in closed form, then train it alone: analysis and synthesis, least squares on whole volumes.
+    """Fit the linear path in closed form, then train it alone: analysis and synthesis, least squares over the volumes.
 
-    Principal components are the best code of a block by itself. Blocks that are put together from their neighbours' latents,
-    too, can do with less of what the neighbours know already, and this is what the training finds. A step costs a hundredth of
-    one of the whole autoencoder.
+    Principal components are the best code of a block by itself. Where blocks are decoded from their neighbours' latents, too,
+    a latent need not repeat what its neighbours hold, and training finds this better code. A step costs a hundredth of one of
+    the autoencoder.
 
     Args:
         network: with a linear path; nothing else of it is touched.
@@ -49,7 +49,7 @@ def train_linear_path(
         {"params": [analysis.bias, synthesis.bias], "orthogonal": False},
     ]
     optimizer = Muon(groups, LEARNING_RATE)
-    for step in tqdm(range(steps), desc="linear path", unit="step", disable=None):  # nothing in a log file: seconds
+    for step in tqdm(range(steps), desc="linear path", unit="step", disable=None):  # None: no bar in a log file
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         chosen = torch.randint(len(volumes), (BATCH,), generator=generator(seed, "linear path", step))

@@ -1,7 +1,7 @@
 """The training loop: one for all tasks.
 
-All that a step does follows from (settings, seed, step). A run that is stopped after any step, or killed, and started again
-with the same command ends with the bits of one that was not.
+Each step follows from (settings, seed, step) alone. A run that is stopped or killed after any step and started again with the
+same command ends with the same bits as an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -13,48 +13,42 @@ from torch import Tensor
 
 from ldm3d.config.sections import TrainingConfig
 from ldm3d.preemption import Stop
-from ldm3d.training import checkpoint
+from ldm3d.training import checkpoint, parallel
 from ldm3d.training.choice import Choice
 from ldm3d.training.finite import FiniteSteps
 from ldm3d.training.metrics import Metrics, progress_bar
 from ldm3d.training.optimizer import set_learning_rate
-from ldm3d.training.parallel import agreed, asked_to_stop, circumstances, leave, note_seen, say_changes
-from ldm3d.training.sharding import whole
+from ldm3d.training.sharding import gather
 from ldm3d.training.task import MAIN, Task
 
 
 def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerator, stop: Stop) -> None:
-    """Run a task, or go on with it, until it is done and exported, or a stop is asked for.
+    """Train a task, from its last checkpoint if there is one, and export it; or stop on request.
 
     Args:
         task: what is trained.
-        training: for how long, and how often there is what.
+        training: number of steps, and the intervals of logs, validations, previews and checkpoints.
         run: folder of checkpoints, metrics and previews.
         accelerator: from `start_accelerator`.
-        stop: looked at after every step.
+        stop: checked after every step.
 
     Raises:
         InputError: the run's checkpoints are another task's, or its loss is NaN too often.
         SystemExit: with `REQUEUE`, after a stop.
     """
-    newest = agreed(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
+    newest = parallel.broadcast_from_main(checkpoint.newest_intact(run) if accelerator.is_main_process else None)
     restored = checkpoint.restore(run, newest, task.networks(), task.settings)
     tensors, state = restored or ({}, {"step": 0, "best": None, "skipped_steps": 0})
-    note_seen(run, task.scans, accelerator, begun=restored is not None, go_on=task.takes_other_scans)
+    parallel.record_scans(run, task.scans, accelerator, begun=restored is not None, go_on=task.takes_other_scans)
     if restored is None:
         task.begin()
     for each in task.trained.values():
-        each.spread(accelerator)
+        each.distribute(accelerator)
     if restored:
         checkpoint.restore_optimizers(tensors, task.optimizers())
-        say_changes(state, task.settings, accelerator)
+        parallel.report_changes(state, task.settings, accelerator)
     step, choice, main = state["step"], Choice(training.keep, state["best"], task.settled), task.trained[MAIN]
-    finite = FiniteSteps(
-        accelerator,
-        training.max_skipped_steps,
-        lambda step: [task.subject(sample) for sample in task.batches.samples(step)],
-        state["skipped_steps"],
-    )
+    finite = FiniteSteps(accelerator, training.max_skipped_steps, task.subjects, state["skipped_steps"])
     metrics, bar = Metrics(run, accelerator, step), progress_bar(accelerator, task.title, step, training.steps)
     loader = task.batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
     logged: dict[str, Tensor] = {}  # means over the parts of a batch
@@ -87,7 +81,7 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
         bar.update()
         row = {}
         if step % training.log_every == 0 or last:
-            logged["gradient_norm"] = whole(main_norm)
+            logged["gradient_norm"] = gather(main_norm)
             row = {name: accelerator.reduce(value, "mean").item() for name, value in logged.items()}
             row |= {"learning_rate": main.rate(step - 1), "skipped_steps": finite.check()}
             bar.set_postfix({task.shown: f"{row[task.shown]:.4f}"}, refresh=False)
@@ -100,10 +94,10 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
             row |= scored
         if row:
             metrics.add(step, row)
-        stopping = not last and asked_to_stop(stop, accelerator, meeting=step % training.log_every == 0)
+        stopping = not last and parallel.asked_to_stop(stop, accelerator, communicate=step % training.log_every == 0)
         if step % training.checkpoint_every == 0 or last or stopping or choice.step == step:
             metrics.to_disk()
-            kept = {"settings": task.settings, "circumstances": circumstances(accelerator)}
+            kept = {"settings": task.settings, "circumstances": parallel.circumstances(accelerator)}
             state = {"best": choice.best, **finite.state(), **kept}
             checkpoint.save_checkpoint(
                 run, step, task.networks(), task.optimizers(), state, choice.step, accelerator.is_main_process
@@ -115,7 +109,7 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
                     task.preview(average, run / f"preview-{step:08d}.png")
                     metrics.draw()
         if stopping:
-            leave(stop, run, step, accelerator)
+            parallel.exit_for_requeue(stop, run, step, accelerator)
     bar.close()
     metrics.close()
     with main.average.gathered() as average:
@@ -126,6 +120,6 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
 
 @torch.no_grad()
 def add_means(logged: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:
-    """Add what one part of a batch gave to the means over all of them."""
+    """Add the values of one part of a batch to the means over all parts."""
     for name, value in values.items():
         logged[name] = logged.get(name, 0) + value / parts

@@ -1,4 +1,4 @@
-"""Losses of volumes; those that are MONAI's are in monai_losses.py. Volumes are (N, C, X, Y, Z)."""
+"""Losses of volumes (N, C, X, Y, Z); those of MONAI are in monai_losses.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +20,12 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 class VolumeLoss:
-    """How far a volume is from what it should be: l1, l2, KL a voxel (Rombach et al. 2022), perceptual and adversarial.
+    """Reconstruction loss: l1, l2, KL per voxel (Rombach et al. 2022), perceptual and adversarial, as the settings weigh them.
 
     Args:
         settings: the weights.
         perceptual: (volume, volume) -> loss, None if there is none.
-        adversary: learns to tell the two apart, and takes part from its start on; None if there is none.
+        adversary: discriminator of real and reconstructed volumes, from its start on; None if there is none.
         autocast: the precision that the adversary computes in.
     """
 
@@ -37,11 +37,11 @@ class VolumeLoss:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.settings, self.perceptual, self.adversary, self.autocast = settings, perceptual, adversary, autocast
-        self._asked = False
+        self._called = False
 
     @classmethod
     def of(cls, settings: AutoencoderConfig | DecoderConfig, channels: int, accelerator: Accelerator) -> "VolumeLoss":
-        """The config's, for volumes of so many channels."""
+        """The loss that the config asks for, on volumes of so many channels."""
         perceptual = adversary = None
         if settings.adversarial or settings.perceptual:  # MONAI takes seconds to import
             from ldm3d.training.monai_losses import Adversary, PerceptualLoss
@@ -55,7 +55,7 @@ class VolumeLoss:
 
     @property
     def settled(self) -> int:
-        """Steps after which the loss stays the same sum."""
+        """The step from which on the loss has all its terms."""
         return self.settings.adversarial.start if self.adversary else 0
 
     @property
@@ -70,7 +70,7 @@ class VolumeLoss:
     def __call__(
         self, volume: Tensor, made: Tensor, step: int, moments: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its parts by name) of volumes that were made; moments (N, 2c, x, y, z) of a posterior, if that counts."""
+        """(loss, its parts by name) of reconstructed volumes; moments (N, 2c, x, y, z) of the posterior, if the KL counts."""
         settings, made = self.settings, made.float()
         error = made - volume
         parts = {"l1": error.abs().mean()}
@@ -81,28 +81,28 @@ class VolumeLoss:
         if self.perceptual:
             loss = loss + settings.perceptual.weight * self.perceptual(made, volume).mean()
         if self.is_adversarial(step):
-            parts["adversarial"] = self._ask_adversary(None, made)
+            parts["adversarial"] = self._call_adversary(None, made)
             loss = loss + settings.adversarial.weight * parts["adversarial"]
         return loss, {"loss": loss, **parts}
 
     def in_turn(
         self, volume: Tensor, made: Tensor, step: int, moments: Tensor | None = None
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The loss of what made the volumes, and then the adversary's own; see `Task.losses`."""
+        """The loss of the network that made the volumes, and then the adversary's; see `Task.losses`."""
         adversarial = self.is_adversarial(step)
         if adversarial:
-            if not self._asked:  # FSDP notes the type of gradients at the first call, and of frozen parameters none
-                self._asked = True
+            if not self._called:  # FSDP sets the type of gradients at the first call, but not for frozen parameters
+                self._called = True
                 with torch.no_grad():
-                    self._ask_adversary(None, made)
+                    self._call_adversary(None, made)
             self.adversary.network.requires_grad_(False)
         yield MAIN, *self(volume, made, step, moments)
         if adversarial:
             self.adversary.network.requires_grad_(True)
-            caught = self._ask_adversary(volume, made.detach())
-            yield ADVERSARY, caught, {"discriminator": caught}
+            loss = self._call_adversary(volume, made.detach())
+            yield ADVERSARY, loss, {"discriminator": loss}
 
-    def _ask_adversary(self, real: Tensor | None, made: Tensor) -> Tensor:
+    def _call_adversary(self, real: Tensor | None, made: Tensor) -> Tensor:
         """See `ldm3d.training.monai_losses.Adversary.forward`."""
         with self.autocast():
             return self.adversary.module(real, made).float()

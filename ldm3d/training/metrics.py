@@ -1,4 +1,4 @@
-"""What a training leaves behind while it runs: metrics.jsonl, TensorBoard, loss curves, a progress bar."""
+"""What a training writes while it runs: metrics.jsonl, TensorBoard, loss curves, a progress bar."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ldm3d import figures
-from ldm3d.files import write_whole
+from ldm3d.files import write_atomic
 
 
 class Metrics:
     """metrics.jsonl, TensorBoard and the loss curves of a run; each step once, also after resuming.
 
-    metrics.jsonl is what counts: TensorBoard's files are made from it anew at every start, since a killed process leaves them
-    with steps that are missing and others that will come twice.
+    TensorBoard's files are made anew from metrics.jsonl at every start, because a killed process leaves them with missing
+    steps, and resuming would write others twice.
 
     Args:
         run: folder.
         accelerator: only its main process writes.
-        first_step: lines of later steps, left by an interrupted run, are removed.
+        first_step: lines of later steps, from an interrupted run, are removed.
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, first_step: int):
@@ -36,7 +36,7 @@ class Metrics:
             return
         if self.path.exists():
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(run / "tensorboard")
         for row in self.rows:
@@ -59,7 +59,7 @@ class Metrics:
                 self.tensorboard.add_scalar(name, value, row["step"])
 
     def to_disk(self) -> None:
-        """Return when what was added would survive a power cut: before a checkpoint that follows it."""
+        """Flush all rows to disk, before a checkpoint that follows them."""
         if self.is_writer:
             self.tensorboard.flush()
             with open(self.path, "a") as file:
@@ -76,7 +76,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a half-written last line is left out."""
+    """Rows of a metrics.jsonl; a half-written last line is ignored."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def progress_bar(accelerator: Accelerator, title: str, first_step: int, steps: int) -> tqdm:
-    """A bar on the main process alone; in a log file it moves twice a minute only."""
+    """A bar on the main process alone; in a log file it is written twice a minute."""
     every = 0.1 if sys.stderr.isatty() else 30
     hidden = not accelerator.is_main_process
     return tqdm(total=steps, initial=first_step, desc=title, unit="step", mininterval=every, disable=hidden, smoothing=0.05)

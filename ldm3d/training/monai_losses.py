@@ -1,7 +1,4 @@
-"""Losses of the autoencoder that are MONAI's; a module of their own, since MONAI takes seconds to import.
-
-Volumes are (N, C, X, Y, Z).
-"""
+"""MONAI's losses of volumes (N, C, X, Y, Z); a module of their own, since MONAI takes seconds to import."""
 
 from pathlib import Path
 
@@ -61,8 +58,8 @@ class _Deepest(nn.Module):
 class Adversary(nn.Module):
     """MONAI's patch discriminator with its least-squares loss (Isola et al. 2017; Mao et al. 2017).
 
-    Instance norm, as in MONAI's bundles: a volume is judged by itself. Batch norm would make the losses depend on how a
-    batch is cut over processes and accumulated parts.
+    Instance norm, as in MONAI's bundles: with batch norm the losses would depend on how a batch is divided over processes and
+    accumulated parts.
     """
 
     def __init__(self, config: AdversarialConfig, in_channels: int):

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ldm3d.config.sections import TrainingConfig
-from ldm3d.training.sharding import spread_like, whole
+from ldm3d.training.sharding import gather, shard_like
 
 
 class Muon(Optimizer):
-    """Momentum whose matrices are orthogonalised (Jordan et al. 2024), with AdamW for everything that is no matrix.
+    """Momentum whose matrices are orthogonalised (Jordan et al. 2024), with AdamW for all other parameters.
 
     A convolution's weight is a matrix of (out channels, in channels times kernel). The update is scaled by
     0.2 sqrt(max(rows, columns)) so that its size is AdamW's (Liu et al. 2025, "Muon is scalable", eq. 4): one learning rate
     then fits both. PyTorch's own Muon takes two-dimensional weights only.
 
-    Like PyTorch's fused optimisers it reads an attribute `found_inf` (a tensor of no dimensions): where that is 1, a step
-    changes nothing.
+    As in PyTorch's fused optimisers, a step changes nothing where the attribute `found_inf` (a scalar tensor) is 1; the host
+    does not wait for it.
 
     Args:
         groups: of parameters; `orthogonal` in each says whether they are matrices.
@@ -35,7 +35,6 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = closure() if closure is not None else None
-        # As in PyTorch's fused optimisers: where it is set and 1, nothing changes, and the host need not know
         skip = getattr(self, "found_inf", None)
         taken = 1.0 if skip is None else 1.0 - skip
         for group in self.param_groups:
@@ -54,7 +53,7 @@ class Muon(Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].add_(taken * (1 - group["momentum"]) * (gradient - state["momentum"]))
-            matrix = whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
+            matrix = gather(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
             together.setdefault(matrix.shape, {})[i] = matrix
         updates = {}
         for shape, matrices in together.items():
@@ -62,7 +61,7 @@ class Muon(Optimizer):
             orthogonal = size * orthogonalise(torch.stack(list(matrices.values())))  # (matrices, rows, columns)
             updates |= dict(zip(matrices, orthogonal))
         decay = group["weight_decay"]
-        return [spread_like(updates[i].view(p.shape), p) + decay * p for i, p in enumerate(parameters)]
+        return [shard_like(updates[i].view(p.shape), p) + decay * p for i, p in enumerate(parameters)]
 
     def _adam_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
         """Kingma & Ba 2015, algorithm 1."""
@@ -85,7 +84,7 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
 
     Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T and Jordan's coefficients. In float32, where theirs is
-    in bfloat16: that would turn the rounding of another number of processes into a visibly different step.
+    in bfloat16, which would turn the rounding of another number of processes into a visibly different step.
 
     Args:
         matrix: (..., rows, columns); each matrix by itself.
@@ -103,7 +102,7 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 def make_optimizer(network: nn.Module, training: TrainingConfig) -> Optimizer:
     """The optimiser of the config over a network's parameters; norms, biases and tokens are not decayed.
 
-    A module of the network may say `learning_rate_factor`: its own parameters then move at that multiple of the rate.
+    A module of the network may have a `learning_rate_factor`, by which its own parameters' rate is multiplied.
     """
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
     factors = {id(p): getattr(m, "learning_rate_factor", 1.0) for m in network.modules() for p in m.parameters(recurse=False)}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ldm3d.config.sections import TrainingConfig
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.training.ema import EMA
-from ldm3d.training.sharding import prepare
+from ldm3d.training.optimizer import learning_rate, make_optimizer
+from ldm3d.training.sharding import distribute
 
 MAIN = "model"  # the network that a task is about
 
@@ -25,12 +27,12 @@ class Trained:
     """A network that the loop trains.
 
     Attributes:
-        network: the bare one, whose parameters are trained and kept in checkpoints.
-        optimizer: its own.
+        network: its parameters are trained and kept in checkpoints.
+        optimizer: of these parameters.
         rate: optimiser step (from 0) -> learning rate; None leaves the optimiser's.
-        clip: the largest norm of its gradient.
-        average: that follows it; None for none.
-        module: what a task calls: the network, wrapped for several processes once it is `spread`.
+        clip: the largest norm of the gradient.
+        average: moving average of the weights; None for none.
+        module: what a task calls: the network, wrapped for the processes of the run by `distribute`.
         stepper: the optimiser, wrapped likewise.
     """
 
@@ -45,27 +47,34 @@ class Trained:
     def __post_init__(self):
         self.module, self.stepper = self.network, self.optimizer
 
-    def spread(self, accelerator: Accelerator) -> None:
-        """Make it ready for the processes of the run."""
-        self.module, self.stepper = prepare(accelerator, self.network, self.optimizer)
+    @classmethod
+    def of(cls, network: nn.Module, training: TrainingConfig) -> "Trained":
+        """A network with the optimiser, the learning rate and the average that the config asks for."""
+        rate = partial(learning_rate, training=training)
+        average, optimizer = EMA(network, training.ema), make_optimizer(network, training)
+        return cls(network, optimizer, rate, training.gradient_clip, average)
+
+    def distribute(self, accelerator: Accelerator) -> None:
+        """Wrap network and optimiser for the processes of the run."""
+        self.module, self.stepper = distribute(accelerator, self.network, self.optimizer)
         self.optimizer = self.stepper.optimizer
         if self.average:
-            self.average.spread_like(self.network)
+            self.average.shard_like(self.network)
 
 
 class Task:
-    """A training: its networks, what they learn from, and what is made of them in the end.
+    """A training: its networks, its data, its losses, and what it exports.
 
     Attributes:
         title: on the progress bar.
-        shown: the logged value that stands beside the bar.
-        settings: JSON values that make a run this run; another's checkpoints are refused.
+        shown: name of the logged value that the progress bar shows.
+        settings: JSON values that identify a run; checkpoints of a run with other settings are refused.
         trained: networks by name; the first is called `MAIN` and has an average.
         companions: networks that the task itself trains, in `before_step`, with their optimisers.
-        batches: what is read.
-        scans: the table of all scans, of which those of training and validation are seen.
+        batches: what each step reads.
+        scans: the table of all scans; the run sees those of training and validation.
         takes_other_scans: whether a run may go on with other scans than it began with.
-        settled: steps after which the validation loss of all later ones compares.
+        settled: validation losses after this many steps are comparable.
     """
 
     title: str
@@ -79,14 +88,14 @@ class Task:
     settled: int = 0
 
     def begin(self) -> None:
-        """What precedes the first step of a run that does not go on from a checkpoint."""
+        """Called before the first step of a run that starts without a checkpoint."""
 
-    def subject(self, sample: int) -> str:
-        """Whose scan a sample of the training split is, for messages."""
-        return self.scans.loc[self.scans["split"] == "train", "subject"].iloc[sample]
+    def subjects(self, step: int) -> list[str]:
+        """The subjects that all processes together read in a step, for messages."""
+        return list(self.scans.loc[self.scans["split"] == "train", "subject"].iloc[self.batches.samples(step)])
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name of the trained network, its loss, what to log) in turn; after each the loop takes the gradient, and the step.
+        """(name of the trained network, its loss, what to log) one after another; after each the loop computes its gradient.
 
         Args:
             batch: this process's part of a micro-batch, on the device.
@@ -98,20 +107,20 @@ class Task:
         """Called before the step of `MAIN`, with its loss as a mean over this process's parts of the batch."""
 
     def score(self, average: nn.Module, step: int) -> dict[str, float]:
-        """`validation_loss` of held-out data, lower is better, and what else to log; {} where nothing is held out.
+        """`validation_loss` of held-out data (lower is better) and other values to log; {} where nothing is held out.
 
         Args:
-            average: of `MAIN`, whole on every process.
-            step: optimiser steps done but the last.
+            average: of `MAIN`, with full parameters on every process.
+            step: number of the last step, from 0.
         """
         raise NotImplementedError
 
     def preview(self, average: nn.Module, path: Path) -> None:
-        """Draw what the average makes; on the main process alone."""
+        """Draw results of the average; only on the main process."""
         raise NotImplementedError
 
     def export(self, average: nn.Module, which: str) -> None:
-        """Write what the next stage takes; on every process. `which` says in words what the average is."""
+        """Write the input of the next stage; on every process. `which` describes the average: last step, or best."""
         raise NotImplementedError
 
     def networks(self) -> dict[str, nn.Module]:
@@ -120,7 +129,7 @@ class Task:
         return own | {name: network for name, (network, _) in self.companions.items()}
 
     def chosen(self) -> dict[str, nn.Module]:
-        """Those of them that `export` takes: from the last step, or the best."""
+        """The networks that `export` writes, after the last step or the best one."""
         return {"ema": self.trained[MAIN].average.network} | {name: network for name, (network, _) in self.companions.items()}
 
     def optimizers(self) -> dict[str, tuple[nn.Module, Optimizer]]:

@@ -18,7 +18,7 @@ from torture.outcome import Outcome
 from ldm3d import cli
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.description import Sampling
-from ldm3d.diffusion.process import make_process
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.generation.run import generate
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder

@@ -12,7 +12,7 @@ import psutil
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm3d.data.phantoms import write_dataset
+from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.training.metrics import read_metrics
 
 SHAPE = (16, 16, 16)

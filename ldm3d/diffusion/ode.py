@@ -1,4 +1,4 @@
-"""What samplers share: the walk over the times, the forward step, and the variables of the probability-flow ODE.
+"""What samplers share: the sequence of steps, the forward step, and the variables of the probability-flow ODE.
 
 Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t -> s one step; z_t = alpha x + sigma e.
 
@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 
-Denoiser = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int], Tensor]
 Progress = Callable[[int], None]
 
@@ -24,7 +24,7 @@ def walk(times: Sequence[float], progress: Progress | None, rising: bool = False
     Args:
         times: two or more that fall; or, where `rising` permits it, that rise.
         progress: called after each step with the number of steps done.
-        rising: whether the sampler can follow the ODE towards noise, too.
+        rising: whether the sampler also follows the ODE towards noise.
     """
     falls, rises = (all(sign * (t - s) > 0 for t, s in pairwise(times)) for sign in (1, -1))
     if len(times) < 2 or not (falls or (rising and rises)):
