@@ -22,7 +22,7 @@ from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
-from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, measure_volumes
 from ldm3d.training.autoencoder import MAX_VALIDATION
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
@@ -184,9 +184,9 @@ def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, flo
     for threads in (None, 1):
         pipeline.threads = threads
         seconds.append(quickest(lambda: list(pipeline.volumes(requests, sampling)), 2) / pipeline.group_size)
-    again = quickest(lambda: pipeline.reconstruct(volume[None, None].to(device)))
+    again = quickest(lambda: pipeline.reconstruct(volume[None].to(device)))
     features, array = RandomFeatures(), volume.numpy()
-    looked = quickest(lambda: (measure_volumes(array, grid.spacing_mm), extract([array], features, device)), 2)
+    looked = quickest(lambda: (apply_measure(measure_volumes, array, grid.spacing_mm), extract([array], features, device)), 2)
     return (seconds[0], seconds[1]), again, looked
 
 

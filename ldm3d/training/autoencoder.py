@@ -195,7 +195,7 @@ def draw_reconstructions(network: LatentSpace, config: Config, keys: list[str], 
     volumes = torch.stack([load_volume(config, key) for key in keys]).to(device)
     again = reconstruct(network, volumes)
     titles = ["original"] * len(keys) + [f"{quality:.1f} dB" for quality in psnr(again, volumes).tolist()]
-    shown = [volume.cpu().numpy() for volume in torch.cat([volumes, again])[:, 0]]
+    shown = [volume.cpu().numpy() for volume in torch.cat([volumes, again])]
     figures.save(figures.mosaic(shown, titles, config.data.grid.spacing_mm, columns=len(keys)), path)
 
 
