@@ -400,6 +400,14 @@ def test_a_guard_comes_back_as_it_was_and_holds_no_volume(found, pipeline, plant
     assert "t3" not in said and not (tensors["subjects"] == guard.reference.subjects).all(), "an order of its own"
 
 
+def test_a_guard_of_before_volumes_had_channels_is_read(found, pipeline, planted, tmp_path):
+    found[1].save(tmp_path)
+    path = tmp_path / "guard.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"coarse": description["coarse"][1:]}))
+    assert Guard.load(tmp_path, "unsaved").withheld(pipeline, planted["exact of t3"])
+
+
 def test_a_strange_or_damaged_guard_is_refused(found, tmp_path):
     with pytest.raises(InputError, match="no audit in"):
         Guard.load(tmp_path, "unsaved")
