@@ -48,7 +48,7 @@ def load(bids: Path | None, whole_anatomies: bool = True, overrides: Sequence[st
         config = load_config(CONFIGS / "toy.yaml", overrides)
         made = [make_phantom(config.data.grid.shape, seed=1, index=i) for i in range(PHANTOMS + HELD_OUT)]
         images = np.stack([image for image, _, _ in made])
-        images = (images / np.percentile(images, 99.8, axis=(1, 2, 3), keepdims=True)).clip(0, 1)
+        images = (images / np.percentile(images, 99.8, axis=(1, 2, 3, 4), keepdims=True)).clip(0, 1)
         rows, held_out = [row for _, _, row in made], np.arange(len(made)) >= PHANTOMS
     else:
         config = load_config(CONFIGS / "brains-3mm.yaml", [f"data.bids={bids}", *overrides])
@@ -63,7 +63,7 @@ def load(bids: Path | None, whole_anatomies: bool = True, overrides: Sequence[st
             anatomy = people.set_index(people["participant_id"].str.removeprefix("sub-"))["anatomy"]
             held_out = scans["subject"].map(anatomy).isin(sorted(set(anatomy))[-3:])
         held_out = held_out.to_numpy()
-    volumes, test = torch.from_numpy(images.astype(np.float16))[:, None], np.flatnonzero(held_out)[:HELD_OUT]
+    volumes, test = torch.from_numpy(images.astype(np.float16)), np.flatnonzero(held_out)[:HELD_OUT]
     train = np.flatnonzero(~held_out)
     name = "brains" if bids else "phantoms"
     return Data(name, config, volumes[train], volumes[test], [rows[i] for i in train], [rows[i] for i in test])

@@ -42,7 +42,7 @@ from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
 from ldm3d.models.unet import UNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast
-from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, measure_volumes
 from ldm3d.statistics.agreement import agreement
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer, set_learning_rate
@@ -88,7 +88,7 @@ def main() -> None:
             flush=True,
         )
         write(f"diffusion-quality-{data.name}", rows)
-    real = list(data.test[:SHOWN, 0].float().numpy())
+    real = list(data.test[:SHOWN].float().numpy())
     titles = [name for name in ("real", *sides) for _ in range(SHOWN)]
     pictures = [volume for shown in (real, *(side.shown for side in sides.values())) for volume in shown]
     mosaic = figures.mosaic(pictures, titles, data.config.data.grid.spacing_mm, columns=SHOWN)
@@ -178,7 +178,7 @@ class Stage2(Training):
         rows = pipeline.parse([self.data.test_rows[i % len(self.data.test_rows)] for i in range(VOLUMES)])
         with torch.autocast(self.where.type, torch.bfloat16, enabled=bf16_is_fast(self.where)):
             volumes = [volume.copy() for volume in pipeline.volumes(rows, self.sampling())]
-        measured = [measure_volumes(volume, grid.spacing_mm) for volume in volumes]
+        measured = [apply_measure(measure_volumes, volume, grid.spacing_mm) for volume in volumes]
         found = {"batch": self.batch}
         for name in JUDGED:
             try:
@@ -186,7 +186,7 @@ class Stage2(Training):
             except InputError:  # nothing that could be measured yet
                 fitted = {"r": 0.0, "slope": 0.0}
             found |= {f"{name}_r": fitted["r"], f"{name}_slope": fitted["slope"]}
-        generated = torch.from_numpy(np.stack(volumes))[:, None]
+        generated = torch.from_numpy(np.stack(volumes))
         self.shown = volumes[:SHOWN]
         return found | {"distance": distance(generated, self.data.test)}
 
@@ -235,7 +235,7 @@ def wrapped(side: MonaiTuned) -> MonaiAutoencoder:
 def distance(volumes: Tensor, real: Tensor) -> float:
     """Kernel distance of volumes to real ones, both (N, 1, X, Y, Z)."""
     extractor = load_extractor("random")
-    of_real, of_volumes = (extract(each[:, 0].float().numpy(), extractor) for each in (real, volumes))
+    of_real, of_volumes = (extract(each.float().numpy(), extractor) for each in (real, volumes))
     return kernel_distance(*standardise(of_real, of_volumes))
 
 

@@ -34,7 +34,7 @@ from ldm3d.metrics.features import extract, load_extractor, standardise
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import dtype
 from ldm3d.processes import own_device
-from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, measure_volumes
 from ldm3d.statistics.agreement import agreement
 
 ASKED = "ventricular_volume_ml"
@@ -131,12 +131,12 @@ def run(pipeline: Pipeline, settings: list[Setting], requests: list[dict]) -> No
 
             def generate(setting=setting, z=z, volumes=volumes, batch=batch, start=start) -> None:
                 z.append(pipeline.latents(batch, setting.sampling, range(start, start + len(batch))))
-                volumes.extend(pipeline.decode(latent[None])[0, 0].cpu().numpy() for latent in z[0])
+                volumes.extend(pipeline.decode(latent[None])[0].cpu().numpy() for latent in z[0])
 
             setting.seconds.append(timed(generate) / len(batch))
             setting.latents.append(z[0].cpu())
             setting.features += [extract([volume], extractor) for volume in volumes]
-            setting.measured += [measure_volumes(volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
+            setting.measured += [apply_measure(measure_volumes, volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
         print(f"{start + len(batch)} of {len(requests)} volumes of {len(settings)} settings", flush=True)
 
 

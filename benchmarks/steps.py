@@ -21,7 +21,7 @@ from ldm3d.metrics.features import extract, load_extractor, standardise
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import dtype
 from ldm3d.processes import own_device
-from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, measure_volumes
 from ldm3d.statistics.agreement import agreement
 
 TRIED = [
@@ -56,7 +56,7 @@ def main() -> None:
         row = {"sampler": sampler, "steps": int(steps), "guidance": float(guidance), "volumes": len(volumes)}
         row["seconds"] = (time.perf_counter() - started) / len(volumes)
         row |= nearness(real, extract(volumes, extractor))
-        measured = [measure_volumes(volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
+        measured = [apply_measure(measure_volumes, volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
         found = agreement([request[ASKED] for request in requests], measured)
         rows.append(row | {"r": found.r, "slope": found.slope, "model": config.name})
         print(

@@ -22,7 +22,7 @@ from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.processes import cores, own_device
-from ldm3d.rulers.volumetry import measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, measure_volumes
 from ldm3d.training.linear_path import BATCH
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
@@ -183,9 +183,11 @@ def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, flo
     for threads in (None, 1):
         pipeline.threads = threads
         seconds.append(shortest_seconds_of(lambda: list(pipeline.volumes(requests, sampling)), 2) / pipeline.group_size)
-    again = shortest_seconds_of(lambda: pipeline.reconstruct(volume[None, None].to(device)))
+    again = shortest_seconds_of(lambda: pipeline.reconstruct(volume[None].to(device)))
     features, array = RandomFeatures(), volume.numpy()
-    measured = shortest_seconds_of(lambda: (measure_volumes(array, grid.spacing_mm), extract([array], features, device)), 2)
+    measured = shortest_seconds_of(
+        lambda: (apply_measure(measure_volumes, array, grid.spacing_mm), extract([array], features, device)), 2
+    )
     return (seconds[0], seconds[1]), again, measured
 
 

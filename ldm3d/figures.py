@@ -1,7 +1,7 @@
 """Pictures: slices of volumes, curves and scatter plots. The one user of matplotlib.
 
-Volumes are (X, Y, Z) in [0, 1], RAS+. Slices are in neurological orientation: the patient's left on the left, front and top
-up.
+Volumes are (C, X, Y, Z) in [0, 1], RAS+; their first channel is drawn. Slices are in neurological orientation: the patient's
+left on the left, front and top up.
 """
 
 import base64
@@ -22,6 +22,7 @@ INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
 
 def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
     """Middle axial, coronal and sagittal slice side by side, as one image (rows, columns) in true proportions."""
+    volume = volume[0]
     x, y, z = (n // 2 for n in volume.shape)
     sx, sy, sz = spacing_mm
     # The sagittal slice is a little off the middle, where only the fissure would be
@@ -152,12 +153,12 @@ def overlay(
     """Values in colour on the three slices of a grey volume, with their colour bar.
 
     Args:
-        volume, values: (X, Y, Z).
+        volume, values: (C, X, Y, Z).
         spacing_mm: of a voxel.
         title, label: of the picture and of the bar.
         signed: colours from blue over transparent to red, symmetric about 0, more opaque for larger values; else from the
             least value to the largest, all half transparent.
-        outline: (X, Y, Z) bool, drawn with a thin line; None for none.
+        outline: (C, X, Y, Z) bool, drawn with a thin line; None for none.
     """
     grey, shown = (slices(np.asarray(v, np.float32), spacing_mm) for v in (np.clip(volume, 0, 1), values))
     # The range of the slices without the last thousandth, so that one odd voxel does not set the scale

@@ -1,7 +1,10 @@
 """Geometry of volumes: the experiment's Grid, and resampling from a scan to it and back.
 
 Legend: an affine is a 4x4 matrix from voxel indices (centres of voxels at whole numbers) to millimetres in RAS+: x to
-the right, y to the front (anterior), z to the top (superior) of the patient, as in NIfTI. A volume is (X, Y, Z).
+the right, y to the front (anterior), z to the top (superior) of the patient, as in NIfTI.
+
+A volume is (C, X, Y, Z) from reading to writing: C channels on one grid, a single one included, and label maps and other maps
+likewise. A batch of volumes is (N, C, X, Y, Z). Where one image is wanted (a picture, a ruler), it is the first channel.
 """
 
 import itertools
@@ -135,36 +138,37 @@ def resample(
     head on one core, and 0.1 s against 1.8 s for the smoothing, which is most of the time of reading a dataset.
 
     Args:
-        volume: (X, Y, Z).
+        volume: (C, X, Y, Z).
         source_affine, target_affine: (4, 4), into the same world.
         target_shape: (X', Y', Z').
         order: "linear", or "nearest" for label maps, which are never smoothed.
 
     Returns:
-        (X', Y', Z'), 0 outside of the source; float32, or the type of `volume` with "nearest".
+        (C, X', Y', Z'), 0 outside of the source; float32, or the type of `volume` with "nearest".
     """
     if order not in ("linear", "nearest"):
         raise ValueError(f"order is {order!r}; use 'linear' or 'nearest'")
-    if volume.ndim != 3:
-        raise ValueError(f"resample takes one volume (X, Y, Z), got shape {volume.shape}")
+    if volume.ndim != 4:
+        raise ValueError(f"resample takes one volume (C, X, Y, Z), got shape {volume.shape}")
     matrix = np.linalg.solve(np.asarray(source_affine, np.float64), np.asarray(target_affine, np.float64))
     corners = np.array([*itertools.product(*[(0, n - 1) for n in target_shape])])  # (8, 3)
     rounded = np.round(matrix)
     if np.abs((matrix - rounded)[:3] @ np.c_[corners, np.ones(8)].T).max() < _ALIGNED:
         matrix = rounded
-    if order == "nearest":
-        output, spline = volume.dtype, 0
-    else:
-        output, spline = np.float32, 1
-        volume = _smooth(volume.astype(np.float32, copy=False), source_affine, target_affine)
-    # "grid-constant" fades to 0 beyond the outermost voxels' centres; "constant" would cut half a voxel off every face
-    return ndimage.affine_transform(
-        volume, matrix[:3, :3], matrix[:3, 3], tuple(target_shape), output, spline, "grid-constant", prefilter=False
-    )
+    linear = order == "linear"
+    resampled = np.empty((len(volume), *target_shape), np.float32 if linear else volume.dtype)
+    for channel, out in zip(volume, resampled):
+        if linear:
+            channel = _smooth(channel.astype(np.float32, copy=False), source_affine, target_affine)
+        # "grid-constant" fades to 0 beyond the outermost voxels' centres; "constant" would cut half a voxel off every face
+        ndimage.affine_transform(
+            channel, matrix[:3, :3], matrix[:3, 3], out.shape, out, int(linear), "grid-constant", prefilter=False
+        )
+    return resampled
 
 
 def _smooth(volume: NDArray, source_affine: NDArray, target_affine: NDArray) -> NDArray:
-    """The smoothing of `resample`; volume unchanged where the target is as fine."""
+    """The smoothing of `resample`, of one channel (X, Y, Z); unchanged where the target is as fine."""
     given, wanted = spacing_of(source_affine), spacing_of(target_affine)
     # axes[i]: the axis of the source along which the target's axis i runs, as nearly as they do
     axes, _ = _closest_axes(np.linalg.solve(source_affine[:3, :3] / given, target_affine[:3, :3] / wanted).T)

@@ -25,7 +25,7 @@ from torch import Tensor
 import ldm3d
 from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
-from ldm3d.data.nifti import to_image
+from ldm3d.data.nifti import from_image, to_image
 from ldm3d.description import DESCRIPTION, NO_CROP, Sampling, check_parts, read_description
 from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
@@ -67,8 +67,7 @@ class Result:
 
     def save(self, folder: Path | str) -> Path:
         """Write a BIDS derivative dataset; `folder` must be empty or absent, or hold an unfinished part of the same."""
-        volumes = (np.asarray(image.dataobj) for image in self.images)
-        return self.pipeline.write(folder, volumes, self.rows, self.sampling)
+        return self.pipeline.write(folder, map(from_image, self.images), self.rows, self.sampling)
 
 
 class Pipeline:
@@ -337,7 +336,7 @@ class Pipeline:
         batch_size: int = 8,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[NDArray]:
-        """Generate volumes one after the other, on the `output_grid`, float32 in [0, 1]; memory does not grow with them.
+        """Generate volumes (C, X, Y, Z) one by one, on the `output_grid`, float32 in [0, 1]; memory does not grow with them.
 
         Args:
             requests: from `parse`, one a volume.
@@ -381,12 +380,12 @@ class Pipeline:
                 yield self.cropped(volume)
 
     def _decoded(self, latents: Sequence[Tensor]) -> Iterator[NDArray]:
-        """Volumes (X, Y, Z) of latents (c, x, y, z), one at a time: the decoder is where memory peaks."""
+        """Volumes (C, X, Y, Z) of latents (c, x, y, z), one at a time: the decoder is where memory peaks."""
         ahead = AHEAD["cpu" if self.device.type == "cpu" else "cuda"]
         leaving: deque[HostCopy] = deque()
         for latent in latents:
             with self._computing_alike():
-                leaving.append(HostCopy(self.decode(latent[None])[0, 0]))
+                leaving.append(HostCopy(self.decode(latent[None])[0]))
             if len(leaving) > ahead:
                 yield leaving.popleft().numpy()
         while leaving:
@@ -413,8 +412,9 @@ class Pipeline:
             yield
 
     def cropped(self, volume: NDArray) -> NDArray:
-        """A volume (X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
-        return volume[tuple(slice(before, n - after) for n, (before, after) in zip(volume.shape, self.crop))]
+        """A volume (C, X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
+        kept = (slice(before, n - after) for n, (before, after) in zip(volume.shape[1:], self.crop))
+        return volume[:, *kept]
 
     def denoiser(
         self,

@@ -70,7 +70,7 @@ def linear_pipeline(volumes: list[np.ndarray], channels: int = 4) -> Pipeline:
     torch.manual_seed(0)
     schema = CovariateSchema((Covariate("age", "continuous", unit="years", mean=50, std=20),))
     autoencoder = Autoencoder(4, 4, (8, 16), blocks=1).eval().requires_grad_(False)
-    batch = torch.from_numpy(np.stack(volumes))[:, None]
+    batch = torch.from_numpy(np.stack(volumes))
     autoencoder.fit_linear_path(batch)
     with torch.no_grad():
         z = autoencoder.sample(autoencoder.encode(batch))
@@ -120,9 +120,9 @@ def planted(people) -> dict[str, np.ndarray]:
     return {
         "exact of t3": t[3],
         "noisy of t5": noisy(t[5]),
-        "flipped of t7": t[7][::-1],
-        "shifted of t9": np.roll(t[9], (1, 0, -1), (0, 1, 2)),
-        "flipped and shifted of t11": np.roll(t[11][::-1], 1, 1),
+        "flipped of t7": t[7][:, ::-1],
+        "shifted of t9": np.roll(t[9], (1, 0, -1), (1, 2, 3)),
+        "flipped and shifted of t11": np.roll(t[11][:, ::-1], 1, 2),
         "darker of t13": 0.7 * t[13] ** 1.1,
         "second scan of t0": noisy(t[0], 0.02),
     }
@@ -131,7 +131,7 @@ def planted(people) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def strangers(pipeline, people) -> dict[str, np.ndarray]:
     """New people as an honest model would draw them: they come out of the decoder."""
-    volumes = (pipeline.reconstruct(torch.from_numpy(volume)[None, None])[0, 0].numpy() for volume in people["new"])
+    volumes = (pipeline.reconstruct(torch.from_numpy(volume)[None])[0].numpy() for volume in people["new"])
     return {f"new {i}": volume for i, volume in enumerate(volumes)}
 
 
@@ -230,10 +230,10 @@ def test_a_model_that_crops_its_volumes_is_audited_like_any_other(pipeline, peop
     shown["copy"] = cropping.cropped(people["training"][6])
     audited, guard = run(cropping, people, shown)
     assert [each.name for each in audited.looked if each.plain] == ["copy"] and audited.suspects[0][0].subject == "t6"
-    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == tuple(cropping.output_grid.shape)
+    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == (1, *cropping.output_grid.shape)
     assert guard.withheld(cropping, shown["copy"]) and not guard.withheld(cropping, shown["new 1"])
     with pytest.raises(InputError, match="bring it there"):
-        descriptors_of(cropping, shown["copy"][1:])
+        descriptors_of(cropping, shown["copy"][:, 1:])
 
 
 # Views
@@ -244,10 +244,10 @@ def test_views_are_what_a_moved_or_mirrored_volume_shows(pipeline, people):
     moved = coarse_volumes(volume, SHIFTS)
     assert len(moved) == 27 and SHIFTS[0] == (0, 0, 0)
     i = SHIFTS.index((1, 0, -1))
-    rolled = coarse_volumes(volume.roll((1, -1), (0, 2)))[0]
-    torch.testing.assert_close(moved[i][2:-2, 2:-2, 2:-2], rolled[2:-2, 2:-2, 2:-2], atol=0.02, rtol=0)
-    torch.testing.assert_close(coarse_volumes(volume.flip(0))[0], coarse_volumes(volume)[0].flip(0))
-    one, other = (descriptors_of(pipeline, v) for v in (people["new"][0], people["new"][0][::-1].copy()))
+    rolled = coarse_volumes(volume.roll((1, -1), (1, 3)))[0]
+    torch.testing.assert_close(moved[i][:, 2:-2, 2:-2, 2:-2], rolled[:, 2:-2, 2:-2, 2:-2], atol=0.02, rtol=0)
+    torch.testing.assert_close(coarse_volumes(volume.flip(1))[0], coarse_volumes(volume)[0].flip(1))
+    one, other = (descriptors_of(pipeline, v) for v in (people["new"][0], people["new"][0][:, ::-1].copy()))
     torch.testing.assert_close(one.latent[0], other.latent[1])
     torch.testing.assert_close(one.image[0], other.image[27])
     assert one.image.shape == (54, 256) and len(descriptors_of(pipeline, people["new"][0], views=False).image) == 1
@@ -401,6 +401,14 @@ def test_a_guard_comes_back_as_it_was_and_holds_no_volume(found, pipeline, plant
     assert "t3" not in said and not (tensors["subjects"] == guard.reference.subjects).all(), "an order of its own"
 
 
+def test_a_guard_of_before_volumes_had_channels_is_read(found, pipeline, planted, tmp_path):
+    found[1].save(tmp_path)
+    path = tmp_path / "guard.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"coarse": description["coarse"][1:]}))
+    assert Guard.load(tmp_path, "unsaved").withheld(pipeline, planted["exact of t3"])
+
+
 def test_a_strange_or_damaged_guard_is_refused(found, tmp_path):
     with pytest.raises(InputError, match="no audit in"):
         Guard.load(tmp_path, "unsaved")
@@ -538,7 +546,7 @@ def test_half_of_the_requests_are_training_subjects_own(pipeline):
 def test_volumes_of_another_grid_are_refused(pipeline, tmp_path):
     with pytest.raises(InputError, match="no synthetic T1w volume in"):
         written_in(tmp_path, pipeline)
-    write_volume(synthetic_path(tmp_path, 0), RNG.random(SHAPE, np.float32), np.eye(4))
+    write_volume(synthetic_path(tmp_path, 0), RNG.random((1, *SHAPE), np.float32), np.eye(4))
     with pytest.warns(UserWarning, match=r"1 of 1 volumes in .* are not by this model"):
         volumes = written_in(tmp_path, pipeline)
     with pytest.raises(InputError, match="lies elsewhere than the model's own volumes"):
@@ -651,7 +659,7 @@ def overfit(pipeline: Pipeline, volumes: list[np.ndarray], steps: int = 1500) ->
     """Train the U-Net on these volumes alone, asked for by age, in plain torch."""
     unet, process, rng = pipeline.unet.requires_grad_(True), pipeline.process, torch.Generator().manual_seed(0)
     with torch.no_grad():
-        x = pipeline.autoencoder.encode_stage_2_inputs(torch.from_numpy(np.stack(volumes))[:, None])
+        x = pipeline.autoencoder.encode_stage_2_inputs(torch.from_numpy(np.stack(volumes)))
     context = pipeline.schema.encode(pipeline.parse([{"age": 20.0 + 8 * i} for i in range(len(volumes))]))
     padded = pipeline.unet.padded_shape(x.shape[2:])
     assert tuple(padded) == tuple(x.shape[2:])

@@ -271,7 +271,7 @@ def test_validator_accepts_a_derivative(tmp_path):
     files = derivative_files("Synthetic brains", [{"Name": "ldm3d", "Version": "0.1.0"}], "None of these people exist.")
     for i in range(2):
         path = synthetic_path(folder, i)
-        write_volume(path, np.random.default_rng(i).random((8, 8, 8)), np.diag([2, 2, 2, 1]), "synthetic")
+        write_volume(path, np.random.default_rng(i).random((1, 8, 8, 8)), np.diag([2, 2, 2, 1]), "synthetic")
         path.with_name(path.name.replace(".nii.gz", ".json")).write_text('{"SkullStripped": true}')
     participants = pd.DataFrame({"participant_id": ["sub-syn0001", "sub-syn0002"], "age": [50.5, None], "sex": ["F", None]})
     columns = {

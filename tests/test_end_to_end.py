@@ -58,7 +58,7 @@ def test_the_autoencoder_knows_the_statistics_of_its_latents(experiment):
     scans = read_scan_table(config)
     autoencoder = ldm3d.Autoencoder.from_pretrained(config.autoencoder_folder)
     volumes = [load_prepared(config, key) for key in scans.loc[scans["split"] == "train", "key"]]
-    moments = autoencoder.encode(torch.from_numpy(np.stack(volumes))[:, None])
+    moments = autoencoder.encode(torch.from_numpy(np.stack(volumes)))
     generator = torch.Generator().manual_seed(0)
     mean, _ = moments.chunk(2, dim=1)
     z = autoencoder.normalise(autoencoder.sample(moments, torch.randn(mean.shape, generator=generator)))
@@ -70,7 +70,7 @@ def test_reconstruction_is_better_than_the_mean_image(experiment, pipeline):
     config = load_config(experiment / "config.yaml")
     scans = read_scan_table(config)
     volumes = {name: [load_prepared(config, key) for key in rows["key"]] for name, rows in scans.groupby("split")}
-    test = torch.from_numpy(np.stack(volumes["test"]))[:, None]
+    test = torch.from_numpy(np.stack(volumes["test"]))
     mean = torch.from_numpy(np.mean(volumes["train"], axis=0)).expand_as(test)
     assert psnr(pipeline.reconstruct(test), test).mean() > psnr(mean, test).mean() + 1
 

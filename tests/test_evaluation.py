@@ -107,16 +107,16 @@ def test_goals():
 
 def test_slices_are_upright():
     """A bright front right top corner: right in the axial and coronal picture, front right in the sagittal, all on top."""
-    volume = np.zeros((20, 24, 16))
-    volume[15:, 18:, 8] = 1  # axial: right and front
+    volume = np.zeros((1, 20, 24, 16))
+    volume[0, 15:, 18:, 8] = 1  # axial: right and front
     image = figures.slices(volume)
     axial = image[:24, :20]
     assert axial[:6, 15:].all() and not axial[6:].any() and not axial[:, :15].any()
-    volume = np.zeros((20, 24, 16))
-    volume[:5, 12, 12:] = 1  # coronal: left and top
+    volume = np.zeros((1, 20, 24, 16))
+    volume[0, :5, 12, 12:] = 1  # coronal: left and top
     coronal = figures.slices(volume)[4:20, 20:40]
     assert coronal[:4, :5].all() and not coronal[4:].any() and not coronal[:, 5:].any()
 
 
 def test_slices_have_true_proportions():
-    assert figures.slices(np.zeros((10, 20, 10)), (2, 1, 1)).shape == (20, 20 + 20 + 20)
+    assert figures.slices(np.zeros((1, 10, 20, 10)), (2, 1, 1)).shape == (20, 20 + 20 + 20)

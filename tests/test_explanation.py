@@ -100,8 +100,10 @@ class Planted:
     def volumes(self, requests, sampling):
         self.calls.append(requests[0])
         for number, row in enumerate(requests):
-            volume = 0.5 + 0.1 * random(8, 9, 6, seed=number) + 0.002 * random(8, 9, 6, seed=100 * len(self.calls) + number)
-            volume[CUBE] += (row["age"] - 60) / 20 * (0.1 + 0.02 * random(seed=number))
+            volume = (
+                0.5 + 0.1 * random(1, 8, 9, 6, seed=number) + 0.002 * random(1, 8, 9, 6, seed=100 * len(self.calls) + number)
+            )
+            volume[0][CUBE] += (row["age"] - 60) / 20 * (0.1 + 0.02 * random(seed=number))
             yield volume
 
 
@@ -113,15 +115,15 @@ def test_a_planted_change_is_found_there_and_only_there():
     found = explain(pipeline, {"age": 60, "sex": "F"}, {"age": 80, "sex": "M"}, SAMPLING, seeds=8)
     assert [contrast.name for contrast in found.contrasts] == ["age", "sex", ALL]
     assert pipeline.calls == [{"age": a, "sex": s} for a, s in ((60, "F"), (80, "F"), (60, "M"), (80, "M"))]
-    cube = np.zeros((8, 9, 6), bool)
-    cube[CUBE] = True
+    cube = np.zeros((1, 8, 9, 6), bool)
+    cube[0][CUBE] = True
     age, sex, both = found.contrasts
     assert (age.significant == cube).all() and (both.significant == cube).all()
     assert not sex.significant.any()
     assert age.difference[cube].mean() == pytest.approx(0.1, abs=0.02) and age.t[cube].min() > 5
     assert not found.attention
     # The noise differs from seed to seed by 0.1, and by as much in every voxel
-    assert found.deviation.mean() == pytest.approx(0.1, rel=0.1) and found.deviation.shape == (8, 9, 6)
+    assert found.deviation.mean() == pytest.approx(0.1, rel=0.1) and found.deviation.shape == (1, 8, 9, 6)
     said = age.to_dict(pipeline.grid)
     assert said["notably_brighter_ml"] == said["significant_ml"] == pytest.approx(cube.sum() * 0.008)
     assert said["notably_darker_ml"] == 0
@@ -243,8 +245,8 @@ def test_recording_ends_and_changes_nothing():
 
 
 def test_colours_of_changes_are_even_about_0_and_others_are_not():
-    values = np.zeros((9, 9, 9), np.float32)
-    values[4, 2:7, 2:7], values[2:7, 4, 2:7] = 0.1, -0.3
+    values = np.zeros((1, 9, 9, 9), np.float32)
+    values[0, 4, 2:7, 2:7], values[0, 2:7, 4, 2:7] = 0.1, -0.3
     for signed, expected in ((True, (-0.3, 0.3)), (False, (-0.3, 0.1))):
         picture, bar = figures.overlay(values, values, (1, 1, 1), "t", "l", signed, values > 0).axes
         assert bar.get_ylim() == pytest.approx(expected, abs=0.01) and bar.get_ylabel() == "l"

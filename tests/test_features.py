@@ -26,7 +26,7 @@ from ldm3d.statistics.equivalence import Finding
 
 
 def phantoms(seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
-    """(count, 24, 28, 24) in [0, 1], and their covariates."""
+    """(count, 1, 24, 28, 24) in [0, 1], and their covariates."""
     made = [make_phantom((24, 28, 24), seed=seed, index=i) for i in range(count)]
     return np.stack([image / 1000 for image, _, _ in made]).clip(0, 1).astype(np.float32), [row for _, _, row in made]
 
@@ -79,7 +79,7 @@ def test_other_people_are_not_worse_than_real(verdicts, others):
 
 def test_blur_and_noise_move_everything(verdicts, others):
     rng = np.random.default_rng(0)
-    blurred = np.stack([gaussian_filter(volume, 0.5) for volume in others[0]])
+    blurred = np.stack([gaussian_filter(volume, (0, 0.5, 0.5, 0.5)) for volume in others[0]])
     noisy = (others[0] + 0.03 * rng.standard_normal(others[0].shape, np.float32)).clip(0, 1)
     for synthetic in (blurred, noisy):
         found = verdicts(synthetic)
@@ -97,16 +97,16 @@ def test_a_few_spoiled_volumes_move_precision_and_not_recall(verdicts, others):
 
 
 def test_a_flip_moves_what_knows_where(verdicts, others):
-    found = verdicts(others[0][:, ::-1], pairs=25)
+    found = verdicts(others[0][:, :, ::-1], pairs=25)
     assert found["spatial_frechet"] == found["density"] == found["nearest_ratio"] == WORSE
     assert found["ms_ssim"] != WORSE  # a set of flipped volumes has as much variety as any
-    half = np.concatenate([others[0][:40], others[0][40:, ::-1]])
+    half = np.concatenate([others[0][:40], others[0][40:, :, ::-1]])
     assert verdicts(half)["spatial_frechet"] == WORSE
 
 
 def test_missing_modes_move_recall_coverage_and_variety(verdicts, others):
     rng = np.random.default_rng(0)
-    few = np.tile(others[0][:6], (13, 1, 1, 1))
+    few = np.tile(others[0][:6], (13, 1, 1, 1, 1))
     found = verdicts(few + 0.002 * rng.standard_normal(few.shape, np.float32), pairs=25)
     for name in ("frechet", "recall", "coverage", "ms_ssim", "four_g_r_ssim"):
         assert found[name] == WORSE, name

@@ -265,7 +265,7 @@ def test_a_covariate_with_the_name_of_an_option_can_be_asked(model, tmp_path, fa
     assert result.rows == [{"seed": 50.0, "group": "F"}]
     np.testing.assert_allclose(
         result.images[0].get_fdata(),
-        read_volume(tmp_path / "asked/sub-syn0001/anat/sub-syn0001_desc-synthetic_T1w.nii.gz")[0],
+        read_volume(tmp_path / "asked/sub-syn0001/anat/sub-syn0001_desc-synthetic_T1w.nii.gz")[0][0],
         atol=1e-6,
     )
     assert "write --ask NAME=VALUE" in fails(*generate, tmp_path / "b", "--ask", "group")

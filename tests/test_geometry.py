@@ -32,14 +32,14 @@ def affine_of(directions, spacing_mm=(1.0, 1.0, 1.0), origin=(-7.0, 11.0, 3.0)):
 
 
 def blob(shape, affine, world, fwhm_mm=6.0):
-    """A Gaussian around a place in the world, sampled on any grid."""
+    """A Gaussian around a place in the world, sampled on any grid: (1, X, Y, Z)."""
     indices = np.moveaxis(np.indices(shape), 0, -1)
     squares = ((indices @ affine[:3, :3].T + affine[:3, 3] - world) ** 2).sum(-1)
-    return np.exp(-squares * 4 * math.log(2) / fwhm_mm**2).astype(np.float32)
+    return np.exp(-squares * 4 * math.log(2) / fwhm_mm**2).astype(np.float32)[None]
 
 
 def centre_of_mass(volume, affine):
-    indices = np.moveaxis(np.indices(volume.shape), 0, -1)
+    indices = np.moveaxis(np.indices(volume.shape[1:]), 0, -1)
     return affine[:3, :3] @ np.average(indices.reshape(-1, 3), axis=0, weights=volume.ravel()) + affine[:3, 3]
 
 
@@ -64,7 +64,7 @@ def test_placed_grid_runs_right_anterior_superior_without_rotation(directions):
 
 @pytest.mark.parametrize("directions", ORIENTATIONS)
 def test_aligned_grid_copies_voxels_there_and_back(directions):
-    volume = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    volume = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
     # float32, as a NIfTI header keeps it
     affine = affine_of(TURN @ directions, spacing_mm=(1.1, 1.1, 1.1)).astype(np.float32)
     grid = Grid.centred((20, 20, 20), (1.1, 1.1, 1.1))  # holds all of it
@@ -75,10 +75,10 @@ def test_aligned_grid_copies_voxels_there_and_back(directions):
 
 
 def test_aligned_crop_and_pad_are_exact():
-    volume = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    volume = np.random.default_rng(0).random((1, *SHAPE), dtype=np.float32)
     affine = affine_of(np.eye(3))
     target = affine_of(np.eye(3), origin=(-7.0 + 3, 11.0 - 2, 3.0))  # 3 voxels cropped on the left, 2 padded behind
-    expected = np.pad(volume[3:], [(0, 1), (2, 1), (0, 0)])[:12, :20]
+    expected = np.pad(volume[:, 3:], [(0, 0), (0, 1), (2, 1), (0, 0)])[:, :12, :20]
     np.testing.assert_array_equal(resample(volume, affine, target, (12, 20, 12)), expected)
 
 
@@ -97,15 +97,15 @@ def test_sheared_affine_gives_perpendicular_axes():
 
 @pytest.mark.parametrize("order, mode", [("linear", "bilinear"), ("nearest", "nearest")])
 def test_agrees_with_monai(order, mode):
-    volume = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    volume = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
     source, target = (
         affine_of(np.diag([-1, 1, 1])),
         affine_of(TURN @ TILT, (0.7, 0.8, 0.9), (-20.0312, 11.01357, 2.02711)),
     )
-    image = MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(source))
+    image = MetaTensor(torch.from_numpy(volume), affine=torch.from_numpy(source))
     expected = SpatialResample(mode, padding_mode="zeros", align_corners=False, dtype=torch.float64)(
         image, dst_affine=torch.from_numpy(target), spatial_size=(20, 20, 16)
-    )[0].numpy()
+    ).numpy()
     assert expected.any()
     np.testing.assert_allclose(resample(volume, source, target, (20, 20, 16), order), expected, atol=1e-6)
 
@@ -123,30 +123,30 @@ def test_smoothing_has_the_width_of_cardoso_along_the_right_axis(directions):
     response = []
     for x_mm in range(-12, 13):
         target = affine_of(np.eye(3), coarse, origin=centre + np.array((x_mm, 0, 0)))
-        response.append(resample(volume, affine, target, (1, 1, 1)).item())
+        response.append(resample(volume[None], affine, target, (1, 1, 1)).item())
     assert sum(response) == pytest.approx(1, abs=1e-3)  # nothing is lost across the other two axes
     variance = np.average(np.arange(-12, 13) ** 2, weights=response)
     assert variance == pytest.approx((4.0**2 - 1.0**2) / (8 * math.log(2)), rel=0.01)
 
 
 def test_finer_target_is_not_smoothed():
-    volume = np.zeros((5, 5, 5), np.float32)
-    volume[2, 2, 2] = 1
+    volume = np.zeros((1, 5, 5, 5), np.float32)
+    volume[0, 2, 2, 2] = 1
     fine = resample(volume, np.eye(4), affine_of(np.eye(3) / 2, origin=(0, 0, 0)), (9, 9, 9))
-    assert fine[4, 4, 4] == 1 and fine[5, 4, 4] == 0.5
+    assert fine[0, 4, 4, 4] == 1 and fine[0, 5, 4, 4] == 0.5
 
 
 def test_nearest_keeps_labels_and_their_type():
-    labels = np.random.default_rng(0).integers(0, 40, SHAPE).astype(np.int16)
+    labels = np.random.default_rng(0).integers(0, 40, (1, *SHAPE)).astype(np.int16)
     out = resample(labels, np.eye(4), affine_of(TURN * 2.5, origin=(0, 0, 0)), (6, 7, 5), "nearest")
     assert out.dtype == np.int16 and set(np.unique(out)) <= set(np.unique(labels)) | {0}
 
 
 def test_wrong_calls_are_named():
     with pytest.raises(ValueError, match="'cubic'; use 'linear' or 'nearest'"):
-        resample(np.zeros(SHAPE), np.eye(4), np.eye(4), SHAPE, "cubic")
-    with pytest.raises(ValueError, match=r"\(1, 2, 3, 4\)"):
-        resample(np.zeros((1, 2, 3, 4)), np.eye(4), np.eye(4), SHAPE)
+        resample(np.zeros((1, *SHAPE)), np.eye(4), np.eye(4), SHAPE, "cubic")
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        resample(np.zeros((2, 3, 4)), np.eye(4), np.eye(4), SHAPE)
     with pytest.raises(ValueError, match="3 sides"):
         Grid.centred((10, 0, 10), (1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="spacings > 0"):

@@ -301,7 +301,7 @@ def volumes(n):
 
 
 def load(i):
-    return volumes(4)[i, 0].numpy()
+    return volumes(4)[i].numpy()
 
 
 def posterior(pipe, i=0):

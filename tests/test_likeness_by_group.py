@@ -79,7 +79,7 @@ def test_maps_and_pairs_are_judged_too_where_they_are_kept():
     for men in (0.05, 0.4):  # generated men vary more than real ones
         x = torch.from_numpy(rng.standard_normal((40, 8)))
         each = volumes(x, labels, maps=torch.from_numpy(rng.standard_normal((40, 5))))
-        base = rng.random((24, 24, 24))
+        base = rng.random((1, 24, 24, 24))
         for seen, label in zip(each.seen, labels):
             noise = rng.standard_normal(base.shape) * (men if label == "M" else 0.05)
             seen.volume = (base + noise).clip(0, 1).astype(np.float16)

@@ -210,7 +210,7 @@ def test_every_measure_of_the_table_computes_and_says_where_it_comes_from():
         "probabilities": torch.softmax(normal(40, 4), dim=1),
     }
     figures = [figure for kind, x in rows.items() for figure in compare(x, x.flip(0), kind, splits=3)]
-    volumes = torch.rand(8, 12, 12, 12).numpy()
+    volumes = torch.rand(8, 1, 12, 12, 12).numpy()
     figures += compare_pairs(volumes, volumes)
     assert [figure.name for figure in figures] == list(MEASURES)
     for figure in figures:
@@ -239,13 +239,13 @@ def test_pairs_hold_the_known_mean_and_seldom_differ_without_cause():
     """log(1 - s) of a pair of N(0, 1) is N(0, 1/2): intervals must hold s = 0, and like volumes seldom come out as unlike."""
     holds, apart, repeats = 0, 0, 200
     for i in range(repeats):
-        real, synthetic = (normal(n, 1, 1, 1, seed=3 * i + k).numpy() for k, n in enumerate((24, 16)))
+        real, synthetic = (normal(n, 1, 1, 1, 1, seed=3 * i + k).numpy() for k, n in enumerate((24, 16)))
         (figure,) = compare_pairs(real, synthetic, seed=i, measures=PAIRS)
         assert (figure.real, figure.synthetic) == (12, 8)
         holds += figure.low <= 0 <= figure.high
         apart += not figure.null_low <= figure.value <= figure.null_high
     assert 0.91 <= holds / repeats <= 0.985 and 0.015 <= apart / repeats <= 0.09
-    real, synthetic = normal(40, 1, 1, 1).numpy(), normal(40, 1, 1, 1, seed=1).numpy() + 2
+    real, synthetic = normal(40, 1, 1, 1, 1).numpy(), normal(40, 1, 1, 1, 1, seed=1).numpy() + 2
     assert compare_pairs(real, synthetic, measures=PAIRS)[0].verdict == BEYOND
 
 
@@ -256,7 +256,7 @@ def test_pairs_are_of_different_volumes_and_of_different_subjects():
         used.append((one.item(), other.item()))
         return one.flatten()
 
-    volumes = np.arange(30.0).reshape(30, 1, 1, 1)
+    volumes = np.arange(30.0).reshape(30, 1, 1, 1, 1)
     measure = {"spy": Measure("", "volumes", "real", spy, "", "")}
     people, asked = [i // 3 for i in range(30)], [i % 8 for i in range(30)]
     compare_pairs(volumes, volumes + 100, subjects=people, pairs=9, measures=measure, asked=asked)

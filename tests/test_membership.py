@@ -63,8 +63,8 @@ def test_losses_of_a_network_that_answers_zero_are_the_targets_own(monkeypatch):
     pipeline = make_pipeline()
     pipeline.target = "data"
     monkeypatch.setattr(pipeline.unet, "forward", lambda z, t, context: torch.zeros_like(z))
-    volume, row = np.random.default_rng(0).random((16, 16, 16), dtype=np.float32), pipeline.parse([{}])[0]
-    x = pipeline.autoencoder.encode_stage_2_inputs(torch.from_numpy(volume)[None, None])
+    volume, row = np.random.default_rng(0).random((1, 16, 16, 16), dtype=np.float32), pipeline.parse([{}])[0]
+    x = pipeline.autoencoder.encode_stage_2_inputs(torch.from_numpy(volume)[None])
     np.testing.assert_allclose(losses_of(pipeline, volume, row), x.square().mean().item(), rtol=1e-5)
     pipeline.target = "noise"
     found = losses_of(pipeline, volume, row)
@@ -82,7 +82,7 @@ def test_a_network_is_told_time_and_covariates(monkeypatch):
 
     monkeypatch.setattr(pipeline.unet, "forward", listen)
     row = pipeline.parse([{"age": 70, "sex": "F"}])[0]
-    losses_of(pipeline, np.zeros((16, 16, 16), np.float32), row)
+    losses_of(pipeline, np.zeros((1, 16, 16, 16), np.float32), row)
     assert [t for t, _ in told] == pytest.approx([1000 * t for t in TIMES for _ in range(REPEATS)])
     assert all(torch.equal(context, pipeline.schema.encode([row])) for _, context in told)
 

@@ -7,10 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ldm3d.data.nifti import read_volume, to_image, write_volume
+from ldm3d.data.nifti import pack_volume, read_volume, to_image, unpack_volume, write_volume
 from ldm3d.errors import InputError
 
-VOLUME = np.random.default_rng(0).random((8, 9, 10)).astype(np.float32)
+VOLUME = np.random.default_rng(0).random((1, 8, 9, 10)).astype(np.float32)
+ARRAY = VOLUME[0]  # as a file holds it
 AFFINE = np.array([[0, 0, 2.0, -5], [-1.5, 0, 0, 7], [0, 1, 0, -9], [0, 0, 0, 1]])  # each axis its own way and size
 
 
@@ -21,7 +22,7 @@ def save(path, array, affine=AFFINE):
 
 def tamper(path, **fields):
     """A file whose header says something else than what is in it."""
-    content = bytearray(nib.Nifti1Image(VOLUME, AFFINE).to_bytes())
+    content = bytearray(nib.Nifti1Image(ARRAY, AFFINE).to_bytes())
     header = nib.Nifti1Header(bytes(content[:348]), check=False)
     for name, value in fields.items():
         header[name] = value
@@ -32,7 +33,7 @@ def tamper(path, **fields):
 
 def tamper_mgh(path, **fields):
     """As `tamper`, of FreeSurfer's format."""
-    image = nib.MGHImage(VOLUME, AFFINE)
+    image = nib.MGHImage(ARRAY, AFFINE)
     content = bytearray(image.to_bytes())
     for name, value in fields.items():
         image.header[name] = value
@@ -42,7 +43,7 @@ def tamper_mgh(path, **fields):
 
 
 def save_forms(path, sform, qform):
-    image = nib.Nifti1Image(VOLUME, None)
+    image = nib.Nifti1Image(ARRAY, None)
     image.set_sform(sform, 1)
     image.set_qform(qform, 1)
     nib.save(image, path)
@@ -51,7 +52,7 @@ def save_forms(path, sform, qform):
 
 def with_value_outside(value):
     """A block of voxels with values, touching no face, and another value around it."""
-    return np.where(np.pad(np.ones((4, 5, 6), bool), 2), VOLUME, np.float32(value))
+    return np.where(np.pad(np.ones((4, 5, 6), bool), 2), ARRAY, np.float32(value))
 
 
 # Out and in again
@@ -72,6 +73,15 @@ def test_write_then_read(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["brain.nii.gz"]
 
 
+def test_channels_are_the_last_axis_of_a_file():
+    volume = np.concatenate([VOLUME, 1 - VOLUME])  # (2, X, Y, Z)
+    image = to_image(volume, AFFINE)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), np.moveaxis(volume, 0, -1))
+    assert to_image(VOLUME, AFFINE).shape == VOLUME.shape[1:], "one channel makes a 3D image"
+    for each in (VOLUME, volume):
+        np.testing.assert_array_equal(unpack_volume(pack_volume(each, AFFINE)), each)
+
+
 def test_same_volume_gives_same_bytes(tmp_path):
     for name in "ab":
         write_volume(tmp_path / f"{name}.nii.gz", VOLUME, AFFINE)
@@ -83,8 +93,8 @@ def test_types_on_disk(tmp_path):
     for given, kept in (
         (VOLUME.astype(np.float64), np.float32),
         (VOLUME > 0.5, np.uint8),
-        (np.arange(8).reshape(2, 2, 2), np.int32),
-        (np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.int16),
+        (np.arange(8).reshape(1, 2, 2, 2), np.int32),
+        (np.arange(8, dtype=np.int16).reshape(1, 2, 2, 2), np.int16),
     ):
         write_volume(path, given, AFFINE)
         assert nib.load(path).get_data_dtype() == kept
@@ -110,18 +120,18 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, monkeypatch):
 def test_wrong_calls_are_named(tmp_path):
     with pytest.raises(ValueError, match="81 bytes"):
         to_image(VOLUME, AFFINE, "x" * 81)
-    with pytest.raises(ValueError, match=r"\(9, 10\)"):
-        to_image(VOLUME[0], AFFINE)
+    with pytest.raises(ValueError, match=r"\(8, 9, 10\)"):
+        to_image(ARRAY, AFFINE)
     with pytest.raises(ValueError, match=r"as \.nii\.gz"):
         write_volume(tmp_path / "x.nii", VOLUME, AFFINE)
     assert to_image(VOLUME, AFFINE, "é" * 40).header["descrip"].item().decode() == "é" * 40
 
 
 def test_one_frame_scale_factor_and_microns(tmp_path):
-    assert read_volume(save(tmp_path / "frame.nii.gz", VOLUME[..., None]))[0].shape == VOLUME.shape
+    assert read_volume(save(tmp_path / "frame.nii.gz", ARRAY[..., None]))[0].shape == VOLUME.shape
     scaled, _ = read_volume(tamper(tmp_path / "scaled.nii", scl_slope=3, scl_inter=-1))
     np.testing.assert_allclose(scaled, VOLUME * 3 - 1, rtol=1e-5, atol=1e-6)
-    save(tmp_path / "microns.nii", VOLUME, AFFINE * [[1000], [1000], [1000], [1]])
+    save(tmp_path / "microns.nii", ARRAY, AFFINE * [[1000], [1000], [1000], [1]])
     image = nib.load(tmp_path / "microns.nii")
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "microns.nii.gz")
@@ -137,7 +147,7 @@ def test_nan_around_the_head_is_background_and_nan_within_it_is_none(tmp_path):
     around = with_value_outside(np.nan)
     with pytest.warns(UserWarning, match="NaN in 83% of its voxels, around the head"):
         volume, _ = read_volume(save(tmp_path / "x.nii.gz", around))
-    np.testing.assert_array_equal(volume, np.nan_to_num(around))
+    np.testing.assert_array_equal(volume[0], np.nan_to_num(around))
     around[4, 4, 5] = np.nan
     with pytest.raises(InputError, match="1 of 720 voxels are NaN or infinite and not the background"):
         read_volume(save(tmp_path / "y.nii.gz", around))
@@ -146,16 +156,16 @@ def test_nan_around_the_head_is_background_and_nan_within_it_is_none(tmp_path):
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "f4"])
 @pytest.mark.parametrize("kind", ["mgz", "mgh"])
 def test_freesurfer_files_are_read_where_they_lie(kind, dtype, tmp_path):
-    array = (VOLUME * 100).astype(dtype)
+    array = (ARRAY * 100).astype(dtype)
     nib.save(nib.MGHImage(array, AFFINE.astype(np.float32)), tmp_path / f"brain.{kind}")
     volume, affine = read_volume(tmp_path / f"brain.{kind}")
-    np.testing.assert_array_equal(volume, array)
+    np.testing.assert_array_equal(volume[0], array)
     np.testing.assert_allclose(affine, AFFINE, atol=1e-5)
     assert volume.dtype == np.float32
 
 
 def test_freesurfer_file_without_orientation_is_coronal(tmp_path):
-    content = bytearray(nib.MGHImage(VOLUME, AFFINE).to_bytes())
+    content = bytearray(nib.MGHImage(ARRAY, AFFINE).to_bytes())
     content[28:30] = b"\0\0"
     (tmp_path / "x.mgh").write_bytes(content)
     with pytest.warns(UserWarning, match="taken as coronal"):
@@ -186,7 +196,7 @@ def test_forms_that_agree_but_for_rounding_and_place_are_not(tmp_path, recwarn):
 
 
 def truncated(path):
-    save(path, VOLUME)
+    save(path, ARRAY)
     path.write_bytes(path.read_bytes()[:800])
 
 
@@ -200,9 +210,9 @@ BAD_FILES = {
     "voxel-type.nii": (lambda path: tamper(path, datatype=77), "cannot be read as NIfTI"),
     "cut-short.nii": (truncated, "2,880 bytes of voxels, more than a file of 800 bytes can hold"),
     "cut-short.nii.gz": (truncated, "cut short or damaged"),
-    "brain.dcm": (lambda path: save(path.with_suffix(".nii"), VOLUME).rename(path), "neither NIfTI nor .mgz by its name"),
-    "nifti.mgz": (lambda path: path.write_bytes(nib.Nifti1Image(VOLUME, AFFINE).to_bytes()), "read as FreeSurfer's MGH"),
-    "no-mgh.mgh": (lambda path: path.write_bytes(nib.Nifti1Image(VOLUME, AFFINE).to_bytes()), "its version is"),
+    "brain.dcm": (lambda path: save(path.with_suffix(".nii"), ARRAY).rename(path), "neither NIfTI nor .mgz by its name"),
+    "nifti.mgz": (lambda path: path.write_bytes(nib.Nifti1Image(ARRAY, AFFINE).to_bytes()), "read as FreeSurfer's MGH"),
+    "no-mgh.mgh": (lambda path: path.write_bytes(nib.Nifti1Image(ARRAY, AFFINE).to_bytes()), "its version is"),
     "empty.mgh": (lambda path: path.touch(), "ends after 0 of 284 bytes"),
     "type.mgh": (lambda path: tamper_mgh(path, type=7), "voxels of type 7; mri_convert"),
     "claims.mgz": (lambda path: tamper_mgh(path, dims=[600] * 3 + [1]), "bytes of voxels, more than a file of"),
@@ -212,16 +222,16 @@ BAD_FILES = {
         lambda path: save_forms(path, AFFINE, AFFINE @ np.diag([-1.0, 1, 1, 1])),
         "left and right cannot be told",
     ),
-    "all-nan.nii.gz": (lambda path: save(path, VOLUME * np.nan), "720 of 720 voxels are NaN"),
+    "all-nan.nii.gz": (lambda path: save(path, ARRAY * np.nan), "720 of 720 voxels are NaN"),
     "inf-outside.nii.gz": (lambda path: save(path, with_value_outside(np.inf)), "of 720 voxels are NaN or infinite"),
-    "series.nii.gz": (lambda path: save(path, np.stack([VOLUME] * 3, -1)), "3 volumes in one file"),
-    "slice.nii.gz": (lambda path: save(path, VOLUME[0]), r"shape \(9, 10\); a volume has three axes"),
+    "series.nii.gz": (lambda path: save(path, np.stack([ARRAY] * 3, -1)), "3 volumes in one file"),
+    "slice.nii.gz": (lambda path: save(path, ARRAY[0]), r"shape \(9, 10\); a volume has three axes"),
     "no-voxels.nii": (lambda path: tamper(path, dim=[3, 0, 9, 10, 1, 1, 1, 1]), r"\(0, 9, 10\), so no voxels"),
     "negative.nii": (lambda path: tamper(path, dim=[3, -5, 9, 10, 1, 1, 1, 1]), "so no voxels"),
-    "constant.nii.gz": (lambda path: save(path, VOLUME * 0 + 7), "every voxel is 7"),
-    "nan.nii.gz": (lambda path: save(path, np.where(VOLUME > 0.9, np.nan, VOLUME)), "of 720 voxels are NaN"),
-    "overflow.nii.gz": (lambda path: save(path, VOLUME.astype(np.float64) * 1e300), "NaN or infinite"),
-    "complex.nii.gz": (lambda path: save(path, VOLUME.astype(np.complex64)), "complex voxels"),
+    "constant.nii.gz": (lambda path: save(path, ARRAY * 0 + 7), "every voxel is 7"),
+    "nan.nii.gz": (lambda path: save(path, np.where(ARRAY > 0.9, np.nan, ARRAY)), "of 720 voxels are NaN"),
+    "overflow.nii.gz": (lambda path: save(path, ARRAY.astype(np.float64) * 1e300), "NaN or infinite"),
+    "complex.nii.gz": (lambda path: save(path, ARRAY.astype(np.complex64)), "complex voxels"),
     "colour.nii.gz": (
         lambda path: save(path, np.zeros((5, 5, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])),
         "colour voxels",

@@ -32,7 +32,7 @@ def volume_ml(labels, members, spacing_mm) -> float:
 def test_volumes_are_those_of_the_labels(shape, spacing_mm):
     for i in range(3):
         image, labels, covariates = make_phantom(shape, spacing_mm, seed=1, index=i)
-        assert image.shape == labels.shape == shape
+        assert image.shape == labels.shape == (1, *shape)
         assert (image.dtype, labels.dtype) == (np.float32, np.uint8)
         assert covariates["ventricular_volume_ml"] == round(volume_ml(labels, VENTRICLES, spacing_mm), 2)
         assert covariates["brain_volume_ml"] == round(volume_ml(labels, BRAIN, spacing_mm), 1)
@@ -71,16 +71,16 @@ def test_a_flip_is_noticed_in_every_phantom():
         image, labels, _ = make_phantom(SHAPE, seed=6, index=i)
         left, right = (np.argwhere(labels == label) for label in (LEFT_VENTRICLE, RIGHT_VENTRICLE))
         assert len(left) > len(right) > 0
-        assert left[:, 0].max() < right[:, 0].min()  # x counts to the right
-        mirrored = labels[::-1]
+        assert left[:, 1].max() < right[:, 1].min()  # x counts to the right
+        mirrored = labels[:, ::-1]
         assert (np.isin(mirrored, BRAIN) != np.isin(labels, BRAIN)).sum() > 100
-        assert np.abs(image[::-1] - image).mean() > 10
+        assert np.abs(image[:, ::-1] - image).mean() > 10
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (17, 23, 19), (33, 16, 40), (64, 20, 20)])
 def test_any_shape_works(shape):
     image, labels, covariates = make_phantom(shape)
-    assert image.shape == labels.shape == shape
+    assert image.shape == labels.shape == (1, *shape)
     assert covariates["ventricular_volume_ml"] > 0 and covariates["brain_volume_ml"] > 300
 
 
@@ -116,7 +116,7 @@ def test_table_matches_the_label_maps(root):
         image, image_affine = read_volume(root / name / "anat" / f"{name}_T1w.nii.gz")
         np.testing.assert_array_equal(affine, image_affine)
         np.testing.assert_allclose(affine[:3, :3], 7.714 * np.eye(3), atol=1e-3)  # 216 mm over 28 voxels
-        assert image.shape == labels.shape == (24, 28, 24)
+        assert image.shape == labels.shape == (1, 24, 28, 24)
         spacing_mm = float(affine[0, 0])
         assert float(row.ventricular_volume_ml) == pytest.approx(volume_ml(labels, VENTRICLES, spacing_mm), abs=0.01)
         assert float(row.brain_volume_ml) == pytest.approx(volume_ml(labels, BRAIN, spacing_mm), abs=0.1)

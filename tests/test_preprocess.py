@@ -42,10 +42,10 @@ GRID = Grid.centred((24, 28, 24), (2, 2, 2))
 
 
 def head(seed=0, centre=(15, 17, 14), radii=(9, 11, 9), shape=SHAPE):
-    """An ellipsoid of some texture in nothing, like a skull-stripped brain."""
+    """An ellipsoid of some texture in nothing, like a skull-stripped brain: (1, X, Y, Z)."""
     random = np.random.default_rng(seed)
     distance = sum(((x - c) / r) ** 2 for x, c, r in zip(np.indices(shape), centre, radii))
-    return np.where(distance < 1, random.uniform(300, 900, shape), 0).astype(np.float32)
+    return np.where(distance < 1, random.uniform(300, 900, shape), 0).astype(np.float32)[None]
 
 
 @pytest.fixture
@@ -72,32 +72,32 @@ def scan_path(config, subject):
 def test_aligned_scan_keeps_its_voxels_in_0_to_1():
     volume = head()
     on_grid, info = to_grid(volume, AFFINE, Grid.centred((24, 28, 24), (2, 2, 2)), (0, 100))
-    assert on_grid.shape == (24, 28, 24) and on_grid.dtype == np.float32
+    assert on_grid.shape == (1, 24, 28, 24) and on_grid.dtype == np.float32
     inside = on_grid[on_grid > 0]
     np.testing.assert_allclose(np.sort(inside) * volume.max(), np.sort(volume[volume > 0]), rtol=1e-6)
     assert on_grid.max() == 1 and on_grid.min() == 0 and info["cut_mm"] == 0
-    np.testing.assert_allclose(ndimage.center_of_mass(on_grid > 0), (11.5, 13.5, 11.5), atol=0.51)
+    np.testing.assert_allclose(ndimage.center_of_mass(on_grid[0] > 0), (11.5, 13.5, 11.5), atol=0.51)
 
 
 @pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, -1)])
 def test_restore_puts_a_bright_voxel_back(flips):
     volume = head()
-    volume[12, 20, 10] = 2000
+    volume[0, 12, 20, 10] = 2000
     affine = np.array([[0, 0, 2.0, 4], [2.0, 0, 0, 5], [0, 2.0, 0, 6], [0, 0, 0, 1]]) @ np.diag([*flips, 1])
     on_grid, info = to_grid(volume, affine, Grid.centred((24, 28, 24), (2, 2, 2)), (0, 100))
     back, back_affine = restore(on_grid, json.loads(json.dumps(info)))
     np.testing.assert_array_equal(back_affine, affine)
     np.testing.assert_allclose(back, volume, rtol=1e-5, atol=1e-3)
-    assert np.unravel_index(back.argmax(), SHAPE) == (12, 20, 10)
+    assert np.unravel_index(back.argmax(), back.shape) == (0, 12, 20, 10)
 
 
 def test_restore_over_other_spacings_keeps_the_place():
-    volume = ndimage.gaussian_filter(head(), 1) + 3000 * (head(radii=(3, 3, 3), centre=(11, 20, 12)) > 0)
+    volume = ndimage.gaussian_filter(head(), (0, 1, 1, 1)) + 3000 * (head(radii=(3, 3, 3), centre=(11, 20, 12)) > 0)
     affine = np.array([[-1.5, 0, 0, 4], [0, 1.44, -0.42, 5], [0, 0.42, 1.44, 6], [0, 0, 0, 1]])
     on_grid, info = to_grid(volume, affine, Grid.centred((28, 32, 28), (2, 2, 2)), (0, 100))
     back, _ = restore(on_grid, info)
-    assert back.shape == SHAPE
-    np.testing.assert_allclose(ndimage.center_of_mass(back > 2000), (11, 20, 12), atol=0.3)
+    assert back.shape == (1, *SHAPE)
+    np.testing.assert_allclose(ndimage.center_of_mass(back[0] > 2000), (11, 20, 12), atol=0.3)
 
 
 def test_percentiles_clip_and_are_undone():
@@ -116,7 +116,7 @@ def test_brightness_does_not_depend_on_the_size_of_the_brain():
 @pytest.mark.parametrize("background", [-1000.0, 0.0, 40.0])
 def test_background_becomes_0_within_and_beyond_the_scan(background):
     on_grid, _ = to_grid(head() + background, AFFINE, Grid.centred((40, 40, 40), (2, 2, 2)), (0, 99.8))
-    assert on_grid[0, 0, 0] == 0 and on_grid[6, 4, 7] == 0  # outside of the scan; inside, outside of the head
+    assert on_grid[0, 0, 0, 0] == 0 and on_grid[0, 6, 4, 7] == 0  # outside of the scan; inside, outside of the head
     assert (on_grid > 0).sum() == (head() > 0).sum()
 
 
@@ -134,25 +134,25 @@ def test_noisy_air_neither_moves_the_box_nor_becomes_bright():
     shape, random = (60, 60, 60), np.random.default_rng(0)
     clean = head(shape=shape, centre=(20, 25, 33), radii=(15, 18, 15))
     noisy = np.hypot(clean + random.normal(0, 25, shape), random.normal(0, 25, shape)).astype(np.float32)
-    noisy[55, 55, 55] = 5000  # a spike
+    noisy[0, 55, 55, 55] = 5000  # a spike
     on_grid, info = to_grid(noisy, np.diag([1.0, 1, 1, 1]), Grid.centred((24, 24, 24), (2, 2, 2)), (0, 99.8))
     middle = np.array(info["grid_affine"]) @ [11.5, 11.5, 11.5, 1]
     np.testing.assert_allclose(middle[:3], (20, 25, 33), atol=1.5)
-    assert np.median(on_grid[:3]) < 0.05 and info["cut_mm"] == 0
+    assert np.median(on_grid[:, :3]) < 0.05 and info["cut_mm"] == 0
 
 
 def test_high_head_loses_its_neck_not_its_crown():
     volume = head(shape=(30, 34, 60), centre=(15, 17, 44), radii=(9, 11, 9))
-    volume[12:18, 14:20, :40] = 500
+    volume[0, 12:18, 14:20, :40] = 500
     on_grid, info = to_grid(volume, AFFINE, Grid.centred((24, 28, 24), (2, 2, 2)), (0, 100))
     crown = np.array(info["grid_affine"]) @ [11.5, 13.5, 23.5, 1]
     assert crown[2] == pytest.approx(2 * 53 + 0, abs=2.1)
-    assert on_grid[:, :, 0].any() and info["cut_mm"] == pytest.approx(2 * (53 - 24), abs=2.1)
+    assert on_grid[..., 0].any() and info["cut_mm"] == pytest.approx(2 * (53 - 24), abs=2.1)
 
 
 def test_no_contrast_is_an_input_error():
-    volume = np.zeros(SHAPE, np.float32)
-    volume[5:20, 5:20, 5:20] = 100
+    volume = np.zeros((1, *SHAPE), np.float32)
+    volume[:, 5:20, 5:20, 5:20] = 100
     with pytest.raises(InputError, match=r"percentiles 99 and 100 .* both 100; .* move data.percentiles apart"):
         to_grid(volume, AFFINE, Grid.centred((8, 8, 8), (2, 2, 2)), (99, 100))
 
@@ -179,7 +179,7 @@ def test_prepare_leaves_tables_and_volumes(dataset):
     assert table.groupby("subject")["split"].nunique().max() == 1
     assert set(table["split"]) == {"train", "validation", "test"}
     volume = load_prepared(config, table["key"][0])
-    assert volume.shape == (24, 28, 24) and volume.dtype == np.float32 and volume.max() == 1
+    assert volume.shape == (1, 24, 28, 24) and volume.dtype == np.float32 and volume.max() == 1
     back, affine = restore(volume, load_info(config, table["key"][0]))
     original, original_affine = read_volume(table["path"][0])
     np.testing.assert_array_equal(affine, original_affine)
@@ -366,7 +366,7 @@ def test_standardised_scans_among_raw_ones_are_named():
 
 
 def test_info_tells_standardised_scans_and_the_size_of_the_head():
-    raw = ndimage.gaussian_filter(head(), 0.7)
+    raw = ndimage.gaussian_filter(head(), (0, 0.7, 0.7, 0.7))
     inside = raw > 100
     standardised = np.where(inside, (raw - raw[inside].mean()) / raw[inside].std(), 0).astype(np.float32)
     everywhere = (raw - raw.mean()) / raw.std()  # with its air

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_settings
 
@@ -38,11 +39,12 @@ def test_a_latent_is_its_row_s(tmp_path):
     assert sample["drop"].shape == (4,)
 
 
-def test_volumes_travel_as_their_keys(tmp_path):
+@pytest.mark.parametrize("axis", [(), (1,)], ids=["as earlier versions prepared them", "with an axis of channels"])
+def test_volumes_travel_as_their_keys(axis, tmp_path):
     config = Config.model_validate(tiny_settings(tmp_path))
     (config.prepared_folder / "volumes").mkdir(parents=True)
     for i in range(3):
-        np.save(config.prepared_folder / "volumes" / f"k{i}.npy", np.full((24, 28, 24), i / 2, np.float16))
+        np.save(config.prepared_folder / "volumes" / f"k{i}.npy", np.full((*axis, 24, 28, 24), i / 2, np.float16))
     samples = VolumeSamples(config, ("k2", "k1"), (3, 6, 7, 6))
     sent = pickle.dumps(samples)
     assert len(sent) < 10_000 and len(samples) == 2

@@ -12,6 +12,7 @@ from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_group
 from ldm3d.errors import InputError
 from ldm3d.experiment import scans_by_use
 from ldm3d.rulers.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
+from ldm3d.rulers.volumetry import apply_measure
 
 GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
 
@@ -20,10 +21,10 @@ def ball(i: int, shape=(16, 16, 16)):
     """A dark ball within a bright shell, of another size in each volume; classes 1 and 2."""
     rng = np.random.default_rng(i)
     centre = np.array(shape) / 2 + rng.uniform(-1, 1, 3)
-    distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(np.ix_(*(np.arange(n) for n in shape)), centre)))
+    distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(np.ix_(*(np.arange(n) for n in shape)), centre)))[None]
     radius = rng.uniform(2.5, 4.5)
     classes = np.where(distance < radius, 1, np.where(distance < radius + 2, 2, 0)).astype(np.uint8)
-    return (np.array([0.1, 0.4, 0.9])[classes] + 0.03 * rng.standard_normal(shape)).astype(np.float32), classes
+    return (np.array([0.1, 0.4, 0.9])[classes] + 0.03 * rng.standard_normal(classes.shape)).astype(np.float32), classes
 
 
 def test_segmenter_measures_what_it_was_trained_on(tmp_path):
@@ -35,8 +36,8 @@ def test_segmenter_measures_what_it_was_trained_on(tmp_path):
     found, true = [], []
     for i in range(100, 110):
         volume, classes = ball(i)
-        found.append(again(volume, (2, 2, 5))["ball_ml"])
-        assert found[-1] == pytest.approx(first(volume, (2, 2, 5))["ball_ml"])
+        found.append(apply_measure(again, volume, (2, 2, 5))["ball_ml"])
+        assert found[-1] == pytest.approx(apply_measure(first, volume, (2, 2, 5))["ball_ml"])
         true.append((classes == 1).sum() * 0.02)
     assert np.corrcoef(found, true)[0, 1] > 0.95 and abs(np.mean(found) / np.mean(true) - 1) < 0.1
 
@@ -53,7 +54,7 @@ def test_any_shape_goes_through():
 
 
 def test_changes_keep_shape_and_move_intensities_a_little():
-    volume = torch.from_numpy(ball(0)[0])[None, None]
+    volume = torch.from_numpy(ball(0)[0])[None]
     changed = [_changed(volume, torch.Generator().manual_seed(seed)) for seed in range(8)]
     assert all(each.shape == volume.shape for each in changed)
     assert 0.02 < max(abs(each - volume).mean() for each in changed) < 0.15

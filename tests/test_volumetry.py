@@ -8,7 +8,7 @@ from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.placing import to_grid
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
-from ldm3d.rulers.volumetry import load_measure, measure_volumes
+from ldm3d.rulers.volumetry import apply_measure, load_measure, measure_volumes
 from ldm3d.statistics.agreement import agreement
 
 GRID = Grid.centred((40, 48, 40), (4.5, 4.5, 4.5))
@@ -17,11 +17,11 @@ VENTRICLES, BRAIN = "ventricular_volume_ml", "brain_volume_ml"
 
 @pytest.fixture(scope="module")
 def phantoms() -> tuple[list, list]:
-    """Prepared volumes of 40 phantoms, and their covariates."""
+    """Prepared images (X, Y, Z) of 40 phantoms, and their covariates."""
     volumes, covariates = [], []
     for i in range(40):
         image, _, known = make_phantom(GRID.shape, GRID.spacing_mm[0], seed=11, index=i)
-        volumes.append(to_grid(image, GRID.affine, GRID, (0, 99.8))[0])
+        volumes.append(to_grid(image, GRID.affine, GRID, (0, 99.8))[0][0])
         covariates.append(known)
     return volumes, covariates
 
@@ -134,7 +134,7 @@ def test_odd_input_gives_numbers_or_nan(name, spacing_mm):
 def test_small_grids_are_measured(shape):
     grid = Grid.centred(shape, [max(180 / shape[0], 216 / shape[1], 180 / shape[2])] * 3)
     image, _, known = make_phantom(shape, grid.spacing_mm[0], seed=3, index=1)
-    found = measure_volumes(to_grid(image, grid.affine, grid, (0, 99.8))[0], grid.spacing_mm)
+    found = apply_measure(measure_volumes, to_grid(image, grid.affine, grid, (0, 99.8))[0], grid.spacing_mm)
     assert found[BRAIN] == pytest.approx(known[BRAIN], rel=0.6)
     assert 0 <= found[VENTRICLES] < 150
 

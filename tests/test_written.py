@@ -53,8 +53,8 @@ def test_command_compares_a_table(dataset, tmp_path):
 def test_command_compares_label_maps(tmp_path, fails):
     people = [f"sub-{i}" for i in range(6)]
     for i, name in enumerate(people):
-        labels = np.zeros((8, 8, 8), np.uint8)
-        labels[: i + 1] = 4
+        labels = np.zeros((1, 8, 8, 8), np.uint8)
+        labels[:, : i + 1] = 4
         write_volume(tmp_path / "labels" / f"{name}_dseg.nii.gz", labels, np.diag([5, 5, 5, 1]))
     people, truth = [*people, "sub-7"], [8.0 * (i + 1) for i in range(7)]  # 64 voxels of 0.125 ml; one has no label map
     pd.DataFrame({"participant_id": people, "ml": truth}).to_csv(tmp_path / "participants.tsv", sep="\t", index=False)

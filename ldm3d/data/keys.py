@@ -41,7 +41,8 @@ def volume_key(volume: NDArray, affine: NDArray, settings: Mapping[str, Any]) ->
         settings: from `settings_of`.
     """
     voxels = np.ascontiguousarray(in_ras_order(volume, affine), dtype="<f4") + np.float32(0)  # -0 is 0
-    scan = hashlib.sha256(json.dumps(voxels.shape).encode())
+    # One channel is hashed as (X, Y, Z), as before volumes had an axis of channels: models know their scans by these keys
+    scan = hashlib.sha256(json.dumps(voxels.shape[len(voxels) == 1 :]).encode())
     scan.update(voxels)
     # To 0.1 micrometres: programs that rewrite a header may round its numbers
     placing = json.dumps([(np.round(affine, 4) + 0.0).tolist(), settings])

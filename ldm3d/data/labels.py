@@ -90,19 +90,19 @@ def load_labels(config: Config, key: str, path: Path, classes: Mapping[str, Sequ
         classes: group -> labels; class k + 1 is the k-th, 0 all else.
 
     Returns:
-        Volume float32 in [0, 1] and classes uint8, both (X, Y, Z).
+        Volume float32 in [0, 1] and classes uint8, both (1, X, Y, Z).
     """
     volume, info = load_prepared(config, key), load_info(config, key)
     labels, affine = read_volume(path)
-    labels = resample(np.rint(labels).astype(np.int32), affine, np.array(info["grid_affine"]), volume.shape, "nearest")
-    found = np.zeros(volume.shape, np.uint8)
+    labels = resample(np.rint(labels).astype(np.int32), affine, np.array(info["grid_affine"]), volume.shape[1:], "nearest")
+    found = np.zeros(labels.shape, np.uint8)
     for k, group in enumerate(classes.values()):
         found[np.isin(labels, list(group))] = k + 1
     return volume, found
 
 
 def count_volumes(labels: NDArray, spacing_mm: Sequence[float], groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Volume in ml of each group of labels of a label map (X, Y, Z)."""
+    """Volume in ml of each group of labels of a label map."""
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {name: float(np.isin(np.rint(labels), list(group)).sum()) * voxel_ml for name, group in groups.items()}
 

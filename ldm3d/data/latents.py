@@ -38,15 +38,15 @@ def write_latents(
     Args:
         folder: of the cache; what it held is replaced.
         scans: prepared scans, with the column `key`.
-        load: key -> volume (X, Y, Z).
-        encode: volumes (N, 1, X, Y, Z) -> moments (N, 2c, x, y, z), float32.
+        load: key -> volume (C, X, Y, Z).
+        encode: volumes (N, C, X, Y, Z) -> moments (N, 2c, x, y, z), float32.
         origin: name -> fingerprint of everything the moments follow from.
         batch_size: scans at a time.
         processes: that share the work; all of them have to call this.
     """
     keys = list(scans["key"])
     firsts = processes.share(range(0, len(keys), batch_size))
-    encoded = ((first, encode(np.stack([load(key) for key in keys[first : first + batch_size]])[:, None])) for first in firsts)
+    encoded = ((first, encode(np.stack([load(key) for key in keys[first : first + batch_size]]))) for first in firsts)
     start = list(itertools.islice(encoded, 1))  # none where there are more processes than batches
     shape = processes.gather(start[0][1].shape[1:] if start else None)[0]
     if processes.is_main:

@@ -38,10 +38,10 @@ _MM = {"meter": 1000.0, "micron": 0.001}
 
 
 def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
-    """One scan as float32 (X, Y, Z) in the file's own order of axes, and its affine (4, 4) to RAS+ mm.
+    """One scan as float32 (1, X, Y, Z) in the file's own order of axes, and its affine (4, 4) to RAS+ mm.
 
-    Intensities carry the header's scale factor. (X, Y, Z, 1) counts as one volume. NaN around the head, as SPM, CAT12 and
-    ANTs write it, becomes 0, with a warning.
+    Intensities carry the header's scale factor. A file of shape (X, Y, Z, 1) is one volume. NaN around the head, as SPM, CAT12
+    and ANTs write it, becomes 0, with a warning.
 
     Raises:
         InputError: the file is missing, no NIfTI (or .mgz) or cut short; several volumes; no or too many voxels; complex or
@@ -71,11 +71,11 @@ def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
         _fill_background(path, volume)
     if volume.min() == volume.max():
         raise InputError(f"{path}: every voxel is {volume.flat[0]:g}; there is no image in it")
-    return volume, affine
+    return volume[None], affine
 
 
 def _fill_background(path: Path, volume: NDArray) -> None:
-    """Set NaN that reaches the faces of the volume to 0, in place; an InputError for any other, and where nothing is left."""
+    """Set NaN that reaches the faces of (X, Y, Z) to 0, in place; an InputError for any other, and where nothing is left."""
     nan = np.isnan(volume)
     parts, _ = ndimage.label(nan)
     faces = [np.take(parts, end, axis) for axis in range(3) for end in (0, -1)]
@@ -104,7 +104,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 def in_ras_order(volume: NDArray, affine: NDArray) -> NDArray:
     """The voxels with axes that run mostly to the right, the front and the top, in whatever order a file has them."""
-    return nibabel.orientations.apply_orientation(volume, nibabel.orientations.io_orientation(affine))
+    turned = nibabel.orientations.apply_orientation(np.moveaxis(volume, 0, -1), nibabel.orientations.io_orientation(affine))
+    return np.moveaxis(turned, -1, 0)
 
 
 def write_volume(
@@ -138,21 +139,22 @@ def pack_volume(array: NDArray, affine: NDArray, description: str = "") -> bytes
 
 
 def unpack_volume(content: bytes) -> NDArray:
-    """The voxels of `pack_volume`."""
-    return np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj)
+    """The volume of `pack_volume`."""
+    return from_image(nibabel.Nifti1Image.from_bytes(gzip.decompress(content)))
 
 
 def to_image(array: NDArray, affine: NDArray, description: str = "") -> nibabel.Nifti1Image:
     """A volume as nibabel image in mm, its affine stored as qform and sform (both "scanner").
 
     Args:
-        array: (X, Y, Z); kept as float32, or as integers of at most 32 bits.
+        array: (C, X, Y, Z); kept as float32, or as integers of at most 32 bits. One channel makes an image (X, Y, Z), several
+            one (X, Y, Z, C).
         affine: (4, 4) to RAS+ mm.
         description: at most 80 bytes of UTF-8, the room a NIfTI header has.
     """
     array, affine = np.asarray(array), np.asarray(affine, dtype=np.float64)
-    if array.ndim != 3:
-        raise ValueError(f"a volume is (X, Y, Z), got shape {array.shape}")
+    if array.ndim != 4:
+        raise ValueError(f"a volume is (C, X, Y, Z), got shape {array.shape}")
     if len(description.encode()) > 80:
         raise ValueError(f"description has {len(description.encode())} bytes, a NIfTI header holds 80: {description!r}")
     if array.dtype == bool:
@@ -161,12 +163,18 @@ def to_image(array: NDArray, affine: NDArray, description: str = "") -> nibabel.
         array = array.astype(np.int32)  # few programs read 64-bit integers
     elif array.dtype.kind == "f":
         array = array.astype(np.float32)
-    image = nibabel.Nifti1Image(array, affine)
+    image = nibabel.Nifti1Image(np.moveaxis(array, 0, -1) if len(array) > 1 else array[0], affine)
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()
     return image
+
+
+def from_image(image: nibabel.Nifti1Image) -> NDArray:
+    """The volume (C, X, Y, Z) of `to_image`."""
+    array = np.asarray(image.dataobj)
+    return array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
 
 
 def _split_name(path: Path) -> tuple[str, str, str]:

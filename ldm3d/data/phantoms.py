@@ -5,7 +5,7 @@ the outside in gives the labels (depth > 0 at the voxel's centre) and the image 
 there is partial volume) from the same fields. All people share one anatomy and one folding pattern; a person adds a
 size, a smooth warp, atrophy and ventricles. Left and right differ in all of them, so that a flip is visible.
 
-Volumes are (X, Y, Z), X to the right, Y anterior, Z superior; coordinates and depths in mm, the brain near the origin.
+Coverages are (X, Y, Z), X to the right, Y anterior, Z superior; coordinates and depths in mm, the brain near the origin.
 """
 
 import functools
@@ -84,7 +84,7 @@ def make_phantom(
         seed: the population. index: the person in it. Both non-negative.
 
     Returns:
-        Image, float32 (X, Y, Z) in raw units of about 0 to 1000; labels, uint8 (X, Y, Z), see `LABELS`; covariates:
+        Image, float32 (1, X, Y, Z) in raw units of about 0 to 1000; labels, uint8 (1, X, Y, Z), see `LABELS`; covariates:
         age (years), sex ("F", "M"), ventricular_volume_ml, brain_volume_ml (grey + white), counted on the labels.
 
     Raises:
@@ -111,16 +111,13 @@ def make_phantom(
 
     voxel_ml = spacing_mm**3 / 1000
     counts = np.bincount(labels.ravel(), minlength=len(LABELS))
-    return (
-        image,
-        labels,
-        {
-            "age": person.age_years,
-            "sex": person.sex,
-            "ventricular_volume_ml": round(float(counts[list(VENTRICLES)].sum() * voxel_ml), 2),
-            "brain_volume_ml": round(float(counts[list(BRAIN)].sum() * voxel_ml), 1),
-        },
-    )
+    covariates = {
+        "age": person.age_years,
+        "sex": person.sex,
+        "ventricular_volume_ml": round(float(counts[list(VENTRICLES)].sum() * voxel_ml), 2),
+        "brain_volume_ml": round(float(counts[list(BRAIN)].sum() * voxel_ml), 1),
+    }
+    return image[None], labels[None], covariates
 
 
 def draw_person(rng: np.random.Generator) -> Person:

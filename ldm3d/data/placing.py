@@ -23,13 +23,13 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
     brain fills, and small brains would come out in another brightness than large ones. What lies beyond is clipped.
 
     Args:
-        volume: (X, Y, Z) in any orientation; a skull-stripped or a whole head.
+        volume: (1, X, Y, Z), one scan in any orientation; a skull-stripped or a whole head.
         affine: (4, 4) of `volume`, to RAS+ mm.
         grid: to bring it to.
         percentiles: (lower, upper), 0 to 100.
 
     Returns:
-        float32 (X, Y, Z) on the Grid; and the info that `restore` needs, plain JSON: shape and affine of the source,
+        float32 (1, X, Y, Z) on the Grid; and the info that `restore` needs, plain JSON: shape and affine of the source,
         affine of the placed Grid, the intensities `low` and `high` that became 0 and 1, cut_mm, the most that the
         Grid cuts off the foreground on any side, extent_mm of the foreground along the axes of the scan, and around_zero,
         whether intensities reach well below 0, as those of a standardised scan do.
@@ -39,8 +39,9 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
     """
     affine = np.asarray(affine, dtype=np.float64)
     volume, background, threshold = _level_background(volume)
-    first, last = box = _foreground_box(volume, background + threshold, affine)
-    placed, cut_mm = _place_on_foreground(box, volume, affine, grid)
+    (scan,) = volume
+    first, last = box = _foreground_box(scan, background + threshold, affine)
+    placed, cut_mm = _place_on_foreground(box, scan.shape, affine, grid)
     # `resample` is 0 outside of the scan; after this subtraction so is the background
     on_grid = resample(volume - background, affine, placed, grid.shape)
     foreground = on_grid[on_grid > threshold]
@@ -52,7 +53,7 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
             "look at the scan, or move data.percentiles apart"
         )
     info = {
-        "source_shape": list(volume.shape),
+        "source_shape": list(scan.shape),
         "source_affine": affine.tolist(),
         "grid_affine": placed.tolist(),
         "low": low + background,
@@ -68,11 +69,11 @@ def restore(volume: NDArray, info: Mapping[str, Any]) -> tuple[NDArray, NDArray]
     """The way back from the Grid to the scan's own voxels and intensities; what the Grid cut off becomes background.
 
     Args:
-        volume: (X, Y, Z) on the Grid, in [0, 1].
+        volume: (1, X, Y, Z) on the Grid, in [0, 1].
         info: of `to_grid`.
 
     Returns:
-        float32 (X, Y, Z) in the scan's shape, and the scan's affine.
+        float32 (1, X, Y, Z) in the scan's shape, and the scan's affine.
     """
     affine = np.array(info["source_affine"])
     back = resample(volume, np.array(info["grid_affine"]), affine, info["source_shape"])
@@ -86,7 +87,7 @@ def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
     that constant in the midst of the range, where a stripped brain was standardised to mean 0. The last is put
     below the brain's darkest voxels, for nothing could tell it from grey matter otherwise.
     """
-    faces = np.concatenate([volume[[0, -1]].ravel(), volume[:, [0, -1]].ravel(), volume[:, :, [0, -1]].ravel()])
+    faces = np.concatenate([np.take(volume, (0, -1), axis).ravel() for axis in (1, 2, 3)])
     values, counts = np.unique(faces, return_counts=True)
     constant = values[counts.argmax()] if 2 * counts.max() > faces.size else None
     rest = volume.ravel() if constant is None else volume[volume != constant]
@@ -100,25 +101,27 @@ def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
     return np.maximum(volume, np.float32(background)), float(background), float(_FOREGROUND * (brightest - background))
 
 
-def _foreground_box(volume: NDArray, threshold: float, affine: NDArray) -> tuple[NDArray, NDArray]:
+def _foreground_box(scan: NDArray, threshold: float, affine: NDArray) -> tuple[NDArray, NDArray]:
     """First and last voxel of the largest connected part brighter than `threshold`, (3,) each; to within BLOCK_MM."""
-    block = np.clip(np.round(BLOCK_MM / spacing_of(affine)).astype(int), 1, volume.shape)
-    padded = np.pad(volume, [(0, -n % b) for n, b in zip(volume.shape, block)], mode="edge")
+    block = np.clip(np.round(BLOCK_MM / spacing_of(affine)).astype(int), 1, scan.shape)
+    padded = np.pad(scan, [(0, -n % b) for n, b in zip(scan.shape, block)], mode="edge")
     n = np.array(padded.shape) // block
     means = padded.reshape(n[0], block[0], n[1], block[1], n[2], block[2]).mean((1, 3, 5))
     parts, count = ndimage.label(means > threshold)
     if not count:  # nothing but scattered bright voxels; then all of it
-        return np.zeros(3), np.array(volume.shape) - 1.0
+        return np.zeros(3), np.array(scan.shape) - 1.0
     largest = np.bincount(parts.ravel())[1:].argmax()
     slices = ndimage.find_objects(parts)[largest]
     first, stop = np.array([[s.start, s.stop] for s in slices]).T * block
-    return first.astype(float), np.minimum(stop, volume.shape) - 1.0
+    return first.astype(float), np.minimum(stop, scan.shape) - 1.0
 
 
-def _place_on_foreground(box: tuple[NDArray, NDArray], volume: NDArray, affine: NDArray, grid: Grid) -> tuple[NDArray, float]:
-    """Affine of the Grid laid over a foreground box; and how many mm of the box stick out, on the worst side."""
+def _place_on_foreground(
+    box: tuple[NDArray, NDArray], shape: tuple[int, ...], affine: NDArray, grid: Grid
+) -> tuple[NDArray, float]:
+    """Affine of the Grid laid over a scan's foreground box; and how many mm of the box stick out, on the worst side."""
     first, last = box
-    placed = align_grid(volume.shape, affine, (first + last) / 2, grid)
+    placed = align_grid(shape, affine, (first + last) / 2, grid)
     corners = np.array([np.where(end, last + 0.5, first - 0.5) for end in np.ndindex(2, 2, 2)])  # (8, 3), faces of voxels
     corners = np.linalg.solve(placed, affine @ np.c_[corners, np.ones(8)].T)[:3].T + 0.5  # from the Grid's own faces
     above = corners[:, 2].max() - grid.shape[2]

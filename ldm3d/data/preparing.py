@@ -1,7 +1,7 @@
 """Scans as they come -> volumes on the experiment's Grid, float in [0, 1]; and the way back.
 
 Below `config.prepared_folder`:
-    volumes/<key>.npy   float16 (X, Y, Z); <key>.json what the way back needs, and what was odd
+    volumes/<key>.npy   float16 (C, X, Y, Z); <key>.json what the way back needs, and what was odd
             <file>.key  the key of a file by its bytes, so that one that is as it was need not be unpacked
     scans.tsv           subject, session, path, key, split and the covariates of every scan that could be prepared
     splits.tsv          the split of every subject
@@ -152,12 +152,13 @@ def read_scan_table(config: Config) -> pd.DataFrame:
 
 
 def load_prepared(config: Config, key: str) -> NDArray:
-    """The prepared volume of a key as float32 (X, Y, Z) in [0, 1]."""
+    """The prepared volume of a key as float32 (C, X, Y, Z) in [0, 1]."""
     path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.npy"
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
-        return np.load(path).astype(np.float32)
+        volume = np.load(path).astype(np.float32)
+        return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run `ldm3d prepare` with this config again") from None
 

@@ -19,13 +19,13 @@ from ldm3d.data.preparing import load_prepared
 
 
 def load_volume(config: Config, key: str) -> Tensor:
-    """A prepared volume as (1, X, Y, Z)."""
-    return torch.from_numpy(load_prepared(config, key))[None]
+    """A prepared volume, (C, X, Y, Z)."""
+    return torch.from_numpy(load_prepared(config, key))
 
 
 @dataclass(frozen=True)
 class VolumeSamples:
-    """Prepared volumes: `volume` (1, X, Y, Z) and `noise` (c, x, y, z) for the posterior's sample.
+    """Prepared volumes: `volume` (C, X, Y, Z) and `noise` (c, x, y, z) for the posterior's sample.
 
     Args:
         config: of the experiment.

@@ -1,6 +1,6 @@
 """Which covariate moved what: volumes of two requests with the same noise, compared voxel by voxel.
 
-Legend: S seeds; d (S, X, Y, Z) differences after - before, one for each seed; u = d / sqrt(sum of d^2 over the seeds).
+Legend: S seeds; d (S, C, X, Y, Z) differences after - before, one for each seed; u = d / sqrt(sum of d^2 over the seeds).
 
 Two volumes of one seed differ by nothing but what was asked, so that their difference is the request's doing. Whether it would
 be there for other seeds, too, a sign-flip test says: a change that does nothing in the mean makes d as likely as -d.
@@ -30,7 +30,7 @@ CHUNK = 2**14  # voxels that are tested together
 
 @dataclass(frozen=True)
 class Contrast:
-    """What one change of a request did; maps are (X, Y, Z), float32.
+    """What one change of a request did; maps are (C, X, Y, Z), float32.
 
     Attributes:
         name: of the covariate that was changed; `ALL` for all of them at once.
@@ -48,12 +48,12 @@ class Contrast:
 
     @property
     def significant(self) -> NDArray:
-        """Where p is at most `LEVEL`, (X, Y, Z) bool."""
+        """Where p is at most `LEVEL`, (C, X, Y, Z) bool."""
         return self.p <= LEVEL
 
     @property
     def notable(self) -> NDArray:
-        """Where the change is significant and `NOTABLE` or larger, (X, Y, Z) bool."""
+        """Where the change is significant and `NOTABLE` or larger, (C, X, Y, Z) bool."""
         return self.significant & (np.abs(self.difference) >= NOTABLE)
 
     def to_dict(self, grid: Grid) -> dict[str, Any]:
@@ -63,11 +63,11 @@ class Contrast:
         return {
             "changed": self.name,
             "request": dict(self.request),
-            "significant_ml": float(self.significant.sum() * grid.voxel_ml),
-            "notably_brighter_ml": float((found > 0).sum() * grid.voxel_ml),
-            "notably_darker_ml": float((found < 0).sum() * grid.voxel_ml),
+            "significant_ml": float(self.significant.any(axis=0).sum() * grid.voxel_ml),
+            "notably_brighter_ml": float((found > 0).any(axis=0).sum() * grid.voxel_ml),
+            "notably_darker_ml": float((found < 0).any(axis=0).sum() * grid.voxel_ml),
             "largest_change": float(self.difference[peak]),
-            "largest_change_at_mm": [round(float(mm), 2) for mm in (grid.affine @ [*peak, 1])[:3]],
+            "largest_change_at_mm": [round(float(mm), 2) for mm in (grid.affine @ [*peak[1:], 1])[:3]],
             "smallest_p": float(self.p.min()),
         }
 
@@ -79,10 +79,10 @@ class Explanation:
     Attributes:
         request: before the changes.
         seeds: S.
-        mean, deviation: of that request's volumes over the seeds, (X, Y, Z).
+        mean, deviation: of that request's volumes over the seeds, (C, X, Y, Z).
         contrasts: one for each changed covariate, and `ALL` of them where there are several.
-        attention: share of cross-attention that each covariate gets at a voxel, (X, Y, Z), 1 in sum over the covariates; empty
-            for networks without cross-attention of ours.
+        attention: share of cross-attention that each covariate gets at a voxel, (1, X, Y, Z), 1 in sum over the covariates;
+            empty for networks without cross-attention of ours.
         attention_voxels: side of what the coarsest of these maps can tell apart.
     """
 
@@ -183,7 +183,7 @@ def _signs(seeds: int, patterns: int, seed: int) -> NDArray:
 
 
 def _volumes(pipeline: Pipeline, request: Mapping[str, Value], sampling: Sampling, seeds: int) -> NDArray:
-    """Volumes (S, X, Y, Z) of a request, number i with noise i."""
+    """Volumes (S, C, X, Y, Z) of a request, number i with noise i."""
     return np.stack(list(pipeline.volumes([request] * seeds, sampling)))
 
 
@@ -196,6 +196,6 @@ def _attention(
             return {}, 0
         pipeline.latents([request] * samples, sampling, range(samples))
     factor = pipeline.autoencoder.downsampling
-    shares = maps.mean(pipeline.grid.shape, factor).mean(dim=0).numpy()  # (K, X, Y, Z)
-    cut = {name: pipeline.cropped(share) for name, share in zip(pipeline.schema.names, shares)}
+    shares = maps.mean(pipeline.grid.shape, factor).mean(dim=0).split(1)  # K of (1, X, Y, Z)
+    cut = {name: pipeline.cropped(share.numpy()) for name, share in zip(pipeline.schema.names, shares)}
     return cut, maps.coarsest * factor

@@ -29,6 +29,7 @@ from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.processes import ALONE, Processes, share_work
+from ldm3d.rulers.volumetry import apply_measure
 from ldm3d.statistics.agreement import Comparison, compare
 from ldm3d.statistics.bootstrap import mean_interval
 from ldm3d.statistics.equivalence import Finding
@@ -65,7 +66,7 @@ class Evaluation:
         comparisons: of kind "real" and "reconstructed", measured against the table; "kept", measured on reconstructions
             against the same on originals; "generated", measured against what was asked.
         sweeps: over each continuous covariate.
-        real, reconstructed, generated: a few volumes (X, Y, Z) of the same subjects, the first of `order`, for pictures.
+        real, reconstructed, generated: a few volumes (C, X, Y, Z) of the same subjects, the first of `order`, for pictures.
         order: numbers of all held-out volumes, in the order in which they are used where not all are.
         requests: of the generated volumes, the covariates of held-out volumes in this order, and again from its start.
         subjects, people: covariates of each held-out volume, and whom it shows.
@@ -168,7 +169,7 @@ def evaluate(
     Args:
         pipeline: the model.
         subjects: covariates of each held-out volume; missing values are left open and not judged.
-        load: number of a subject -> volume (X, Y, Z) on the pipeline's grid.
+        load: number of a subject -> volume (C, X, Y, Z) on the pipeline's grid.
         measure: see the top of this file.
         sampling: how to generate.
         num_generated: volumes asked for held-out subjects' covariates, everybody's once before anybody's again, see
@@ -192,22 +193,25 @@ def evaluate(
     paired = set(order[:IN_PAIRS])
 
     def reconstruct(i: int) -> tuple:
-        volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
+        volume = torch.from_numpy(load(i))[None].to(pipeline.device)  # (1, C, X, Y, Z)
         again = pipeline.reconstruct(volume)
-        pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, again)]  # as generated ones are
+        pair = [pipeline.cropped(v[0].cpu().numpy()) for v in (volume, again)]  # as generated ones are
         quality = [figure(again, volume, at).item() for at in (None, foreground(volume)) for figure in (psnr, ssim)]
         seen = look(pair[0], i in paired), look(pair[1], False)
-        return quality, *(measure(v, spacing) for v in pair), pair if i in order[:shown] else None, *seen
+        return quality, *(apply_measure(measure, v, spacing) for v in pair), pair if i in order[:shown] else None, *seen
 
     def generate(numbers: list[int]) -> list[tuple]:
         volumes = pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
-        return [(measure(v, spacing), v if i < shown else None, look(v, i < IN_PAIRS)) for i, v in zip(numbers, volumes)]
+        return [
+            (apply_measure(measure, v, spacing), v if i < shown else None, look(v, i < IN_PAIRS))
+            for i, v in zip(numbers, volumes)
+        ]
 
     def look(volume: NDArray, in_pairs: bool) -> Seen | None:
         return look_at(volume, in_pairs, extractor, pipeline.device) if extractor else None
 
     try:
-        look(np.zeros(pipeline.output_grid.shape, np.float32), False)
+        look(np.zeros((pipeline.autoencoder.in_channels, *pipeline.output_grid.shape), np.float32), False)
     except InputError as error:  # the other figures are worth having
         warnings.warn(f"how alike real and synthetic volumes are is not measured: {error}", stacklevel=2)
         extractor = None
@@ -337,7 +341,7 @@ def sweep(
     def ask(value: float) -> tuple:
         requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * repeats)
         volumes = list(pipeline.volumes(requests, sampling))
-        return [measure(volume, pipeline.grid.spacing_mm) for volume in volumes], volumes[0]
+        return [apply_measure(measure, volume, pipeline.grid.spacing_mm) for volume in volumes], volumes[0]
 
     answers, pictures = zip(*share_work(ask, values, processes, f"sweep {covariate}"))
     measured = {name: np.array([[answer[name] for answer in row] for row in answers]) for name in quantities}  # (V, repeats)

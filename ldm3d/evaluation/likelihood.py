@@ -48,7 +48,7 @@ def score(
     Args:
         pipeline: the model.
         subjects: covariates of each volume; missing values are left open.
-        load: number of a subject -> volume (X, Y, Z) in [0, 1] on the pipeline's grid.
+        load: number of a subject -> volume (C, X, Y, Z) in [0, 1] on the pipeline's grid.
         method: "bound", "ode" or "both", see `ldm3d.diffusion.likelihood`. Bits per voxel come from the bound.
         times: denoiser calls of the bound, for each subject.
         steps: of the ODE; each costs two denoiser calls and two backward passes.
@@ -67,7 +67,7 @@ def score(
         raise InputError(f"{len(subjects)} volumes to score in {levels} grey levels: give one or more, in 2 levels or more")
     rows, table = pipeline.parse(subjects), []
     for i, row in enumerate(tqdm(rows, desc="likelihood", unit="volume")):
-        volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
+        volume = torch.from_numpy(load(i))[None].to(pipeline.device)  # (1, C, X, Y, Z)
         table.append(score_volume(pipeline, volume, row, method, times, steps, levels, (seed, i)))
     return pd.DataFrame(table)
 
@@ -82,7 +82,7 @@ def score_volume(
     levels: int,
     position: tuple[int, int],
 ) -> dict[str, float]:
-    """One row of `score`; `position` is (seed, number of the subject), volume (1, 1, X, Y, Z)."""
+    """One row of `score`; `position` is (seed, number of the subject), volume (1, C, X, Y, Z)."""
     moments = pipeline.autoencoder.encode(volume.to(pipeline.dtype)).float()
     mean, log_variance = moments.chunk(2, dim=1)
     spread = pipeline.autoencoder.latent_std[:, None, None, None].float()

@@ -241,7 +241,7 @@ def compare_pairs(
     of these means too, brought to the scale of similarities by the slope there.
 
     Args:
-        real, synthetic: volumes (X, Y, Z) in [0, 1], all of one shape; anything with a length and an index.
+        real, synthetic: volumes (C, X, Y, Z) in [0, 1], all of one shape; anything with a length and an index.
         subjects: of the real volumes. None: every volume is another subject's.
         pairs: at most, of each.
         device: where to compute.
@@ -297,7 +297,7 @@ def unlikeness(
         raise InputError(f"{len(volumes)} {name} volumes make {len(matched)} pairs, and 2 are needed; give more volumes")
     values = {key: [] for key, measure in measures.items() if measure.kind == "volumes"}
     for i, j in matched:
-        one, other = (torch.as_tensor(np.ascontiguousarray(volumes[k], np.float32), device=device)[None, None] for k in (i, j))
+        one, other = (torch.as_tensor(np.ascontiguousarray(volumes[k], np.float32), device=device)[None] for k in (i, j))
         if apart != 1:
             one, other = (torch.lerp(*both, (1 - apart) / 2) for both in ((one, other), (other, one)))
         for key, similarities in values.items():

@@ -25,7 +25,7 @@ class Seen:
     Attributes:
         features: (1, D).
         maps: (1, D'), of extractors that have maps; else None.
-        volume: (X, Y, Z) in float16, of `IN_PAIRS` volumes; else None.
+        volume: (C, X, Y, Z) in float16, of `IN_PAIRS` volumes; else None.
     """
 
     features: Tensor
@@ -34,7 +34,7 @@ class Seen:
 
 
 def look_at(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> Seen:
-    """A volume (X, Y, Z) in [0, 1] through an extractor of `ldm3d.metrics.features`; `paired`: kept for pairs, too."""
+    """A volume (C, X, Y, Z) in [0, 1] through an extractor of `ldm3d.metrics.features`; `paired`: kept for pairs, too."""
     seen = Seen(extract([volume], extractor, device))
     if hasattr(extractor, "maps"):
         seen.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)

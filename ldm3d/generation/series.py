@@ -233,7 +233,7 @@ class Series:
             return False
 
     def write(self, i: int, volume: NDArray) -> None:
-        """Write volume i, (X, Y, Z), and then its sidecar."""
+        """Write volume i, (C, X, Y, Z), and then its sidecar."""
         path, grid = self.path(i), self.origin.grid
         content = pack_volume(volume, grid.affine, self.origin.mark)
         sidecar = {**self.sidecar(i), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,6 +1,7 @@
 """Features of volumes: what the measures of distribution look at.
 
-An extractor is any callable, a torch module for example, that takes volumes (N, 1, X, Y, Z) in [0, 1] to features (N, D).
+An extractor is any callable, a torch module for example, that takes volumes (N, C, X, Y, Z) in [0, 1] to features (N, D).
+Those here take one channel.
 There are three here: `RandomFeatures`, which needs nothing, and two networks whose weights the user gives, `MedicalNet` and
 `RadImageNet`. Figures compare only where extractor, grid and intensity scaling are the same.
 """
@@ -35,7 +36,7 @@ def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: t
     """Features of every volume, one volume in memory at a time.
 
     Args:
-        volumes: each (X, Y, Z) in [0, 1].
+        volumes: each (C, X, Y, Z) in [0, 1].
         extractor: see the top of this file; a module is moved to `device` and set to evaluation mode.
         device: where to compute.
 
@@ -50,7 +51,7 @@ def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: t
     found = []
     with torch.inference_mode():
         for volume in volumes:
-            volume = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=device)[None, None]  # (1, 1, X, Y, Z)
+            volume = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=device)[None]  # (1, C, X, Y, Z)
             features = extractor(volume)
             if features.ndim != 2 or len(features) != 1 or (found and features.shape != found[0].shape):
                 expected = tuple(found[0].shape) if found else "(1, D)"

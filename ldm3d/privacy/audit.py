@@ -261,8 +261,8 @@ def _decoded(volumes: Volumes, pipeline: Pipeline) -> Volumes:
 
     def read(numbers: Sequence[int]) -> Iterator[NDArray]:
         for volume in volumes.read(numbers):
-            batch = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None]
-            yield pipeline.reconstruct(batch)[0, 0].cpu().numpy()
+            batch = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None]
+            yield pipeline.reconstruct(batch)[0].cpu().numpy()
 
     return replace(volumes, read=read)
 

@@ -40,7 +40,7 @@ class Descriptors:
     Attributes:
         latent: (views, 256).
         image: (views, 256).
-        coarse: (views, a, b, c), mean 0 and deviation 1.
+        coarse: (views, C, a, b, c), each channel of mean 0 and deviation 1.
     """
 
     latent: Tensor
@@ -54,45 +54,46 @@ def descriptors_of(pipeline: Pipeline, volume: NDArray, views: bool = True) -> D
 
     Args:
         pipeline: whose autoencoder makes the latent.
-        volume: (X, Y, Z) in [0, 1], on the pipeline's grid, or on its output grid where it crops. What generated volumes lose
-            is nobody's to see: it is 0 in all of them.
+        volume: (C, X, Y, Z) in [0, 1], on the pipeline's grid, or on its output grid where it crops. What generated volumes
+            lose is 0 in all of them.
         views: all of them, for a volume that is looked up; or one, for a volume that others are compared with.
 
     Raises:
         InputError: another shape than the grids'.
     """
-    if tuple(volume.shape) == tuple(pipeline.grid.shape):
+    whole, cropped = ((pipeline.autoencoder.in_channels, *grid.shape) for grid in (pipeline.grid, pipeline.output_grid))
+    if volume.shape == whole:
         volume = pipeline.cropped(volume)
-    if tuple(volume.shape) != tuple(pipeline.output_grid.shape):
-        raise InputError(f"a volume is {tuple(volume.shape)}, the model's grid {tuple(pipeline.grid.shape)}; bring it there")
-    volume = np.pad(volume, pipeline.crop)
-    x = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=pipeline.device)  # (X, Y, Z)
-    coarse = coarse_volumes(x, SHIFTS if views else SHIFTS[:1])  # (shifts, a, b, c)
+    if volume.shape != cropped:
+        raise InputError(f"a volume is {volume.shape}, with its channels, and the model's {whole}; bring it there")
+    volume = np.pad(volume, ((0, 0), *pipeline.crop))
+    x = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=pipeline.device)  # (C, X, Y, Z)
+    coarse = coarse_volumes(x, SHIFTS if views else SHIFTS[:1])  # (shifts, C, a, b, c)
     latents = [_latent(pipeline, x)]
     shown = coarse[:1]
     if views:  # the mirror image of an average is the average of the mirror image: the bins are symmetric
-        coarse = torch.cat([coarse, coarse.flip(1)])
-        latents.append(_latent(pipeline, x.flip(0)))
-        shown = torch.cat([shown, shown.flip(1)])
+        coarse = torch.cat([coarse, coarse.flip(2)])
+        latents.append(_latent(pipeline, x.flip(1)))
+        shown = torch.cat([shown, shown.flip(2)])
     return Descriptors(_project(torch.stack(latents), "latent"), _project(coarse, "image"), shown.cpu())
 
 
 def coarse_volumes(volume: Tensor, shifts: Sequence[tuple[int, int, int]] = SHIFTS[:1]) -> Tensor:
-    """A volume (X, Y, Z), moved by whole voxels, at half the resolution or less: (shifts, a, b, c), mean 0, deviation 1."""
-    sides = [min(COARSE_SIDE, -(-n // 2)) for n in volume.shape]
-    padded = F.pad(volume[None, None], (1,) * 6, mode="replicate")
+    """A volume (C, X, Y, Z), moved by whole voxels, at half the resolution or less: (shifts, C, a, b, c), standardised."""
+    sides = [min(COARSE_SIDE, -(-n // 2)) for n in volume.shape[1:]]
+    padded = F.pad(volume, (1,) * 6, mode="replicate")
     found = []
     for shift in shifts:
-        x, y, z = (slice(1 - by, 1 - by + n) for by, n in zip(shift, volume.shape))
-        found.append(F.adaptive_avg_pool3d(padded[:, :, x, y, z], sides)[0, 0])
+        x, y, z = (slice(1 - by, 1 - by + n) for by, n in zip(shift, volume.shape[1:]))
+        found.append(F.adaptive_avg_pool3d(padded[:, x, y, z], sides))
     coarse = torch.stack(found)
-    deviation, mean = torch.std_mean(coarse, dim=(1, 2, 3), keepdim=True)
+    deviation, mean = torch.std_mean(coarse, dim=(2, 3, 4), keepdim=True)
     return (coarse - mean) / deviation.clamp_min(1e-6)
 
 
 def _latent(pipeline: Pipeline, x: Tensor) -> Tensor:
-    """Normalised mean of the posterior of (X, Y, Z), averaged to a coarse grid: (c, a, b, c)."""
-    z = pipeline.autoencoder.encode_stage_2_inputs(x[None, None].to(pipeline.dtype)).float()
+    """Normalised mean of the posterior of (C, X, Y, Z), averaged to a coarse grid: (c, a, b, c)."""
+    z = pipeline.autoencoder.encode_stage_2_inputs(x[None].to(pipeline.dtype)).float()
     return F.adaptive_avg_pool3d(z, [min(LATENT_SIDE, n) for n in z.shape[2:]])[0]
 
 

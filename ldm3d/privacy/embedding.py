@@ -23,12 +23,12 @@ class Embedding(nn.Module):
     """Coarse volumes to 64 features of length 1.
 
     Args:
-        shape: (a, b, c) of the coarse volumes.
+        shape: (C, a, b, c) of the coarse volumes.
     """
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
-        self.shape, layers, sides, inputs = tuple(shape), [], list(shape), 1
+        self.shape, layers, (inputs, *sides) = tuple(shape), [], shape
         for level in range(3):
             width = WIDTH * 2**level
             layers += [nn.Conv3d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(4, width), nn.SiLU()]
@@ -37,8 +37,8 @@ class Embedding(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * sides[0] * sides[1] * sides[2], FEATURES))
 
     def forward(self, coarse: Tensor) -> Tensor:
-        """(N, a, b, c), mean 0 and deviation 1 each -> (N, 64)."""
-        return F.normalize(self.layers(coarse[:, None]), dim=1)
+        """(N, C, a, b, c), mean 0 and deviation 1 each -> (N, 64)."""
+        return F.normalize(self.layers(coarse), dim=1)
 
 
 def train_embedding(
@@ -52,7 +52,7 @@ def train_embedding(
     """Train an embedding on coarse volumes of known subjects.
 
     Args:
-        coarse: (N, a, b, c), mean 0 and deviation 1 each.
+        coarse: (N, C, a, b, c), mean 0 and deviation 1 each.
         subjects: whose they are, (N,), numbers from 0. A pair is two altered scans of a subject, different ones where there
             are several: repeat scans must not be told apart.
         steps: each sees `batch_size` subjects, or all where they are fewer.
@@ -105,21 +105,21 @@ def contrastive_loss(one: Tensor, other: Tensor, temperature: float = TEMPERATUR
 
 
 def augment(coarse: Tensor, rng: torch.Generator) -> Tensor:
-    """Coarse volumes (N, a, b, c) mirrored or not, moved, in another contrast and noisier; mean 0 and deviation 1 again."""
+    """Coarse volumes (N, C, a, b, c) mirrored or not, moved, in another contrast and noisier; mean 0 and deviation 1 again."""
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(shape, generator=rng) - 1  # from -1 to 1
 
     count = len(coarse)
-    mirrored = uniform(count, 1, 1, 1) > 0
-    coarse = torch.where(mirrored, coarse.flip(1), coarse)
+    mirrored = uniform(count, 1, 1, 1, 1) > 0
+    coarse = torch.where(mirrored, coarse.flip(2), coarse)
     place = torch.eye(3, 4).repeat(count, 1, 1)
     # grid_sample counts axes from the last and from -1 to 1
-    place[:, :, 3] = 2 * MOVE * uniform(count, 3) / torch.tensor(coarse.shape[:0:-1])
-    grid = F.affine_grid(place, [count, 1, *coarse.shape[1:]], align_corners=False)
-    coarse = F.grid_sample(coarse[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
-    exponent = (1 + CONTRAST) ** uniform(count, 1, 1, 1)
+    place[:, :, 3] = 2 * MOVE * uniform(count, 3) / torch.tensor(coarse.shape[:1:-1])
+    grid = F.affine_grid(place, list(coarse.shape), align_corners=False)
+    coarse = F.grid_sample(coarse, grid, padding_mode="border", align_corners=False)
+    exponent = (1 + CONTRAST) ** uniform(count, 1, 1, 1, 1)
     coarse = coarse.sign() * (coarse.abs() + 1e-6) ** exponent
-    coarse = coarse + NOISE * uniform(count, 1, 1, 1).abs() * torch.randn(coarse.shape, generator=rng)
-    deviation, mean = torch.std_mean(coarse, dim=(1, 2, 3), keepdim=True)
+    coarse = coarse + NOISE * uniform(count, 1, 1, 1, 1).abs() * torch.randn(coarse.shape, generator=rng)
+    deviation, mean = torch.std_mean(coarse, dim=(2, 3, 4), keepdim=True)
     return (coarse - mean) / deviation.clamp_min(1e-6)

@@ -54,7 +54,7 @@ class Guard:
         return {"audit": self._digest, "threshold": rounded(self.threshold.score)}
 
     def withheld(self, pipeline: Pipeline, volume: NDArray) -> dict[str, Any] | None:
-        """None for a volume (X, Y, Z) that may go; else what is said in its place. Whom it is like is not said."""
+        """None for a volume (C, X, Y, Z) that may go; else what is said in its place. Whom it is like is not said."""
         found = likeness_of(self.reference, self.embedding, descriptors_of(pipeline, volume))
         if not self.threshold.is_copy(found):
             return None
@@ -106,9 +106,9 @@ class Guard:
             features, subjects = _below("features/", tensors), tensors["subjects"]
             threshold = TypeAdapter(Threshold).validate_python(values["threshold"])
             usual = TypeAdapter(dict[str, tuple[float, float]]).validate_python(values["usual"])
-            coarse = TypeAdapter(tuple[Side, Side, Side]).validate_python(values["coarse"])
+            coarse = TypeAdapter(Annotated[list[Side], Field(min_length=3, max_length=4)]).validate_python(values["coarse"])
             _check(features, subjects, threshold, usual)
-            embedding = Embedding(coarse)
+            embedding = Embedding([1, *coarse][-4:])  # earlier audits name no channels, and have one
             load_weights(embedding, _below("embedding/", tensors), folder / TENSORS)
             reference = Reference(features, subjects, usual)
             guard = cls(reference, embedding.eval().requires_grad_(False), threshold, model_hash)
@@ -130,7 +130,7 @@ def likeness_of(reference: Reference, embedding: Embedding, seen: Descriptors) -
 
 @torch.no_grad()
 def embed(embedding: Embedding, coarse: Tensor) -> Tensor:
-    """Coarse volumes (n, a, b, c) -> (n, 64)."""
+    """Coarse volumes (n, C, a, b, c) -> (n, 64)."""
     return embedding(coarse)
 
 

@@ -88,10 +88,10 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     noises would hide those between volumes.
 
     Args:
-        volume: (X, Y, Z) in [0, 1] on the pipeline's grid.
+        volume: (C, X, Y, Z) in [0, 1] on the pipeline's grid.
         row: from `Pipeline.parse`.
     """
-    x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None].to(pipeline.device, pipeline.dtype)
+    x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None].to(pipeline.device, pipeline.dtype)
     x = pipeline.autoencoder.encode_stage_2_inputs(x).float()
     x = pad_to(x, pipeline.unet.padded_shape(x.shape[2:]))  # (1, c, x, y, z)
     model = NetworkDenoiser(pipeline.unet, pipeline.process, pipeline.target)

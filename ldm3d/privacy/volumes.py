@@ -32,7 +32,7 @@ class Volumes:
     Attributes:
         names: whom each shows, for several may show one subject; of synthetic volumes, what each is called.
         rows: covariates of each, from `Pipeline.parse`; None where nobody needs them.
-        read: numbers of volumes -> these, in their order, (X, Y, Z) in [0, 1].
+        read: numbers of volumes -> these, in their order, (C, X, Y, Z) in [0, 1].
         asked: of synthetic volumes, whose covariates were asked for: `TRAINING`, `HELD_OUT`, or nothing if that is not known.
     """
 
@@ -108,10 +108,10 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
     def load(i: int) -> NDArray:
         volume, affine = read_volume(paths[i])
         grid = pipeline.output_grid
-        if volume.shape != tuple(grid.shape) or not np.allclose(affine, grid.affine, atol=1e-3):
+        if volume.shape[1:] != grid.shape or not np.allclose(affine, grid.affine, atol=1e-3):
             raise InputError(
-                f"{paths[i]} has {volume.shape} voxels or lies elsewhere than the model's own volumes, {tuple(grid.shape)}; "
-                "give volumes that `ldm3d generate` wrote"
+                f"{paths[i]} has {volume.shape[1:]} voxels or lies elsewhere than the model's own volumes, "
+                f"{grid.shape}; give volumes that `ldm3d generate` wrote"
             )
         return volume.clip(0, 1)
 

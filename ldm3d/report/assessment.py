@@ -38,6 +38,7 @@ from ldm3d.report.sections import (
 )
 from ldm3d.rulers.categories import Hits, Reader, count_hits
 from ldm3d.rulers.regression import Learnt, fit_predictor, look_at_training, together
+from ldm3d.rulers.volumetry import apply_measure
 from ldm3d.statistics.bootstrap import mean_interval
 
 TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
@@ -100,7 +101,7 @@ def assess(
     def load(i: int) -> NDArray:
         return load_prepared(config, held_out["key"][i])
 
-    given = measure(pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
+    given = apply_measure(measure, pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
     missing = [c.name for c in schema if c.kind == "continuous" and c.name not in given]
     learnt, names = None, []
     if (missing or any(c.categories for c in schema)) and (predict or downstream):

@@ -221,6 +221,6 @@ def draw(pipeline: Pipeline, found: Audit) -> dict[str, figures.Figure]:
 
 def _as_seen(made: NDArray, original: NDArray) -> tuple[NDArray, bool]:
     """The training volume, mirrored where that is nearer to the synthetic one; and whether it was."""
-    mirrored = original[::-1]
+    mirrored = original[:, ::-1]
     nearer = np.square(made - mirrored).sum() < np.square(made - original).sum()
     return (mirrored, True) if nearer else (original, False)

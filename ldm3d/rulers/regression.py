@@ -97,7 +97,7 @@ class Predictor:
 
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
         """Volume (X, Y, Z) in [0, 1] -> {covariate: value}; `spacing_mm` is not looked at."""
-        features = extract([volume], self.extractor, self.device).double().numpy()
+        features = extract([volume[None]], self.extractor, self.device).double().numpy()
         return {name: float(ridge(features)[0]) for name, ridge in self.ridges.items()}
 
 
@@ -129,7 +129,7 @@ def look_at_training(
     Args:
         pipeline: the model, whose autoencoder reconstructs them.
         subjects, people: covariates of each training volume, and whom it shows.
-        load: number of a volume -> (X, Y, Z) on the pipeline's grid.
+        load: number of a volume -> (C, X, Y, Z) on the pipeline's grid.
         extractor: see `ldm3d.metrics.features`.
         processes: that share the work.
 
@@ -139,8 +139,8 @@ def look_at_training(
     chosen = sorted(torch.randperm(len(subjects), generator=generator("training volumes"))[:MOST].tolist())
 
     def look(i: int) -> list[NDArray]:
-        volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
-        pair = [pipeline.cropped(v[0, 0].cpu().numpy()) for v in (volume, pipeline.reconstruct(volume))]
+        volume = torch.from_numpy(load(i))[None].to(pipeline.device)  # (1, C, X, Y, Z)
+        pair = [pipeline.cropped(v[0].cpu().numpy()) for v in (volume, pipeline.reconstruct(volume))]
         return [extract([v], extractor, pipeline.device).double().numpy() for v in pair]
 
     done = share_work(look, chosen, processes, "training volumes")

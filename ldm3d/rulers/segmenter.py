@@ -25,7 +25,7 @@ CHANNELS = (16, 32, 64)
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3
 BLUR, NOISE, GAIN = 1.0, 0.04, 0.2  # the most that scans are changed in training; a blur of 1 is the mean of 3 x 3 x 3 voxels
 
-Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (X, Y, Z) in [0, 1], its classes (X, Y, Z)
+Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
 
 
 class SegmentationUNet(Pretrained):
@@ -70,7 +70,7 @@ class Segmenter:
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
         """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels whose likeliest class it is."""
         device = next(self.network.parameters()).device
-        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device)[None, None]  # (1, 1, X, Y, Z)
+        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape)
         counts = self.network(x).argmax(dim=1).flatten().bincount(minlength=1 + len(self.network.groups)).tolist()
         voxel_ml = float(np.prod(spacing_mm)) / 1000
         return {name: count * voxel_ml for name, count in zip(self.network.groups, counts[1:])}
@@ -87,7 +87,7 @@ def train_segmenter(
     """Train on scans 0 to `count` - 1.
 
     Args:
-        load: number of a scan -> volume and classes, both (X, Y, Z), of one shape for all.
+        load: number of a scan -> volume and classes, both (1, X, Y, Z), of one shape for all.
         count: of scans.
         groups: see `SegmentationUNet`.
         steps: of AdamW, with batches of `BATCH`; the learning rate falls to 0 by half a cosine.
@@ -112,7 +112,7 @@ def train_segmenter(
     for step in tqdm(range(steps), desc="segmenter", unit="step"):
         random = generator("segmenter", seed, step)
         pairs = [load(i) for i in torch.randint(count, (BATCH,), generator=random).tolist()]
-        x, classes = (torch.from_numpy(np.stack(each))[:, None].to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
+        x, classes = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
         loss = loss_function(network(_changed(x.float(), random)), classes)
         optimizer.zero_grad()
         loss.backward()
@@ -137,7 +137,7 @@ def dice(network: SegmentationUNet, load: Load, numbers: Sequence[int]) -> dict[
     with torch.inference_mode():
         for i in numbers:
             volume, classes = load(i)
-            said = network(torch.from_numpy(volume).float().to(device)[None, None]).argmax(dim=1)[0].cpu().numpy()
+            said = network(torch.from_numpy(volume).float().to(device)[None]).argmax(dim=1).cpu().numpy()
             for k, name in enumerate(network.groups):
                 a, b = said == k + 1, classes == k + 1
                 total = a.sum() + b.sum()

@@ -105,7 +105,7 @@ class VolumeTask(Task):
         volumes = self.volumes(keys).to(self.accelerator.device)
         again = clipped_reconstruction(self.space(average), volumes)
         titles = ["original"] * len(keys) + [f"{quality:.1f} dB" for quality in psnr(again, volumes).tolist()]
-        shown = [volume.cpu().numpy() for volume in torch.cat([volumes, again])[:, 0]]
+        shown = [volume.cpu().numpy() for volume in torch.cat([volumes, again])]
         figures.save(figures.mosaic(shown, titles, self.config.data.grid.spacing_mm, columns=len(keys)), path)
 
 
