@@ -10,7 +10,8 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import sinusoidal_embedding
-from ldm3d.models.unet import UNet, pad_to_even
+from ldm3d.models.conditioning import Conditions
+from ldm3d.models.unet import UNet, pad_to, pad_to_even
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.cuda.amp:FutureWarning")  # monai-generative, as it is imported
 
@@ -71,10 +72,70 @@ def test_levels_and_blocks(blocks, attention):
     assert net(latent(), TIME, GIVEN).shape == (2, 2, 4, 6, 3)
 
 
-def test_channels_of_image_conditions():
-    torch.manual_seed(0)
-    net = UNet(5, 2, [], [8], 1, [False])
-    assert net(torch.randn(1, 5, 4, 4, 4), torch.tensor([0.5])).shape == (1, 2, 4, 4, 4)
+def images(n=2, channels=3, size=(4, 6, 3)):
+    return torch.randn(n, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def all_known(image):
+    return image.new_ones(*image.shape[:2], 1, 1, 1)
+
+
+def test_images_change_nothing_at_first_and_are_learned():
+    """A trained network that is given images starts with its own answers, and gradients reach the new weights."""
+    old = network()
+    new = old.with_images(3)
+    given = Conditions(GIVEN, images(), all_known(images()))
+    out = new(latent(), TIME, given)
+    assert torch.equal(out, old(latent(), TIME, GIVEN))
+    out.square().mean().backward()
+    assert new.conv_images.weight.grad.abs().amax(dim=(0, 2, 3, 4)).min() > 0  # of each image, and of each flag
+    assert new.arguments["image_channels"] == 3 and old.arguments["image_channels"] == 0
+
+
+def test_images_are_stacked_behind_the_latent():
+    """One convolution over all channels has the same answer."""
+    net = network(image_channels=3)
+    given = Conditions(GIVEN, images(), all_known(images()))
+    stacked = torch.cat([latent(), images(), torch.ones_like(images())], dim=1)
+    wide = UNet(8, 2, **{k: v for k, v in net.arguments.items() if k not in ("in_channels", "out_channels", "image_channels")})
+    weights = net.state_dict()
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], weights.pop("conv_images.weight")], dim=1)
+    wide.double().load_state_dict(weights)
+    torch.testing.assert_close(net(latent(), TIME, given), wide(stacked, TIME, GIVEN))
+
+
+@pytest.mark.parametrize("content", [1.0, torch.nan])
+def test_an_image_that_is_not_known_has_no_influence(content):
+    net, known = (
+        network(image_channels=3),
+        torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64).view(1, 3, 1, 1, 1).expand(2, -1, 1, 1, 1),
+    )
+    other = images().clone()
+    other[:, 1] = content
+    assert torch.equal(
+        net(latent(), TIME, Conditions(GIVEN, images(), known)), net(latent(), TIME, Conditions(GIVEN, other, known))
+    )
+    other[:, 0] += 1
+    assert not torch.equal(
+        net(latent(), TIME, Conditions(GIVEN, images(), known)), net(latent(), TIME, Conditions(GIVEN, other, known))
+    )
+    opened = Conditions(GIVEN, images(), known).open([], images=True)
+    assert torch.equal(net(latent(), TIME, opened), net(latent(), TIME, GIVEN))
+
+
+def test_images_are_padded_as_the_latent_is_and_known_may_be_a_mask():
+    net, size = network(image_channels=3), (5, 6, 3)
+    mask = (images() > 0).double()
+    padded = latent(size=size)
+    whole = net(padded, TIME, Conditions(GIVEN, pad_to(images(), size), pad_to(mask, size)))
+    assert torch.equal(net(padded, TIME, Conditions(GIVEN, images(), mask)), whole)
+
+
+def test_images_for_a_network_that_takes_none_or_others_are_refused():
+    given = Conditions(GIVEN, images(), all_known(images()))
+    for net, message in ((network(), "takes no images"), (network(image_channels=2), "takes 2")):
+        with pytest.raises(InputError, match=f"images of 3 channels; this network {message}"):
+            net(latent(), TIME, given)
 
 
 def test_one_attention_flag_a_level():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm3d.errors import InputError
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -13,8 +15,9 @@ class Conditions:
 
     Attributes:
         covariates: (N, K, 2), the context of `ldm3d.covariates`: value and presence of each.
-        images: (N, C', x, y, z) on the latent grid, stacked behind z; zero where unknown. None: the network takes none.
-        known: (N, C', 1, 1, 1), 1 for channels of `images` that are given and 0 for those left open; goes with `images`.
+        images: (N, C', x, y, z) on the latent grid. None: no image is given.
+        known: (N, C', 1, 1, 1), or with sides of the images: 1 where `images` is given, 0 where it is left open, whatever
+            stands there; goes with `images`.
     """
 
     covariates: Tensor
@@ -22,11 +25,22 @@ class Conditions:
     known: Tensor | None = None
 
     @classmethod
-    def of(cls, context: "Conditions | Tensor | None", z: Tensor, num_covariates: int) -> "Conditions":
-        """What a network was handed: conditions; covariates alone, as MONAI's inferers hand them on; or nothing."""
-        if isinstance(context, Conditions):
-            return context
-        return cls(z.new_zeros(len(z), num_covariates, 2) if context is None else context)
+    def of(
+        cls, context: "Conditions | Tensor | None", z: Tensor, num_covariates: int, image_channels: int = 0
+    ) -> "Conditions":
+        """What a network was given: conditions; covariates alone, as MONAI's inferers pass them; or nothing.
+
+        Raises:
+            InputError: images of other channels than the network takes.
+        """
+        if not isinstance(context, Conditions):
+            return cls(z.new_zeros(len(z), num_covariates, 2) if context is None else context)
+        if context.images is not None and context.images.shape[1] != image_channels:
+            raise InputError(
+                f"conditions have images of {context.images.shape[1]} channels; this network takes "
+                f"{image_channels or 'no images'}"
+            )
+        return context
 
     def __post_init__(self):
         if (self.images is None) != (self.known is None):

@@ -1,7 +1,7 @@
-"""The U-Net that predicts a diffusion target on the latent grid, told of time and covariates.
+"""The U-Net that predicts a diffusion target on the latent grid, told of time, covariates and images.
 
 Latents are (N, C, X, Y, Z) of any size: an odd side is padded by one where it is halved and cut again on the way up.
-Covariates come as the context of `ldm3d.covariates`: (N, K, 2), value and presence.
+Conditions are `ldm3d.models.conditioning.Conditions`, or covariates alone: (N, K, 2), value and presence.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm3d.errors import InputError
 from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, sinusoidal_embedding, zero
 from ldm3d.models.conditioning import Conditions
-from ldm3d.models.pretrained import Pretrained
+from ldm3d.models.pretrained import Pretrained, load_weights
 
 # Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
 FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
@@ -61,15 +61,16 @@ class CovariateTokens(nn.Module):
 
 
 class LatentUNet(Pretrained):
-    """What every U-Net is to everybody else: `forward(x, timesteps, context)`, as `UNet` describes it.
+    """The interface of every U-Net: `forward(x, timesteps, context)`, as `UNet` describes it.
 
     Args:
         in_channels, out_channels: of the noisy latent and of the prediction.
+        image_channels: of the images among its conditions; 0 for none.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, image_channels: int = 0):
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.image_channels = in_channels, out_channels, image_channels
 
     def padded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The grid (X, Y, Z) that a latent of `shape` has to be padded to; see `pad_to`."""
@@ -119,7 +120,7 @@ class UNet(LatentUNet):
     multiplications, and faster learning in the same number of steps.
 
     Args:
-        in_channels: of the noisy latent, plus those of image conditions stacked behind it.
+        in_channels: of the noisy latent.
         out_channels: of the prediction.
         num_categories: one number a covariate, 0 for continuous; [] for an unconditional model.
         channels: width of each level; each halves the grid of the one before.
@@ -132,6 +133,8 @@ class UNet(LatentUNet):
         attention_backend: see `ldm3d.models.attention.attention`.
         fourier_features: exponents n of sin(2^n pi z) and cos(2^n pi z), which the input is given beside z (Kingma et al.
             2021, appendix C): detail finer than the network would resolve, which a likelihood depends on; None for none.
+        image_channels: of images on the latent grid that are given beside z, and for each of them whether it is; 0 for none.
+            Their weights start at zero: see `with_images`.
     """
 
     def __init__(
@@ -149,8 +152,9 @@ class UNet(LatentUNet):
         activation_checkpointing: bool = False,
         attention_backend: str = "auto",
         fourier_features: Sequence[int] | None = None,
+        image_channels: int = 0,
     ):
-        super().__init__(in_channels, out_channels)
+        super().__init__(in_channels, out_channels, image_channels)
         self.fourier_features = tuple(fourier_features or ())
         if len(attention) != len(channels):
             raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
@@ -174,6 +178,10 @@ class UNet(LatentUNet):
             return Level((block() for _ in range(blocks)), activation_checkpointing)
 
         self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(self.fourier_features)), channels[0], 3, padding=1)
+        # Beside `conv_in`, to which it adds: the same as one convolution over all channels, stacked
+        self.conv_images = None
+        if image_channels:
+            self.conv_images = zero(nn.Conv3d(2 * image_channels, channels[0], 3, padding=1, bias=False))
         self.down = nn.ModuleList(level(*each) for each in zip(channels, attention))
         self.downsample = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
         self.upsample = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(channels))
@@ -195,14 +203,16 @@ class UNet(LatentUNet):
             (N, out_channels, X, Y, Z).
         """
         embedding = self.time_mlp(sinusoidal_embedding(timesteps, self.time_dim).to(self.conv_in.weight.dtype))
-        tokens = None
+        conditions, tokens = Conditions.of(context, x, self.num_covariates, self.image_channels), None
         if self.tokens is not None:
-            tokens = self.tokens(Conditions.of(context, x, self.num_covariates).covariates)  # (N, tokens, context_dim)
+            tokens = self.tokens(conditions.covariates)  # (N, tokens, context_dim)
             if self.pooled is not None:
                 embedding = embedding + self.pooled(tokens.flatten(1))
         embedding = nn.functional.silu(embedding)
 
         h = self.conv_in(self._with_fourier_features(x))  # (N, channels[0], X, Y, Z)
+        if self.conv_images is not None:
+            h = h + self.conv_images(self._stacked_images(conditions, x))
         skips = []
         for i, level in enumerate(self.down):
             if i > 0:
@@ -216,6 +226,23 @@ class UNet(LatentUNet):
                 h = skip + self.upsample[i](h)[..., :x_, :y_, :z_]
             h = level(h, embedding, tokens)
         return self.conv_out(nn.functional.silu(self.norm_out(h)))
+
+    def with_images(self, image_channels: int) -> "UNet":
+        """A network that takes images, too, and starts with the answers of this one, whatever they show."""
+        network = UNet(**{**self.arguments, "image_channels": image_channels})
+        network.to(self.conv_in.weight)
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("conv_images.")}
+        load_weights(network, network.state_dict() | weights, "this network")
+        return network
+
+    def _stacked_images(self, conditions: Conditions, x: Tensor) -> Tensor:
+        """Images, and which of them are known, (N, 2 image_channels, X, Y, Z); padded as x is, zero where nothing is known."""
+        if conditions.images is None:
+            return x.new_zeros(len(x), 2 * self.image_channels, *x.shape[2:])
+        known = conditions.known.expand_as(conditions.images).to(x)
+        # Not by multiplication: what is unknown may be NaN
+        images = torch.where(known > 0, conditions.images.to(x), 0)
+        return pad_to(torch.cat([images, known], dim=1), x.shape[2:])
 
     def _with_fourier_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, X, Y, Z) -> (N, in_channels (1 + 2 F), X, Y, Z)."""
