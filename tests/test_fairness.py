@@ -8,9 +8,9 @@ import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.batches import generator
-from ldm3d.evaluation import subgroups as fairness
-from ldm3d.evaluation.fidelity import Evaluation, judged_by_group
-from ldm3d.evaluation.subgroups import FEW, GAP, NONE, SMALL, Judged, beyond, gaps, groupings, label, labels_of
+from ldm3d.evaluation import subgroups
+from ldm3d.evaluation.fidelity import Evaluation, group_scores
+from ldm3d.evaluation.subgroups import FEW, GAP, NONE, SMALL, VolumeScores, beyond, gaps, groupings, label, labels_of
 from ldm3d.report.sections import lights
 from ldm3d.statistics.agreement import compare
 from ldm3d.statistics.bootstrap import numbered
@@ -25,8 +25,8 @@ def rows(n: int, seed: int = 0) -> list[dict]:
     return [{"age": float(rng.uniform(20, 80)), "sex": "FM"[i % 2]} for i in range(n)]
 
 
-def judged(values, given, better="low", tolerance=0.1, people=None) -> Judged:
-    return Judged("error", np.asarray(values, dtype=float), given, people or range(len(given)), better, tolerance)
+def judged(values, given, better="low", tolerance=0.1, people=None) -> VolumeScores:
+    return VolumeScores("error", np.asarray(values, dtype=float), given, people or range(len(given)), better, tolerance)
 
 
 def test_bands_are_thirds_of_the_people_and_have_names():
@@ -122,7 +122,7 @@ def evaluation(seed: int, shown=lambda age: age, requests: int = 200) -> Evaluat
     age, asked = (np.array([row["age"] for row in each]) for each in (given, found.requests))
     for kind, table, values, whom in (("real", age, age, found.people), ("generated", asked, shown(asked), found.asked)):
         found.comparisons.append(compare("age", kind, table, read_off(values, rng), whom))
-    found.judged = judged_by_group(found)
+    found.judged = group_scores(found)
     found.judge_groups(SCHEMA)
     return found
 
@@ -155,7 +155,7 @@ def test_a_model_that_is_off_for_women_is_red():
     found.comparisons[1] = compare(
         "age", "generated", found.comparisons[1].reference, found.comparisons[1].measured + women, range(200)
     )
-    found.judged = judged_by_group(found)
+    found.judged = group_scores(found)
     found.judge_groups(SCHEMA)
     assert light(found) == "red"
 
@@ -178,7 +178,7 @@ def all_at_once(values, labels, people, seed):
     sums, counts = np.bincount(unit, values), np.bincount(unit)
     group = np.empty(len(counts), dtype=int)
     group[unit] = numbered(labels)
-    random = torch.rand(fairness.PERMUTATIONS, len(group), generator=generator("fairness", seed, len(group)))
+    random = torch.rand(subgroups.PERMUTATIONS, len(group), generator=generator("fairness", seed, len(group)))
     inside = group[random.argsort(dim=1).numpy()][:, None] == np.arange(group.max() + 1)[:, None]
     return np.ptp((inside @ sums) / (inside @ counts), axis=1)
 
@@ -186,22 +186,22 @@ def all_at_once(values, labels, people, seed):
 @pytest.mark.parametrize("block, kept", [(2**20, 2**24), (7 * 60 + 1, 2**24), (7 * 60 + 1, 0), (1, 0)])
 def test_blocks_change_no_permutation(monkeypatch, block, kept):
     for name, value in (("PERMUTATIONS", 500), ("BLOCK", block), ("KEPT", kept)):
-        monkeypatch.setattr(fairness, name, value)
-    fairness._kept.cache_clear()
+        monkeypatch.setattr(subgroups, name, value)
+    subgroups._kept.cache_clear()
     values, labels = np.random.default_rng(6).standard_normal(80), ["abc"[i % 3] for i in range(60)] + ["a"] * 20
     people = [*range(60), *range(20)]
-    found = fairness._chance(values, labels, people, 4)
+    found = subgroups._chance(values, labels, people, 4)
     np.testing.assert_allclose(found, all_at_once(values, labels, people, 4), rtol=1e-12)
-    fairness._kept.cache_clear()
+    subgroups._kept.cache_clear()
 
 
 def test_many_people_take_no_more_memory_than_few(monkeypatch):
     """3 groups of 3,000 people took 1 GB: all random groupings at once, and as floating-point numbers."""
-    monkeypatch.setattr(fairness, "PERMUTATIONS", 1000)  # a tenth of it
-    monkeypatch.setattr(fairness, "KEPT", 2**20)
+    monkeypatch.setattr(subgroups, "PERMUTATIONS", 1000)  # a tenth of it
+    monkeypatch.setattr(subgroups, "KEPT", 2**20)
     values, labels = np.random.default_rng(7).standard_normal(3000), ["abc"[i % 3] for i in range(3000)]
     tracemalloc.start()
-    fairness._chance(values, labels, range(3000), 0)
+    subgroups._chance(values, labels, range(3000), 0)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 50 * 2**20

@@ -7,8 +7,8 @@ import pytest
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.subgroups import Judged, gaps
-from ldm3d.evaluation.support import Beyond, beyond_training
+from ldm3d.evaluation.subgroups import VolumeScores, gaps
+from ldm3d.evaluation.support import Beyond, outside_training
 from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
 from ldm3d.rulers.categories import count_hits
 from ldm3d.statistics.agreement import compare
@@ -131,8 +131,8 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
     found = evaluation()
     worse = np.array([5.0 * (row["sex"] == "M") for row in found.subjects]) + np.random.default_rng(2).standard_normal(N)
     for own, light in ((True, "green"), (False, "red")):
-        figures = [Judged("error", worse, found.subjects, range(N), "low", 1.0, own)]
-        figures.append(Judged("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0, decides=True))
+        figures = [VolumeScores("error", worse, found.subjects, range(N), "low", 1.0, own)]
+        figures.append(VolumeScores("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0, decides=True))
         found.gaps = gaps(SCHEMA, {"sex": []}, figures)
         assert light_of(found)["Gaps between groups of people"] == light
     (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]
@@ -176,7 +176,7 @@ def test_two_hundred_requests_and_what_training_saw(kind, colour):
         requests = [row | {"ml": ml} for row, ml in zip(requests, mixed)]
     schema = CovariateSchema((Covariate("age", "continuous", "years"), Covariate("ml", "continuous", "ml"))).fit(training)
     found = evaluation()
-    found.requests, found.beyond = requests, beyond_training(schema, requests, training)
+    found.requests, found.beyond = requests, outside_training(schema, requests, training)
     assert light_of(found)["Requests beyond what training saw"] == colour
 
 

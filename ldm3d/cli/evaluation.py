@@ -59,7 +59,7 @@ def evaluate(
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.processes import own_device, started_processes
-    from ldm3d.report.assessment import assess
+    from ldm3d.evaluation.assess import assess
     from ldm3d.report.write import summary, write_report
     from ldm3d.rulers.volumetry import load_measure
 

@@ -19,12 +19,12 @@ from scipy import stats
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
-from ldm3d.evaluation import subgroups as fairness
-from ldm3d.evaluation.realism import IN_PAIRS, Seen, compare_all, look_at
-from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
+from ldm3d.evaluation import subgroups
+from ldm3d.evaluation.realism import PAIRED_VOLUMES, VolumeFeatures, assess_realism, features_of
+from ldm3d.evaluation.realism_by_group import FeatureSet, realism_gaps
 from ldm3d.evaluation.selection import in_turn
-from ldm3d.evaluation.subgroups import Gap, Judged
-from ldm3d.evaluation.support import Beyond, beyond_training
+from ldm3d.evaluation.subgroups import Gap, VolumeScores
+from ldm3d.evaluation.support import Beyond, outside_training
 from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.pipeline import Pipeline, grouped
@@ -70,12 +70,12 @@ class Evaluation:
         requests: of the generated volumes, the covariates of held-out volumes in this order, and again from its start.
         subjects, people: covariates of each held-out volume, and whom it shows.
         judged: what is judged by group; who finds out more adds to it and calls `judge_groups`.
-        likeness_gaps: of the measures in `likeness`, not yet corrected for their number.
+        realism_gaps_found: of the measures in `likeness`, not yet corrected for their number.
         gaps: between groups of people, all of them.
         beyond: requests that lie beyond what training saw; `joint` if values that never came together were looked for.
         features: "real" (held-out), "reconstructed" and "generated" -> (N, D), where features were taken.
         likeness: measures of the generated volumes' distribution beside the held-out ones'.
-        likeness_of_reconstructions: the same of the held-out volumes after the autoencoder, but for pairs.
+        realism_of_reconstructions: the same of the held-out volumes after the autoencoder, but for pairs.
     """
 
     psnr_db: NDArray
@@ -91,14 +91,14 @@ class Evaluation:
     requests: list[dict[str, Value]] = field(default_factory=list)
     subjects: list[dict[str, Value]] = field(default_factory=list)
     people: list[Hashable] = field(default_factory=list)
-    judged: list[Judged] = field(default_factory=list)
-    likeness_gaps: list[Gap] = field(default_factory=list)
+    judged: list[VolumeScores] = field(default_factory=list)
+    realism_gaps_found: list[Gap] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     beyond: list[Beyond] = field(default_factory=list)
     joint: bool = False
     features: dict[str, NDArray] = field(default_factory=dict)
     likeness: list[Finding] = field(default_factory=list)
-    likeness_of_reconstructions: list[Finding] = field(default_factory=list)
+    realism_of_reconstructions: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, as JSON values."""
@@ -121,7 +121,7 @@ class Evaluation:
                 for s in self.sweeps
             ],
             "likeness": [finding.to_dict() for finding in self.likeness],
-            "likeness_of_reconstructions": [finding.to_dict() for finding in self.likeness_of_reconstructions],
+            "likeness_of_reconstructions": [finding.to_dict() for finding in self.realism_of_reconstructions],
         }
 
     def quality(self, name: str) -> dict[str, float]:
@@ -142,7 +142,7 @@ class Evaluation:
 
     def judge_groups(self, schema: CovariateSchema) -> None:
         """Find `gaps`."""
-        self.gaps = fairness.gaps(schema, fairness.groupings(schema, self.subjects), self.judged, self.likeness_gaps)
+        self.gaps = subgroups.gaps(schema, subgroups.groupings(schema, self.subjects), self.judged, self.realism_gaps_found)
 
     def find(self, covariate: str, kind: str) -> Comparison | None:
         return next((c for c in self.comparisons if (c.covariate, c.kind) == (covariate, kind)), None)
@@ -189,7 +189,7 @@ def evaluate(
     whom = list(people or range(len(rows)))
     order = in_turn(whom, sampling.seed)
     requests = [rows[order[i % len(order)]] for i in range(num_generated)]
-    paired = set(order[:IN_PAIRS])
+    paired = set(order[:PAIRED_VOLUMES])
 
     def reconstruct(i: int) -> tuple:
         volume = torch.from_numpy(load(i))[None, None].to(pipeline.device)  # (1, 1, X, Y, Z)
@@ -201,10 +201,10 @@ def evaluate(
 
     def generate(numbers: list[int]) -> list[tuple]:
         volumes = pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
-        return [(measure(v, spacing), v if i < shown else None, look(v, i < IN_PAIRS)) for i, v in zip(numbers, volumes)]
+        return [(measure(v, spacing), v if i < shown else None, look(v, i < PAIRED_VOLUMES)) for i, v in zip(numbers, volumes)]
 
-    def look(volume: NDArray, in_pairs: bool) -> Seen | None:
-        return look_at(volume, in_pairs, extractor, pipeline.device) if extractor else None
+    def look(volume: NDArray, in_pairs: bool) -> VolumeFeatures | None:
+        return features_of(volume, in_pairs, extractor, pipeline.device) if extractor else None
 
     try:
         look(np.zeros(pipeline.output_grid.shape, np.float32), False)
@@ -221,7 +221,7 @@ def evaluate(
     made = [each for group in share_work(generate, groups, processes, "generate") for each in group]
     on_generated, pictures, generated_seen = zip(*made)
     result.generated = list(pictures[:shown])
-    result.beyond, result.joint = beyond_training(pipeline.schema, requests, training), training is not None
+    result.beyond, result.joint = outside_training(pipeline.schema, requests, training), training is not None
     if extractor:
         _compare_sets(result, pipeline, real_seen, again_seen, generated_seen)
 
@@ -229,7 +229,7 @@ def evaluate(
     for name in judged:
         measured = ([m[name] for m in each] for each in (on_real, on_reconstructed, on_generated))
         result.comparisons += _compare_kinds(name, result, *measured)
-    result.judged = judged_by_group(result)
+    result.judged = group_scores(result)
     result.judge_groups(pipeline.schema)
     for covariate in pipeline.schema:
         if covariate.seen and judged:
@@ -239,16 +239,16 @@ def evaluate(
 
 
 def _compare_sets(
-    result: Evaluation, pipeline: Pipeline, real: Sequence[Seen], reconstructed: Sequence[Seen], generated: Sequence[Seen]
+    result: Evaluation, pipeline: Pipeline, real: Sequence[VolumeFeatures], reconstructed: Sequence[VolumeFeatures], generated: Sequence[VolumeFeatures]
 ) -> None:
     """How like real volumes the others are, in all and by group."""
-    result.likeness = compare_all(real, generated, result.people, result.asked, pipeline.device)
-    result.likeness_of_reconstructions = compare_all(real, reconstructed, result.people, result.people, pipeline.device)
+    result.likeness = assess_realism(real, generated, result.people, result.asked, pipeline.device)
+    result.realism_of_reconstructions = assess_realism(real, reconstructed, result.people, result.people, pipeline.device)
     for name, seen in (("real", real), ("reconstructed", reconstructed), ("generated", generated)):
         result.features[name] = torch.cat([one.features for one in seen]).double().numpy()
-    bands = fairness.groupings(pipeline.schema, result.subjects)
-    volumes = SeenVolumes(real, result.subjects, result.people), SeenVolumes(generated, result.requests, result.asked)
-    result.likeness_gaps = gaps_of_likeness(pipeline.schema, bands, *volumes, pipeline.device)
+    bands = subgroups.groupings(pipeline.schema, result.subjects)
+    volumes = FeatureSet(real, result.subjects, result.people), FeatureSet(generated, result.requests, result.asked)
+    result.realism_gaps_found = realism_gaps(pipeline.schema, bands, *volumes, pipeline.device)
 
 
 def _compare_kinds(
@@ -279,29 +279,29 @@ def evenly(low: float, high: float, count: int) -> list[float]:
     return np.linspace(low, high, count).round(digits).clip(low, high).tolist()
 
 
-def judged_by_group(result: Evaluation) -> list[Judged]:
+def group_scores(result: Evaluation) -> list[VolumeScores]:
     """What is judged by group: reconstruction, and every covariate's error; on generated volumes beyond that on real ones."""
     real = result.subjects, result.people
     psnr_db, similarity = result.psnr_foreground_db, result.ssim_foreground
     figures = [
-        Judged("PSNR of the foreground (dB)", psnr_db, *real, "high", fairness.PSNR_DB, decides=True),
-        Judged("SSIM of the foreground", similarity, *real, "high", fairness.SSIM, decides=True),
+        VolumeScores("PSNR of the foreground (dB)", psnr_db, *real, "high", subgroups.PSNR_DB, decides=True),
+        VolumeScores("SSIM of the foreground", similarity, *real, "high", subgroups.SSIM, decides=True),
     ]
     for c in result.comparisons:
         if c.kind == "reconstructed":  # the measure's error and the autoencoder's are judged each by itself
             continue
         generated, ruler = c.kind == "generated", result.find(c.covariate, "real")
         own = c.kind == "real"
-        tolerance = fairness.tolerance(c) if own or ruler is None else fairness.tolerance(ruler, fairness.OWN)
+        tolerance = subgroups.tolerance(c) if own or ruler is None else subgroups.tolerance(ruler, subgroups.OWN)
         rows, whom = (result.requests, result.asked) if generated else real
         error = _errors(c, len(rows))
         size, title = abs(error), f"{c.covariate}, {c.kind}"
         if generated:
             known = _errors(ruler, len(result.subjects))
-            size, error = (fairness.beyond(*each, result.sources) for each in ((size, abs(known)), (error, known)))
+            size, error = (subgroups.beyond(*each, result.sources) for each in ((size, abs(known)), (error, known)))
             title += " beyond real"
-        figures.append(Judged(f"{title}: MAE", size, rows, whom, "low", tolerance, own, not own))
-        figures.append(Judged(f"{title}: bias", error, rows, whom, "neither", tolerance, own, not own))
+        figures.append(VolumeScores(f"{title}: MAE", size, rows, whom, "low", tolerance, own, not own))
+        figures.append(VolumeScores(f"{title}: bias", error, rows, whom, "neither", tolerance, own, not own))
     return figures
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.subgroups import Judged
+from ldm3d.evaluation.subgroups import VolumeScores
 from ldm3d.pipeline import Pipeline, grouped
 from ldm3d.privacy.calibration import Threshold, calibrate
 from ldm3d.privacy.descriptors import Descriptors, descriptors_of
@@ -32,7 +32,7 @@ SMALL, SMALL_AUTHENTIC = 0.05, 0.1  # gaps between groups of people that are cal
 
 
 @dataclass(frozen=True)
-class Looked:
+class AuditedVolume:
     """One synthetic volume.
 
     Attributes:
@@ -66,7 +66,7 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class InSpace:
+class SpaceResult:
     """What distances in one space say.
 
     Attributes:
@@ -106,14 +106,14 @@ class Audit:
     """
 
     threshold: Threshold
-    looked: list[Looked]
+    looked: list[AuditedVolume]
     held_out_scores: list[float]
-    spaces: dict[str, InSpace]
+    spaces: dict[str, SpaceResult]
     membership: Membership | None
     training_scans: int
     training_subjects: int
-    suspects: list[tuple[Looked, NDArray, NDArray]] = field(default_factory=list, repr=False)
-    judged: list[Judged] = field(default_factory=list, repr=False)
+    suspects: list[tuple[AuditedVolume, NDArray, NDArray]] = field(default_factory=list, repr=False)
+    judged: list[VolumeScores] = field(default_factory=list, repr=False)
 
     def copies(self, asked: str | None = None) -> Rate | None:
         """Share of copies among all volumes, or those that were asked with one group's covariates; None if there are none."""
@@ -225,7 +225,7 @@ def audit(
     threshold = calibrate(on_held_out, held_out.names, level)
     scores = [each.score for each in on_held_out]
     looked = [
-        Looked(
+        AuditedVolume(
             name,
             asked,
             likeness,
@@ -295,26 +295,26 @@ def _in_space(
     held_out: Sequence[Likeness],
     firsts: Sequence[Likeness],
     synthetic: Sequence[Likeness],
-) -> InSpace:
+) -> SpaceResult:
     ratios = [np.array([each.nearest[space].ratio for each in group]) for group in (held_out, synthetic)]
     authentic = [Rate(sum(reference.is_authentic(each, space) for each in group), len(group)) for group in (synthetic, firsts)]
     distances = ([each.nearest[space].distance for each in group] for group in (firsts, synthetic))
-    return InSpace(*((float(r.min()), float(np.median(r))) for r in ratios), *authentic, data_copying(*distances))
+    return SpaceResult(*((float(r.min()), float(np.median(r))) for r in ratios), *authentic, data_copying(*distances))
 
 
-def _of_synthetic(looked: Sequence[Looked], authentic: Mapping[str, Sequence[bool]], synthetic: Volumes) -> list[Judged]:
+def _of_synthetic(looked: Sequence[AuditedVolume], authentic: Mapping[str, Sequence[bool]], synthetic: Volumes) -> list[VolumeScores]:
     """Shares of synthetic volumes, by what was asked of them."""
     given = synthetic.rows, [tuple(row.values()) for row in synthetic.rows]  # one request made twice is one person's
     return [
-        Judged("copies among volumes", np.array([float(each.copy) for each in looked]), *given, "low", SMALL),
+        VolumeScores("copies among volumes", np.array([float(each.copy) for each in looked]), *given, "low", SMALL),
         *(
-            Judged(f"AuthPct, {space} space", np.array(values, dtype=float), *given, "high", SMALL_AUTHENTIC)
+            VolumeScores(f"AuthPct, {space} space", np.array(values, dtype=float), *given, "high", SMALL_AUTHENTIC)
             for space, values in authentic.items()
         ),
     ]
 
 
-def _of_training(found: Audit, training: Volumes, seed: int) -> list[Judged]:
+def _of_training(found: Audit, training: Volumes, seed: int) -> list[VolumeScores]:
     """Shares of training subjects, by who they are."""
     copied = {each.subject for each in found.looked if each.copy}
     shares = {"training subjects copied": (training.first_scans(), lambda i: training.names[i] in copied)}
@@ -323,7 +323,7 @@ def _of_training(found: Audit, training: Volumes, seed: int) -> list[Judged]:
         named = dict(zip(chosen, found.membership.each_named))
         shares["training subjects named by their loss"] = chosen, named.get
     return [
-        Judged(
+        VolumeScores(
             name,
             np.array([float(is_so(i)) for i in own]),
             *([of[i] for i in own] for of in (training.rows, training.names)),

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from ldm3d import figures
 from ldm3d.description import Sampling
-from ldm3d.evaluation import subgroups as fairness
+from ldm3d.evaluation import subgroups
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.audit import ALARM, Audit
 from ldm3d.privacy.calibration import PLAINLY
 from ldm3d.privacy.guard import FOLDER, Guard
 from ldm3d.privacy.membership import LEVEL, Membership
 from ldm3d.report.page import AMBER, GREEN, RED, Goal, Section, plain, write_page
-from ldm3d.report.sections import fairness_sections
+from ldm3d.report.sections import subgroup_sections
 from ldm3d.report.write import provenance
 from ldm3d.statistics.conformal import Rate
 
@@ -44,12 +44,12 @@ def write_audit(folder: Path, title: str, pipeline: Pipeline, found: Audit, guar
     guard.save(folder / FOLDER)
     made = provenance(pipeline, sampling)
     # Bands of age by the training subjects, whom the last figures are of
-    bands = fairness.groupings(pipeline.schema, found.judged[-1].rows)
-    gaps = fairness.gaps(pipeline.schema, bands, found.judged)
+    bands = subgroups.groupings(pipeline.schema, found.judged[-1].rows)
+    gaps = subgroups.gaps(pipeline.schema, bands, found.judged)
     values = found.to_dict() | {"fairness": [gap.to_dict() for gap in gaps]}
     values |= {"goals": [goal.to_dict() for goal in goals(found)], "provenance": made}
     (folder / AUDIT).write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return write_page(folder, title, [*sections(found, pictures), *fairness_sections(gaps)], made, goals(found))
+    return write_page(folder, title, [*sections(found, pictures), *subgroup_sections(gaps)], made, goals(found))
 
 
 def summary(found: Audit) -> str:

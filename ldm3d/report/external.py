@@ -21,11 +21,11 @@ from ldm3d.data.labels import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
-from ldm3d.evaluation import subgroups as fairness
+from ldm3d.evaluation import subgroups
 from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
 from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
-from ldm3d.report.sections import agreements, fairness_sections
+from ldm3d.report.sections import agreements, subgroup_sections
 from ldm3d.statistics.agreement import Comparison, compare
 
 CUBIC_MM_TO_ML = 1e-3
@@ -178,7 +178,7 @@ def parse_columns(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_written(
     folder: Path, measured: Mapping[str, Mapping[str, float]]
-) -> tuple[list[Comparison], list[fairness.Gap], list[Section]]:
+) -> tuple[list[Comparison], list[subgroups.Gap], list[Section]]:
     """What another program measured, against participants.tsv.
 
     Args:
@@ -216,10 +216,10 @@ def compare_written(
         found.append(c)
         error = np.full(len(scans), np.nan)
         error[c.volumes] = c.error
-        tolerance = fairness.tolerance(c)
-        figures_by_person.append(fairness.Judged(f"{name}: MAE", abs(error), own, people, "low", tolerance))
-        figures_by_person.append(fairness.Judged(f"{name}: bias", error, own, people, "neither", tolerance))
-    gaps = fairness.gaps(schema, fairness.groupings(schema, own), figures_by_person)
+        tolerance = subgroups.tolerance(c)
+        figures_by_person.append(subgroups.VolumeScores(f"{name}: MAE", abs(error), own, people, "low", tolerance))
+        figures_by_person.append(subgroups.VolumeScores(f"{name}: bias", error, own, people, "neither", tolerance))
+    gaps = subgroups.gaps(schema, subgroups.groupings(schema, own), figures_by_person)
     plots = []
     for c in found:
         title = schema[c.covariate].label
@@ -233,11 +233,11 @@ def compare_written(
         agreements(found, schema, ("measured",)),
         plots=plots,
     )
-    return found, gaps, [section, *fairness_sections(gaps)]
+    return found, gaps, [section, *subgroup_sections(gaps)]
 
 
 def write_comparison(
-    folder: Path, title: str, found: Sequence[Comparison], gaps: Sequence[fairness.Gap], sections: Sequence[Section]
+    folder: Path, title: str, found: Sequence[Comparison], gaps: Sequence[subgroups.Gap], sections: Sequence[Section]
 ) -> Path:
     """Write report.html and metrics.json of what `compare_written` found."""
     made = {"command": command(), "ldm3d": ldm3d.__version__, "made": now()}

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from ldm3d.covariates import CovariateSchema
-from ldm3d.evaluation import subgroups as fairness
+from ldm3d.evaluation import subgroups
 from ldm3d.evaluation.fidelity import Evaluation
 from ldm3d.evaluation.subgroups import PART, Gap
 from ldm3d.evaluation.support import SHARE
-from ldm3d.evaluation.utility import Usefulness
+from ldm3d.evaluation.utility import Utility
 from ldm3d.report import likeness
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number
 from ldm3d.rulers.categories import Hits
@@ -18,8 +18,8 @@ from ldm3d.statistics.agreement import Comparison
 from ldm3d.statistics.bootstrap import interval, mean_interval, relative
 
 # The page's lights for verdicts
-FAIRNESS = {fairness.NONE: GREEN, fairness.GAP: RED, fairness.SMALL: AMBER, fairness.FEW: GREY}
-ALARMING = {fairness.GAP: 0, fairness.SMALL: 1}  # what stands first in a table
+FAIRNESS = {subgroups.NONE: GREEN, subgroups.GAP: RED, subgroups.SMALL: AMBER, subgroups.FEW: GREY}
+ALARMING = {subgroups.GAP: 0, subgroups.SMALL: 1}  # what stands first in a table
 
 # Thresholds of the lights. What can be asked of generated volumes is what the measure itself reaches on real ones.
 # Of the foreground: 28 dB and 0.9 over a grid of which a brain fills three tenths and air, without error, the rest
@@ -94,11 +94,11 @@ def _followed(c: Comparison, real: Comparison) -> list[Goal]:
 def _fair(gaps: Sequence[Gap]) -> Goal:
     judged = [gap for gap in gaps if not gap.of_measure]
     verdicts = [gap.verdict for gap in judged]
-    settled = {gap.verdict for gap in judged if gap.decides} == {fairness.NONE}
-    light = next((FAIRNESS[v] for v in (fairness.GAP, fairness.SMALL) if v in verdicts), GREEN if settled else GREY)
-    order = (*ALARMING, fairness.FEW, fairness.NONE)  # the bad news first
+    settled = {gap.verdict for gap in judged if gap.decides} == {subgroups.NONE}
+    light = next((FAIRNESS[v] for v in (subgroups.GAP, subgroups.SMALL) if v in verdicts), GREEN if settled else GREY)
+    order = (*ALARMING, subgroups.FEW, subgroups.NONE)  # the bad news first
     words = ", ".join(f"{verdicts.count(v)} {v}" for v in order if v in verdicts)
-    return Goal("Gaps between groups of people", verdicts.count(fairness.GAP), high=0, judged=(light, words))
+    return Goal("Gaps between groups of people", verdicts.count(subgroups.GAP), high=0, judged=(light, words))
 
 
 def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str]) -> list[Section]:
@@ -116,7 +116,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
     )
     if not len(schema):  # of what is asked there is nothing to say
         first = Section("Generated volumes", "Above, held-out subjects; below, generated volumes.", pictures=slices)
-        alike = likeness.sections(found.likeness, found.likeness_of_reconstructions)
+        alike = likeness.sections(found.likeness, found.realism_of_reconstructions)
         return [first, *alike, _reconstruction(found, schema, picture)]
     return [
         first,
@@ -138,7 +138,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
             ],
         ),
         _beyond(found),
-        *likeness.sections(found.likeness, found.likeness_of_reconstructions),
+        *likeness.sections(found.likeness, found.realism_of_reconstructions),
         *(
             Section(
                 f"Only {sweep.covariate} asked",
@@ -150,7 +150,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: dict[str, str
             for sweep in found.sweeps
         ),
         _reconstruction(found, schema, picture),
-        *fairness_sections(found.gaps),
+        *subgroup_sections(found.gaps),
     ]
 
 
@@ -170,7 +170,7 @@ def _reconstruction(found: Evaluation, schema: CovariateSchema, picture: Callabl
     return Section("Reconstruction of held-out volumes", text, table if table["rows"] else None, pictures=pictures)
 
 
-def usefulness_section(found: Usefulness) -> Section:
+def utility_section(found: Utility) -> Section:
     """Of `ldm3d.evaluation.utility`."""
     rows = []
     for kind, mae in found.mae.items():
@@ -187,7 +187,7 @@ def usefulness_section(found: Usefulness) -> Section:
     )
 
 
-def usefulness_light(found: Usefulness) -> Goal:
+def utility_light(found: Utility) -> Goal:
     """Whether synthetic volumes can stand in for real ones."""
     title = f"{found.covariate} learnt from synthetic volumes, error relative to real"
     return Goal(title, found.ratio["synthetic"], high=RATIO, interval=found.ratio_intervals["synthetic"])
@@ -292,7 +292,7 @@ def _beyond(found: Evaluation) -> Section:
     return Section("Requests beyond what training saw", text, table, labels=3, note=note)
 
 
-def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
+def subgroup_sections(gaps: Sequence[Gap]) -> list[Section]:
     """One section for each covariate that people are grouped by."""
     found = []
     for grouping in dict.fromkeys(gap.grouping for gap in gaps):
@@ -305,10 +305,10 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
             cells = [_group(by_label.get(label), sizes) for label in labels]
             found_gap = _with(gap.gap, (gap.low, gap.high))
             rows.append([gap.figure, *cells, found_gap, number(gap.chance), number(gap.tolerance), gap.verdict])
-        small = [f"{label} ({n})" for label, n in sizes.items() if n < fairness.LEAST]
+        small = [f"{label} ({n})" for label, n in sizes.items() if n < subgroups.LEAST]
         text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
         if small:
-            text += f" Too small to judge, with fewer than {fairness.LEAST} people: {', '.join(small)}."
+            text += f" Too small to judge, with fewer than {subgroups.LEAST} people: {', '.join(small)}."
         note = (
             "Kept: the autoencoder's error; real: the measure's own error on real volumes, which no model can be blamed for "
             "and no light counts; likewise the likelihood, as some groups vary more than others. "
@@ -319,7 +319,7 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
             "below in one row; the verdict asks for more, since some of so many rows exceed it by chance. "
             "Gap (red): more than chance makes, at 5% over all rows of all these tables together (Holm 1979), and possibly "
             "above the tolerance: for kept and generated the measure's own mean absolute error on real volumes, for other "
-            f"errors {PART:.0%} of the overall one, or {fairness.SHARE:.0%} of the covariate's mean, whichever is larger; for "
+            f"errors {PART:.0%} of the overall one, or {subgroups.SHARE:.0%} of the covariate's mean, whichever is larger; for "
             f"distances {PART:.0%} of the distance. The light at the top is green if no row has a gap, and reconstruction and "
             "covariates, kept and generated, have none for certain; shares and distances can show a gap, and hardly ever that "
             "there is none. Small gap (amber): within the "
@@ -339,7 +339,7 @@ def fairness_sections(gaps: Sequence[Gap]) -> list[Section]:
     return found
 
 
-def _group(group: fairness.Group | None, sizes: dict[str, int]) -> str:
+def _group(group: subgroups.Group | None, sizes: dict[str, int]) -> str:
     """Its value, half of its 95% interval, and its people where they are not all of the group's."""
     if group is None:
         return "none"

@@ -11,7 +11,7 @@ from ldm3d import figures
 from ldm3d.covariates import describe
 from ldm3d.description import Sampling
 from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.measure_table import MEASURES
+from ldm3d.evaluation.realism_metrics import REALISM_METRICS
 from ldm3d.evaluation.subgroups import GAP, SMALL
 from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline
@@ -87,7 +87,7 @@ def summary(found: Evaluation) -> str:
         lines.append(f"{gap.verdict} by {gap.grouping}: {gap.figure}, {gap.worst} and {gap.best} differ by {gap.gap:.3g}")
     for finding in found.likeness:
         real = f"(real: {finding.null_low:.3g} to {finding.null_high:.3g})"
-        lines.append(f"{MEASURES[finding.name].title:32} {finding.value:9.3g} {real:28} {finding.verdict}")
+        lines.append(f"{REALISM_METRICS[finding.name].title:32} {finding.value:9.3g} {real:28} {finding.verdict}")
     return "\n".join(lines)
 
 

@@ -102,7 +102,7 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class TrainingFeatures:
     """What a predictor is fitted on: features (N, D) of training volumes and of their reconstructions, and whose they are."""
 
     features: NDArray
@@ -116,14 +116,14 @@ class Learnt:
         return np.array(own, dtype=int), np.array([self.rows[i][name] for i in own], dtype=float)
 
 
-def look_at_training(
+def training_features(
     pipeline: Pipeline,
     subjects: Sequence[Mapping[str, Any]],
     people: Sequence[Hashable],
     load: Callable[[int], NDArray],
     extractor: Extractor,
     processes: Processes = ALONE,
-) -> Learnt:
+) -> TrainingFeatures:
     """Features of up to `MOST` volumes that were trained on, drawn at random.
 
     Args:
@@ -146,14 +146,14 @@ def look_at_training(
     done = share_work(look, chosen, processes, "training volumes")
     features, reconstructed = (np.concatenate(rows) for rows in zip(*done))
     rows = [pipeline.schema.parse(subjects[i]) for i in chosen]
-    return Learnt(features, reconstructed, rows, [people[i] for i in chosen])
+    return TrainingFeatures(features, reconstructed, rows, [people[i] for i in chosen])
 
 
-def fit_predictor(learnt: Learnt, names: Iterable[str], extractor: Extractor, device: torch.device | str = "cpu") -> Predictor:
+def fit_predictor(learnt: TrainingFeatures, names: Iterable[str], extractor: Extractor, device: torch.device | str = "cpu") -> Predictor:
     """A predictor of every named covariate that enough volumes have a value of; a warning says which is left out.
 
     Args:
-        learnt: from `look_at_training`.
+        learnt: from `training_features`.
         names: continuous covariates to predict.
         extractor, device: see `Predictor`.
     """

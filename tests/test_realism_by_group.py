@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.realism import Seen
-from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
+from ldm3d.evaluation.realism import VolumeFeatures
+from ldm3d.evaluation.realism_by_group import FeatureSet, realism_gaps
 from ldm3d.evaluation.subgroups import GAP, LEAST, gaps
 
 SCHEMA = CovariateSchema((Covariate("sex", "categorical", categories=("F", "M", "O")),))
@@ -15,12 +15,12 @@ BANDS = {"sex": []}
 
 def volumes(
     features: torch.Tensor, labels: list[str], people: list | None = None, maps: torch.Tensor | None = None
-) -> SeenVolumes:
-    seen = [Seen(features[i : i + 1], None if maps is None else maps[i : i + 1]) for i in range(len(features))]
-    return SeenVolumes(seen, [{"sex": label} for label in labels], people or list(range(len(labels))))
+) -> FeatureSet:
+    seen = [VolumeFeatures(features[i : i + 1], None if maps is None else maps[i : i + 1]) for i in range(len(features))]
+    return FeatureSet(seen, [{"sex": label} for label in labels], people or list(range(len(labels))))
 
 
-def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -> tuple[SeenVolumes, SeenVolumes]:
+def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -> tuple[FeatureSet, FeatureSet]:
     """Real and generated volumes of `count` women and men. Men lie elsewhere and vary `spread` times as much."""
     rng = torch.Generator().manual_seed(seed)
     labels = ["F", "M"] * count
@@ -30,9 +30,9 @@ def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -
     return volumes(real, labels), volumes(made + shift * men, labels)
 
 
-def found(real: SeenVolumes, synthetic: SeenVolumes, **options) -> dict:
+def found(real: FeatureSet, synthetic: FeatureSet, **options) -> dict:
     options = {"splits": 40} | options
-    return {gap.figure: gap for gap in gaps(SCHEMA, BANDS, [], gaps_of_likeness(SCHEMA, BANDS, real, synthetic, **options))}
+    return {gap.figure: gap for gap in gaps(SCHEMA, BANDS, [], realism_gaps(SCHEMA, BANDS, real, synthetic, **options))}
 
 
 @pytest.mark.parametrize("figure", ("Fréchet distance", "kernel distance", "MMD, Gaussian kernel", "precision", "coverage"))
@@ -67,9 +67,9 @@ def test_a_fair_model_has_no_gap_though_a_group_varies_more():
 def test_groups_of_few_people_are_left_out_whatever_their_scans():
     real, synthetic = drawn(2)
     few = [i % (LEAST - 1) if label["sex"] == "M" else 100 + i for i, label in enumerate(real.rows)]
-    assert found(SeenVolumes(real.seen, real.rows, few), SeenVolumes(synthetic.seen, synthetic.rows, few)) == {}
+    assert found(FeatureSet(real.seen, real.rows, few), FeatureSet(synthetic.seen, synthetic.rows, few)) == {}
     again = [i // 2 for i in range(len(few))]  # one of each sex: two groups of 40 people each
-    assert found(SeenVolumes(real.seen, real.rows, again), SeenVolumes(synthetic.seen, synthetic.rows, again))
+    assert found(FeatureSet(real.seen, real.rows, again), FeatureSet(synthetic.seen, synthetic.rows, again))
 
 
 def test_maps_and_pairs_are_judged_too_where_they_are_kept():

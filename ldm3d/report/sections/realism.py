@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ldm3d.evaluation.measure_table import MEASURES
+from ldm3d.evaluation.realism_metrics import REALISM_METRICS
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section
 from ldm3d.statistics.equivalence import BEYOND, CLOSER, ENOUGH, FEW, WITHIN, Finding
 
@@ -12,7 +12,7 @@ LIKENESS = {WITHIN: GREEN, BEYOND: RED, CLOSER: AMBER, FEW: GREY}  # the page's 
 def light(findings: Sequence[Finding]) -> Goal:
     """One for all measures: green if those that decide are within their margins, and no other is beyond it or closer."""
     verdicts = [finding.verdict for finding in findings]
-    deciding = [finding.verdict for finding in findings if MEASURES[finding.name].decides]
+    deciding = [finding.verdict for finding in findings if REALISM_METRICS[finding.name].decides]
     colour = next((LIKENESS[v] for v in (BEYOND, CLOSER) if v in verdicts), GREY if FEW in deciding or not deciding else GREEN)
     words = ", ".join(f"{verdicts.count(v)} {v}" for v in LIKENESS if v in verdicts)
     return Goal("Measures of likeness beyond the margin", verdicts.count(BEYOND), high=0, judged=(colour, words))
@@ -25,7 +25,7 @@ def sections(generated: Sequence[Finding], reconstructed: Sequence[Finding]) -> 
     again = {finding.name: finding for finding in reconstructed}
     rows = []
     for finding in generated:
-        known = MEASURES[finding.name]
+        known = REALISM_METRICS[finding.name]
         null = f"{finding.null_low:.3g}\nto {finding.null_high:.3g}\nmargin {finding.margin:.3g}"
         title = f"{known.title} *" if known.decides else known.title
         rows.append([f"{title}: {known.says}", *_beside(finding), *_beside(again.get(finding.name)), null])

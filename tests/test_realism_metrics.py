@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.measure_table import MEASURES, Measure
-from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.realism_metrics import REALISM_METRICS, Metric
+from ldm3d.evaluation.measures import compare, compare_diversity
 from ldm3d.metrics.distances import rbf_mmd
 from ldm3d.statistics.equivalence import BEYOND, CLOSER, FEW, WITHIN, Finding
 
@@ -26,7 +26,7 @@ def found(figures: list[Finding]) -> dict[str, Finding]:
     return {figure.name: figure for figure in figures}
 
 
-MMD = Measure(
+MMD = Metric(
     "", "features", "low", lambda pair: rbf_mmd(pair.real, pair.other, BANDWIDTH), "", ""
 )  # with a width of its own, so that its expectation is known
 
@@ -53,7 +53,7 @@ def test_real_against_real_is_seldom_called_unlike():
     for i in range(repeats):
         figures = compare(normal(200, 6, seed=2 * i), normal(200, 6, seed=2 * i + 1), splits=40, seed=i)
         alarms += sum(figure.verdict in (BEYOND, CLOSER) for figure in figures)
-        deciding = [figure.verdict for figure in figures if MEASURES[figure.name].decides]
+        deciding = [figure.verdict for figure in figures if REALISM_METRICS[figure.name].decides]
         alike += deciding == [WITHIN] * 5
     assert alarms <= 0.02 * repeats * len(figures) and alike >= 6
     off = compare(normal(200, 6), normal(200, 6, seed=1) + 1.5, splits=40)
@@ -66,7 +66,7 @@ def test_fewer_volumes_never_make_it_easier():
     for n in within:
         for i in range(20):
             real, synthetic = normal(n, 6, seed=2 * i), 0.9 * normal(n, 6, seed=2 * i + 1)
-            (figure,) = compare(real, synthetic, splits=15, seed=i, measures={"spread": MEASURES["spread"]})
+            (figure,) = compare(real, synthetic, splits=15, seed=i, measures={"spread": REALISM_METRICS["spread"]})
             within[n] += figure.verdict == WITHIN
             assert figure.margin == pytest.approx(0.1, abs=0.02)
     assert within[20] == 0 and max(within.values()) <= 4  # 1 expected; more than 4 have a chance of 1 in 400
@@ -117,7 +117,7 @@ def test_same_seed_same_figures():
 @pytest.mark.parametrize("real, synthetic, sizes", [(40, 30, (20, 15)), (31, 90, (15, 16)), (41, 41, (20, 20))])
 def test_numbers_of_volumes_are_the_same_in_the_null(monkeypatch, real, synthetic, sizes):
     seen = set()
-    spy = Measure("", "features", "low", lambda pair: seen.add((len(pair.real), len(pair.other))) or 0.0, "", "")
+    spy = Metric("", "features", "low", lambda pair: seen.add((len(pair.real), len(pair.other))) or 0.0, "", "")
     (figure,) = compare(normal(real, 2), normal(synthetic, 2), splits=5, measures={"spy": spy})
     assert seen == {sizes} == {(figure.real, figure.synthetic)}
 
@@ -134,7 +134,7 @@ def test_a_person_stands_in_a_split_with_one_scan_and_who_is_asked_for_is_not_me
         pairs.append([each[:, 0].tolist() for each in (pair.real, pair.other)])
         return 0.0
 
-    measures = {"spy": Measure("", "features", "low", spy, "", "")}
+    measures = {"spy": Metric("", "features", "low", spy, "", "")}
     for whom, size in ((asked, 7), (None, 15)):
         pairs.clear()
         (figure,) = compare(real, synthetic, subjects=people, splits=20, measures=measures, asked=whom)
@@ -211,15 +211,15 @@ def test_every_measure_of_the_table_computes_and_says_where_it_comes_from():
     }
     figures = [figure for kind, x in rows.items() for figure in compare(x, x.flip(0), kind, splits=3)]
     volumes = torch.rand(8, 12, 12, 12).numpy()
-    figures += compare_pairs(volumes, volumes)
-    assert [figure.name for figure in figures] == list(MEASURES)
+    figures += compare_diversity(volumes, volumes)
+    assert [figure.name for figure in figures] == list(REALISM_METRICS)
     for figure in figures:
         values = (figure.value, figure.low, figure.high, figure.null_low, figure.null_high)
         assert np.isfinite(values).all() and figure.low <= figure.value <= figure.high, figure.name
         assert (
-            MEASURES[figure.name].title
-            and MEASURES[figure.name].says
-            and any(map(str.isdigit, MEASURES[figure.name].reference))
+            REALISM_METRICS[figure.name].title
+            and REALISM_METRICS[figure.name].says
+            and any(map(str.isdigit, REALISM_METRICS[figure.name].reference))
         )
     with pytest.raises(InputError, match="no measure looks at 'voxels'"):
         compare(normal(40, 5), normal(40, 5), "voxels")
@@ -232,7 +232,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return 1 - ((one.mean(dim=(1, 2, 3, 4)) + other.mean(dim=(1, 2, 3, 4))) / 2).exp()
 
 
-PAIRS = {"mean": Measure("", "volumes", "real", same, "", "")}
+PAIRS = {"mean": Metric("", "volumes", "real", same, "", "")}
 
 
 def test_pairs_hold_the_known_mean_and_seldom_differ_without_cause():
@@ -240,13 +240,13 @@ def test_pairs_hold_the_known_mean_and_seldom_differ_without_cause():
     holds, apart, repeats = 0, 0, 200
     for i in range(repeats):
         real, synthetic = (normal(n, 1, 1, 1, seed=3 * i + k).numpy() for k, n in enumerate((24, 16)))
-        (figure,) = compare_pairs(real, synthetic, seed=i, measures=PAIRS)
+        (figure,) = compare_diversity(real, synthetic, seed=i, measures=PAIRS)
         assert (figure.real, figure.synthetic) == (12, 8)
         holds += figure.low <= 0 <= figure.high
         apart += not figure.null_low <= figure.value <= figure.null_high
     assert 0.91 <= holds / repeats <= 0.985 and 0.015 <= apart / repeats <= 0.09
     real, synthetic = normal(40, 1, 1, 1).numpy(), normal(40, 1, 1, 1, seed=1).numpy() + 2
-    assert compare_pairs(real, synthetic, measures=PAIRS)[0].verdict == BEYOND
+    assert compare_diversity(real, synthetic, measures=PAIRS)[0].verdict == BEYOND
 
 
 def test_pairs_are_of_different_volumes_and_of_different_subjects():
@@ -257,9 +257,9 @@ def test_pairs_are_of_different_volumes_and_of_different_subjects():
         return one.flatten()
 
     volumes = np.arange(30.0).reshape(30, 1, 1, 1)
-    measure = {"spy": Measure("", "volumes", "real", spy, "", "")}
+    measure = {"spy": Metric("", "volumes", "real", spy, "", "")}
     people, asked = [i // 3 for i in range(30)], [i % 8 for i in range(30)]
-    compare_pairs(volumes, volumes + 100, subjects=people, pairs=9, measures=measure, asked=asked)
+    compare_diversity(volumes, volumes + 100, subjects=people, pairs=9, measures=measure, asked=asked)
     real, synthetic, margin = used[:5], used[5:9], used[9:]
     assert min(v for pair in synthetic for v in pair) >= 100 > max(v for pair in real + margin for v in pair)
     assert len({people[int(v)] for pair in real for v in pair}) == 10  # nobody is in two pairs
@@ -267,7 +267,7 @@ def test_pairs_are_of_different_volumes_and_of_different_subjects():
     for (a, b), (c, d) in zip(real, margin, strict=True):  # the same pairs, a tenth nearer to each other
         assert (d - c) == pytest.approx(0.9 * (b - a)) and a + b == pytest.approx(c + d)
     with pytest.raises(InputError, match="3 synthetic volumes make 1 pairs"):
-        compare_pairs(volumes, volumes[:3], measures=measure)
+        compare_diversity(volumes, volumes[:3], measures=measure)
 
 
 @pytest.mark.slow
@@ -275,5 +275,5 @@ def test_a_thousand_volumes_of_512_features_in_a_minute():
     started = time.process_time()  # on one core, whatever else the machine does
     figures = compare(normal(1000, 512), normal(1000, 512, seed=1))
     assert time.process_time() - started < 60
-    assert len(figures) == sum(measure.kind == "features" for measure in MEASURES.values())
+    assert len(figures) == sum(measure.kind == "features" for measure in REALISM_METRICS.values())
     assert not [figure for figure in figures if figure.verdict in (BEYOND, CLOSER)]

@@ -17,8 +17,8 @@ from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
 from ldm3d.evaluation.likelihood import score
-from ldm3d.evaluation.subgroups import PART, SHARE, Judged, beyond
-from ldm3d.evaluation.utility import usefulness
+from ldm3d.evaluation.subgroups import PART, SHARE, VolumeScores, beyond
+from ldm3d.evaluation.utility import downstream_utility
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.audit import audit as run_audit
@@ -33,11 +33,11 @@ from ldm3d.report.sections import (
     lights,
     likelihood_section,
     prediction_section,
-    usefulness_light,
-    usefulness_section,
+    utility_light,
+    utility_section,
 )
 from ldm3d.rulers.categories import Hits, Reader, count_hits
-from ldm3d.rulers.regression import Learnt, fit_predictor, look_at_training, together
+from ldm3d.rulers.regression import TrainingFeatures, fit_predictor, training_features, together
 from ldm3d.statistics.bootstrap import mean_interval
 
 TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
@@ -130,7 +130,7 @@ def assess(
 
 def _learn(
     pipeline: Pipeline, config: Config, trained: pd.DataFrame, extractor: Extractor, processes: Processes
-) -> Learnt | None:
+) -> TrainingFeatures | None:
     """Features of training volumes; None, with a warning, where there are none."""
     if trained.empty:
         warnings.warn(
@@ -142,13 +142,13 @@ def _learn(
     keys, people = list(trained["key"]), list(trained["subject"])
     rows = trained[pipeline.schema.names].to_dict("records")
     try:
-        return look_at_training(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
+        return training_features(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
     except InputError as error:  # the other figures are worth having
         warnings.warn(f"no covariate is predicted: {error}", stacklevel=2)
         return None
 
 
-def _add_categories(result: Assessment, learnt: Learnt, schema: CovariateSchema) -> None:
+def _add_categories(result: Assessment, learnt: TrainingFeatures, schema: CovariateSchema) -> None:
     """Whether generated volumes show the categories that were asked."""
     found, hits = result.found, []
     for covariate in schema:
@@ -187,11 +187,11 @@ def _read_off(found: Evaluation, name: str, reader: Reader) -> list[Hits]:
             known[given] = values
         else:
             values, figure = beyond(values, known, sources), f"{figure} beyond real"
-        found.judged.append(Judged(f"{figure}: share right", values, rows, people, "high", READ_OFF, kind == "real"))
+        found.judged.append(VolumeScores(f"{figure}: share right", values, rows, people, "high", READ_OFF, kind == "real"))
     return hits
 
 
-def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str]) -> None:
+def _add_usefulness(result: Assessment, learnt: TrainingFeatures | None, names: list[str]) -> None:
     """Regressors of each covariate, trained on real, synthetic and both."""
     found = result.found
     if learnt is None or not found.features:
@@ -205,19 +205,19 @@ def _add_usefulness(result: Assessment, learnt: Learnt | None, names: list[str])
         rows = [row for row in found.subjects if row[name] is not None]
         people = [person for person, row in zip(found.people, found.subjects) if row[name] is not None]
         try:
-            useful = usefulness(name, real, synthetic, tested, people)
+            useful = downstream_utility(name, real, synthetic, tested, people)
         except InputError as error:  # the other figures are worth having
             warnings.warn(f"whether synthetic volumes are of use for {name} is not measured: {error}", stacklevel=2)
             continue
-        result.extra.append(usefulness_section(useful))
-        result.goals.append(usefulness_light(useful))
+        result.extra.append(utility_section(useful))
+        result.goals.append(utility_light(useful))
         result.figures["downstream"].append(useful.to_dict())
         known = useful.errors["real"]
         for kind, errors in useful.errors.items():
             figure, tolerance, own = f"{name} learnt from {kind}", PART * useful.mae[kind], kind == "real"
             if not own:
                 errors, figure = beyond(errors, known, range(len(known))), f"{figure} beyond real"
-            found.judged.append(Judged(f"{figure}: MAE", errors, rows, people, "low", tolerance, own))
+            found.judged.append(VolumeScores(f"{figure}: MAE", errors, rows, people, "low", tolerance, own))
 
 
 def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
@@ -241,7 +241,7 @@ def _add_likelihood(
     for name, tolerance in (("bound", NATS), ("bits_per_voxel", SHARE * abs(float(table["bits_per_voxel"].mean())))):
         figure = f"likelihood, {LIKELIHOOD[name][1]}"
         rows = [found.subjects[i] for i in scored]
-        found.judged.append(Judged(figure, table[name].to_numpy(), rows, people, "low", tolerance, True))
+        found.judged.append(VolumeScores(figure, table[name].to_numpy(), rows, people, "low", tolerance, True))
 
 
 def _add_audit(
