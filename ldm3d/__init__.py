@@ -9,7 +9,7 @@ __all__ = ["Autoencoder", "Pipeline", "UNet"]
 
 
 def __getattr__(name: str):
-    # AuditedVolume up when asked for: `import ldm3d` and `ldm3d --help` need not wait for torch
+    # Looked up when asked for: `import ldm3d` and `ldm3d --help` need not wait for torch
     if name == "Pipeline":
         from ldm3d.pipeline import Pipeline
 

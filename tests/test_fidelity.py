@@ -104,7 +104,7 @@ def test_requests_beyond_training(known):
     requests = [{"age": a, "ml": None if v is None else float(v), "sex": None} for a, v in asked]
     found = outside_training(schema, requests, rows)
     assert [each.number for each in found] == [0, 1]
-    assert "training saw" in found[0].reason and "age, ml together" in found[1].reason
+    assert "training range" in found[0].reason and "age, ml together" in found[1].reason
     assert [each.number for each in outside_training(schema, requests, None)] == [0]
 
 

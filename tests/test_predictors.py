@@ -7,7 +7,7 @@ import torch
 from ldm3d.errors import InputError
 from ldm3d.evaluation.utility import downstream_utility
 from ldm3d.report.page import GREEN, RED
-from ldm3d.report.sections import utility_light
+from ldm3d.report.sections.regression import utility_light
 from ldm3d.rulers.regression import TrainingFeatures, _left_out, fit_predictor, fit_ridge, together
 
 WEIGHTS = np.array([3.0, -2.0, 0.5, 0, 0, 0])

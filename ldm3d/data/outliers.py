@@ -1,6 +1,6 @@
 """Numbers that no measurement explains: codes such as -9999 that stand for a missing value, and slips of the unit.
 
-VolumeScores by the column's other numbers, so that skewed volumes, constant columns and tables of three people are left in peace.
+Judged by the column's other numbers, so that skewed volumes, constant columns and tables of three people are left in peace.
 """
 
 import math

@@ -1,63 +1,157 @@
-"""What `ldm3d evaluate` finds out about a model, one part after the other: fidelity, predicted covariates, use, likelihood."""
+"""Assess a model: `evaluate` for fidelity, realism and subgroups, `assess` for these and the optional parts.
+
+The optional parts are covariates and categories that are predicted by regression, downstream utility, and likelihood.
+"""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from ldm3d import figures
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fidelity import Evaluation, Measure, evaluate
-from ldm3d.evaluation.likelihood import score
-from ldm3d.evaluation.subgroups import PART, SHARE, VolumeScores, beyond
+from ldm3d.evaluation.fidelity import compare_kinds, group_scores
+from ldm3d.evaluation.likelihood import COLUMNS, score
+from ldm3d.evaluation.realism import FeatureSet, assess_realism
+from ldm3d.evaluation.realism_by_group import realism_gaps
+from ldm3d.evaluation.results import Evaluation
+from ldm3d.evaluation.samples import Measure, Sample, Sampler, usable
+from ldm3d.evaluation.selection import in_turn
+from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MEAN_TOLERANCE, VolumeScores, groupings, minus_real
+from ldm3d.evaluation.support import outside_training
+from ldm3d.evaluation.sweeps import sweep
 from ldm3d.evaluation.utility import downstream_utility
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
-from ldm3d.privacy.audit import audit as run_audit
-from ldm3d.privacy.volumes import generated_for, of_scans
 from ldm3d.processes import ALONE, Processes
-from ldm3d.report import audit as audit_page
-from ldm3d.report.page import Goal, Section
-from ldm3d.report.sections import (
-    LIKELIHOOD,
-    categories_lights,
-    categories_section,
-    lights,
-    likelihood_section,
-    prediction_section,
-    utility_light,
-    utility_section,
-)
-from ldm3d.rulers.categories import Hits, Reader, count_hits
-from ldm3d.rulers.regression import TrainingFeatures, fit_predictor, training_features, together
-from ldm3d.statistics.bootstrap import mean_interval
+from ldm3d.rulers.categories import Reader, count_hits
+from ldm3d.rulers.regression import MAX_VOLUMES, TrainingFeatures, fit_predictor, together, training_features
 
-TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
-READ_OFF, NATS = 0.1, 0.05  # gaps between groups that are called small: of shares read off right, in nats per latent dimension
+SWEEP_VALUES, SWEEP_REPEATS = 6, 4  # values of a sweep, and noises at each
+BOUND_TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
+CATEGORY_TOLERANCE, NATS_TOLERANCE = 0.1, 0.05  # small gaps: in the share of hits, and in nats per latent dimension
 
 
-@dataclass
-class Assessment:
-    """Everything that was found, ready for `ldm3d.report.write.write_report`.
+def evaluate(
+    pipeline: Pipeline,
+    subjects: Sequence[Mapping[str, Any]],
+    load: Callable[[int], NDArray],
+    measure: Measure,
+    sampling: Sampling,
+    num_generated: int = 200,
+    sweep_values: int = SWEEP_VALUES,
+    sweep_repeats: int = SWEEP_REPEATS,
+    shown: int = 3,
+    extractor: Extractor | None = None,
+    people: Sequence[Hashable] | None = None,
+    processes: Processes = ALONE,
+    training: Sequence[Mapping[str, Any]] | None = None,
+) -> Evaluation:
+    """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
-    Attributes:
-        found: the evaluation.
-        goals: lights of all parts.
-        extra: sections of the parts that are not in `found`; figures: theirs, for metrics.json.
+    Args:
+        pipeline: the model.
+        subjects: covariates of each held-out volume; missing values are left open and not assessed.
+        load: index of a subject -> volume (X, Y, Z) on the pipeline's grid.
+        measure: see `ldm3d.evaluation.samples.Measure`.
+        sampling: how to generate.
+        num_generated: volumes to generate for held-out subjects' covariates, in the order of `ldm3d.evaluation.selection`,
+            repeated if there are fewer.
+        sweep_values, sweep_repeats: values of a sweep and noises at each.
+        shown: volumes to keep for pictures.
+        extractor: of features, by which distributions are compared; None omits realism.
+        people: the person in each held-out volume; None: all are different.
+        processes: that share the work; all of them have to call this, and all get the same answer.
+        training: covariates of the training volumes, to find requests outside of them; None if not available.
+
+    Returns:
+        The evaluation without gaps between groups, for which `analyse_subgroups` is called when all scores are there.
+
+    Raises:
+        InputError: no held-out volume.
     """
+    if not subjects:
+        raise InputError("no held-out volume to evaluate on; raise data.splits.test, or give data that was not trained on")
+    schema, rows = pipeline.schema, pipeline.parse(subjects)
+    people = list(people or range(len(rows)))
+    order = in_turn(people, sampling.seed)
+    requests = [rows[order[i % len(order)]] for i in range(num_generated)]
+    extractor = usable(extractor, pipeline)
+    sampler = Sampler(pipeline, measure, extractor, order, shown, processes)
 
-    found: Evaluation
-    goals: list[Goal] = field(default_factory=list)
-    extra: list[Section] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    real, reconstructed, qualities = sampler.reconstructed(load)
+    result = Evaluation(*qualities, subjects=rows, people=people, order=order, requests=requests)
+    generated = sampler.generated(requests, sampling)
+    result.real, result.reconstructed = ([group[i].volume for i in order[:shown]] for group in (real, reconstructed))
+    result.generated = [sample.volume for sample in generated[:shown]]
+    result.outside, result.joint = outside_training(schema, requests, training), training is not None
+    if extractor:
+        _add_realism(result, pipeline, real, reconstructed, generated, processes)
+
+    quantities = [c.name for c in schema if c.kind == "continuous" and c.name in real[0].measured]
+    for name in quantities:
+        values = ([sample.measured[name] for sample in group] for group in (real, reconstructed, generated))
+        result.comparisons += compare_kinds(name, result, *values)
+    result.scores = group_scores(result)
+    for covariate in schema:
+        if covariate.seen and quantities:
+            size = sweep_values, sweep_repeats, processes
+            result.sweeps.append(sweep(pipeline, covariate.name, measure, sampling, quantities, *size))
+    return result
+
+
+def _add_realism(
+    result: Evaluation,
+    pipeline: Pipeline,
+    real: Sequence[Sample],
+    reconstructed: Sequence[Sample],
+    generated: Sequence[Sample],
+    processes: Processes,
+) -> None:
+    """Metrics of realism, overall and by group."""
+    own, requested = (result.subjects, result.people), (result.requests, result.requested_people)
+    of_real, of_reconstructed, of_generated = (
+        FeatureSet([sample.features for sample in group], *of)
+        for group, of in ((real, own), (reconstructed, own), (generated, requested))
+    )
+    sets = {"real": of_real, "reconstructed": of_reconstructed, "generated": of_generated}
+    result.features = {name: group.stack("features").numpy() for name, group in sets.items()}
+    bands = groupings(pipeline.schema, result.subjects)
+    parts = {
+        "realism": lambda: assess_realism(of_real, of_generated, pipeline.device),
+        "realism_of_reconstructions": lambda: assess_realism(of_real, of_reconstructed, pipeline.device),
+        "realism_gaps": lambda: realism_gaps(pipeline.schema, bands, of_real, of_generated, pipeline.device),
+    }
+    for name, part in tqdm(parts.items(), desc="realism", unit="comparison", disable=not processes.is_main):
+        setattr(result, name, part())
+
+
+def plan(
+    pipeline: Pipeline,
+    trained: int,
+    held_out: int,
+    num_generated: int,
+    sampling: Sampling,
+    regression: bool = True,
+    likelihood: bool = False,
+) -> list[str]:
+    """What `assess` will do, a line for each part that takes long; `trained` and `held_out` are numbers of volumes."""
+    swept = sum(bool(c.seen) for c in pipeline.schema)
+    lines = [f"reconstruct {held_out} held-out volumes", f"generate {num_generated} volumes in {sampling.steps} steps each"]
+    if regression and trained and len(pipeline.schema):
+        lines.insert(0, f"reconstruct {min(trained, MAX_VOLUMES)} training volumes for regression")
+    if swept:
+        lines.append(f"generate {swept * SWEEP_VALUES * SWEEP_REPEATS} volumes that sweep {swept} covariates")
+    if likelihood:
+        lines.append(f"likelihood of {min(held_out, SCORED)} held-out volumes, {BOUND_TIMES} U-Net calls each")
+    return lines
 
 
 def assess(
@@ -72,30 +166,30 @@ def assess(
     predict: bool = True,
     downstream: bool = False,
     likelihood: bool = False,
-    audit: bool = False,
     processes: Processes = ALONE,
-) -> Assessment:
+) -> Evaluation:
     """Evaluate a model on held-out scans.
 
     Args:
         pipeline: the model.
-        config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty where that data is not at hand.
-        measure: see `ldm3d.evaluation.fidelity`.
+        config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty if that data is not available.
+        measure: see `ldm3d.evaluation.samples.Measure`.
         extractor: see `ldm3d.metrics.features`.
         sampling, num_generated: how to generate, and how many volumes.
-        predict: whether to read covariates that `measure` does not give off the image, by regression.
-        downstream: whether to train regressors on real, synthetic and both.
-        likelihood: whether to score held-out volumes.
-        audit: whether to look for copies of training subjects, among as many volumes again, half of them for training
-            subjects' own covariates.
+        predict: whether to predict covariates that `measure` does not give, by regression on images.
+        downstream: whether to assess downstream utility.
+        likelihood: whether to compute likelihoods of held-out volumes.
         processes: that share the work; all of them have to call this.
+
+    Returns:
+        As of `evaluate`.
 
     Raises:
         InputError: no held-out volume, or volumes that cannot be generated so.
     """
     schema = pipeline.schema
     subjects, people = held_out[schema.names].to_dict("records"), list(held_out["subject"])
-    known = trained[schema.names].to_dict("records") if len(trained) else None
+    training = trained[schema.names].to_dict("records") if len(trained) else None
 
     def load(i: int) -> NDArray:
         return load_prepared(config, held_out["key"][i])
@@ -104,38 +198,31 @@ def assess(
     missing = [c.name for c in schema if c.kind == "continuous" and c.name not in given]
     learnt, names = None, []
     if (missing or any(c.categories for c in schema)) and (predict or downstream):
-        learnt = _learn(pipeline, config, trained, extractor, processes)
+        learnt = _training_features(pipeline, config, trained, extractor, processes)
     if learnt and predict:
         predictor = fit_predictor(learnt, missing, extractor, pipeline.device)
         names, measure = list(predictor.ridges), together(predictor, measure)
-    others = {"extractor": extractor, "people": people, "processes": processes, "training": known}
-    found = evaluate(pipeline, subjects, load, measure, sampling, num_generated, **others)
-
-    result = Assessment(found)
+    others = {"extractor": extractor, "people": people, "processes": processes, "training": training}
+    result = evaluate(pipeline, subjects, load, measure, sampling, num_generated, **others)
     if names:
-        result.extra.append(prediction_section(found, schema, names, len(learnt.rows)))
-        result.figures["predicted"] = {"covariates": names, "training_volumes": len(learnt.rows)}
-    if learnt and predict:
+        result.predicted = names, len(learnt.rows)
+    if learnt and predict and result.features:
         _add_categories(result, learnt, schema)
-    if downstream:
-        _add_usefulness(result, learnt, missing)
+    if downstream and learnt and result.features:
+        _add_utility(result, learnt, missing)
     if likelihood and processes.is_main:
         _add_likelihood(result, pipeline, subjects, load, sampling.seed)
-    if audit:
-        _add_audit(result, pipeline, config, trained, held_out, sampling, num_generated, processes)
-    found.judge_groups(schema)
-    result.goals = [*lights(found), *result.goals]
     return result
 
 
-def _learn(
+def _training_features(
     pipeline: Pipeline, config: Config, trained: pd.DataFrame, extractor: Extractor, processes: Processes
 ) -> TrainingFeatures | None:
-    """Features of training volumes; None, with a warning, where there are none."""
+    """Features of training volumes; None, with a warning, if there are none."""
     if trained.empty:
         warnings.warn(
-            "covariates that the measure does not give are not predicted: that is learnt from the volumes that the model was "
-            "trained on, and --data has none of them",
+            "covariates that the measure does not give are not predicted: the regression is fitted to volumes that the model "
+            "was trained on, and --data has none of them",
             stacklevel=2,
         )
         return None
@@ -143,81 +230,69 @@ def _learn(
     rows = trained[pipeline.schema.names].to_dict("records")
     try:
         return training_features(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
-    except InputError as error:  # the other figures are worth having
+    except InputError as error:  # the other figures are still useful
         warnings.warn(f"no covariate is predicted: {error}", stacklevel=2)
         return None
 
 
-def _add_categories(result: Assessment, learnt: TrainingFeatures, schema: CovariateSchema) -> None:
-    """Whether generated volumes show the categories that were asked."""
-    found, hits = result.found, []
+def _add_categories(result: Evaluation, learnt: TrainingFeatures, schema: CovariateSchema) -> None:
+    """Whether the requested category is recognised on generated volumes."""
     for covariate in schema:
-        if covariate.kind != "categorical" or not found.features:
-            continue
-        name, own = covariate.name, [i for i, row in enumerate(learnt.rows) if row[covariate.name] is not None]
-        features = np.concatenate([learnt.features[own], learnt.reconstructed[own]])
-        try:
-            reader = Reader(features, [learnt.rows[i][name] for i in own] * 2, [learnt.people[i] for i in own] * 2)
-        except InputError as error:  # the other figures are worth having
-            warnings.warn(f"{name} is not read off: {error}", stacklevel=2)
-            continue
-        hits += _read_off(found, name, reader)
-    if hits:
-        result.extra.append(categories_section(hits))
-        result.goals += categories_lights(hits)
-        result.figures["categories"] = [each.to_dict() for each in hits]
+        if covariate.kind == "categorical":
+            try:
+                features, values, people = learnt.labelled(covariate.name)
+                reader = Reader(features, values, people)
+            except InputError as error:  # the other figures are still useful
+                warnings.warn(f"{covariate.name} is not predicted: {error}", stacklevel=2)
+                continue
+            _recognise(result, covariate.name, reader)
 
 
-def _read_off(found: Evaluation, name: str, reader: Reader) -> list[Hits]:
-    """A category on real, reconstructed and generated volumes; by group, the latter two beyond real."""
-    hits, known = [], np.full(len(found.subjects), np.nan)
-    real = found.subjects, found.people, range(len(found.subjects))
+def _recognise(result: Evaluation, name: str, reader: Reader) -> None:
+    """A category on real, reconstructed and generated volumes; by group, the latter two minus real."""
+    known = np.full(len(result.subjects), np.nan)
+    real = result.subjects, result.people, range(len(result.subjects))
     for kind, (rows, people, sources) in (
         ("real", real),
         ("reconstructed", real),
-        ("generated", (found.requests, found.asked, found.sources)),
+        ("generated", (result.requests, result.requested_people, result.sources)),
     ):
         given = [i for i, row in enumerate(rows) if row[name] is not None]
         if not given:
             continue
         rows, people, sources = ([each[i] for i in given] for each in (rows, people, sources))
-        hits.append(count_hits(name, kind, reader(found.features[kind][given]), [row[name] for row in rows], people))
-        values, figure = hits[-1].right, f"{name} read off, {kind}"
+        hits = count_hits(name, kind, reader(result.features[kind][given]), [row[name] for row in rows], people)
+        result.categories.append(hits)
+        values, title = hits.right, f"{name} recognised, {kind}"
         if kind == "real":
             known[given] = values
         else:
-            values, figure = beyond(values, known, sources), f"{figure} beyond real"
-        found.judged.append(VolumeScores(f"{figure}: share right", values, rows, people, "high", READ_OFF, kind == "real"))
-    return hits
+            values, title = minus_real(values, known, sources), f"{title} minus real"
+        small = CATEGORY_TOLERANCE, kind == "real"
+        result.scores.append(VolumeScores(f"{title}: share correct", values, rows, people, "high", *small))
 
 
-def _add_usefulness(result: Assessment, learnt: TrainingFeatures | None, names: list[str]) -> None:
-    """Regressors of each covariate, trained on real, synthetic and both."""
-    found = result.found
-    if learnt is None or not found.features:
-        return
-    result.figures["downstream"] = []
+def _add_utility(result: Evaluation, learnt: TrainingFeatures, names: Sequence[str]) -> None:
+    """Regressors of each covariate, fitted to real volumes, to synthetic volumes and to both."""
+    result.utility = []
     for name in names:
         own, values = learnt.with_value(name)
-        real = learnt.features[own], values
-        synthetic = _with_value(found.features["generated"], found.requests, name)
-        tested = _with_value(found.features["real"], found.subjects, name)
-        rows = [row for row in found.subjects if row[name] is not None]
-        people = [person for person, row in zip(found.people, found.subjects) if row[name] is not None]
+        real = learnt.features[own], np.array(values, dtype=float)
+        synthetic = _with_value(result.features["generated"], result.requests, name)
+        tested = _with_value(result.features["real"], result.subjects, name)
+        rows = [row for row in result.subjects if row[name] is not None]
+        people = [person for person, row in zip(result.people, result.subjects) if row[name] is not None]
         try:
             useful = downstream_utility(name, real, synthetic, tested, people)
-        except InputError as error:  # the other figures are worth having
-            warnings.warn(f"whether synthetic volumes are of use for {name} is not measured: {error}", stacklevel=2)
+        except InputError as error:  # the other figures are still useful
+            warnings.warn(f"downstream utility for {name} is not assessed: {error}", stacklevel=2)
             continue
-        result.extra.append(utility_section(useful))
-        result.goals.append(utility_light(useful))
-        result.figures["downstream"].append(useful.to_dict())
-        known = useful.errors["real"]
+        result.utility.append(useful)
         for kind, errors in useful.errors.items():
-            figure, tolerance, own = f"{name} learnt from {kind}", PART * useful.mae[kind], kind == "real"
-            if not own:
-                errors, figure = beyond(errors, known, range(len(known))), f"{figure} beyond real"
-            found.judged.append(VolumeScores(f"{figure}: MAE", errors, rows, people, "low", tolerance, own))
+            title, small, of_real = f"{name}, trained on {kind}", ERROR_TOLERANCE * useful.mae[kind], kind == "real"
+            if not of_real:
+                errors, title = minus_real(errors, useful.errors["real"], range(len(errors))), f"{title} minus real"
+            result.scores.append(VolumeScores(f"{title}: MAE", errors, rows, people, "low", small, of_real))
 
 
 def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
@@ -226,44 +301,14 @@ def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray
 
 
 def _add_likelihood(
-    result: Assessment, pipeline: Pipeline, subjects: list[dict], load: Callable[[int], NDArray], seed: int
+    result: Evaluation, pipeline: Pipeline, subjects: list[dict], load: Callable[[int], NDArray], seed: int
 ) -> None:
-    found = result.found
-    scored = found.order[:SCORED]
-    people = [found.people[i] for i in scored]
-    table = score(pipeline, [subjects[i] for i in scored], lambda i: load(scored[i]), "bound", TIMES, seed=seed)
-    picture = figures.histogram(table["bound"].to_numpy(), "nats per latent dimension", "bound of held-out volumes")
-    result.extra.append(likelihood_section(table, people, TIMES, figures.to_data_uri(picture)))
-    result.figures["likelihood"] = {"volumes": len(table), "times": TIMES} | {
-        name: {"mean": float(table[name].mean()), "interval": mean_interval(table[name].to_numpy(), people)}
-        for name in LIKELIHOOD
-    }
-    for name, tolerance in (("bound", NATS), ("bits_per_voxel", SHARE * abs(float(table["bits_per_voxel"].mean())))):
-        figure = f"likelihood, {LIKELIHOOD[name][1]}"
-        rows = [found.subjects[i] for i in scored]
-        found.judged.append(VolumeScores(figure, table[name].to_numpy(), rows, people, "low", tolerance, True))
-
-
-def _add_audit(
-    result: Assessment,
-    pipeline: Pipeline,
-    config: Config,
-    trained: pd.DataFrame,
-    held_out: pd.DataFrame,
-    sampling: Sampling,
-    volumes: int,
-    processes: Processes,
-) -> None:
-    """Copies of training subjects, and what the loss tells of them."""
-    if trained.empty:
-        warnings.warn("no audit: --data has none of the volumes that the model was trained on", stacklevel=2)
-        return
-    training, others = (of_scans(config, scans, pipeline) for scans in (trained, held_out))
-    looked = generated_for(pipeline, training, others, volumes, sampling, sampling.seed)
-    found, _ = run_audit(pipeline, training, others, looked, seed=sampling.seed, processes=processes)
-    if processes.is_main:
-        pictures = audit_page.draw(pipeline, found)
-        result.extra += audit_page.sections(found, pictures)
-        result.goals += audit_page.goals(found)
-        result.figures["audit"] = found.to_dict()
-        result.found.judged += found.judged
+    scored = result.order[:SCORED]
+    table = score(pipeline, [subjects[i] for i in scored], lambda i: load(scored[i]), "bound", BOUND_TIMES, seed=seed)
+    table.attrs["times"] = BOUND_TIMES
+    result.likelihood = table
+    rows, people = ([each[i] for i in scored] for each in (result.subjects, result.people))
+    voxel_tolerance = MEAN_TOLERANCE * abs(float(table["bits_per_voxel"].mean()))
+    for name, small in (("bound", NATS_TOLERANCE), ("bits_per_voxel", voxel_tolerance)):
+        title = f"likelihood, {COLUMNS[name][1]}"
+        result.scores.append(VolumeScores(title, table[name].to_numpy(), rows, people, "low", small, True))

@@ -35,7 +35,7 @@ class VolumeFeatures:
 
 
 def features_of(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> VolumeFeatures:
-    """A volume (X, Y, Z) in [0, 1] by an extractor of `ldm3d.metrics.features`; `paired`: keep it for metrics of pairs, too."""
+    """Of a volume (X, Y, Z) in [0, 1], by an extractor of `ldm3d.metrics.features`; `paired`: keep it for metrics of pairs."""
     found = VolumeFeatures(extract([volume], extractor, device))
     if hasattr(extractor, "maps"):
         found.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)

@@ -2,8 +2,8 @@
 
 A distance between two sets is not a mean over volumes, so the permutation test of subgroups.py does not apply. It also grows
 with the variance within a group and falls with the number of volumes, which are not properties of the model. So all groups
-have the same number of volumes, and the excess is compared: how much further generated volumes (for the covariates of a group's
-people) are from that group's real volumes than these are from each other.
+have the same number of volumes, and the excess is compared: how much further generated volumes (for the covariates of a
+group's people) are from that group's real volumes than these are from each other.
 
 The gap that is expected by chance follows from the standard error in each group: it is the range of as many figures that are
 equal but for that error. The error is that of the delete-half jackknife, as for the intervals in realism_sets.py.

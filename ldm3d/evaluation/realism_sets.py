@@ -1,11 +1,11 @@
 """Are two sets of volumes of one distribution? Metrics of feature sets, each with an interval, beside real against real.
 
 The unit is a person. People are split at random many times. In each split the features of one half of the people, R, are
-compared with synthetic volumes, S, and with other people, R'. The figure of a metric is its mean over the splits of (R, S), its
-null that of (R, R'): the distance of real volumes from as many real volumes. A bias by the number of volumes is in both.
+compared with synthetic volumes, S, and with other people, R'. The figure of a metric is its mean over the splits of (R, S),
+its null that of (R, R'): the distance of real volumes from as many real volumes. A bias by the number of volumes is in both.
 
-- A person takes part in a split with one scan, drawn at random. Two scans of one person are nearer than two people, which would
-  bias every metric of neighbours: R' would be nearer to R than S can be.
+- A person takes part in a split with one scan, drawn at random. Two scans of one person are nearer than two people, which
+  would bias every metric of neighbours: R' would be nearer to R than S can be.
 - If the person whose covariates were requested is known, S are volumes generated for the people of R', one for each. A
   difference between S and R' is then not due to which people were drawn. All volumes are used, in one split or another.
 

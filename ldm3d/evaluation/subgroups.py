@@ -110,8 +110,8 @@ class Gap:
         """Outcome of the test.
 
         "gap": significant, and its interval reaches beyond the tolerance. "small gap": significant, and its interval lies
-        within the tolerance. "no gap": not significant, and its interval lies within the tolerance. Otherwise "too few to tell":
-        a gap of a size that matters cannot be excluded.
+        within the tolerance. "no gap": not significant, and its interval lies within the tolerance. Otherwise "too few to
+        tell": a gap of a size that matters cannot be excluded.
         """
         if not self.worst:
             return FEW
@@ -217,7 +217,13 @@ def _corrected(found: Sequence[Gap]) -> list[Gap]:
 
 
 def _gap(
-    figure: VolumeScores, grouping: str, order: Sequence[str], labels: Sequence[str], values: NDArray, people: Sequence, seed: int
+    figure: VolumeScores,
+    grouping: str,
+    order: Sequence[str],
+    labels: Sequence[str],
+    values: NDArray,
+    people: Sequence,
+    seed: int,
 ) -> Gap:
     groups, draws = [], {}
     for k, name in enumerate(order):
@@ -227,7 +233,8 @@ def _gap(
         members = [people[i] for i in own]
         draws[name] = means(values[own], resamples(members, seed=seed + k))  # (B,), each group on its own
         groups.append(Group(name, len(own), len(set(members)), float(values[own].mean()), *interval(draws[name])))
-    large, kind = [group for group in groups if group.people >= MIN_GROUP], (figure.tolerance, figure.of_measure, figure.decides)
+    large = [group for group in groups if group.people >= MIN_GROUP]
+    kind = figure.tolerance, figure.of_measure, figure.decides
     if len(large) < 2:
         nothing = float("nan")
         return Gap(figure.name, grouping, tuple(groups), "", "", *[nothing] * 5, *kind)

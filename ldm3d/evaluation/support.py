@@ -1,8 +1,8 @@
 """Which requests lie outside of the training data: by one covariate, or by a combination of values?
 
-The ventricles of a 90-year-old in a 25-year-old are within both ranges, but the combination is not in the data. The Mahalanobis
-distance detects this. It needs the table of the training data, as a pipeline stores mean, deviation and range of each covariate
-only; without the table covariates are checked one by one.
+The ventricles of a 90-year-old in a 25-year-old are within both ranges, but the combination is not in the data. The
+Mahalanobis distance detects this. It needs the table of the training data, as a pipeline stores mean, deviation and range of
+each covariate only; without the table covariates are checked one by one.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """Downstream utility: does a regressor trained on synthetic volumes predict as well on real people?
 
 The ridge regression of `ldm3d.rulers.regression` is fitted to real volumes, to synthetic volumes and to both, and tested on
-held-out real people. The label of a synthetic volume is the value that was requested. Real and synthetic training sets have the
-same size. They are drawn anew in every repeat, and the tested people by the bootstrap, so that intervals include both.
+held-out real people. The label of a synthetic volume is the value that was requested. Real and synthetic training sets have
+the same size. They are drawn anew in every repeat, and the tested people by the bootstrap, so that intervals include both.
 """
 
 from collections.abc import Hashable, Sequence
