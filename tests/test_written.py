@@ -114,7 +114,7 @@ def test_tables_that_do_not_fit(dataset):
         read_volumes(dataset / "vol.csv", {"ml": ["hippocampus"]})
     with pytest.raises(InputError, match="of ml only nothing is a column"):
         compare_written(dataset, read_volumes(dataset / "vol.csv", {"ml": ["total intracranial"]}))
-    for cell, message in (("scan7", "names no subject"), ("sub-syn0001", "stands there twice")):
+    for cell, message in (("scan7", "has no subject"), ("sub-syn0001", "occurs twice")):
         table = pd.read_csv(dataset / "vol.csv")
         table.loc[3, "subject"] = cell
         table.to_csv(dataset / "bad.csv", index=False)
