@@ -24,8 +24,7 @@ from ldm3d.cli.options import (
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
-    str | None,
-    typer.Option(help="Which label map, if a scan has several: glob of its name or path, '*desc-aseg_dseg*'."),
+    str | None, typer.Option(help="Which label map, if a scan has several: glob of its name or path, '*desc-aseg_dseg*'.")
 ]
 
 

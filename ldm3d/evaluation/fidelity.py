@@ -12,25 +12,14 @@ from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
 from ldm3d.evaluation.results import Evaluation
-from ldm3d.evaluation.subgroups import (
-    MODEL_TOLERANCE,
-    PSNR_TOLERANCE_DB,
-    SSIM_TOLERANCE,
-    VolumeScores,
-    minus_real,
-    tolerance,
-)
+from ldm3d.evaluation.subgroups import MODEL_TOLERANCE, PSNR_TOLERANCE_DB, SSIM_TOLERANCE, VolumeScores, minus_real, tolerance
 from ldm3d.statistics.agreement import Comparison, compare
 
 KINDS = {"kept": "autoencoder"}  # kinds of comparison that tables name otherwise
 
 
 def compare_kinds(
-    name: str,
-    result: Evaluation,
-    on_real: Sequence[float],
-    on_reconstructed: Sequence[float],
-    on_generated: Sequence[float],
+    name: str, result: Evaluation, on_real: Sequence[float], on_reconstructed: Sequence[float], on_generated: Sequence[float]
 ) -> list[Comparison]:
     """One covariate on every kind of volume, see `Evaluation.comparisons`."""
     found, table = [], [row[name] for row in result.subjects]

@@ -22,14 +22,7 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation.realism import PAIRED_VOLUMES, FeatureSet
 from ldm3d.evaluation.realism_metrics import REALISM_METRICS, Kind
 from ldm3d.evaluation.realism_pairs import log_dissimilarities
-from ldm3d.evaluation.realism_sets import (
-    MIN_HALF,
-    Splits,
-    excess_of_splits,
-    in_splits,
-    requested_numbers,
-    subject_numbers,
-)
+from ldm3d.evaluation.realism_sets import MIN_HALF, Splits, excess_of_splits, in_splits, requested_numbers, subject_numbers
 from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MIN_GROUP, Gap, Group, groups_of, labels_of
 from ldm3d.metrics.features import standardise
 

@@ -54,13 +54,7 @@ Set = tuple[NDArray, NDArray]  # features (N, D), values (N,)
 
 
 def downstream_utility(
-    covariate: str,
-    real: Set,
-    synthetic: Set,
-    tested: Set,
-    people: Sequence[Hashable],
-    repeats: int = REPEATS,
-    seed: int = 0,
+    covariate: str, real: Set, synthetic: Set, tested: Set, people: Sequence[Hashable], repeats: int = REPEATS, seed: int = 0
 ) -> Utility:
     """Train on real, on synthetic and on both; test on held-out real volumes.
 

@@ -42,12 +42,7 @@ class Embedding(nn.Module):
 
 
 def train_embedding(
-    coarse: Tensor,
-    subjects: Tensor,
-    steps: int = 300,
-    batch_size: int = 64,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    coarse: Tensor, subjects: Tensor, steps: int = 300, batch_size: int = 64, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Embedding:
     """Train an embedding on coarse volumes of known subjects.
 

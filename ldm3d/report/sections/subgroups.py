@@ -2,17 +2,7 @@
 
 from collections.abc import Sequence
 
-from ldm3d.evaluation.subgroups import (
-    ERROR_TOLERANCE,
-    FEW,
-    GAP,
-    MEAN_TOLERANCE,
-    MIN_GROUP,
-    NO_GAP,
-    SMALL_GAP,
-    Gap,
-    Group,
-)
+from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, FEW, GAP, MEAN_TOLERANCE, MIN_GROUP, NO_GAP, SMALL_GAP, Gap, Group
 from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number, with_interval
 
 LIGHTS = {GAP: RED, SMALL_GAP: AMBER, FEW: GREY, NO_GAP: GREEN}  # the bad news first
