@@ -63,7 +63,7 @@ def test_every_command(trained, tmp_path, capsys, fails):
     assert "nothing to change or explain" in fails("explain", model, "--from", "age=60", "--to", "age=70")
     (tmp_path / "volumes.csv").write_text("scan,v\nsub-syn0001,5\n")
     compared = ["compare", tmp_path / "one", "--table", tmp_path / "volumes.csv", "--column", "ml=v"]
-    assert "nothing was asked of these volumes" in fails(*compared)
+    assert "these volumes have no requests" in fails(*compared)
 
 
 def test_guidance_asks_the_network_once(trained, monkeypatch):

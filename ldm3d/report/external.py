@@ -196,7 +196,7 @@ def compare_written(
     schema, rows = read_participants(folder)
     measured = {scan: {as_name(name): value for name, value in values.items()} for scan, values in measured.items()}
     if not len(schema):
-        raise InputError(f"{folder / 'participants.tsv'} has no covariates to compare with")
+        raise InputError(f"{folder / 'participants.tsv'} has no covariates to compare with: these volumes have no requests")
     matched = {name: row for name in measured if (row := rows.get(name, rows.get(_person(name))))}
     scans, own = list(matched), list(matched.values())
     people = [_person(name) for name in scans]
