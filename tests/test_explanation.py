@@ -65,7 +65,7 @@ def test_p_is_the_rank_of_the_largest_t():
 
 
 def test_without_a_change_a_map_is_false_no_more_often_than_stated():
-    """400 maps of smooth noise: at most the family-wise error, but for chance, have any significant voxel, and a share near it."""
+    """400 maps of smooth noise: the family-wise error, but for chance, is the share with any significant voxel."""
     found = 0
     for i in range(400):
         noise = random(8, 60, seed=i)
