@@ -8,19 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import (
-    Device,
-    Experiment,
-    Guidance,
-    ModelPath,
-    Precision,
-    Root,
-    SamplerName,
-    Seed,
-    Steps,
-    app,
-    load_model,
-)
+from ldm3d.cli import options
+from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
@@ -28,35 +17,22 @@ Pattern = Annotated[
 ]
 
 
-@app.command()
+@options.app.command()
 def evaluate(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[
-        int,
-        typer.Option(
-            "--num",
-            "--volumes",
-            min=3,
-            help="Volumes to generate for held-out subjects' covariates. With torchrun, write --volumes.",
-        ),
-    ] = 200,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate; --volumes with torchrun.")] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
     features: Annotated[
-        str,
-        typer.Option(
-            help="Extractor of features, for realism: random, medicalnet:FILE, radimagenet:FILE, package.module:function"
-        ),
+        str, typer.Option(help="random, medicalnet:FILE, radimagenet:FILE or package.module:function")
     ] = "random",
     predict: Annotated[bool, typer.Option(help="Predict covariates that MEASURE does not give (age) by regression.")] = True,
-    downstream: Annotated[
-        bool, typer.Option("--downstream", help="Downstream utility: train regressors on real, synthetic and both.")
-    ] = False,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
     with_audit: Annotated[bool, typer.Option("--audit", help="Privacy audit; the page then shows training subjects.")] = False,
     seed: Seed = None,
@@ -82,15 +58,17 @@ def evaluate(
     processes = started_processes()
     if with_likelihood and precision == "auto":
         precision = "float32"  # see `likelihood`
-    pipeline, sampling = load_model(model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    pipeline, sampling = options.load_model(
+        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
+    )
     function, extractor = load_measure(measure, str(pipeline.device)), load_extractor(features)
     config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment)
+    counts = len(trained), len(held_out), num
+    lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood)
+    lines += audit_plan(*counts) if with_audit and len(trained) else []
+    lines.append("(--num and --steps shorten generation only; the other parts depend on the number of scans in --data)")
     if processes.is_main:
-        counts, regression = (len(trained), len(held_out), num), predict or downstream
-        lines = plan(pipeline, *counts, sampling, regression, with_likelihood)
-        lines += audit_plan(*counts) if with_audit and len(trained) else []
-        print("\n  - ".join(["evaluation, with a progress bar for each part:", *lines]))
-        print("--num and --steps shorten generation only; the other parts depend on the number of scans in --data", flush=True)
+        print("\n  ".join(["evaluation, with a progress bar for each part:", *lines]), flush=True)
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood}
     found = assess(pipeline, config, trained, held_out, function, extractor, sampling, num, **parts, processes=processes)
     audited = None
@@ -119,16 +97,14 @@ def _audit(pipeline, config, trained, held_out, sampling, num: int, processes, s
     return audit(pipeline, training, others, volumes, level, sampling.seed, processes=processes)
 
 
-@app.command()
+@options.app.command()
 def audit(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
-    num: Annotated[
-        int, typer.Option("--num", "--volumes", min=1, help="Volumes to generate, half for training subjects' covariates.")
-    ] = 200,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=1, help="To generate; --volumes with torchrun.")] = 200,
     synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to audit instead.")] = None,
     level: Annotated[
         float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects' volumes that may count as copies.")
@@ -150,7 +126,9 @@ def audit(
     from ldm3d.report.sections.audit import summary
 
     processes = started_processes()
-    pipeline, sampling = load_model(model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    pipeline, sampling = options.load_model(
+        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
+    )
     scans = scans_by_use(model, data, out / "work", root, processes, experiment)
     found, guard = _audit(pipeline, *scans, sampling, num, processes, synthetic, level)
     if processes.is_main:
@@ -159,7 +137,7 @@ def audit(
         print(summary(found))
 
 
-@app.command()
+@options.app.command()
 def segmenter(
     model: Annotated[
         Path, typer.Argument(help="Pipeline folder, whose training scans and grid are used.", show_default=False)
@@ -201,7 +179,7 @@ def segmenter(
     print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
 
 
-@app.command()
+@options.app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(help="Dataset with participants.tsv, for example of ldm3d generate.")],
     table: Annotated[Path | None, typer.Option(help="CSV or TSV of volumes, such as SynthSeg's --vol.")] = None,
@@ -234,7 +212,7 @@ def compare(
     print(f"page written to {page}")
 
 
-@app.command()
+@options.app.command()
 def likelihood(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
@@ -255,7 +233,7 @@ def likelihood(
     from ldm3d.experiment import scans_by_use
 
     # The lowest noise level of likelihoods is below the resolution of bfloat16, which is therefore not the default
-    pipeline, _ = load_model(model, device, "float32" if precision == "auto" else precision, threads=1)
+    pipeline, _ = options.load_model(model, device, "float32" if precision == "auto" else precision, threads=1)
     config, _, scans = scans_by_use(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
@@ -270,7 +248,7 @@ def likelihood(
     print(f"{len(found)} subjects written to {out}")
 
 
-@app.command()
+@options.app.command()
 def explain(
     model: ModelPath,
     before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request before the change.")],
@@ -297,7 +275,9 @@ def explain(
     from ldm3d.evaluation.explanation import explain
     from ldm3d.report.explanation import summary, write_explanation
 
-    pipeline, sampling = load_model(model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    pipeline, sampling = options.load_model(
+        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
+    )
     found = explain(pipeline, _values("--from", before), _values("--to", changes), sampling, seeds)
     page = write_explanation(out, f"Effect of covariates in volumes of {model}", pipeline, found, sampling)
     print(summary(pipeline, found))

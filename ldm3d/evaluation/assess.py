@@ -35,6 +35,7 @@ from ldm3d.rulers.categories import Reader, count_hits
 from ldm3d.rulers.regression import MAX_VOLUMES, TrainingFeatures, fit_predictor, together, training_features
 
 SWEEP_VALUES, SWEEP_REPEATS = 6, 4  # values of a sweep, and noises at each
+SHOWN = 3  # volumes that are kept for pictures
 BOUND_TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
 CATEGORY_TOLERANCE, NATS_TOLERANCE = 0.1, 0.05  # small gaps: in the share of hits, and in nats per latent dimension
 
@@ -46,9 +47,6 @@ def evaluate(
     measure: Measure,
     sampling: Sampling,
     num_generated: int = 200,
-    sweep_values: int = SWEEP_VALUES,
-    sweep_repeats: int = SWEEP_REPEATS,
-    shown: int = 3,
     extractor: Extractor | None = None,
     people: Sequence[Hashable] | None = None,
     processes: Processes = ALONE,
@@ -64,8 +62,6 @@ def evaluate(
         sampling: how to generate.
         num_generated: volumes to generate for held-out subjects' covariates, in the order of `ldm3d.evaluation.selection`,
             repeated if there are fewer.
-        sweep_values, sweep_repeats: values of a sweep and noises at each.
-        shown: volumes to keep for pictures.
         extractor: of features, by which distributions are compared; None omits realism.
         people: the person in each held-out volume; None: all are different.
         processes: that share the work; all of them have to call this, and all get the same answer.
@@ -84,13 +80,13 @@ def evaluate(
     order = in_turn(people, sampling.seed)
     requests = [rows[order[i % len(order)]] for i in range(num_generated)]
     extractor = usable(extractor, pipeline)
-    sampler = Sampler(pipeline, measure, extractor, order, shown, processes)
+    sampler = Sampler(pipeline, measure, extractor, order, SHOWN, processes)
 
     real, reconstructed, qualities = sampler.reconstructed(load)
     result = Evaluation(*qualities, subjects=rows, people=people, order=order, requests=requests)
     generated = sampler.generated(requests, sampling)
-    result.real, result.reconstructed = ([group[i].volume for i in order[:shown]] for group in (real, reconstructed))
-    result.generated = [sample.volume for sample in generated[:shown]]
+    result.real, result.reconstructed = ([group[i].volume for i in order[:SHOWN]] for group in (real, reconstructed))
+    result.generated = [sample.volume for sample in generated[:SHOWN]]
     result.outside, result.joint = outside_training(schema, requests, training), training is not None
     if extractor:
         _add_realism(result, pipeline, real, reconstructed, generated, processes)
@@ -102,7 +98,7 @@ def evaluate(
     result.scores = group_scores(result)
     for covariate in schema:
         if covariate.seen and quantities:
-            size = sweep_values, sweep_repeats, processes
+            size = SWEEP_VALUES, SWEEP_REPEATS, processes
             result.sweeps.append(sweep(pipeline, covariate.name, measure, sampling, quantities, *size))
     return result
 
@@ -219,16 +215,11 @@ def _training_features(
     pipeline: Pipeline, config: Config, trained: pd.DataFrame, extractor: Extractor, processes: Processes
 ) -> TrainingFeatures | None:
     """Features of training volumes; None, with a warning, if there are none."""
-    if trained.empty:
-        warnings.warn(
-            "covariates that the measure does not give are not predicted: the regression is fitted to volumes that the model "
-            "was trained on, and --data has none of them",
-            stacklevel=2,
-        )
-        return None
-    keys, people = list(trained["key"]), list(trained["subject"])
-    rows = trained[pipeline.schema.names].to_dict("records")
     try:
+        if trained.empty:
+            raise InputError("the regression is fitted to volumes that the model was trained on, and --data has none of them")
+        keys, people = list(trained["key"]), list(trained["subject"])
+        rows = trained[pipeline.schema.names].to_dict("records")
         return training_features(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
     except InputError as error:  # the other figures are still useful
         warnings.warn(f"no covariate is predicted: {error}", stacklevel=2)

@@ -202,7 +202,7 @@ def gaps(
             valid = [i for i, each in enumerate(given) if each is not None and np.isfinite(figure.values[i])]
             if valid:
                 cells = [given[i] for i in valid], figure.values[valid], [figure.people[i] for i in valid]
-                found.append(_gap(figure, name, labels_of(covariate, edges), *cells, seed))
+                found.append(_gap(figure, name, labels_of(covariate, edges), cells, seed))
     return _corrected([*found, *others])
 
 
@@ -216,15 +216,8 @@ def _corrected(found: Sequence[Gap]) -> list[Gap]:
     return corrected
 
 
-def _gap(
-    figure: VolumeScores,
-    grouping: str,
-    order: Sequence[str],
-    labels: Sequence[str],
-    values: NDArray,
-    people: Sequence,
-    seed: int,
-) -> Gap:
+def _gap(figure: VolumeScores, grouping: str, order: Sequence[str], cells: tuple, seed: int) -> Gap:
+    labels, values, people = cells
     groups, draws = [], {}
     for k, name in enumerate(order):
         own = [i for i, each in enumerate(labels) if each == name]

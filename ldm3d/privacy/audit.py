@@ -5,7 +5,7 @@ low as theirs identifies no training subject. They pass through the autoencoder 
 subject may have several scans; no subject is both in training and held out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -178,20 +178,15 @@ def _of_synthetic(audited: Sequence[AuditedVolume], reference: Reference, synthe
 def _of_training(found: Audit, training: Volumes, seed: int) -> list[VolumeScores]:
     """Shares of training subjects, by their covariates."""
     copied, firsts = {each.subject for each in found.volumes if each.copy}, training.first_scans()
-    shares: dict[str, Mapping[int, bool]] = {"training subjects copied": {i: training.names[i] in copied for i in firsts}}
+    shares = {"training subjects copied": {i: training.names[i] in copied for i in firsts}}
     if found.membership:
         attacked = training.first_scans(MAX_ATTACKED, seed)
         shares["training subjects identified by their loss"] = dict(zip(attacked, found.membership.each_named))
-    return [
-        VolumeScores(
-            name,
-            np.array([float(value) for value in own.values()]),
-            *([of[i] for i in own] for of in (training.rows, training.names)),
-            "low",
-            COPY_TOLERANCE,
-        )
-        for name, own in shares.items()
-    ]
+    scores = []
+    for name, own in shares.items():
+        rows, names = ([of[i] for i in own] for of in (training.rows, training.names))
+        scores.append(VolumeScores(name, np.array([*own.values()], dtype=float), rows, names, "low", COPY_TOLERANCE))
+    return scores
 
 
 def data_copying(held_out: Sequence[float], synthetic: Sequence[float]) -> float:

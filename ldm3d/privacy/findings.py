@@ -36,17 +36,10 @@ class AuditedVolume:
     plain: bool
 
     def to_dict(self) -> dict[str, Any]:
-        found = {
-            "name": self.name,
-            "asked": self.asked or None,
-            "score": self.similarity.score,
-            "space": self.similarity.space,
-            "p": self.p,
-            "nearest_subject": self.subject,
-            "copy": self.copy,
-            "plain": self.plain,
-        }
-        return found | {f"{space}_ratio": nearest.ratio for space, nearest in self.similarity.nearest.items()}
+        ratios = {f"{space}_ratio": nearest.ratio for space, nearest in self.similarity.nearest.items()}
+        similarity = {"score": self.similarity.score, "space": self.similarity.space, "p": self.p}
+        outcome = {"nearest_subject": self.subject, "copy": self.copy, "plain": self.plain}
+        return {"name": self.name, "asked": self.asked or None} | similarity | outcome | ratios
 
 
 @dataclass(frozen=True)

@@ -98,17 +98,12 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     conditions = Conditions(pipeline.schema.encode([row]).to(pipeline.device))
     found = []
     for i, t in enumerate(TIMES):
-        error = 0.0
+        errors = []
         for repeat in range(REPEATS):
             noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
-            z = pipeline.process.add_noise(x, noise, t)
-            error += (
-                (model.predict(z, t, conditions) - pipeline.process.target(pipeline.target, x, noise, t))
-                .square()
-                .mean()
-                .item()
-            )
-        found.append(error / REPEATS)
+            predicted = model.predict(pipeline.process.add_noise(x, noise, t), t, conditions)
+            errors.append((predicted - pipeline.process.target(pipeline.target, x, noise, t)).square().mean().item())
+        found.append(sum(errors) / REPEATS)
     return np.array(found)
 
 
@@ -122,7 +117,7 @@ def infer_members(training: NDArray, held_out: NDArray, level: float = FALSE_POS
     """
     if min(len(training), len(held_out)) < 2:
         raise InputError(
-            f"{len(training)} training and {len(held_out)} held-out subjects; membership inference needs two or more of each"
+            f"{len(training)} training and {len(held_out)} held-out subjects; membership inference needs two of each"
         )
     losses = np.concatenate([training, held_out])
     scores = ((losses - losses.mean(axis=0)) / losses.std(axis=0).clip(1e-12)).mean(axis=1)

@@ -42,20 +42,13 @@ def lights(found: Audit) -> list[Goal]:
     else:
         judged = (GREEN, "no copies beyond the held-out rate")
     interval = tuple(100 * end for end in copies.interval)
+    most = 100 * threshold.false_interval[1]
+    plain = (RED, "copies") if found.plain else (GREEN, "none")
     goals = [
-        Goal(
-            "Copies among synthetic volumes",
-            100 * copies.value,
-            high=100 * threshold.false_interval[1],
-            unit="%",
-            interval=interval,
-            judged=judged,
-        ),
-        Goal("Plain copies", float(found.plain), high=0, judged=(RED, "copies") if found.plain else (GREEN, "none")),
+        Goal("Copies among synthetic volumes", 100 * copies.value, high=most, unit="%", interval=interval, judged=judged),
+        Goal("Plain copies", float(found.plain), high=0, judged=plain),
     ]
-    if found.membership:
-        goals.append(_membership_light(found.membership))
-    return goals
+    return [*goals, _membership_light(found.membership)] if found.membership else goals
 
 
 def _membership_light(attack: Membership) -> Goal:
@@ -100,8 +93,7 @@ def _copies(found: Audit, pictures: Mapping[str, str]) -> Section:
     threshold = found.threshold
     low, high = threshold.false_interval
     rows = [["synthetic volumes", *_cells(found.copies())]]
-    for group in found.groups:
-        rows.append([f"... for covariates of {group} subjects", *_cells(found.copies(group))])
+    rows += [[f"... for covariates of {group} subjects", *_cells(found.copies(group))] for group in found.groups]
     rows.append(["new subjects, expected", "", f"{threshold.false_rate:.1%}", f"{low:.1%} to {high:.1%}"])
     rows.append(["training subjects of whom there is a copy", *_cells(found.copied_subjects)])
     return Section(
