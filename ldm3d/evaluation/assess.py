@@ -167,21 +167,12 @@ def assess(
     """Evaluate a model on held-out scans.
 
     Args:
-        pipeline: the model.
         config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty if that data is not available.
-        measure: see `ldm3d.evaluation.samples.Measure`.
-        extractor: see `ldm3d.metrics.features`.
-        sampling, num_generated: how to generate, and how many volumes.
         predict: whether to predict covariates that `measure` does not give, by regression on images.
         downstream: whether to assess downstream utility.
         likelihood: whether to compute likelihoods of held-out volumes.
-        processes: that share the work; all of them have to call this.
 
-    Returns:
-        As of `evaluate`.
-
-    Raises:
-        InputError: no held-out volume, or volumes that cannot be generated so.
+    Other arguments, result and errors are those of `evaluate`.
     """
     schema = pipeline.schema
     subjects, people = held_out[schema.names].to_dict("records"), list(held_out["subject"])

@@ -40,12 +40,8 @@ def diversity_metrics(
 
     Args:
         real, synthetic: volumes (X, Y, Z) in [0, 1], all of one shape; anything with a length and an index.
-        subjects: the person in each real volume. None: every volume is of another person.
         pairs: at most, of each.
-        device: where to compute.
-        seed: of the pairs.
-        metrics: instead of those of the table.
-        requested: the person whose covariates were requested of each synthetic volume. None: all are different.
+        subjects, requested, seed, metrics: as in `distribution_metrics`.
 
     Raises:
         InputError: fewer than 2 pairs of either, or volumes of different shapes.

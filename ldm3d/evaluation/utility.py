@@ -87,16 +87,12 @@ def downstream_utility(
     # A draw has the same repeat and the same people in all three, so that ratios are paired
     draws = {kind: (weights * np.stack(rows)[chosen]).sum(axis=1) for kind, rows in errors.items()}  # (B,)
     mae = {kind: float(np.mean(rows)) for kind, rows in errors.items()}
-    return Utility(
-        covariate,
-        len(tested[1]),
-        {"real": size, "synthetic": size, "both": 2 * size},
-        mae,
-        {kind: interval(values) for kind, values in draws.items()},
-        {kind: mae[kind] / mae["real"] for kind in KINDS[1:]},
-        {kind: interval(draws[kind] / draws["real"]) for kind in KINDS[1:]},
-        {kind: np.mean(rows, axis=0) for kind, rows in errors.items()},
-    )
+    volumes = {"real": size, "synthetic": size, "both": 2 * size}
+    intervals = {kind: interval(values) for kind, values in draws.items()}
+    ratio = {kind: mae[kind] / mae["real"] for kind in KINDS[1:]}
+    ratio_intervals = {kind: interval(draws[kind] / draws["real"]) for kind in KINDS[1:]}
+    mean_errors = {kind: np.mean(rows, axis=0) for kind, rows in errors.items()}
+    return Utility(covariate, len(tested[1]), volumes, mae, intervals, ratio, ratio_intervals, mean_errors)
 
 
 def _draw(one: Set, size: int, *position: int | str) -> Set:

@@ -17,16 +17,7 @@ from ldm3d.report.write import provenance
 
 
 def write_explanation(folder: Path, title: str, pipeline: Pipeline, found: Explanation, sampling: Sampling) -> Path:
-    """Write every map as NAME.nii.gz, every picture as NAME.png, metrics.json and report.html.
-
-    Args:
-        folder: is made if it is not there.
-        title: of the page.
-        pipeline, found, sampling: the model, the explanation, and how volumes were generated.
-
-    Returns:
-        The page.
-    """
+    """Write every map as NAME.nii.gz, every picture as NAME.png, metrics.json and report.html. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, volume in _maps(found):
         write_volume(folder / f"{checked_name(name, 'map')}.nii.gz", volume, pipeline.output_grid.affine, pipeline.mark)

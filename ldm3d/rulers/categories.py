@@ -69,14 +69,7 @@ def count_hits(covariate: str, kind: str, found: Sequence[str], asked: Sequence[
     right = np.array([a == b for a, b in zip(found, asked)], dtype=float)
     of = {one: np.array([each == one for each in asked]) for one in sorted(set(asked))}
     draws = means(right, resamples(people))
-    return Hits(
-        covariate,
-        kind,
-        len(right),
-        float(right.mean()),
-        interval(draws),
-        max(float(own.mean()) for own in of.values()),
-        {one: float(right[own].mean()) for one, own in of.items()},
-        right,
-        draws,
-    )
+    commonest = max(float(own.mean()) for own in of.values())
+    by_category = {one: float(right[own].mean()) for one, own in of.items()}
+    share = float(right.mean()), interval(draws)
+    return Hits(covariate, kind, len(right), *share, commonest, by_category, right, draws)
