@@ -8,11 +8,18 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
 from ldm3d.evaluation.results import Evaluation
-from ldm3d.evaluation.subgroups import MODEL_TOLERANCE, PSNR_TOLERANCE_DB, SSIM_TOLERANCE, VolumeScores, minus_real, tolerance
+from ldm3d.evaluation.subgroups import (
+    MODEL_TOLERANCE,
+    PSNR_TOLERANCE_DB,
+    SSIM_TOLERANCE,
+    VolumeScores,
+    error_scores,
+    minus_real,
+    tolerance,
+)
 from ldm3d.statistics.agreement import Comparison, compare
 
 KINDS = {"kept": "autoencoder"}  # kinds of comparison that tables name otherwise
@@ -51,21 +58,11 @@ def group_scores(result: Evaluation) -> list[VolumeScores]:
         of_measure = c.kind == "real"
         small = tolerance(c) if of_measure or on_real is None else tolerance(on_real, MODEL_TOLERANCE)
         rows, people = (result.requests, result.requested_people) if generated else real
-        error = _errors(c, len(rows))
+        error = c.errors(len(rows))
         size, title = abs(error), f"{c.covariate}, {KINDS.get(c.kind, c.kind)}"
         if generated:
-            known = _errors(on_real, len(result.subjects))
+            known = on_real.errors(len(result.subjects)) if on_real else np.full(len(result.subjects), np.nan)
             size, error = (minus_real(*each, result.sources) for each in ((size, abs(known)), (error, known)))
             title += " minus real"
-        kind = small, of_measure, not of_measure
-        scores.append(VolumeScores(f"{title}: MAE", size, rows, people, "low", *kind))
-        scores.append(VolumeScores(f"{title}: bias", error, rows, people, "neither", *kind))
+        scores += error_scores(title, size, error, rows, people, small, of_measure, not of_measure)
     return scores
-
-
-def _errors(comparison: Comparison | None, volumes: int) -> NDArray:
-    """The error on each volume, NaN if it is unknown."""
-    error = np.full(volumes, np.nan)
-    if comparison:
-        error[comparison.volumes] = comparison.error
-    return error

@@ -149,6 +149,13 @@ def minus_real(values: NDArray, real: NDArray, sources: Sequence[int]) -> NDArra
     return values - real[np.asarray(sources, dtype=int)]
 
 
+def error_scores(title: str, size: NDArray, error: NDArray, *others: Any) -> list[VolumeScores]:
+    """Size and sign of an error, whose means are MAE and bias; others: rows, people, tolerance and so on."""
+    rows, people, *kind = others
+    mae, bias = VolumeScores(f"{title}: MAE", size, rows, people, "low", *kind), f"{title}: bias"
+    return [mae, VolumeScores(bias, error, rows, people, "neither", *kind)]
+
+
 def tolerance(comparison: Comparison, part: float = ERROR_TOLERANCE) -> float:
     """Largest small gap of a covariate's errors: a part of the overall error, or of the covariate's mean if that is larger."""
     return max(part * comparison.agreement.mae, MEAN_TOLERANCE * abs(float(comparison.reference.mean())))

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -216,14 +217,19 @@ def load_extractor(name: str) -> Extractor:
         return RandomFeatures()
     if kind in ("medicalnet", "radimagenet"):
         return (MedicalNet if kind == "medicalnet" else RadImageNet)(rest)
+    return imported(name, "extractor", "random, medicalnet:FILE, radimagenet:FILE or ")()
+
+
+def imported(name: str, kind: str, alternatives: str = "") -> Any:
+    """The function "package.module:function"; InputError, which names the kind and other choices, if there is none."""
+    module, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(kind), rest)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"extractor {name!r} cannot be imported ({error}); give random, medicalnet:FILE, radimagenet:FILE or "
-            "package.module:function, with its folder on PYTHONPATH"
+            f"{kind} {name!r} cannot be imported ({error}); give {alternatives}package.module:function, with its folder on "
+            "PYTHONPATH"
         ) from None
-    return make()
 
 
 def standardise(real: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

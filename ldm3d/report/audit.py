@@ -19,7 +19,7 @@ AUDIT = "audit.json"
 
 
 def write_audit(folder: Path, title: str, pipeline: Pipeline, found: Audit, guard: Guard, sampling: Sampling) -> Path:
-    """Write audit.json, report.html, pictures as PNG, and the folder `guard`; `sampling` made the volumes. Returns the page."""
+    """Write audit.json, report.html, pictures as PNG, and the folder `guard`; `sampling`: of the volumes. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = save_pictures(folder, draw(pipeline, found))
     guard.save(folder / FOLDER)

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import ldm3d
@@ -213,11 +212,8 @@ def compare_written(
         values = [measured[scan].get(name, float("nan")) for scan in scans]
         c = compare(name, "measured", [row[name] for row in own], values, people)
         found.append(c)
-        error = np.full(len(scans), np.nan)
-        error[c.volumes] = c.error
-        tolerance = subgroups.tolerance(c)
-        scores.append(subgroups.VolumeScores(f"{name}: MAE", abs(error), own, people, "low", tolerance))
-        scores.append(subgroups.VolumeScores(f"{name}: bias", error, own, people, "neither", tolerance))
+        error = c.errors(len(scans))
+        scores += subgroups.error_scores(name, abs(error), error, own, people, subgroups.tolerance(c))
     gaps = subgroups.gaps(schema, subgroups.groupings(schema, own), scores)
     plots = []
     for c in found:

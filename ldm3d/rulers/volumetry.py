@@ -6,7 +6,6 @@ alike; not a segmentation for clinical scans. A function of the same form can ta
 Intensities are in units of the white matter around (1 = white matter), which removes bias field and brightness.
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ldm3d.errors import InputError
+from ldm3d.metrics.features import imported
 
 TISSUE_LEVEL = 0.5  # brighter than fluid, darker than cortex
 VENTRICLE_LEVEL, SEED_LEVEL = 0.6, 0.75  # below deep grey matter; on the centreline, as thin ventricles are less dark
@@ -182,9 +181,4 @@ def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[
         from ldm3d.rulers.segmenter import Segmenter
 
         return Segmenter.from_pretrained(function, device)
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"measure {name!r} cannot be imported ({error}); give package.module:function, with its folder on PYTHONPATH"
-        ) from None
+    return imported(name, "measure")

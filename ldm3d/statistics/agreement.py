@@ -99,6 +99,12 @@ class Comparison:
         """Measured minus reference, (N,)."""
         return self.measured - self.reference
 
+    def errors(self, volumes: int) -> NDArray:
+        """The error on each of so many volumes, NaN if it is unknown."""
+        found = np.full(volumes, np.nan)
+        found[self.volumes] = self.error
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Names, figures, and `<figure>_low`, `<figure>_high` of those that have an interval."""
         values = {"covariate": self.covariate, "kind": self.kind, **self.agreement.to_dict()}
