@@ -24,7 +24,7 @@ def evaluate(
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate; --volumes with torchrun.")] = 200,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
@@ -58,9 +58,7 @@ def evaluate(
     processes = started_processes()
     if with_likelihood and precision == "auto":
         precision = "float32"  # see `likelihood`
-    pipeline, sampling = options.load_model(
-        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
-    )
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     function, extractor = load_measure(measure, str(pipeline.device)), load_extractor(features)
     config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment)
     counts = len(trained), len(held_out), num
@@ -104,11 +102,9 @@ def audit(
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
-    num: Annotated[int, typer.Option("--num", "--volumes", min=1, help="To generate; --volumes with torchrun.")] = 200,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=1, help="To generate (torchrun: --volumes).")] = 200,
     synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to audit instead.")] = None,
-    level: Annotated[
-        float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects' volumes that may count as copies.")
-    ] = 0.05,
+    level: Annotated[float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects that may count as copies.")] = 0.05,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -126,9 +122,7 @@ def audit(
     from ldm3d.report.sections.audit import summary
 
     processes = started_processes()
-    pipeline, sampling = options.load_model(
-        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
-    )
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     scans = scans_by_use(model, data, out / "work", root, processes, experiment)
     found, guard = _audit(pipeline, *scans, sampling, num, processes, synthetic, level)
     if processes.is_main:
@@ -233,7 +227,8 @@ def likelihood(
     from ldm3d.experiment import scans_by_use
 
     # The lowest noise level of likelihoods is below the resolution of bfloat16, which is therefore not the default
-    pipeline, _ = options.load_model(model, device, "float32" if precision == "auto" else precision, threads=1)
+    pipeline, _ = options.load_model(model, device, "float32" if precision == "auto" else precision)
+    pipeline.threads = 1
     config, _, scans = scans_by_use(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
@@ -275,9 +270,7 @@ def explain(
     from ldm3d.evaluation.explanation import explain
     from ldm3d.report.explanation import summary, write_explanation
 
-    pipeline, sampling = options.load_model(
-        model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler
-    )
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     found = explain(pipeline, _values("--from", before), _values("--to", changes), sampling, seeds)
     page = write_explanation(out, f"Effect of covariates in volumes of {model}", pipeline, found, sampling)
     print(summary(pipeline, found))

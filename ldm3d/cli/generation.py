@@ -15,36 +15,21 @@ def generate(
     context: typer.Context,
     model: ModelPath,
     out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)],
-    num: Annotated[
-        int | None,
-        typer.Option(
-            "--num", "--volumes", min=1, help="Volumes of one request; 1 if not given. With torchrun, write --volumes."
-        ),
-    ] = None,
-    ask: Annotated[
-        list[str], typer.Option(metavar="NAME=VALUE", help="A covariate whose name is also an option of this command.")
-    ] = [],  # noqa: B006 (typer reads it, and it is never changed)
+    num: Annotated[int | None, typer.Option("--num", "--volumes", min=1, help="By default 1 (torchrun: --volumes).")] = None,
+    ask: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="A covariate whose name is an option.")] = [],  # noqa: B006 (typer reads it, and it is never changed)
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: SamplerName = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")] = 8,
-    group: Annotated[
-        int | None, typer.Option(min=1, help="Batch size of the U-Net; changes the last bits of volumes.")
-    ] = None,
+    group: Annotated[int | None, typer.Option(min=1, help="Batch size of the U-Net; changes the last bits.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process; changes the last bits of volumes.")] = 1,
     device: Device = None,
     precision: Precision = "auto",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile: faster from some tens of volumes on.")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option(help="Compare finished volumes with their checksums, or with their sizes only.")
-    ] = True,
-    audit: Annotated[
-        Path | None, typer.Option(help="Folder of `ldm3d audit` of this model: withhold copies of training subjects.")
-    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: faster for many volumes.")] = False,
+    check: Annotated[bool, typer.Option(help="Check finished volumes by checksum, not by size only.")] = True,
+    audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
 ) -> None:
     """Generate volumes for given covariates, as a BIDS derivative.
 
@@ -58,7 +43,7 @@ def generate(
     from ldm3d.processes import which_process
 
     processes = which_process()
-    pipeline, sampling = load_model(model, device, precision, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    pipeline, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
     pipeline.group, pipeline.threads = group, threads
     asked = _covariates(context.args, ask)
     if compile:

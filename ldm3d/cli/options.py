@@ -1,7 +1,7 @@
 """The application, and what several commands share: options, and the model that they load."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,10 +32,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: b
 ModelPath = Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)]
 Root = Annotated[Path | None, typer.Option(help="Folder of all scans of --data, if it is another one.")]
 Experiment = Annotated[
-    str | None,
-    typer.Option(
-        help="The experiment.json of its run, if it is not beside MODEL; none: MODEL was not trained on any scan of --data."
-    ),
+    str | None, typer.Option(help="experiment.json, if not beside MODEL; none: MODEL was not trained on any scan of --data.")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
@@ -45,15 +42,13 @@ SamplerName = Annotated[
 ]
 
 
-def load_model(
-    model: Path, device: str | None, precision: str, threads: int | None = None, **sampling: Any
-) -> tuple[Any, Any]:
-    """The pipeline, and its sampling with the settings that are not None; threads None: all, for measurements."""
+def load_model(model: Path, device: str | None, precision: str, seed=None, steps=None, guidance=None, sampler=None) -> tuple:
+    """The pipeline, which uses all threads, and its sampling with the settings that are not None."""
     from ldm3d.pipeline import Pipeline
     from ldm3d.precision import dtype
     from ldm3d.processes import own_device
 
     device = device or own_device()
     pipeline = Pipeline.from_pretrained(model, device, dtype(precision, device))
-    pipeline.threads = threads
-    return pipeline, pipeline.sampling.replace(**sampling)
+    pipeline.threads = None  # all: measurements do not depend on the last bits
+    return pipeline, pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)

@@ -130,17 +130,11 @@ def _add_realism(
 
 
 def plan(
-    pipeline: Pipeline,
-    trained: int,
-    held_out: int,
-    num_generated: int,
-    sampling: Sampling,
-    regression: bool = True,
-    likelihood: bool = False,
+    pipeline: Pipeline, trained: int, held_out: int, num: int, sampling: Sampling, regression: bool, likelihood: bool
 ) -> list[str]:
     """What `assess` will do, a line for each part that takes long; `trained` and `held_out` are numbers of volumes."""
     swept = sum(bool(c.seen) for c in pipeline.schema)
-    lines = [f"reconstruct {held_out} held-out volumes", f"generate {num_generated} volumes in {sampling.steps} steps each"]
+    lines = [f"reconstruct {held_out} held-out volumes", f"generate {num} volumes in {sampling.steps} steps each"]
     if regression and trained and len(pipeline.schema):
         lines.insert(0, f"reconstruct {min(trained, MAX_VOLUMES)} training volumes for regression")
     if swept:
