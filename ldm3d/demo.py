@@ -14,7 +14,8 @@ from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.data.preparing import load_prepared
 from ldm3d.demo_clock import Clock, expected_seconds
-from ldm3d.evaluation.assess import SWEEP_REPEATS, SWEEP_VALUES, evaluate
+from ldm3d.evaluation import sweeps
+from ldm3d.evaluation.assess import evaluate
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.experiment import scans_by_use
 from ldm3d.metrics.features import RandomFeatures
@@ -73,7 +74,7 @@ def run_demo(out: Path, config_path: Path) -> None:
 def start_clock(config: Config, out: Path) -> Clock:
     """Measure what the demo's parts will take here, and say it; what is there already takes no time."""
     print("measuring how long this will take here", flush=True)
-    swept = SWEEP_VALUES * SWEEP_REPEATS * sum(c.kind == "continuous" for c in config.covariates)
+    swept = sweeps.VALUES * sweeps.REPEATS * sum(c.kind == "continuous" for c in config.covariates)
     held_out = round(SUBJECTS * config.data.splits.test)
     drawn = len(AGES) * len(VENTRICLES_ML)
     expected = expected_seconds(config, SUBJECTS, held_out, GENERATED, swept, drawn)

@@ -17,6 +17,7 @@ from ldm3d.covariates import CovariateSchema
 from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
+from ldm3d.evaluation import sweeps
 from ldm3d.evaluation.fidelity import compare_kinds, group_scores
 from ldm3d.evaluation.likelihood import COLUMNS, score
 from ldm3d.evaluation.realism import FeatureSet, assess_realism
@@ -26,7 +27,6 @@ from ldm3d.evaluation.samples import Measure, Sample, Sampler, usable
 from ldm3d.evaluation.selection import in_turn
 from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MEAN_TOLERANCE, VolumeScores, groupings, minus_real
 from ldm3d.evaluation.support import outside_training
-from ldm3d.evaluation.sweeps import sweep
 from ldm3d.evaluation.utility import downstream_utility
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
@@ -34,7 +34,6 @@ from ldm3d.processes import ALONE, Processes
 from ldm3d.rulers.categories import Reader, count_hits
 from ldm3d.rulers.regression import MAX_VOLUMES, TrainingFeatures, fit_predictor, together, training_features
 
-SWEEP_VALUES, SWEEP_REPEATS = 6, 4  # values of a sweep, and noises at each
 SHOWN = 3  # volumes that are kept for pictures
 BOUND_TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
 CATEGORY_TOLERANCE, NATS_TOLERANCE = 0.1, 0.05  # small gaps: in the share of hits, and in nats per latent dimension
@@ -89,7 +88,7 @@ def evaluate(
     result.generated = [sample.volume for sample in generated[:SHOWN]]
     result.outside, result.joint = outside_training(schema, requests, training), training is not None
     if extractor:
-        _add_realism(result, pipeline, real, reconstructed, generated, processes)
+        _add_realism(result, pipeline, (real, reconstructed, generated), processes)
 
     quantities = [c.name for c in schema if c.kind == "continuous" and c.name in real[0].measured]
     for name in quantities:
@@ -98,27 +97,17 @@ def evaluate(
     result.scores = group_scores(result)
     for covariate in schema:
         if covariate.seen and quantities:
-            size = SWEEP_VALUES, SWEEP_REPEATS, processes
-            result.sweeps.append(sweep(pipeline, covariate.name, measure, sampling, quantities, *size))
+            result.sweeps.append(sweeps.sweep(pipeline, covariate.name, measure, sampling, quantities, processes))
     return result
 
 
-def _add_realism(
-    result: Evaluation,
-    pipeline: Pipeline,
-    real: Sequence[Sample],
-    reconstructed: Sequence[Sample],
-    generated: Sequence[Sample],
-    processes: Processes,
-) -> None:
-    """Metrics of realism, overall and by group."""
+def _add_realism(result: Evaluation, pipeline: Pipeline, samples: Sequence[Sequence[Sample]], processes: Processes) -> None:
+    """Metrics of realism of (real, reconstructed, generated) samples, overall and by group."""
     own, requested = (result.subjects, result.people), (result.requests, result.requested_people)
-    of_real, of_reconstructed, of_generated = (
-        FeatureSet([sample.features for sample in group], *of)
-        for group, of in ((real, own), (reconstructed, own), (generated, requested))
-    )
-    sets = {"real": of_real, "reconstructed": of_reconstructed, "generated": of_generated}
-    result.features = {name: group.stack("features").numpy() for name, group in sets.items()}
+    sets = [FeatureSet([one.features for one in group], *of) for group, of in zip(samples, (own, own, requested))]
+    of_real, of_reconstructed, of_generated = sets
+    names = "real", "reconstructed", "generated"
+    result.features = {name: group.stack("features").numpy() for name, group in zip(names, sets)}
     bands = groupings(pipeline.schema, result.subjects)
     parts = {
         "realism": lambda: assess_realism(of_real, of_generated, pipeline.device),
@@ -138,7 +127,7 @@ def plan(
     if regression and trained and len(pipeline.schema):
         lines.insert(0, f"reconstruct {min(trained, MAX_VOLUMES)} training volumes for regression")
     if swept:
-        lines.append(f"generate {swept * SWEEP_VALUES * SWEEP_REPEATS} volumes that sweep {swept} covariates")
+        lines.append(f"generate {swept * sweeps.VALUES * sweeps.REPEATS} volumes that sweep {swept} covariates")
     if likelihood:
         lines.append(f"likelihood of {min(held_out, SCORED)} held-out volumes, {BOUND_TIMES} U-Net calls each")
     return lines

@@ -14,6 +14,8 @@ from ldm3d.evaluation.samples import Measure
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes, share_work
 
+VALUES, REPEATS = 6, 4  # of a sweep, and noises at each value
+
 
 @dataclass
 class Sweep:
@@ -50,27 +52,24 @@ def sweep(
     measure: Measure,
     sampling: Sampling,
     quantities: Sequence[str],
-    num_values: int = 6,
-    repeats: int = 4,
     processes: Processes = ALONE,
 ) -> Sweep:
     """Request evenly spaced values between the 5th and 95th percentile of a normal with the covariate's mean and deviation.
 
     Args:
         quantities: to keep of what `measure` returns.
-        num_values, repeats: V, and noises at each value.
         processes: that share the work.
     """
     known = pipeline.schema[covariate]
     low, high = (max(known.seen[0], known.mean - 1.64 * known.std), min(known.seen[1], known.mean + 1.64 * known.std))
-    values = evenly(low, high, num_values)
+    values = evenly(low, high, VALUES)
 
     def work(value: float) -> tuple:
-        requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * repeats)
+        requests = pipeline.parse([{**pipeline.schema.middle(), covariate: value}] * REPEATS)
         volumes = list(pipeline.volumes(requests, sampling))
         return [measure(volume, pipeline.grid.spacing_mm) for volume in volumes], volumes[0]
 
-    answers, pictures = zip(*share_work(work, values, processes, f"sweep {covariate}, {repeats} volumes a value", "value"))
+    answers, pictures = zip(*share_work(work, values, processes, f"sweep {covariate}, {REPEATS} volumes a value", "value"))
     measured = {name: np.array([[answer[name] for answer in row] for row in answers]) for name in quantities}  # (V, repeats)
     ranks = {name: float(stats.spearmanr(values, m.mean(axis=1)).statistic) for name, m in measured.items()}
     return Sweep(covariate, values, measured, ranks, list(pictures))

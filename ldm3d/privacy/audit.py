@@ -85,7 +85,7 @@ def audit(
         for *names, each, p in zip(synthetic.names, synthetic.asked or [""] * len(synthetic), on_synthetic, by_chance)
     ]
     firsts = [on_held_out[i] for i in held_out.first_scans()]
-    spaces = {space: _in_space(reference, space, on_held_out, firsts, on_synthetic) for space in SPACES}
+    spaces = {space: _in_space(reference, space, (on_held_out, firsts, on_synthetic)) for space in SPACES}
     membership = _attack(pipeline, training, held_out, seed, processes)
     found = Audit(threshold, audited, scores, spaces, membership, len(training), reference.count)
     found.scores = [*_of_synthetic(audited, reference, synthetic), *_of_training(found, training, seed)]
@@ -149,13 +149,9 @@ def _descriptors(
     return [each for group in share_work(work, groups, processes, title, "batch") for each in group]
 
 
-def _in_space(
-    reference: Reference,
-    space: str,
-    held_out: Sequence[Similarity],
-    firsts: Sequence[Similarity],
-    synthetic: Sequence[Similarity],
-) -> SpaceResult:
+def _in_space(reference: Reference, space: str, groups: Sequence[Sequence[Similarity]]) -> SpaceResult:
+    """Of all held-out volumes, of one of each held-out subject, and of synthetic volumes."""
+    held_out, firsts, synthetic = groups
     ratios = [np.array([each.nearest[space].ratio for each in group]) for group in (held_out, synthetic)]
     authentic = [Rate(sum(reference.is_authentic(each, space) for each in group), len(group)) for group in (synthetic, firsts)]
     distances = ([each.nearest[space].distance for each in group] for group in (firsts, synthetic))

@@ -31,11 +31,8 @@ def write_report(
     """Write report.html, metrics.json, fidelity.tsv and every picture as PNG.
 
     Args:
-        folder: is made if it is not there.
-        title: of the page.
-        pipeline, evaluation, sampling: the model, its evaluation, and how volumes were generated.
         goals: for the summary at the top, before the lights of the evaluation.
-        audit: of the same model; its page shows training subjects. None for no audit.
+        audit: of the same model; the page then shows training subjects.
 
     Returns:
         The page.

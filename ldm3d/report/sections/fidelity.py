@@ -35,13 +35,10 @@ LEGEND = (
 def lights(found: Evaluation) -> list[Goal]:
     """Of reconstruction, conditioning and requests; figures that were not measured have none."""
     goals = []
-    for name, key, least, unit in (
-        ("PSNR", "psnr_foreground_db", MIN_PSNR_DB, "dB"),
-        ("SSIM", "ssim_foreground", MIN_SSIM, ""),
-    ):
-        quality = found.quality(key)
-        ends = quality["low"], quality["high"]
-        goals.append(Goal(f"Reconstruction of the foreground, {name}", quality["mean"], least, unit=unit, interval=ends))
+    psnr = "PSNR", "psnr_foreground_db", MIN_PSNR_DB, "dB"
+    for name, key, least, unit in (psnr, ("SSIM", "ssim_foreground", MIN_SSIM, "")):
+        mean, low, high, _ = found.quality(key).values()
+        goals.append(Goal(f"Reconstruction of the foreground, {name}", mean, least, unit=unit, interval=(low, high)))
     for c in found.comparisons:
         real = found.find(c.covariate, "real")
         if c.kind == "kept" and (real is None or real.agreement.r >= MIN_MEASURE_R):
