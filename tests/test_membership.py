@@ -118,8 +118,8 @@ def test_a_loss_that_is_lower_for_most_is_red_though_it_names_nobody():
     "shift, subjects, colour, words",
     [
         (8, 200, "red", "more than by chance"),
-        (-1, 200, "amber", "the groups differ otherwise, too"),
-        (0, 20, "amber", "20 training and 20 held-out subjects are few"),
+        (-1, 200, "amber", "the groups differ in other respects"),
+        (0, 20, "amber", "20 training and 20 held-out subjects are too few to tell"),
     ],
 )
 def test_other_lights_of_membership(shift, subjects, colour, words):

@@ -1,4 +1,4 @@
-"""The metrics of realism: what each looks at, its source, and its equivalence margin."""
+"""The metrics of realism: the input of each, its source, and its equivalence margin."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

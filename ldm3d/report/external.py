@@ -53,7 +53,7 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
     rows = _with_sessions(folder, table)
     scans = [_scan_name(row.pop("participant_id"), row.pop("session_id", "")) for row in rows]
     if twice := [name for name, times in collections.Counter(scans).items() if times > 1]:
-        raise InputError(f"{folder / 'participants.tsv'}: {twice[0]} has several rows; a column session_id tells them apart")
+        raise InputError(f"{folder / 'participants.tsv'}: {twice[0]} has several rows; a column session_id distinguishes them")
     people = len({_person(name) for name in scans})
     covariates, left_out = [], []
     for column in dict.fromkeys(column for row in rows for column in row):

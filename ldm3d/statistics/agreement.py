@@ -17,13 +17,13 @@ BAND = 25  # points along the reference at which the interval of the fitted line
 
 @dataclass(frozen=True)
 class Agreement:
-    """How measured values follow asked ones.
+    """How measured values follow reference values.
 
     Attributes:
         n: pairs in which both are finite.
         r: Pearson's correlation; r_low, r_high its 95% interval (Fisher's transformation).
-        slope, intercept: of the least-squares line measured = slope * asked + intercept.
-        bias: mean of measured - asked.
+        slope, intercept: of the least-squares line measured = slope * reference + intercept.
+        bias: mean of measured - reference.
         mae: mean absolute difference.
     """
 
@@ -40,17 +40,17 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(asked: Sequence[float], measured: Sequence[float]) -> Agreement:
+def agreement(reference: Sequence[float], measured: Sequence[float]) -> Agreement:
     """Agreement of two lists; pairs with a missing or non-finite value are left out.
 
     Raises:
         InputError: fewer than 3 pairs are left, or one of the lists is constant.
     """
-    pairs = np.array([(a, m) for a, m in zip(asked, measured) if a is not None and m is not None], dtype=float)
+    pairs = np.array([(a, m) for a, m in zip(reference, measured) if a is not None and m is not None], dtype=float)
     pairs = pairs[np.isfinite(pairs).all(axis=1)] if len(pairs) else pairs.reshape(0, 2)
     if len(pairs) < 3 or np.ptp(pairs, axis=0).min() == 0:
         raise InputError(
-            f"{len(pairs)} pairs of asked and measured values are left, and agreement needs 3 that vary; "
+            f"{len(pairs)} pairs of reference and measured values are left, and agreement needs 3 that vary; "
             "give more held-out subjects with this covariate"
         )
     a, m = pairs.T
