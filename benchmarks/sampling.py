@@ -4,7 +4,7 @@
 
 Every sampler draws the same requests from the same noise, guided as the model's defaults say, in turns batch by batch.
 Requests ask for the ventricular volume alone, evenly over the middle of what training saw (5 to 95 % of a normal of its mean
-and deviation), and leave the rest open. Judged are
+and deviation), and leave the rest open. VolumeScores are
 
 - error: relative root mean square distance of the final latent to the converged one of the same noise (Heun, 100 steps).
   Not for DDPM, whose answer depends on the noise of its steps as well;

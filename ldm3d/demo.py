@@ -14,18 +14,21 @@ from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.data.preparing import load_prepared
 from ldm3d.demo_clock import Clock, expected_seconds
-from ldm3d.evaluation.fidelity import Evaluation, evaluate
+from ldm3d.evaluation import sweeps
+from ldm3d.evaluation.assess import evaluate
+from ldm3d.evaluation.results import Evaluation
 from ldm3d.experiment import scans_by_use
 from ldm3d.metrics.features import RandomFeatures
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import REQUEUE
-from ldm3d.report.sections import lights
-from ldm3d.report.write import Goal, summary, write_report
+from ldm3d.report.page import Goal
+from ldm3d.report.sections.evaluation import summary
+from ldm3d.report.write import write_report
 from ldm3d.rulers.volumetry import measure_volumes
 
 SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
-GENERATED, SWEEP_VALUES, SWEEP_REPEATS = 64, 6, 4  # volumes to evaluate; values in a sweep, and noises for each
+GENERATED = 64  # volumes that are evaluated
 
 
 def run_demo(out: Path, config_path: Path) -> None:
@@ -64,14 +67,14 @@ def run_demo(out: Path, config_path: Path) -> None:
     for goal in goals:
         verdict = "reached" if goal.reached else "NOT REACHED"
         print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
-    print("likeness and gaps, further above, are no goals of so short a training; docs/realism.md says what they mean")
+    print("realism and gaps, further above, are no goals of so short a training; docs/realism.md explains them")
     print(f"\n{clock.summary()}\nvolumes and mosaic: {sweep}\npage: {page}")
 
 
 def start_clock(config: Config, out: Path) -> Clock:
     """Measure and print how long the demo's parts will take here; finished parts take no time."""
     print("measuring how long this will take here", flush=True)
-    swept = SWEEP_VALUES * SWEEP_REPEATS * sum(c.kind == "continuous" for c in config.covariates)
+    swept = sweeps.VALUES * sweeps.REPEATS * sum(c.kind == "continuous" for c in config.covariates)
     held_out = round(SUBJECTS * config.data.splits.test)
     drawn = len(AGES) * len(VENTRICLES_ML)
     expected = expected_seconds(config, SUBJECTS, held_out, GENERATED, swept, drawn)
@@ -96,20 +99,10 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Pa
     def load(i: int):
         return load_prepared(config, scans["key"][i])
 
-    found = evaluate(
-        pipeline,
-        subjects,
-        load,
-        measure_volumes,
-        pipeline.sampling,
-        GENERATED,
-        SWEEP_VALUES,
-        SWEEP_REPEATS,
-        extractor=RandomFeatures(),
-    )
+    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, GENERATED, extractor=RandomFeatures())
+    found.analyse_subgroups(pipeline.schema)
     goals = demo_goals(found)
-    shown = [*goals, *lights(found)]
-    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, shown)
+    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals)
     print(summary(found) + "\n")
     return goals, page
 

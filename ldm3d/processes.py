@@ -51,10 +51,10 @@ class Processes:
 ALONE = Processes()
 
 
-def share_work(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str) -> list:
-    """work(item) for all items, in their order; the processes share the work, and each gets all results."""
+def share_work(work: Callable[[Any], Any], items: Sequence, processes: Processes, title: str, unit: str = "step") -> list:
+    """work(item) of all items, in their order, on every process; each does its share, and the main one shows a bar."""
     own = processes.share(items)
-    return processes.merge([work(item) for item in tqdm(own, desc=title, unit="step", disable=not processes.is_main)])
+    return processes.merge([work(item) for item in tqdm(own, desc=title, unit=unit, disable=not processes.is_main)])
 
 
 def started_processes() -> Processes:

@@ -19,7 +19,7 @@ def refuse(constant: str):
 def page_and_metrics(experiment, tmp_path, monkeypatch):
     """Of an evaluation with every part; five people are enough to learn from, here."""
     for module in (regression, utility):
-        monkeypatch.setattr(module, "LEAST", 5)
+        monkeypatch.setattr(module, "MIN_PEOPLE", 5)
     arguments = ["--data", experiment / "data", "--out", tmp_path, "--num", 8, "--steps", 1, "--downstream", "--likelihood"]
     command_line("evaluate", experiment / "run/model", *arguments)
     text = (tmp_path / "metrics.json").read_text()
@@ -47,7 +47,14 @@ def test_every_part_is_found_and_said(page_and_metrics, experiment):
     assert {gap["verdict"] for gap in metrics["fairness"]} == {"too few to tell"}  # of five people nothing can be said
     lights = {goal["name"]: goal["light"] for goal in metrics["goals"]}
     assert set(lights.values()) <= {"green", "amber", "red", "grey"} and lights["Gaps between groups of people"] == "grey"
-    for text in ("Requests beyond what training saw", "By sex", "By age", "Is it of use? age", "How likely", "95% interval"):
+    for text in (
+        "Requests outside of the training data",
+        "by sex",
+        "by age",
+        "Downstream utility: age",
+        "Likelihood of",
+        "95% interval",
+    ):
         assert text in page
     assert page.count("data:image/png;base64,") > 10
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # which a megabyte of base64 holds by chance, once in a while

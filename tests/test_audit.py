@@ -36,15 +36,16 @@ from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy import membership
-from ldm3d.privacy.audit import Audit, audit, data_copying
+from ldm3d.privacy.audit import audit, data_copying
 from ldm3d.privacy.calibration import calibrate
 from ldm3d.privacy.descriptors import SHIFTS, coarse_volumes, descriptors_of
 from ldm3d.privacy.embedding import augment, contrastive_loss, train_embedding
+from ldm3d.privacy.findings import Audit
 from ldm3d.privacy.guard import Guard
-from ldm3d.privacy.nearest import SPACES, Likeness, Nearest, Reference
+from ldm3d.privacy.nearest import SPACES, Nearest, Reference, Similarity
 from ldm3d.privacy.volumes import HELD_OUT, TRAINING, Volumes, generated_for, of_subjects, written_in
 from ldm3d.processes import Processes
-from ldm3d.report.audit import goals
+from ldm3d.report.sections.audit import lights
 from ldm3d.statistics.conformal import Rate, p_values
 
 SHAPE = (24, 28, 24)
@@ -145,7 +146,7 @@ def found(pipeline, people, planted, strangers) -> tuple[Audit, Guard]:
 
 def test_planted_copies_are_found_and_new_people_are_none(found, planted):
     audited, _ = found
-    looked = {each.name: each for each in audited.looked}
+    looked = {each.name: each for each in audited.volumes}
     for name in planted:
         assert looked[name].copy and looked[name].plain, (name, looked[name])
         assert looked[name].subject == name.rpartition(" ")[2]
@@ -160,11 +161,11 @@ def test_planted_copies_are_found_and_new_people_are_none(found, planted):
 
 def test_every_space_finds_the_exact_and_the_flipped_copy(found):
     audited, _ = found
-    looked = {each.name: each for each in audited.looked}
+    looked = {each.name: each for each in audited.volumes}
     for space in SPACES:
         for name in ("exact of t3", "flipped of t7"):
-            assert looked[name].likeness.nearest[space].ratio < 0.05, (space, name)
-    shifted = looked["flipped and shifted of t11"].likeness.nearest["image"]
+            assert looked[name].similarity.nearest[space].ratio < 0.05, (space, name)
+    shifted = looked["flipped and shifted of t11"].similarity.nearest["image"]
     assert shifted.ratio < 0.3, "the faces that roll over are all that differs"
 
 
@@ -216,10 +217,10 @@ def test_lights_of_a_model_that_copies_and_of_one_that_does_not(pipeline, people
     copied, _ = run(pipeline, people, {"copy": people["training"][4]} | strangers)
     innocent, _ = run(pipeline, people, strangers)
     enough = replace(innocent, threshold=replace(innocent.threshold, counted=10, held_out=199))
-    found = [[goal.verdict[0] for goal in goals(each)[:2]] for each in (copied, innocent, enough)]
+    found = [[goal.verdict[0] for goal in lights(each)[:2]] for each in (copied, innocent, enough)]
     assert found == [["red", "red"], ["green", "green"], ["green", "green"]]
     few = replace(innocent, threshold=replace(innocent.threshold, counted=1, held_out=5))
-    assert goals(few)[0].verdict[0] == "amber"
+    assert lights(few)[0].verdict[0] == "amber"
 
 
 def test_a_model_that_crops_its_volumes_is_audited_like_any_other(pipeline, people):
@@ -229,8 +230,8 @@ def test_a_model_that_crops_its_volumes_is_audited_like_any_other(pipeline, peop
     shown = {f"new {i}": cropping.cropped(volume) for i, volume in enumerate(people["new"][:4])}
     shown["copy"] = cropping.cropped(people["training"][6])
     audited, guard = run(cropping, people, shown)
-    assert [each.name for each in audited.looked if each.plain] == ["copy"] and audited.suspects[0][0].subject == "t6"
-    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == (1, *cropping.output_grid.shape)
+    assert [each.name for each in audited.volumes if each.plain] == ["copy"] and audited.suspects[0][0].subject == "t6"
+    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == tuple(cropping.output_grid.shape)
     assert guard.withheld(cropping, shown["copy"]) and not guard.withheld(cropping, shown["new 1"])
     with pytest.raises(InputError, match="bring it there"):
         descriptors_of(cropping, shown["copy"][:, 1:])
@@ -275,12 +276,12 @@ def test_ratio_and_neighbours_on_a_line():
     own_distance, own_ratio = reference.own["image"]
     assert own_distance.tolist() == [10, 10, 10, 10, 10.5], "the second scan of subject 3 is no neighbour of the first"
     assert own_ratio[0] == pytest.approx(10 / 25) and own_ratio[3] == pytest.approx(10 / 25)
-    likeness = reference.compare({space: torch.tensor([[11.0], [100.0]]) for space in SPACES})
-    nearest = likeness.nearest["image"]
+    similarity = reference.similarity({space: torch.tensor([[11.0], [100.0]]) for space in SPACES})
+    nearest = similarity.nearest["image"]
     assert (nearest.row, nearest.distance, nearest.row_of_distance) == (1, 1.0, 1)
     assert nearest.ratio == pytest.approx(1 / 10)  # to subject 2: 9, to subject 0: 11
-    assert not reference.is_authentic(likeness, "image")
-    far = reference.compare({space: torch.tensor([[-11.0], [30.5]]) for space in SPACES})
+    assert not reference.is_authentic(similarity, "image")
+    far = reference.similarity({space: torch.tensor([[-11.0], [30.5]]) for space in SPACES})
     assert far.nearest["image"].row == 4, "the second view is on it"
     assert far.nearest["image"].distance == 11 and reference.is_authentic(far, "image")
 
@@ -290,7 +291,7 @@ def test_twins_among_the_training_subjects_do_not_move_what_is_usual():
     twin = torch.cat([places, places[:1]])
     one, other = (Reference(dict.fromkeys(SPACES, p), torch.arange(len(p))) for p in (places, twin))
     np.testing.assert_allclose(one.usual["image"], other.usual["image"], atol=0.1)
-    assert one.compare(dict.fromkeys(SPACES, places[:1])).score < -10
+    assert one.similarity(dict.fromkeys(SPACES, places[:1])).score < -10
 
 
 def test_too_few_training_subjects():
@@ -301,17 +302,17 @@ def test_too_few_training_subjects():
 # Rates
 
 
-def with_score(score: float, ratio: float = 0.9) -> Likeness:
-    return Likeness(score, "image", {space: Nearest(0, ratio, 1.0, 0) for space in SPACES})
+def with_score(score: float, ratio: float = 0.9) -> Similarity:
+    return Similarity(score, "image", {space: Nearest(0, ratio, 1.0, 0) for space in SPACES})
 
 
 def test_threshold_is_the_kth_lowest_score_of_subjects():
-    likenesses = [with_score(float(i)) for i in range(99)]
-    threshold = calibrate(likenesses, range(99))
+    similarities = [with_score(float(i)) for i in range(99)]
+    threshold = calibrate(similarities, range(99))
     assert (threshold.score, threshold.counted, threshold.false_rate) == (4.0, 5, 0.05)
     assert threshold.is_copy(with_score(3.9)) and not threshold.is_copy(with_score(4.0))
     assert threshold.is_plain(with_score(50, ratio=0.44)) and not threshold.is_plain(with_score(-50, ratio=0.46))
-    few = calibrate(likenesses[:5], range(5))
+    few = calibrate(similarities[:5], range(5))
     assert (few.score, few.counted, few.false_rate) == (0.0, 1, pytest.approx(1 / 6))
     assert few.false_interval == pytest.approx(stats.beta.interval(0.95, 1, 5))
 

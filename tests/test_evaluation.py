@@ -7,9 +7,9 @@ from scipy import stats
 
 from ldm3d import figures
 from ldm3d.errors import InputError
-from ldm3d.evaluation.fidelity import evenly
+from ldm3d.evaluation.sweeps import evenly
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
-from ldm3d.report.write import Goal
+from ldm3d.report.page import Goal
 from ldm3d.statistics.agreement import agreement
 
 

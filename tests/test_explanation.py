@@ -13,7 +13,7 @@ from torture.generation import make_pipeline
 
 from ldm3d import figures
 from ldm3d.errors import InputError
-from ldm3d.evaluation.explanation import ALL, LEVEL, explain, sign_flip_test
+from ldm3d.evaluation.explanation import ALL, FAMILY_WISE_ERROR, explain, sign_flip_test
 from ldm3d.geometry import Grid
 from ldm3d.models.attention_maps import AttentionMaps, recorded
 from ldm3d.models.blocks import TransformerBlock
@@ -65,12 +65,12 @@ def test_p_is_the_rank_of_the_largest_t():
 
 
 def test_without_a_change_a_map_is_false_no_more_often_than_stated():
-    """400 maps of smooth noise: a share of at most LEVEL, but for chance, has any significant voxel; and it is near LEVEL."""
+    """400 maps of smooth noise: the family-wise error, but for chance, is the share with any significant voxel."""
     found = 0
     for i in range(400):
         noise = random(8, 60, seed=i)
-        found += (sign_flip_test(noise + np.roll(noise, 1, axis=1))[1] <= LEVEL).any()
-    assert 0.015 < found / 400 < LEVEL + 3 * (LEVEL * (1 - LEVEL) / 400) ** 0.5
+        found += (sign_flip_test(noise + np.roll(noise, 1, axis=1))[1] <= FAMILY_WISE_ERROR).any()
+    assert 0.015 < found / 400 < FAMILY_WISE_ERROR + 3 * (FAMILY_WISE_ERROR * (1 - FAMILY_WISE_ERROR) / 400) ** 0.5
 
 
 def test_what_does_not_move_is_never_significant():

@@ -8,10 +8,11 @@ import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.batches import generator
-from ldm3d.evaluation import subgroups as fairness
-from ldm3d.evaluation.fidelity import Evaluation, judged_by_group
-from ldm3d.evaluation.subgroups import FEW, GAP, NONE, SMALL, Judged, beyond, gaps, groupings, label, labels_of
-from ldm3d.report.sections import lights
+from ldm3d.evaluation import subgroups
+from ldm3d.evaluation.fidelity import group_scores
+from ldm3d.evaluation.results import Evaluation
+from ldm3d.evaluation.subgroups import FEW, GAP, NO_GAP, SMALL_GAP, VolumeScores, gaps, groupings, label, labels_of, minus_real
+from ldm3d.report.sections.evaluation import lights
 from ldm3d.statistics.agreement import compare
 from ldm3d.statistics.bootstrap import numbered
 
@@ -25,8 +26,8 @@ def rows(n: int, seed: int = 0) -> list[dict]:
     return [{"age": float(rng.uniform(20, 80)), "sex": "FM"[i % 2]} for i in range(n)]
 
 
-def judged(values, given, better="low", tolerance=0.1, people=None) -> Judged:
-    return Judged("error", np.asarray(values, dtype=float), given, people or range(len(given)), better, tolerance)
+def judged(values, given, better="low", tolerance=0.1, people=None) -> VolumeScores:
+    return VolumeScores("error", np.asarray(values, dtype=float), given, people or range(len(given)), better, tolerance)
 
 
 def test_bands_are_thirds_of_the_people_and_have_names():
@@ -60,7 +61,7 @@ def test_a_certain_gap_within_the_tolerance_is_small_and_chance_is_none_or_unkno
     noise = np.random.default_rng(2).standard_normal(400)
     shifted = 0.1 * noise + np.array([0.2 * (row["sex"] == "M") for row in given])
     found = gaps(SCHEMA, {"sex": []}, [judged(shifted, given, tolerance=0.5), judged(noise, given, tolerance=1.0)])
-    assert [gap.verdict for gap in found] == [SMALL, NONE]
+    assert [gap.verdict for gap in found] == [SMALL_GAP, NO_GAP]
     (few,) = gaps(SCHEMA, {"sex": []}, [judged(noise[:40], given[:40], tolerance=0.1)])
     assert few.verdict == FEW
 
@@ -120,10 +121,13 @@ def evaluation(seed: int, shown=lambda age: age, requests: int = 200) -> Evaluat
     found = Evaluation(psnr_db, ssim, psnr_db, ssim, subjects=given, people=list(range(200)), order=list(range(200)))
     found.requests = [given[i % 200] for i in range(requests)]
     age, asked = (np.array([row["age"] for row in each]) for each in (given, found.requests))
-    for kind, table, values, whom in (("real", age, age, found.people), ("generated", asked, shown(asked), found.asked)):
+    for kind, table, values, whom in (
+        ("real", age, age, found.people),
+        ("generated", asked, shown(asked), found.requested_people),
+    ):
         found.comparisons.append(compare("age", kind, table, read_off(values, rng), whom))
-    found.judged = judged_by_group(found)
-    found.judge_groups(SCHEMA)
+    found.scores = group_scores(found)
+    found.analyse_subgroups(SCHEMA)
     return found
 
 
@@ -137,7 +141,7 @@ def test_an_honest_ruler_and_a_perfect_model_have_no_gap():
     found = [evaluation(seed) for seed in range(4)]
     assert [light(each) for each in found].count("green") >= 3 and "red" not in map(light, found)
     own = {gap.figure: gap.verdict for gap in found[0].gaps if gap.grouping == "age"}
-    assert own["age, real: bias"] == GAP and own["age, generated beyond real: bias"] == NONE
+    assert own["age, real: bias"] == GAP and own["age, generated minus real: bias"] == NO_GAP
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_an_honest_ruler_and_a_perfect_model_have_no_gap():
 )
 def test_a_model_that_is_off_for_the_old_or_does_not_follow_is_red(shown):
     found = evaluation(1, shown)
-    by_age = {gap.figure: gap for gap in found.gaps if gap.grouping == "age"}["age, generated beyond real: bias"]
+    by_age = {gap.figure: gap for gap in found.gaps if gap.grouping == "age"}["age, generated minus real: bias"]
     assert light(found) == "red" and by_age.verdict == GAP and "60 and more" in (by_age.worst, by_age.best)
 
 
@@ -155,15 +159,17 @@ def test_a_model_that_is_off_for_women_is_red():
     found.comparisons[1] = compare(
         "age", "generated", found.comparisons[1].reference, found.comparisons[1].measured + women, range(200)
     )
-    found.judged = judged_by_group(found)
-    found.judge_groups(SCHEMA)
+    found.scores = group_scores(found)
+    found.analyse_subgroups(SCHEMA)
     assert light(found) == "red"
 
 
 def test_generated_volumes_are_judged_beyond_the_real_ones_they_were_asked_for():
-    np.testing.assert_array_equal(beyond(np.array([5.0, 6, 7, np.nan]), np.array([1.0, np.nan]), [0, 1, 0, 0])[[0, 2]], [4, 6])
+    np.testing.assert_array_equal(
+        minus_real(np.array([5.0, 6, 7, np.nan]), np.array([1.0, np.nan]), [0, 1, 0, 0])[[0, 2]], [4, 6]
+    )
     found = evaluation(3, requests=230)  # thirty people are asked for twice
-    figure = {each.name: each for each in found.judged}["age, generated beyond real: bias"]
+    figure = {each.name: each for each in found.scores}["age, generated minus real: bias"]
     real, made = (c.error for c in found.comparisons)
     np.testing.assert_allclose(figure.values[200:], made[200:] - real[:30])
     assert list(figure.people) == [*range(200), *range(30)] and found.sources[201] == 1
@@ -178,30 +184,30 @@ def all_at_once(values, labels, people, seed):
     sums, counts = np.bincount(unit, values), np.bincount(unit)
     group = np.empty(len(counts), dtype=int)
     group[unit] = numbered(labels)
-    random = torch.rand(fairness.PERMUTATIONS, len(group), generator=generator("fairness", seed, len(group)))
+    random = torch.rand(subgroups.PERMUTATIONS, len(group), generator=generator("fairness", seed, len(group)))
     inside = group[random.argsort(dim=1).numpy()][:, None] == np.arange(group.max() + 1)[:, None]
     return np.ptp((inside @ sums) / (inside @ counts), axis=1)
 
 
 @pytest.mark.parametrize("block, kept", [(2**20, 2**24), (7 * 60 + 1, 2**24), (7 * 60 + 1, 0), (1, 0)])
 def test_blocks_change_no_permutation(monkeypatch, block, kept):
-    for name, value in (("PERMUTATIONS", 500), ("BLOCK", block), ("KEPT", kept)):
-        monkeypatch.setattr(fairness, name, value)
-    fairness._kept.cache_clear()
+    for name, value in (("PERMUTATIONS", 500), ("BLOCK", block), ("CACHED_ORDERS", kept)):
+        monkeypatch.setattr(subgroups, name, value)
+    subgroups._cached_orders.cache_clear()
     values, labels = np.random.default_rng(6).standard_normal(80), ["abc"[i % 3] for i in range(60)] + ["a"] * 20
     people = [*range(60), *range(20)]
-    found = fairness._chance(values, labels, people, 4)
+    found = subgroups._chance(values, labels, people, 4)
     np.testing.assert_allclose(found, all_at_once(values, labels, people, 4), rtol=1e-12)
-    fairness._kept.cache_clear()
+    subgroups._cached_orders.cache_clear()
 
 
 def test_many_people_take_no_more_memory_than_few(monkeypatch):
     """3 groups of 3,000 people took 1 GB: all random groupings at once, and as floating-point numbers."""
-    monkeypatch.setattr(fairness, "PERMUTATIONS", 1000)  # a tenth of it
-    monkeypatch.setattr(fairness, "KEPT", 2**20)
+    monkeypatch.setattr(subgroups, "PERMUTATIONS", 1000)  # a tenth of it
+    monkeypatch.setattr(subgroups, "CACHED_ORDERS", 2**20)
     values, labels = np.random.default_rng(7).standard_normal(3000), ["abc"[i % 3] for i in range(3000)]
     tracemalloc.start()
-    fairness._chance(values, labels, range(3000), 0)
+    subgroups._chance(values, labels, range(3000), 0)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 50 * 2**20

@@ -11,7 +11,8 @@ from torch import nn
 
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.errors import InputError
-from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.realism_pairs import diversity_metrics
+from ldm3d.evaluation.realism_sets import distribution_metrics
 from ldm3d.metrics.distances import spatial_features
 from ldm3d.metrics.features import (
     MedicalNet,
@@ -65,8 +66,10 @@ def verdicts(real):
 
     def judge(synthetic, pairs: int = 0) -> dict[str, str]:
         ours, our_maps = both(synthetic)
-        figures = compare(*standardise(features, ours), splits=30) + compare(maps, our_maps, "maps", splits=30)
-        figures += compare_pairs(real, synthetic, pairs=pairs) if pairs else []
+        figures = distribution_metrics(*standardise(features, ours), splits=30) + distribution_metrics(
+            maps, our_maps, "maps", splits=30
+        )
+        figures += diversity_metrics(real, synthetic, pairs=pairs) if pairs else []
         return {figure.name: moved(figure) for figure in figures}
 
     return judge

@@ -6,8 +6,8 @@ from scipy import stats
 
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError
-from ldm3d.evaluation.support import beyond_training
-from ldm3d.statistics.agreement import BAND, _spread, agreement, compare
+from ldm3d.evaluation.support import outside_training
+from ldm3d.statistics.agreement import BAND, _resampled, agreement, compare
 from ldm3d.statistics.bootstrap import interval, mean_interval, numbered, resamples
 
 
@@ -48,7 +48,7 @@ def test_weighted_figures_are_those_of_the_resample_written_out():
     weights = resamples(range(15), samples=1)
     drawn = np.repeat(np.arange(15), weights[0].astype(int))
     expected = agreement(a[drawn], m[drawn])
-    found, means = _spread(a, m, weights)
+    found, means = _resampled(a, m, weights)
     for name in ("r", "slope", "bias", "mae"):
         assert found[name][0] == pytest.approx(getattr(expected, name), rel=1e-6), name
     assert [float(mean[0]) for mean in means] == pytest.approx([a[drawn].mean(), m[drawn].mean()])
@@ -102,12 +102,12 @@ def test_requests_beyond_training(known):
     schema, rows = known
     asked = [(110, 60), (25, 65), (50, 40), (80, 64), (25, None)]
     requests = [{"age": a, "ml": None if v is None else float(v), "sex": None} for a, v in asked]
-    found = beyond_training(schema, requests, rows)
+    found = outside_training(schema, requests, rows)
     assert [each.number for each in found] == [0, 1]
-    assert "training saw" in found[0].reason and "age, ml together" in found[1].reason
-    assert [each.number for each in beyond_training(schema, requests, None)] == [0]
+    assert "training range" in found[0].reason and "age, ml together" in found[1].reason
+    assert [each.number for each in outside_training(schema, requests, None)] == [0]
 
 
 def test_one_in_a_hundred_of_the_training_volumes_is_called_beyond(known):
     schema, rows = known
-    assert len(beyond_training(schema, rows, rows)) == 3
+    assert len(outside_training(schema, rows, rows)) == 3

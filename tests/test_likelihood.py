@@ -314,7 +314,7 @@ def posterior(pipe, i=0):
 def test_nats_of_a_volume_are_those_of_its_latent(kind):
     """The model of N(0, 1) latents: -log p(x') of the very latent that was drawn, from both methods."""
     pipe = pipeline(make_process(kind))
-    row = score(pipe, [{"age": 40}], load, times=200, steps=20).iloc[0]
+    row = score(pipe, [{"age": 40}], load, times=200, ode_steps=20).iloc[0]
     mean, std = posterior(pipe)
     fresh = {name: torch.randn(mean.shape, generator=generator("likelihood", 0, 0, name)) for name in ("posterior", 0)}
     x = mean + std * fresh["posterior"]
@@ -353,8 +353,8 @@ def test_bits_do_not_follow_the_units_of_the_latent():
 def test_padding_costs_nothing():
     """A network that wants more planes sees noised zeros around z, the same noise at all times, and the score stays."""
     unet = PaddedUNet()
-    padded = score(pipeline(Flow(), unet), [{}], load, times=8, steps=2)
-    plain = score(pipeline(Flow()), [{}], load, times=8, steps=2)
+    padded = score(pipeline(Flow(), unet), [{}], load, times=8, ode_steps=2)
+    plain = score(pipeline(Flow()), [{}], load, times=8, ode_steps=2)
     torch.testing.assert_close(torch.tensor(padded.to_numpy()), torch.tensor(plain.to_numpy()), rtol=1e-5, atol=1e-5)
     frames = []
     for whole, timesteps in unet.asked:
@@ -379,9 +379,9 @@ def offset(i):
 
 def test_subjects_are_scored_alike_alone():
     pipe = pipeline(Flow())
-    both = score(pipe, [{"age": 30}, {"age": 60}], load, times=4, steps=2)
+    both = score(pipe, [{"age": 30}, {"age": 60}], load, times=4, ode_steps=2)
     assert len(both) == 2 and both["bound"][0] != both["bound"][1]
-    alone = score(pipe, [{"age": 30}], load, times=4, steps=2)
+    alone = score(pipe, [{"age": 30}], load, times=4, ode_steps=2)
     assert alone.iloc[0].to_dict() == pytest.approx(both.iloc[0].to_dict())
 
 

@@ -9,7 +9,7 @@ from torture.generation import make_pipeline
 
 from ldm3d.errors import InputError
 from ldm3d.privacy.membership import REPEATS, TIMES, infer_members, losses_of
-from ldm3d.report.audit import _given_away
+from ldm3d.report.sections.audit import _membership_light
 
 
 def losses(subjects: int, mean: float, seed: int) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_too_few_to_attack():
 
 def light(shift: float, subjects: int = 200, seed: int = 0) -> tuple[str, str]:
     """The page's light and words, where training subjects' losses are lower by so many deviations."""
-    return _given_away(infer_members(losses(subjects, -shift, 2 * seed), losses(subjects, 0, 2 * seed + 1))).verdict
+    return _membership_light(infer_members(losses(subjects, -shift, 2 * seed), losses(subjects, 0, 2 * seed + 1))).verdict
 
 
 def test_a_model_that_remembers_nobody_is_green_and_is_told_with_its_auc():
@@ -110,7 +110,7 @@ def test_a_loss_that_is_lower_for_most_is_red_though_it_names_nobody():
     others[:3] = members.min() - 100  # strangers with the lowest losses of all
     found = infer_members(members, others)
     assert found.named == 0 and 0.58 < found.auc < 0.7 and found.auc_low > 0.5
-    colour, words = _given_away(found).verdict
+    colour, words = _membership_light(found).verdict
     assert colour == "red" and words.startswith("training subjects have lower losses; AUC 0.6")
 
 
@@ -118,8 +118,8 @@ def test_a_loss_that_is_lower_for_most_is_red_though_it_names_nobody():
     "shift, subjects, colour, words",
     [
         (8, 200, "red", "more than by chance"),
-        (-1, 200, "amber", "the groups differ otherwise, too"),
-        (0, 20, "amber", "20 training and 20 held-out subjects are few"),
+        (-1, 200, "amber", "the groups differ in other respects"),
+        (0, 20, "amber", "20 training and 20 held-out subjects are too few to tell"),
     ],
 )
 def test_other_lights_of_membership(shift, subjects, colour, words):
@@ -130,4 +130,4 @@ def test_other_lights_of_membership(shift, subjects, colour, words):
 def test_two_of_either_give_nobody_away_by_chance():
     """The interval of DeLong has no width where two are below two, which one in six are by chance."""
     found = infer_members(losses(2, -8, 1), losses(2, 0, 2))
-    assert found.auc == 1 and found.auc_chance > 0.05 and _given_away(found).verdict[0] == "amber"
+    assert found.auc == 1 and found.auc_chance > 0.05 and _membership_light(found).verdict[0] == "amber"

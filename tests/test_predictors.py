@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.utility import usefulness
+from ldm3d.evaluation.utility import downstream_utility
 from ldm3d.report.page import GREEN, RED
-from ldm3d.report.sections import usefulness_light
-from ldm3d.rulers.regression import Learnt, _left_out, fit_predictor, fit_ridge, together
+from ldm3d.report.sections.regression import utility_light
+from ldm3d.rulers.regression import TrainingFeatures, _left_out, fit_predictor, fit_ridge, together
 
 WEIGHTS = np.array([3.0, -2.0, 0.5, 0, 0, 0])
 
@@ -79,7 +79,7 @@ def test_predictor_reads_a_covariate_off_volumes_and_leaves_out_what_is_too_rare
     rows = [{"age": a, "score": 1.0 if i < 5 else None} for i, a in enumerate(age)]
     corner = rng.uniform(0, 1, 60)  # reconstructions are darker and differ in the corner, which is not to be taken for youth
     real, again = np.stack([age / 100, corner], axis=1), np.stack([age / 100 - 0.1, corner - 5], axis=1)
-    learnt = Learnt(real, again, rows, list(range(60)))
+    learnt = TrainingFeatures(real, again, rows, list(range(60)))
     with pytest.warns(UserWarning, match="score is not predicted"):
         predictor = fit_predictor(learnt, ["age", "score"], brightness)
     volume = np.full((4, 4, 4), 0.6, np.float32)
@@ -97,7 +97,7 @@ def test_measures_together():
 
 
 def test_synthetic_volumes_that_are_like_real_ones_are_as_good():
-    found = usefulness("age", people(60, 7, 1), people(80, 8, 1), people(50, 9, 1), range(50), repeats=5)
+    found = downstream_utility("age", people(60, 7, 1), people(80, 8, 1), people(50, 9, 1), range(50), repeats=5)
     assert found.volumes == {"real": 48, "synthetic": 48, "both": 96} and found.tested == 50
     low, high = found.ratio_intervals["synthetic"]
     assert low < 1.1 and high > 0.9 and found.ratio["synthetic"] == pytest.approx(1, abs=0.15)
@@ -109,14 +109,14 @@ def test_synthetic_volumes_that_are_like_real_ones_are_as_good():
 def test_synthetic_volumes_that_do_not_show_their_label_are_of_no_use():
     features, values = people(80, 10)
     shuffled = features, np.random.default_rng(11).permutation(values)
-    found = usefulness("age", people(60, 7), shuffled, people(50, 9), range(50), repeats=5)
+    found = downstream_utility("age", people(60, 7), shuffled, people(50, 9), range(50), repeats=5)
     assert found.ratio_intervals["synthetic"][0] > 5
     assert found.ratio["both"] > 1.2
 
 
 def test_too_few_volumes_to_learn_from():
     with pytest.raises(InputError, match="25 of each are needed"):
-        usefulness("age", people(60, 0), people(24, 1), people(10, 2), range(10))
+        downstream_utility("age", people(60, 0), people(24, 1), people(10, 2), range(10))
 
 
 def test_the_light_of_usefulness_with_the_default_number_of_volumes():
@@ -124,7 +124,7 @@ def test_the_light_of_usefulness_with_the_default_number_of_volumes():
     made = people(200, 8, 1)
     shuffled = made[0], np.random.default_rng(0).permutation(made[1])
     good, bad = (
-        usefulness_light(usefulness("age", people(200, 7, 1), synthetic, people(200, 9, 1), range(200)))
+        utility_light(downstream_utility("age", people(200, 7, 1), synthetic, people(200, 9, 1), range(200)))
         for synthetic in (made, shuffled)
     )
     assert good.verdict[0] == GREEN and bad.verdict[0] == RED

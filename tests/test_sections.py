@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.fidelity import Evaluation
-from ldm3d.evaluation.subgroups import Judged, gaps
-from ldm3d.evaluation.support import Beyond, beyond_training
-from ldm3d.report.sections import categories_lights, fidelity_table, lights, sections
+from ldm3d.evaluation.results import Evaluation
+from ldm3d.evaluation.subgroups import VolumeScores, gaps
+from ldm3d.evaluation.support import OutsideTraining, outside_training
+from ldm3d.report.sections.evaluation import lights, sections
+from ldm3d.report.sections.fidelity import fidelity_table
+from ldm3d.report.sections.regression import categories_lights
 from ldm3d.rulers.categories import count_hits
 from ldm3d.statistics.agreement import compare
 from ldm3d.statistics.equivalence import Finding
@@ -46,11 +48,11 @@ def test_a_good_model_is_green_where_it_is_good():
 @pytest.mark.parametrize(
     "change, name",
     [
-        ({"slope": 0.6}, "ml, asked and measured: slope, less that of real"),
-        ({"slope": 0.6}, "ml, asked and measured: mean absolute error, relative to real"),
-        ({"noise": 40}, "ml, asked and measured: r, relative to real"),
+        ({"slope": 0.6}, "ml, requested and measured: slope, minus that of real"),
+        ({"slope": 0.6}, "ml, requested and measured: mean absolute error, relative to real"),
+        ({"noise": 40}, "ml, requested and measured: r, relative to real"),
         ({"kept": 1.1}, "ml, bias by the autoencoder"),
-        ({"missing": 5}, "Generated volumes on which all is measured"),
+        ({"missing": 5}, "Generated volumes that could be measured"),
     ],
 )
 def test_what_is_wrong_is_red(change, name):
@@ -87,7 +89,7 @@ def test_a_perfect_model_is_never_red_and_green_where_the_ruler_is_good(r, settl
             said = age.mean() + r**2 * (age - age.mean()) + age.std() * r * (1 - r**2) ** 0.5 * rng.standard_normal(most)
             found.comparisons.append(compare("ml", kind, age, said, range(most)))
         for goal in lights(found):
-            if "asked and measured" in goal.name:
+            if "requested and measured" in goal.name:
                 seen[goal.name.split(": ")[1].split(",")[0], goal.verdict[0]] += 1
     assert not any(light == "red" for _, light in seen)
     assert min(seen[name, "green"] for name in settled) >= 6, seen  # with a ruler of 0.7, 200 volumes leave r amber in half
@@ -98,14 +100,14 @@ def test_a_measure_that_fails_on_real_volumes_judges_nobody():
     true = [row["ml"] for row in found.subjects]
     found.comparisons[0] = compare("ml", "real", true, np.random.default_rng(1).uniform(20, 60, N), range(N))
     names = light_of(found)
-    assert names["ml, asked and measured: r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
+    assert names["ml, requested and measured: r"] == "grey" and len([name for name in names if name.startswith("ml")]) == 1
 
 
 def finding(name: str, value: float = 1.05, excess: float = 0.0) -> Finding:
     return Finding(name, value, value, value, 0.9, 1.5, excess, excess - 0.1, excess + 0.1, 0.2, "low", 60, 60)
 
 
-def test_one_light_stands_for_all_measures_of_likeness():
+def test_one_light_stands_for_all_metrics_of_realism():
     found = evaluation()
     for findings, light in (
         ([finding("spread")], "green"),
@@ -115,8 +117,8 @@ def test_one_light_stands_for_all_measures_of_likeness():
         ([finding("spread"), finding("frechet", 0.5)], "amber"),
         ([finding("spread"), finding("frechet", 0.5), finding("recall", 9, 9)], "red"),
     ):
-        found.likeness = findings
-        assert light_of(found)["Measures of likeness beyond the margin"] == light
+        found.realism = findings
+        assert light_of(found)["Metrics of realism beyond the margin"] == light
 
 
 def test_quality_is_given_with_and_without_air_and_the_foreground_judged():
@@ -131,11 +133,13 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
     found = evaluation()
     worse = np.array([5.0 * (row["sex"] == "M") for row in found.subjects]) + np.random.default_rng(2).standard_normal(N)
     for own, light in ((True, "green"), (False, "red")):
-        figures = [Judged("error", worse, found.subjects, range(N), "low", 1.0, own)]
-        figures.append(Judged("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0, decides=True))
+        figures = [VolumeScores("error", worse, found.subjects, range(N), "low", 1.0, own)]
+        figures.append(VolumeScores("nothing", 0.01 * worse % 0.01, found.subjects, range(N), "low", 1.0, decides=True))
         found.gaps = gaps(SCHEMA, {"sex": []}, figures)
         assert light_of(found)["Gaps between groups of people"] == light
-    (section,) = [section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("By sex")]
+    (section,) = [
+        section for section in sections(found, SCHEMA, pictures()) if section.title.startswith("Subgroup analysis by sex")
+    ]
     assert section.table["columns"] == ["figure", "F", "M", "gap", "by chance", "tolerance", "verdict"]
     assert "F: 60, M: 60" in section.text
     assert [row[-2:] for row in section.table["rows"]] == [["1.000", "gap"], ["1.000", "no gap"]]
@@ -148,14 +152,14 @@ def pictures() -> dict[str, str]:
 
 def test_sections_hold_every_row_and_name_requests_beyond():
     found = evaluation()
-    found.beyond = [Beyond(i, "ml 99", "training saw 20 to 60") for i in range(12)]
+    found.outside = [OutsideTraining(i, "ml 99", "training range 20 to 60") for i in range(12)]
     titles = {section.title: section for section in sections(found, SCHEMA, pictures())}
-    table = titles["Covariates, asked and measured"].table
+    table = titles["Conditioning: covariates, requested and measured"].table
     assert [row[:3] for row in table["rows"]] == [["ml (ml)", "real", "120"], ["ml (ml)", "generated", "120"]]
     assert all(cell.endswith(")") for row in table["rows"] for cell in row[3:])  # an interval each
-    beyond = titles["Requests beyond what training saw"]
-    assert "12 of 120" in beyond.text and "not at hand" in beyond.text and len(beyond.table["rows"]) == 10
-    assert light_of(found)["Requests beyond what training saw"] == "red"
+    beyond = titles["Requests outside of the training data"]
+    assert "12 of 120" in beyond.text and "not available" in beyond.text and len(beyond.table["rows"]) == 10
+    assert light_of(found)["Requests outside of the training data"] == "red"
     assert [row[:2] for row in titles["Reconstruction of held-out volumes"].table["rows"]] == [["ml (ml)", "120"]]
     frame = fidelity_table(found)
     assert list(frame["kind"]) == ["real", "kept", "generated"] and (frame["slope_low"] <= frame["slope_high"]).all()
@@ -176,8 +180,8 @@ def test_two_hundred_requests_and_what_training_saw(kind, colour):
         requests = [row | {"ml": ml} for row, ml in zip(requests, mixed)]
     schema = CovariateSchema((Covariate("age", "continuous", "years"), Covariate("ml", "continuous", "ml"))).fit(training)
     found = evaluation()
-    found.requests, found.beyond = requests, beyond_training(schema, requests, training)
-    assert light_of(found)["Requests beyond what training saw"] == colour
+    found.requests, found.outside = requests, outside_training(schema, requests, training)
+    assert light_of(found)["Requests outside of the training data"] == colour
 
 
 def test_categories_are_judged_by_what_is_told_on_real_people():

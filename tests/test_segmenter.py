@@ -11,7 +11,7 @@ from conftest import command_line
 from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups
 from ldm3d.errors import InputError
 from ldm3d.experiment import scans_by_use
-from ldm3d.rulers.segmenter import SegmentationUNet, Segmenter, _changed, dice, train_segmenter
+from ldm3d.rulers.segmenter import SegmentationUNet, Segmenter, _augmented, dice, train_segmenter
 from ldm3d.rulers.volumetry import apply_measure
 
 GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
@@ -55,7 +55,7 @@ def test_any_shape_goes_through():
 
 def test_changes_keep_shape_and_move_intensities_a_little():
     volume = torch.from_numpy(ball(0)[0])[None]
-    changed = [_changed(volume, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    changed = [_augmented(volume, torch.Generator().manual_seed(seed)) for seed in range(8)]
     assert all(each.shape == volume.shape for each in changed)
     assert 0.02 < max(abs(each - volume).mean() for each in changed) < 0.15
     assert len({round(each.mean().item(), 4) for each in changed}) == 8

@@ -54,7 +54,8 @@ def test_every_command(trained, tmp_path, capsys, fails):
     assert lights[0].startswith("Reconstruction") and any(name.startswith("Copies") for name in lights)
     assert not any("Requests" in name or "Gaps" in name for name in lights) and metrics["fairness"] == []
     page = (tmp_path / "page/report.html").read_text()
-    assert "Are there copies?" in page and "asked and measured" not in page and "covariates of training" not in page
+    assert "Copies of training subjects" in page
+    assert "requested and measured" not in page and "covariates of training" not in page
 
     command_line("audit", model, *data, "--synthetic", tmp_path / "one", *fast, "--out", tmp_path / "audit")
     command_line("generate", model, "--num", 2, *fast, "--audit", tmp_path / "audit", "--out", tmp_path / "guarded")
@@ -63,7 +64,7 @@ def test_every_command(trained, tmp_path, capsys, fails):
     assert "nothing to change or explain" in fails("explain", model, "--from", "age=60", "--to", "age=70")
     (tmp_path / "volumes.csv").write_text("scan,v\nsub-syn0001,5\n")
     compared = ["compare", tmp_path / "one", "--table", tmp_path / "volumes.csv", "--column", "ml=v"]
-    assert "nothing was asked of these volumes" in fails(*compared)
+    assert "these volumes have no requests" in fails(*compared)
 
 
 def test_guidance_asks_the_network_once(trained, monkeypatch):

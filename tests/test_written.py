@@ -39,7 +39,7 @@ def test_synthseg_table_against_what_was_asked(dataset):
     assert found.agreement.n == 40 and found.agreement.bias == pytest.approx(1, abs=0.05) and found.agreement.r > 0.99
     by_sex = {gap.figure: gap for gap in gaps if gap.grouping == "sex"}["ventricular_volume_ml: bias"]
     assert by_sex.gap == pytest.approx(2, abs=0.1) and by_sex.worst == "M" and by_sex.verdict == "gap"
-    assert [section.title[:6] for section in sections] == ["The ta", "By sex", "By age"]
+    assert [section.title.split()[-1] for section in sections] == ["table", "sex", "age"]
 
 
 def test_command_compares_a_table(dataset, tmp_path):
@@ -47,7 +47,7 @@ def test_command_compares_a_table(dataset, tmp_path):
     command_line("compare", dataset, "--table", dataset / "vol.csv", "--column", columns, "--out", tmp_path / "out")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["comparisons"][0]["bias"] == pytest.approx(1, abs=0.05)
-    assert "By sex" in (tmp_path / "out/report.html").read_text()
+    assert "by sex" in (tmp_path / "out/report.html").read_text()
 
 
 def test_command_compares_label_maps(tmp_path, fails):
@@ -114,7 +114,7 @@ def test_tables_that_do_not_fit(dataset):
         read_volumes(dataset / "vol.csv", {"ml": ["hippocampus"]})
     with pytest.raises(InputError, match="of ml only nothing is a column"):
         compare_written(dataset, read_volumes(dataset / "vol.csv", {"ml": ["total intracranial"]}))
-    for cell, message in (("scan7", "names no subject"), ("sub-syn0001", "stands there twice")):
+    for cell, message in (("scan7", "has no subject"), ("sub-syn0001", "occurs twice")):
         table = pd.read_csv(dataset / "vol.csv")
         table.loc[3, "subject"] = cell
         table.to_csv(dataset / "bad.csv", index=False)

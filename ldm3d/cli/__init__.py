@@ -19,7 +19,7 @@ from ldm3d.errors import exit_on_input_error
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Where to write all output.")] = Path("demo"),
     config: Annotated[Path, typer.Option(help="The toy experiment.")] = Path("configs/toy.yaml"),
 ) -> None:
     """The whole path on toy brains, from phantoms to an HTML page, in a few minutes on two cores."""

@@ -1,4 +1,4 @@
-"""Commands that come before training: toy brains, scans, latents."""
+"""Commands before and between the trainings: phantoms, prepared scans, latents."""
 
 import functools
 from pathlib import Path
@@ -24,17 +24,17 @@ def phantoms(
     print(f"{subjects} phantoms written to {folder}")
 
 
-FEW = 10  # people: with fewer no gap is taken, and no interval says anything
+MIN_TEST_SUBJECTS = 10  # with fewer, intervals are too wide and subgroups are not analysed
 
 
 @app.command()
 def prepare(
     config: ConfigPath,
-    override: Override = [],  # noqa: B006 (typer reads it, nobody changes it)
+    override: Override = [],  # noqa: B006 (typer reads it, and it is never changed)
     strict: Annotated[bool, typer.Option(help="Stop if any scan cannot be used.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
 ) -> None:
-    """Bring every scan to the config's grid; only what is new or has changed."""
+    """Bring every scan to the config's grid; only new and changed ones."""
     from ldm3d.config.read import load_config
     from ldm3d.data.preparing import prepare
     from ldm3d.processes import started_processes
@@ -48,8 +48,8 @@ def prepare(
             f"{splits}; written to {settings.prepared_folder}"
         )
         tested = done.table.loc[done.table["split"] == "test", "subject"].nunique()
-        if settings.data.splits.test and tested < FEW:
-            print(f"{tested} subjects are held out for the test, too few to judge a model by: raise data.splits.test now")
+        if settings.data.splits.test and tested < MIN_TEST_SUBJECTS:
+            print(f"{tested} subjects are held out for the test, too few to evaluate a model: raise data.splits.test now")
 
 
 @app.command()
@@ -60,7 +60,7 @@ def encode(
     precision: Precision = "auto",
     force: Annotated[bool, typer.Option(help="Encode even if the cache is up to date.")] = False,
 ) -> None:
-    """Write the latents of all prepared scans with the trained autoencoder: what stage 2 reads."""
+    """Encode all prepared scans with the trained autoencoder; stage 2 reads these latents."""
     import warnings
 
     import torch

@@ -1,46 +1,40 @@
-"""Commands that ask how good a model is, and whom it gives away."""
+"""Commands that assess a model: evaluate, audit, segmenter, compare, likelihood, explain."""
 
 import functools
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps, app
+from ldm3d.cli import options
+from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
-    str | None,
-    typer.Option(help="Which of the label maps, where a scan has several: glob of name or path, '*desc-aseg_dseg*'."),
+    str | None, typer.Option(help="Which label map, if a scan has several: glob of its name or path, '*desc-aseg_dseg*'.")
 ]
 
 
-@app.command()
+@options.app.command()
 def evaluate(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
-    num: Annotated[
-        int, typer.Option("--num", "--volumes", min=3, help="To generate for held-out subjects' covariates.")
-    ] = 200,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
     features: Annotated[
-        str,
-        typer.Option(
-            help="What distributions are compared by: random, medicalnet:FILE, radimagenet:FILE, package.module:function"
-        ),
+        str, typer.Option(help="random, medicalnet:FILE, radimagenet:FILE or package.module:function")
     ] = "random",
-    predict: Annotated[bool, typer.Option(help="Read what MEASURE does not give (age) off the image, by regression.")] = True,
-    downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on real, synthetic and both.")] = False,
-    with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Score held-out volumes: some minutes.")] = False,
-    with_audit: Annotated[
-        bool, typer.Option("--audit", help="Look for copies; the page then shows training subjects.")
-    ] = False,
+    predict: Annotated[bool, typer.Option(help="Predict covariates that MEASURE does not give (age) by regression.")] = True,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
+    with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
+    with_audit: Annotated[bool, typer.Option("--audit", help="Privacy audit; the page then shows training subjects.")] = False,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -48,52 +42,69 @@ def evaluate(
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
-    """Measure reconstruction and how generated volumes follow their covariates, for whom, and of what use; one HTML page.
+    """Assess reconstruction, conditioning, realism and subgroups on held-out subjects; writes one HTML page.
 
-    Training volumes in --data serve to learn what ages look like; nothing is judged on them.
+    Training volumes in --data are used to fit regressions (age, sex), and by --audit.
     """
-    import torch
-
+    from ldm3d.evaluation.assess import assess, plan
     from ldm3d.experiment import scans_by_use
     from ldm3d.metrics.features import load_extractor
-    from ldm3d.pipeline import Pipeline
-    from ldm3d.precision import dtype
-    from ldm3d.processes import own_device, started_processes
-    from ldm3d.report.assessment import assess
-    from ldm3d.report.write import summary, write_report
+    from ldm3d.privacy.audit import plan as audit_plan
+    from ldm3d.processes import started_processes
+    from ldm3d.report.sections.evaluation import summary
+    from ldm3d.report.write import write_report
     from ldm3d.rulers.volumetry import load_measure
 
     processes = started_processes()
-    where = device or own_device()
-    kind = torch.float32 if with_likelihood and precision == "auto" else dtype(precision, where)  # see `likelihood`
-    pipeline = Pipeline.from_pretrained(model, where, kind)
-    pipeline.threads = None  # all: what is measured does not depend on the last bits
-    function, extractor = load_measure(measure, where), load_extractor(features)
-    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    scans = scans_by_use(model, data, out / "work", root, processes, experiment)  # the config, trained on, held out
-    parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood, "audit": with_audit}
-    done = assess(pipeline, *scans, function, extractor, sampling, num, **parts, processes=processes)
+    if with_likelihood and precision == "auto":
+        precision = "float32"  # see `likelihood`
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
+    function, extractor = load_measure(measure, str(pipeline.device)), load_extractor(features)
+    config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment)
+    counts = len(trained), len(held_out), num
+    lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood)
+    lines += audit_plan(*counts) if with_audit and len(trained) else []
+    lines.append("(--num and --steps shorten generation only; the other parts depend on the number of scans in --data)")
     if processes.is_main:
-        others = done.goals, done.extra, done.figures
-        page = write_report(out, f"Evaluation of {model}", pipeline, done.found, sampling, *others)
-        print(summary(done.found))
+        print("\n  ".join(["evaluation, with a progress bar for each part:", *lines]), flush=True)
+    parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood}
+    found = assess(pipeline, config, trained, held_out, function, extractor, sampling, num, **parts, processes=processes)
+    audited = None
+    if with_audit and trained.empty:
+        warnings.warn("no audit: --data has none of the volumes that the model was trained on", stacklevel=1)
+    elif with_audit:
+        audited, _ = _audit(pipeline, config, trained, held_out, sampling, num, processes)
+        found.scores += audited.scores
+    if processes.is_main:
+        found.analyse_subgroups(pipeline.schema)
+        page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling, audit=audited)
+        print(summary(found))
         print(f"page written to {page}")
 
 
-@app.command()
+def _audit(pipeline, config, trained, held_out, sampling, num: int, processes, synthetic: Path | None = None, level=0.05):
+    """The audit and the guard, of `num` volumes to be generated, or of a folder of synthetic volumes."""
+    from ldm3d.privacy.audit import audit
+    from ldm3d.privacy.volumes import generated_for, of_scans, written_in
+
+    training, others = (of_scans(config, scans, pipeline) for scans in (trained, held_out))
+    if synthetic:
+        volumes = written_in(synthetic, pipeline)
+    else:
+        volumes = generated_for(pipeline, training, others, num, sampling, sampling.seed)
+    return audit(pipeline, training, others, volumes, level, sampling.seed, processes=processes)
+
+
+@options.app.command()
 def audit(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
-    num: Annotated[
-        int, typer.Option("--num", "--volumes", min=1, help="To generate, half of them for training subjects' own covariates.")
-    ] = 200,
-    synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to look at instead.")] = None,
-    level: Annotated[
-        float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects' volumes that may be called copies.")
-    ] = 0.05,
+    num: Annotated[int, typer.Option("--num", "--volumes", min=1, help="To generate (torchrun: --volumes).")] = 200,
+    synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to audit instead.")] = None,
+    level: Annotated[float, typer.Option(min=1e-4, max=0.4, help="Share of new subjects that may count as copies.")] = 0.05,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -101,49 +112,38 @@ def audit(
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
-    """Look for copies of training subjects, and for what the model's loss tells of them; writes a page and a guard.
+    """Look for copies of training subjects and test membership inference; writes a page and a guard.
 
-    `ldm3d generate --audit OUT` then withholds such volumes.
+    `ldm3d generate --audit OUT` then withholds copies.
     """
     from ldm3d.experiment import scans_by_use
-    from ldm3d.pipeline import Pipeline
-    from ldm3d.precision import dtype
-    from ldm3d.privacy.audit import audit
-    from ldm3d.privacy.volumes import generated_for, of_scans, written_in
-    from ldm3d.processes import own_device, started_processes
-    from ldm3d.report.audit import summary, write_audit
+    from ldm3d.processes import started_processes
+    from ldm3d.report.audit import write_audit
+    from ldm3d.report.sections.audit import summary
 
     processes = started_processes()
-    where = device or own_device()
-    pipeline = Pipeline.from_pretrained(model, where, dtype(precision, where))
-    pipeline.threads = None  # all: what is measured does not depend on the last bits
-    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    config, *groups = scans_by_use(model, data, out / "work", root, processes, experiment)
-    training, held_out = (of_scans(config, scans, pipeline) for scans in groups)
-    if synthetic:
-        looked = written_in(synthetic, pipeline)
-    else:
-        looked = generated_for(pipeline, training, held_out, num, sampling, sampling.seed)
-    if processes.is_main:
-        print(f"looking at {len(training)} training, {len(held_out)} held-out and {len(looked)} synthetic volumes", flush=True)
-    found, guard = audit(pipeline, training, held_out, looked, level, sampling.seed, processes=processes)
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
+    scans = scans_by_use(model, data, out / "work", root, processes, experiment)
+    found, guard = _audit(pipeline, *scans, sampling, num, processes, synthetic, level)
     if processes.is_main:
         page = write_audit(out, f"Audit of {model}", pipeline, found, guard, sampling)
-        print(f"page written to {page}; keep it as the training data, for it shows and names training subjects")
+        print(f"page written to {page}; keep it as you keep the training data: it shows and names training subjects")
         print(summary(found))
 
 
-@app.command()
+@options.app.command()
 def segmenter(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder: its scans are trained on, on its grid.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Pipeline folder, whose training scans and grid are used.", show_default=False)
+    ],
     data: Annotated[Path, typer.Option(help="BIDS folder or table that the model was trained on.")],
     labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
-    volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and what counts for it.")],
+    volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and its labels.")],
     pattern: Pattern = None,
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
 ) -> None:
@@ -173,7 +173,7 @@ def segmenter(
     print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
 
 
-@app.command()
+@options.app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(help="Dataset with participants.tsv, for example of ldm3d generate.")],
     table: Annotated[Path | None, typer.Option(help="CSV or TSV of volumes, such as SynthSeg's --vol.")] = None,
@@ -184,7 +184,7 @@ def compare(
     pattern: Pattern = None,
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("comparison"),
 ) -> None:
-    """Compare what another program measured (SynthSeg, FreeSurfer) with what was asked, or with a table of real subjects."""
+    """Compare measurements of another program (SynthSeg, FreeSurfer) with the requests, or with a table of real subjects."""
     from ldm3d.data.labels import LabelMaps, parse_groups
     from ldm3d.report.external import (
         compare_written,
@@ -206,7 +206,7 @@ def compare(
     print(f"page written to {page}")
 
 
-@app.command()
+@options.app.command()
 def likelihood(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
@@ -215,25 +215,20 @@ def likelihood(
     out: Annotated[Path, typer.Option(help="Table to write, a row for each subject.")] = Path("likelihood.tsv"),
     method: Annotated[str, typer.Option(help="bound, ode or both.")] = "both",
     times: Annotated[int, typer.Option(min=1, help="U-Net calls of the bound, for each subject.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Of the ODE.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the ODE.")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="auto (here float32), float32 or bfloat16.")] = "auto",
 ) -> None:
-    """How likely the model finds each held-out subject: nats per latent dimension, and bits per voxel."""
-    import torch
-
+    """Likelihood of each held-out subject under the model: nats per latent dimension, and bits per voxel."""
     from ldm3d.data.preparing import load_prepared
     from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
     from ldm3d.experiment import scans_by_use
-    from ldm3d.pipeline import Pipeline
-    from ldm3d.precision import dtype
-    from ldm3d.processes import own_device
 
-    where = device or own_device()
-    # The least noise that likelihoods are taken at is finer than bfloat16's steps, so that is for those who ask for it
-    pipeline = Pipeline.from_pretrained(model, where, torch.float32 if precision == "auto" else dtype(precision, where))
+    # The lowest noise level of likelihoods is below the resolution of bfloat16, which is therefore not the default
+    pipeline, _ = options.load_model(model, device, "float32" if precision == "auto" else precision)
+    pipeline.threads = 1
     config, _, scans = scans_by_use(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
@@ -248,13 +243,18 @@ def likelihood(
     print(f"{len(found)} subjects written to {out}")
 
 
-@app.command()
+@options.app.command()
 def explain(
     model: ModelPath,
-    before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request to start at.")],
-    changes: Annotated[list[str], typer.Option("--to", metavar="NAME=VALUE,...", help="What changes in it.")],
+    before: Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The request before the change.")],
+    changes: Annotated[list[str], typer.Option("--to", metavar="NAME=VALUE,...", help="The change.")],
     out: Annotated[Path, typer.Option(help="Where to write maps, pictures and the page.")] = Path("explanation"),
-    seeds: Annotated[int, typer.Option(min=2, help="Volumes of each request, 6 or more, with the same noise in all.")] = 16,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Volumes of each request, with the same noise in all; fewer than 6 cannot give a significant change."
+        ),
+    ] = 16,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -262,23 +262,17 @@ def explain(
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
-    """Show which covariate moves what: change a request with the noise kept, and test where volumes change.
+    """Show the effect of a covariate: change a request, keep the noise, and test where volumes change.
 
-    ldm3d explain MODEL --from age=60,sex=F --to age=80,ventricular_volume_ml=60. What --to does not name stays as it was;
-    each of several changes is also made alone.
+    ldm3d explain MODEL --from age=60,sex=F --to age=80,ventricular_volume_ml=60. Covariates that are not in --to stay the
+    same; each of several changes is also made alone.
     """
     from ldm3d.evaluation.explanation import explain
-    from ldm3d.pipeline import Pipeline
-    from ldm3d.precision import dtype
-    from ldm3d.processes import own_device
     from ldm3d.report.explanation import summary, write_explanation
 
-    where = device or own_device()
-    pipeline = Pipeline.from_pretrained(model, where, dtype(precision, where))
-    pipeline.threads = None  # all: what is shown does not depend on the last bits
-    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     found = explain(pipeline, _values("--from", before), _values("--to", changes), sampling, seeds)
-    page = write_explanation(out, f"What covariates move in volumes of {model}", pipeline, found, sampling)
+    page = write_explanation(out, f"Effect of covariates in volumes of {model}", pipeline, found, sampling)
     print(summary(pipeline, found))
     print(f"page written to {page}")
 
@@ -287,7 +281,7 @@ def _values(option: str, texts: list[str]) -> dict[str, str]:
     """["age=60,sex=F"] -> {"age": "60", "sex": "F"}."""
     given = {}
     for text in texts:
-        for part in re.split(r",(?=[^,=]*=)", text):  # a category may hold a comma, too
+        for part in re.split(r",(?=[^,=]*=)", text):  # a category may contain a comma
             name, separator, value = part.partition("=")
             if not separator:
                 raise InputError(f"{option} {text!r}: write NAME=VALUE, several with commas between, such as age=60,sex=F")

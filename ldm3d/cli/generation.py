@@ -1,4 +1,4 @@
-"""Commands for a trained model: what it is, what it makes, and models of others."""
+"""Commands for a trained model: generate, info, import-monai."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app
+from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, load_model
 from ldm3d.errors import InputError, shown
 
 
@@ -14,52 +14,36 @@ from ldm3d.errors import InputError, shown
 def generate(
     context: typer.Context,
     model: ModelPath,
-    out: Annotated[Path, typer.Option(help="Where to write; empty, absent, or with a part of the same.", show_default=False)],
-    num: Annotated[
-        int | None, typer.Option("--num", "--volumes", min=1, help="Of one request; 1 if not given. (torchrun eats --num.)")
-    ] = None,
-    ask: Annotated[
-        list[str], typer.Option(metavar="NAME=VALUE", help="A covariate, where --name means an option of this command.")
-    ] = [],  # noqa: B006 (typer reads it, nobody changes it)
+    out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)],
+    num: Annotated[int | None, typer.Option("--num", "--volumes", min=1, help="By default 1 (torchrun: --volumes).")] = None,
+    ask: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="A covariate whose name is an option.")] = [],  # noqa: B006 (typer reads it, and it is never changed)
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: SamplerName = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; changes no volume.")] = 8,
-    group: Annotated[
-        int | None, typer.Option(min=1, help="Volumes that the U-Net takes together; another number, other last bits.")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of a CPU, a process; another number, other last bits.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")] = 8,
+    group: Annotated[int | None, typer.Option(min=1, help="Batch size of the U-Net; changes the last bits.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process; changes the last bits of volumes.")] = 1,
     device: Device = None,
     precision: Precision = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: pays from some tens of volumes on.")] = False,
-    check: Annotated[bool, typer.Option(help="Compare finished volumes with their checksums, or their sizes only.")] = True,
-    audit: Annotated[
-        Path | None, typer.Option(help="Folder of `ldm3d audit` of this model: withhold copies of training subjects.")
-    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: faster for many volumes.")] = False,
+    check: Annotated[bool, typer.Option(help="Check finished volumes by checksum, not by size only.")] = True,
+    audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
 ) -> None:
-    """Generate volumes for asked covariates, as a BIDS derivative.
+    """Generate volumes for given covariates, as a BIDS derivative.
 
-    Ask by the names of the model's covariates: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Those
-    left out are left open.
+    Request the model's covariates by name: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Others
+    are left open.
 
-    The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
+    The same command continues after it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
     ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
     """
-    from tqdm import tqdm
-
-    from ldm3d.generation.run import generate
-    from ldm3d.generation.series import WITHHELD
-    from ldm3d.pipeline import Pipeline
-    from ldm3d.precision import dtype
-    from ldm3d.preemption import REQUEUE, preemption
     from ldm3d.privacy.guard import Guard
-    from ldm3d.processes import cores_each, own_device, which_process
+    from ldm3d.processes import which_process
 
     processes = which_process()
-    device = device or own_device()
-    pipeline = Pipeline.from_pretrained(model, device, dtype(precision, device))
+    pipeline, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
     pipeline.group, pipeline.threads = group, threads
     asked = _covariates(context.args, ask)
     if compile:
@@ -67,8 +51,20 @@ def generate(
     if table is not None and (asked or num is not None):
         raise InputError("give either --table, with one row a volume, or covariates and --num")
     rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
-    sampling = pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
+    _generate(pipeline, sampling, rows, out, batch_size, check, guard, processes)
+
+
+def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, check: bool, guard, processes) -> None:
+    """Generate with a progress bar, and print the outcome."""
+    from tqdm import tqdm
+
+    from ldm3d.generation.run import generate
+    from ldm3d.generation.series import WITHHELD
+    from ldm3d.preemption import REQUEUE, preemption
+    from ldm3d.processes import cores_each
+
+    threads = pipeline.threads
     if pipeline.device.type == "cpu" and processes.is_main and cores_each() > threads and len(rows) > pipeline.group_size:
         print(
             f"computing with {threads} of {cores_each()} cores: start more processes (torchrun --nproc_per_node N -m ldm3d "
@@ -77,25 +73,25 @@ def generate(
         )
     who = f"process {processes.rank} of {processes.world}: " if processes.world > 1 else ""
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file twice a minute
-    looks = {"desc": "generate", "unit": "volume", "mininterval": every, "delay": 1e-3, "disable": not processes.is_main}
-    with preemption() as stop, tqdm(**looks) as bar:
+    settings = {"desc": "generate", "unit": "volume", "mininterval": every, "delay": 1e-3, "disable": not processes.is_main}
+    with preemption() as stop, tqdm(**settings) as bar:
 
         def show(finished: int, volumes: int) -> None:
             bar.total = volumes
             bar.update(finished - bar.n)
 
-        def say(finished: int, volumes: int) -> None:
+        def resume(finished: int, volumes: int) -> None:
             if finished:
                 print(f"{who}{finished} of {volumes} volumes there already", flush=True)
 
-        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, say, stop, guard)
+        tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, resume, stop, guard)
         if stop.asked:
             bar.close()
-            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there"
+            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command continues"
             print(f"{who}{tally}; {there}", flush=True)
             raise SystemExit(REQUEUE)
     if tally.missing:
-        print(f"{who}{tally}; {tally.missing} volumes of {out} are other processes' to make")
+        print(f"{who}{tally}; {tally.missing} volumes of {out} are left to other processes")
     else:
         print(f"{who}{tally}; {len(rows) - tally.withheld} synthetic volumes written to {out}")
     if tally.withheld:
@@ -108,10 +104,10 @@ def info(
         Path | None, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)
     ] = None,
     environment: Annotated[
-        bool, typer.Option("--environment", help="Instead, or besides: what this machine has, and which kernels load.")
+        bool, typer.Option("--environment", help="Devices of this machine, and the kernels that load.")
     ] = False,
 ) -> None:
-    """What a model makes, and what it can be asked; or what ldm3d finds on this machine."""
+    """Grid and covariates of a model; or the devices and kernels of this machine."""
     from ldm3d.environment import describe_environment
     from ldm3d.pipeline import Pipeline
 
@@ -125,16 +121,20 @@ def info(
 
 @app.command("import-monai")
 def import_monai(
-    folder: Annotated[Path, typer.Argument(help="Of a published model's files; see docs/monai.md.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Of a published model; see docs/monai.md.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Pipeline folder to write; must be empty or absent.", show_default=False)],
-    library: Annotated[str, typer.Option(help="Whose networks: monai (MONAI core) or monai-generative (0.2.3).")] = "monai",
-    settings: Annotated[Path | None, typer.Option(help="YAML with what the files leave unsaid; FOLDER/import.yaml.")] = None,
+    library: Annotated[
+        str, typer.Option(help="Library of the networks: monai (MONAI core) or monai-generative (0.2.3).")
+    ] = "monai",
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML with settings that are not in the files; by default FOLDER/import.yaml.")
+    ] = None,
 ) -> None:
-    """Make a pipeline of a model that was trained with MONAI and published as PyTorch checkpoints."""
+    """Convert a model that was trained with MONAI and published as PyTorch checkpoints."""
     from ldm3d.published import import_model
 
     pipeline = import_model(folder, out, library, settings)
-    print(f"{', '.join(pipeline.schema.names) or 'nothing'} can be asked of the model written to {out}")
+    print(f"model written to {out}; its covariates: {', '.join(pipeline.schema.names) or 'none'}")
 
 
 def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
@@ -143,7 +143,7 @@ def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
     while rest:
         name, separator, value = rest.pop(0).partition("=")
         if not name.startswith("--"):
-            raise InputError(f"{name!r} stands alone; ask for a covariate as --name value")
+            raise InputError(f"{name!r} has no name; request a covariate as --name value")
         if not separator:
             if not rest:
                 raise InputError(f"{name} needs a value")
@@ -154,7 +154,7 @@ def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
         if not separator:
             raise InputError(f"--ask {shown(text)}: write --ask NAME=VALUE, such as --ask age=72")
         if name in asked:
-            raise InputError(f"{shown(name)} is asked twice; keep one")
+            raise InputError(f"{shown(name)} is requested twice; keep one")
         asked[name] = value
     return asked
 

@@ -1,11 +1,11 @@
-"""The application, and the options that several commands share."""
+"""The application, and what several commands share: options, and the model that they load."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-SHARED = ("prepare", "encode", "generate", "evaluate", "audit")  # commands whose work several processes share
+SHARED = ("prepare", "encode", "generate", "evaluate", "audit")  # commands that several processes can share
 
 app = typer.Typer(
     help="Latent diffusion for 3D brain MRI. Train with: accelerate launch -m ldm3d.training.autoencoder CONFIG, "
@@ -18,7 +18,7 @@ app = typer.Typer(
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    """What is true of every command is checked here, once."""
+    """Refuse several processes for commands that do not share their work."""
     if context.invoked_subcommand not in SHARED:
         from ldm3d.processes import work_alone  # loads PyTorch, which takes seconds
 
@@ -28,16 +28,27 @@ def _before(context: typer.Context) -> None:
 ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
-Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it.")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 if the device supports it.")]
 ModelPath = Annotated[Path, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)]
-Root = Annotated[Path | None, typer.Option(help="Folder that holds all its scans, if they lie elsewhere.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of all scans of --data, if it is another one.")]
 Experiment = Annotated[
-    str | None,
-    typer.Option(help="The experiment.json of its run, where it is not beside MODEL; none: it has seen nothing of --data."),
+    str | None, typer.Option(help="experiment.json, if not beside MODEL; none: MODEL was not trained on any scan of --data.")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="The model's own if not given, as the next three.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Of the sampler.")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: no guidance; by default the model's.")]
 SamplerName = Annotated[
     str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
 ]
+
+
+def load_model(model: Path, device: str | None, precision: str, seed=None, steps=None, guidance=None, sampler=None) -> tuple:
+    """The pipeline, which uses all threads, and its sampling with the settings that are not None."""
+    from ldm3d.pipeline import Pipeline
+    from ldm3d.precision import dtype
+    from ldm3d.processes import own_device
+
+    device = device or own_device()
+    pipeline = Pipeline.from_pretrained(model, device, dtype(precision, device))
+    pipeline.threads = None  # all: measurements do not depend on the last bits
+    return pipeline, pipeline.sampling.replace(seed=seed, steps=steps, guidance=guidance, sampler=sampler)

@@ -1,12 +1,14 @@
-"""Which covariate moved what: volumes of two requests with the same noise, compared voxel by voxel.
+"""Explanation: which voxels change if one covariate of a request changes?
 
 Legend: S seeds; d (S, C, X, Y, Z) differences after - before, one for each seed; u = d / sqrt(sum of d^2 over the seeds).
 
-Two volumes of one seed differ by nothing but what was asked, so that their difference is the request's doing. Whether it would
-be there for other seeds, too, a sign-flip test says: a change that does nothing in the mean makes d as likely as -d.
+Volumes of two requests are generated from the same noise, so that their difference is due to the request. A sign-flip test
+over
+the seeds says whether the mean difference is 0: if it is, d is as likely as -d.
 """
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +22,24 @@ from ldm3d.geometry import Grid
 from ldm3d.models.attention_maps import recorded
 from ldm3d.pipeline import Pipeline, Sampling
 
-LEVEL = 0.05  # chance that a map without any change has a single significant voxel
-PATTERNS = 2048  # of signs; where the seeds have no more of them, all are looked at
-RESOLUTION = 1e-4  # of the intensity range: differences below are the networks' rounding
-NOTABLE = 0.05  # of the intensity range: a change that can be seen
-ALL = "all-changes"  # the contrast that changes everything at once; no name that a covariate can have
+FAMILY_WISE_ERROR = 0.05  # chance of any significant voxel in a map without changes
+PATTERNS = 2048  # of signs; all of them are used if the seeds have no more
+RESOLUTION = 1e-4  # of the intensity range: smaller differences are rounding errors of the networks
+NOTABLE = 0.05  # of the intensity range: a visible change
+ALL = "all-changes"  # the contrast that changes all covariates at once; not a possible name of a covariate
 CHUNK = 2**14  # voxels that are tested together
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What one change of a request did; maps are (C, X, Y, Z), float32.
+    """Effect of one change of a request; maps are (C, X, Y, Z), float32.
 
     Attributes:
         name: of the covariate that was changed; `ALL` for all of them at once.
         request: after the change.
         difference: mean over the seeds of after - before, in units of the intensity range.
         t: paired t over the seeds, S - 1 degrees of freedom.
-        p: of a mean that is not 0, corrected for the number of voxels (family-wise); 1 where nothing moved.
+        p: of the mean difference, corrected for the number of voxels (family-wise); 1 where nothing changed.
     """
 
     name: str
@@ -48,8 +50,8 @@ class Contrast:
 
     @property
     def significant(self) -> NDArray:
-        """Where p is at most `LEVEL`, (C, X, Y, Z) bool."""
-        return self.p <= LEVEL
+        """Where p is at most `FAMILY_WISE_ERROR`, (C, X, Y, Z) bool."""
+        return self.p <= FAMILY_WISE_ERROR
 
     @property
     def notable(self) -> NDArray:
@@ -57,7 +59,7 @@ class Contrast:
         return self.significant & (np.abs(self.difference) >= NOTABLE)
 
     def to_dict(self, grid: Grid) -> dict[str, Any]:
-        """Sizes of what changed, and the place where the mean changed most, in mm of RAS+."""
+        """Volumes of the changes, and the position of the largest mean change, in mm of RAS+."""
         found = np.where(self.notable, self.difference, 0)
         peak = np.unravel_index(np.abs(self.difference).argmax(), self.difference.shape)
         return {
@@ -80,10 +82,10 @@ class Explanation:
         request: before the changes.
         seeds: S.
         mean, deviation: of that request's volumes over the seeds, (C, X, Y, Z).
-        contrasts: one for each changed covariate, and `ALL` of them where there are several.
+        contrasts: one for each changed covariate, and `ALL` of them if there are several.
         attention: share of cross-attention that each covariate gets at a voxel, (1, X, Y, Z), 1 in sum over the covariates;
             empty for networks without cross-attention of ours.
-        attention_voxels: side of what the coarsest of these maps can tell apart.
+        attention_voxels: voxel size of the coarsest of these maps.
     """
 
     request: dict[str, Value]
@@ -98,28 +100,35 @@ class Explanation:
 def explain(
     pipeline: Pipeline, before: Mapping[str, Any], changes: Mapping[str, Any], sampling: Sampling, seeds: int = 16
 ) -> Explanation:
-    """Change a request, one covariate at a time and all at once, and see where volumes change.
+    """Change a request, one covariate at a time and all at once, and test where volumes change.
 
     Args:
         pipeline: the model.
-        before: covariates asked for; the others are left open.
+        before: covariates that are requested; the others are left open.
         changes: covariates that change, with their new values.
-        sampling: how volumes are drawn. Noise number i of its seed is the same in every request.
+        sampling: how to generate. Noise number i of its seed is the same in every request.
         seeds: volumes of each request.
 
     Raises:
-        InputError: a model without covariates, nothing changes, too few seeds for any p below `LEVEL`, or guidance 0.
+        InputError: a model without covariates, nothing changes, too few seeds for any p below `FAMILY_WISE_ERROR`, or
+            guidance 0.
     """
     if not len(pipeline.schema):
-        raise InputError("this model has no covariates: nothing can be asked of it, so there is nothing to change or explain")
+        raise InputError("this model has no covariates, so there is nothing to change or explain")
     start, end = pipeline.parse([before, {**before, **changes}])
     changed = [name for name in start if start[name] != end[name]]
     if not changed:
         raise InputError(f"{dict(changes)} changes nothing of {dict(before)}; give a covariate another value in --to")
-    if 2.0 ** (1 - seeds) > LEVEL:
+    if smallest_p(seeds) > FAMILY_WISE_ERROR:
         raise InputError(
             f"{seeds} seeds have {2 ** max(0, seeds - 1)} patterns of signs, so no p-value can be below "
-            f"{2.0 ** (1 - seeds):g}; ask for 6 seeds or more to find anything at {LEVEL:g}"
+            f"{smallest_p(seeds):g}; ask for 6 seeds or more to find anything at {FAMILY_WISE_ERROR:g}"
+        )
+    if 2 * smallest_p(seeds) > FAMILY_WISE_ERROR:
+        warnings.warn(
+            f"with {seeds} seeds p-values are multiples of {smallest_p(seeds):.3g}: only the smallest of them is significant, "
+            "so that most changes are missed; 16 seeds or more find them",
+            stacklevel=2,
         )
     if sampling.guidance == 0:
         raise InputError("guidance 0 ignores the covariates, and so there is nothing to explain; use 1 or more")
@@ -138,17 +147,16 @@ def explain(
 def sign_flip_test(differences: NDArray, patterns: int = PATTERNS, seed: int = 0) -> tuple[NDArray, NDArray]:
     """Is the mean of paired differences 0? Corrected over all voxels by their largest |t| (Nichols & Holmes 2002).
 
-    If d is distributed like -d, each of the 2^S patterns of signs is as likely as what was seen. p is the share of patterns
-    under which the largest |t| of the whole map is at least this voxel's. The chance of one false voxel or more in a map is
-    then at most what p is compared with, whatever the voxels have to do with each other and whichever of them do change
-    (strong control of the family-wise error).
+    If d is distributed like -d, each of the 2^S patterns of signs is as likely as the observed one. p is the share of patterns
+    under which the largest |t| of the map is at least this voxel's. This controls the family-wise error in the strong sense,
+    whatever the dependence between voxels.
 
     |t| rises with |sum of u|, and signs leave the sum of squares alone: one matrix product gives all of the patterns.
 
     Args:
         differences: (S, ...), one for each seed.
-        patterns: of signs, of which S seeds have 2^(S - 1) that count, since |t| is two-sided; if these are more, as many
-            are drawn, and what was seen is one of them.
+        patterns: of signs. S seeds have 2^(S - 1) of them, as |t| is two-sided; if these are more, `patterns` are drawn,
+            and the observed one is among them.
         seed: of the drawing.
 
     Returns:
@@ -166,11 +174,16 @@ def sign_flip_test(differences: NDArray, patterns: int = PATTERNS, seed: int = 0
         for start in range(0, u.shape[1], CHUNK):
             np.maximum(largest, np.abs(signs @ u[:, start : start + CHUNK]).max(axis=1), out=largest)
         r = u.sum(axis=0, dtype=np.float64)
-        # A pattern and its own voxel are summed in other orders: equal ones may differ in their last bits
+        # Both are sums in different orders, so that equal ones may differ in their last bits
         at_least = len(signs) - np.searchsorted(np.sort(largest), np.abs(r) - 1e-5)
         p[moved] = at_least / len(signs)
         t[moved] = r * np.sqrt((seeds - 1) / (seeds - r**2).clip(1e-6))
     return t.reshape(shape), p.reshape(shape)
+
+
+def smallest_p(seeds: int, patterns: int = PATTERNS) -> float:
+    """The smallest p that `sign_flip_test` can give: the observed pattern alone has the largest |t|."""
+    return 1 / min(2.0 ** (seeds - 1), patterns)
 
 
 def _signs(seeds: int, patterns: int, seed: int) -> NDArray:

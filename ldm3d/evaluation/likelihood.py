@@ -1,8 +1,7 @@
-"""How likely a model finds held-out subjects: nats per latent dimension, and with the autoencoder's part bits per voxel.
+"""Likelihood of held-out volumes under the model: nats per latent dimension, and with the autoencoder bits per voxel.
 
-The two are different quantities. A latent's density says how well the diffusion model knows latents; it is in the latents' own
-units, and an autoencoder that makes all latents alike would score best. Bits per voxel say how short the model could make the
-volume itself: by what the decoder gets wrong, and by what the latent costs.
+The density of a latent is in the units of the latent space: an autoencoder that maps all volumes to similar latents would have
+the best one. Bits per voxel are the code length of the volume itself: of its latent, and of the errors of the decoder.
 
 Legend: x' the normalised latent, scored with the noise that `ldm3d.diffusion.likelihood` puts on it; q its distribution given
 the volume, N(mean, std^2 + (sigma_0 / alpha_0)^2): the encoder's posterior with that noise.
@@ -30,7 +29,14 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
 
 METHODS = ("bound", "ode", "both")
-SCALE_BITS = 32  # what it costs to say the scale of a volume's errors, a float32
+SCALE_BITS = 32  # code length of the scale of a volume's errors, a float32
+# Columns of `score` with the bound -> title, unit
+COLUMNS = {
+    "bound": ("latent", "nats per latent dimension"),
+    "bits_per_voxel": ("volume", "bits per voxel"),
+    "image_bits": ("volume given its latent", "bits per voxel"),
+    "latent_bits": ("latent, shared among voxels", "bits per voxel"),
+}
 
 
 def score(
@@ -39,11 +45,11 @@ def score(
     load: Callable[[int], NDArray],
     method: str = "both",
     times: int = 128,
-    steps: int = 50,
+    ode_steps: int = 50,
     levels: int = 256,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score volumes given their covariates, without guidance: a guided denoiser belongs to no density.
+    """Likelihood of volumes given their covariates, without guidance: a guided denoiser has no density.
 
     Args:
         pipeline: the model.
@@ -51,9 +57,9 @@ def score(
         load: number of a subject -> volume (C, X, Y, Z) in [0, 1] on the pipeline's grid.
         method: "bound", "ode" or "both", see `ldm3d.diffusion.likelihood`. Bits per voxel come from the bound.
         times: denoiser calls of the bound, for each subject.
-        steps: of the ODE; each costs two denoiser calls and two backward passes.
-        levels: grey levels that voxels are counted in; bits per voxel mean nothing without them.
-        seed: of all noise; a subject's is the same in any selection that numbers it alike.
+        ode_steps: of the ODE; each takes two denoiser calls and two backward passes.
+        levels: grey levels of the voxels; bits per voxel depend on them.
+        seed: of all noise; that of a subject follows from its index.
 
     Returns:
         A row for each subject: `bound` and its parts `prior`, `reconstruction`, `diffusion`, and `ode`, in nats per latent
@@ -68,7 +74,7 @@ def score(
     rows, table = pipeline.parse(subjects), []
     for i, row in enumerate(tqdm(rows, desc="likelihood", unit="volume")):
         volume = torch.from_numpy(load(i))[None].to(pipeline.device)  # (1, C, X, Y, Z)
-        table.append(score_volume(pipeline, volume, row, method, times, steps, levels, (seed, i)))
+        table.append(score_volume(pipeline, volume, row, method, times, ode_steps, levels, (seed, i)))
     return pd.DataFrame(table)
 
 
@@ -78,15 +84,15 @@ def score_volume(
     row: Mapping[str, Value],
     method: str,
     times: int,
-    steps: int,
+    ode_steps: int,
     levels: int,
     position: tuple[int, int],
 ) -> dict[str, float]:
-    """One row of `score`; `position` is (seed, number of the subject), volume (1, C, X, Y, Z)."""
+    """One row of `score`; `position` is (seed, index of the subject), volume (1, C, X, Y, Z)."""
     moments = pipeline.autoencoder.encode(volume.to(pipeline.dtype)).float()
     mean, log_variance = moments.chunk(2, dim=1)
-    spread = pipeline.autoencoder.latent_std[:, None, None, None].float()
-    mean, std = pipeline.autoencoder.normalise(mean).float(), torch.exp(log_variance / 2) / spread  # (1, c, x, y, z)
+    latent_std = pipeline.autoencoder.latent_std[:, None, None, None].float()
+    mean, std = pipeline.autoencoder.normalise(mean).float(), torch.exp(log_variance / 2) / latent_std  # (1, c, x, y, z)
 
     def noise(i: int | str) -> Tensor:
         return torch.randn(mean.shape, generator=generator("likelihood", *position, i)).to(mean)
@@ -95,7 +101,7 @@ def score_volume(
     denoise = denoiser(pipeline, row, x.shape, position)
     result: dict[str, float] = {}
     if method != "bound":
-        result["ode"] = ode_nll(denoise, x, pipeline.process, noise, steps=steps).item() / dimensions
+        result["ode"] = ode_nll(denoise, x, pipeline.process, noise, steps=ode_steps).item() / dimensions
     if method == "ode":
         return result
     offset = torch.rand((), generator=generator("likelihood", *position, "offset")).item()
@@ -117,8 +123,8 @@ def score_volume(
 def denoiser(pipeline: Pipeline, row: Mapping[str, Value], shape: Sequence[int], position: tuple[int, int]) -> Denoiser:
     """The model's denoiser for one request, differentiable, on latents without padding (1, c, x, y, z).
 
-    Where a network needs padding, it is trained on latents amid zeros. Zeros are known, so they cost nothing: around z stand
-    noised zeros, always with the same noise, which makes the answer a function of z and a density of x alone.
+    A network that needs padding is trained on latents padded with zeros. Here z is padded with noised zeros, always with the
+    same noise, so that the answer is a function of z, and the density is that of x alone.
     """
     model = pipeline.denoiser([row])
     padded = pipeline.unet.padded_shape(shape[2:])
@@ -127,17 +133,17 @@ def denoiser(pipeline: Pipeline, row: Mapping[str, Value], shape: Sequence[int],
     frame = frame.to(pipeline.device)
 
     def denoise(z: Tensor, t: float) -> Tensor:
-        whole = pad_to(z, padded) + pipeline.process.sigma(t) * frame
-        return cut_to(model(whole, t), shape[2:])
+        framed = pad_to(z, padded) + pipeline.process.sigma(t) * frame
+        return cut_to(model(framed, t), shape[2:])
 
     return denoise
 
 
 def laplace_nats(volume: Tensor, decoded: Tensor, levels: int) -> float:
-    """Nats to say a volume in grey levels, given what was decoded: Laplace errors, the likelihood that an L1 loss stands for.
+    """Code length in nats of a volume in grey levels, given the decoded one, under Laplace errors (as of an L1 loss).
 
-    The probability of a level is that of the interval around it, and at the two ends of everything beyond. The scale of the
-    errors is this volume's own mean absolute error; saying it costs SCALE_BITS, which are counted.
+    The probability of a level is that of the interval around it; the two end levels include the tails. The scale of the
+    errors is the volume's mean absolute error; its own code length, SCALE_BITS, is included.
 
     Args:
         volume, decoded: same shape, in [0, 1].
@@ -149,7 +155,7 @@ def laplace_nats(volume: Tensor, decoded: Tensor, levels: int) -> float:
 
 
 def laplace_log_probability(level: Tensor, decoded: Tensor, scale: Tensor, top: int) -> Tensor:
-    """log probability of each level 0..top under Laplace errors around `decoded`, both counted in levels."""
+    """log probability of each level 0..top under Laplace errors around `decoded`, both in levels."""
     error = level - decoded
     # log(F(error + 1/2) - F(error - 1/2)), F the distribution function, without differences of nearly equal numbers
     far = _log_sinh(0.5 / scale) - error.abs() / scale

@@ -1,4 +1,4 @@
-"""Are synthetic volumes like real ones? What `ldm3d evaluate` takes of each volume for it, and then makes of them all."""
+"""Do synthetic volumes look like real ones? The features that are kept of each volume, and all metrics of two sets."""
 
 import warnings
 from collections.abc import Hashable, Sequence
@@ -10,22 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm3d.errors import InputError
-from ldm3d.evaluation.measures import compare, compare_pairs
+from ldm3d.evaluation.realism_pairs import diversity_metrics
+from ldm3d.evaluation.realism_sets import distribution_metrics
 from ldm3d.metrics.distances import spatial_features
 from ldm3d.metrics.features import Extractor, extract, standardise
 from ldm3d.statistics.equivalence import ENOUGH, Finding
 
-IN_PAIRS = 2 * ENOUGH  # volumes of each set that are kept for measures of pairs: as many as a verdict needs
+PAIRED_VOLUMES = 2 * ENOUGH  # volumes of each set that are kept for metrics of pairs: as many as a verdict needs
 
 
 @dataclass
-class Seen:
+class VolumeFeatures:
     """What is kept of one volume.
 
     Attributes:
         features: (1, D).
         maps: (1, D'), of extractors that have maps; else None.
-        volume: (C, X, Y, Z) in float16, of `IN_PAIRS` volumes; else None.
+        volume: (C, X, Y, Z) in float16, of `PAIRED_VOLUMES` volumes; else None.
     """
 
     features: Tensor
@@ -33,56 +34,66 @@ class Seen:
     volume: NDArray | None = field(default=None, repr=False)
 
 
-def look_at(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> Seen:
-    """A volume (C, X, Y, Z) in [0, 1] through an extractor of `ldm3d.metrics.features`; `paired`: kept for pairs, too."""
-    seen = Seen(extract([volume], extractor, device))
+def features_of(volume: NDArray, paired: bool, extractor: Extractor, device: torch.device | str) -> VolumeFeatures:
+    """By an extractor of `ldm3d.metrics.features`, of a volume (C, X, Y, Z) in [0, 1]; `paired`: keep it for pairs."""
+    found = VolumeFeatures(extract([volume], extractor, device))
     if hasattr(extractor, "maps"):
-        seen.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)
+        found.maps = extract([volume], lambda v: spatial_features(extractor.maps(v)), device)
     if paired:
-        seen.volume = volume.astype(np.float16)
-    return seen
+        found.volume = volume.astype(np.float16)
+    return found
 
 
-def compare_all(
-    real: Sequence[Seen],
-    synthetic: Sequence[Seen],
-    subjects: Sequence[Hashable],
-    asked: Sequence[Hashable],
-    device: torch.device | str = "cpu",
-) -> list[Finding]:
-    """Every measure that can be taken of two sets; a warning says which cannot, for example of too few volumes.
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of each volume, its covariates, and its person; of synthetic volumes, those that were requested."""
+
+    volumes: Sequence[VolumeFeatures]
+    rows: Sequence[dict]
+    people: Sequence[Hashable]
+
+    def take(self, numbers: Sequence[int]) -> "FeatureSet":
+        return FeatureSet(*([values[i] for i in numbers] for values in (self.volumes, self.rows, self.people)))
+
+    def stack(self, name: str) -> Tensor:
+        """Their "features" or "maps", (N, D)."""
+        return torch.cat([getattr(each, name) for each in self.volumes]).double()
+
+    @property
+    def paired(self) -> "FeatureSet":
+        """Those whose volumes were kept for metrics of pairs."""
+        return self.take([i for i, each in enumerate(self.volumes) if each.volume is not None])
+
+
+def assess_realism(real: FeatureSet, synthetic: FeatureSet, device: torch.device | str = "cpu") -> list[Finding]:
+    """All metrics of two sets; a warning names those that cannot be computed, for example of too few volumes.
 
     Args:
-        real, synthetic: of each volume, from `look_at`. Measures of pairs are left out where no synthetic volume is kept.
-        subjects: of the real ones.
-        asked: of the synthetic ones, whose covariates were asked; of reconstructions, who was reconstructed.
-        device: where to compute measures of pairs.
+        real: held-out volumes.
+        synthetic: generated or reconstructed volumes. Metrics of pairs are left out if none of these was kept for them.
+        device: where to compute metrics of pairs.
     """
-
-    def rows(seen: Sequence[Seen], name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in seen])
+    people = {"subjects": real.people, "requested": synthetic.people}
 
     def of_features() -> list[Finding]:
-        pair = standardise(rows(real, "features"), rows(synthetic, "features"))
-        return compare(*pair, subjects=subjects, asked=asked)
+        return distribution_metrics(*standardise(real.stack("features"), synthetic.stack("features")), **people)
 
     def of_maps() -> list[Finding]:
-        if real[0].maps is None:
+        if real.volumes[0].maps is None:
             return []
-        return compare(rows(real, "maps"), rows(synthetic, "maps"), "maps", subjects=subjects, asked=asked)
+        return distribution_metrics(real.stack("maps"), synthetic.stack("maps"), "maps", **people)
 
     def of_pairs() -> list[Finding]:
-        kept = [[i for i, one in enumerate(seen) if one.volume is not None] for seen in (real, synthetic)]
-        if not kept[1]:
+        one, other = real.paired, synthetic.paired
+        if not other.volumes:
             return []
-        shown = [[seen[i].volume for i in own] for seen, own in zip((real, synthetic), kept)]
-        whom = [[people[i] for i in own] for people, own in zip((subjects, asked), kept)]
-        return compare_pairs(*shown, subjects=whom[0], asked=whom[1], device=device)
+        images = [[each.volume for each in group.volumes] for group in (one, other)]
+        return diversity_metrics(*images, subjects=one.people, requested=other.people, device=device)
 
     found = []
-    for measures in (of_features, of_maps, of_pairs):
+    for metrics in (of_features, of_maps, of_pairs):
         try:
-            found += measures()
+            found += metrics()
         except InputError as error:
-            warnings.warn(f"how alike real and synthetic volumes are is not measured in full: {error}", stacklevel=2)
+            warnings.warn(f"realism is not measured in full: {error}", stacklevel=2)
     return found

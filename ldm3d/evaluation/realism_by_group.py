@@ -1,96 +1,74 @@
-"""Are generated volumes as much like real ones for everybody? The measures of distribution, in each group of people by itself.
+"""Are generated volumes as realistic in every subgroup? The metrics of realism within each group of people.
 
-A distance between two sets is no mean over volumes, so the permutations of fairness.py do not serve. And it grows with how
-much the people of a group differ, and falls with the number of volumes, neither of which is the model's doing. So every group
-has as many volumes, and what is compared is by how much generated volumes (asked for the covariates of a group's people) are
-further from that group's real volumes than these are from each other.
+A distance between two sets is not a mean over volumes, so the permutation test of subgroups.py does not apply. It also grows
+with the variance within a group and falls with the number of volumes, which are not properties of the model. So all groups
+have the same number of volumes, and the excess is compared: how much further generated volumes (for the covariates of a
+group's people) are from that group's real volumes than these are from each other.
 
-What chance makes of a gap follows from the standard error in each group: the range of as many figures that are all equal but
-for that error. It is that of the delete-half jackknife, as for the intervals in measures.py.
+The gap that is expected by chance follows from the standard error in each group: it is the range of as many figures that are
+equal but for that error. The error is that of the delete-half jackknife, as for the intervals in realism_sets.py.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ldm3d.covariates import CovariateSchema, Value
+from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import InputError
-from ldm3d.evaluation.measure_table import MEASURES, Kind
-from ldm3d.evaluation.measures import LEAST as IN_HALF
-from ldm3d.evaluation.measures import asked_numbers, draw, subject_numbers, unlikeness
-from ldm3d.evaluation.realism import IN_PAIRS, Seen
-from ldm3d.evaluation.subgroups import LEAST, PART, Gap, Group, groups_of, labels_of
+from ldm3d.evaluation.realism import PAIRED_VOLUMES, FeatureSet
+from ldm3d.evaluation.realism_metrics import REALISM_METRICS, Kind
+from ldm3d.evaluation.realism_pairs import log_dissimilarities
+from ldm3d.evaluation.realism_sets import MIN_HALF, Splits, excess_of_splits, in_splits, requested_numbers, subject_numbers
+from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MIN_GROUP, Gap, Group, groups_of, labels_of
 from ldm3d.metrics.features import standardise
 
-DRAWS = 100_000  # of ranges by chance
-SHARE = 0.1  # a gap of precision, recall, density, coverage, ratio or similarity that is small
-REACH = 1.96  # standard errors to the end of a 95% interval
-
-
-@dataclass(frozen=True)
-class SeenVolumes:
-    """What was seen of each volume, its covariates (or what was asked of it), and whom it shows."""
-
-    seen: Sequence[Seen]
-    rows: Sequence[Mapping[str, Value]]
-    people: Sequence[Hashable]
-
-    def take(self, numbers: Sequence[int]) -> "SeenVolumes":
-        return SeenVolumes(*([values[i] for i in numbers] for values in (self.seen, self.rows, self.people)))
-
-    def stack(self, name: str) -> Tensor:
-        """Their "features" or "maps", (N, D)."""
-        return torch.cat([getattr(each, name) for each in self.seen]).double()
-
-    @property
-    def kept(self) -> "SeenVolumes":
-        """Those that can be seen in pairs."""
-        return self.take([i for i, each in enumerate(self.seen) if each.volume is not None])
+CHANCE_DRAWS = 100_000  # of ranges by chance
+SHARE_TOLERANCE = 0.1  # gaps of precision, recall, density, coverage, ratios and similarities up to this size are small
+Z_95 = 1.96  # standard errors from the centre to the end of a 95% interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One figure of one group.
+    """One metric in one group.
 
     Attributes:
-        value: of generated volumes less that of real ones.
-        error: its standard error.
-        size: of the figure itself, on generated volumes.
+        excess: of generated volumes over real ones; error: its standard error.
+        size: of the metric itself, on generated volumes.
     """
 
-    value: float
+    excess: float
     error: float
     size: float
 
 
-Groups = Mapping[str, tuple[SeenVolumes, SeenVolumes]]  # real and generated ones by label
+Groups = Mapping[str, tuple[FeatureSet, FeatureSet]]  # real and generated volumes by label
 
 
-def gaps_of_likeness(
+def realism_gaps(
     schema: CovariateSchema,
     bands: Mapping[str, Sequence[float]],
-    real: SeenVolumes,
-    synthetic: SeenVolumes,
+    real: FeatureSet,
+    synthetic: FeatureSet,
     device: str | torch.device = "cpu",
     splits: int = 100,
     seed: int = 0,
 ) -> list[Gap]:
-    """Every measure of likeness between the groups of every grouping.
+    """Every metric of realism between the groups of every grouping.
 
     Args:
         schema, bands: see `ldm3d.evaluation.subgroups.gaps`.
         real: held-out volumes.
         synthetic: generated volumes.
-        device: where to compare pairs.
-        splits, seed: see `ldm3d.evaluation.measures.compare`.
+        device: where to compute metrics of pairs.
+        splits, seed: see `ldm3d.evaluation.realism_sets`.
 
     Returns:
-        Not yet corrected for their number. Groups of too few people are left out, and a grouping of fewer than two others.
+        Not yet corrected for their number. Groups of too few people are left out, and so are groupings of fewer than two
+        other groups.
     """
     found = []
     for name, edges in bands.items():
@@ -99,62 +77,53 @@ def gaps_of_likeness(
         for label in labels_of(schema[name], edges):
             numbers = ([i for i, each in enumerate(own) if each == label] for own in given)
             both = real.take(next(numbers)), synthetic.take(next(numbers))
-            if min(len(set(volumes.people)) for volumes in both) >= LEAST:
+            if min(len(set(volumes.people)) for volumes in both) >= MIN_GROUP:
                 groups[label] = both
         if len(groups) >= 2:
-            kinds = (
-                _of_rows(groups, "features", splits, seed),
-                _of_rows(groups, "maps", splits, seed),
-                _of_pairs(groups, device, seed),
-            )
-            found += [_gap(measure, name, groups, estimates) for kind in kinds for measure, estimates in kind]
+            sets = [_of_sets(groups, kind, splits, seed) for kind in ("features", "maps")]
+            for kind in (*sets, _of_pairs(groups, device, seed)):
+                found += [_gap(metric, name, groups, estimates) for metric, estimates in kind]
     return found
 
 
-def _of_rows(groups: Groups, kind: Kind, splits: int, seed: int) -> Iterator[tuple[str, dict[str, Estimate]]]:
-    """Measures of features or maps, each with its estimate in every group; nothing where groups are too small."""
-    everyone = [each for both in groups.values() for volumes in both for each in volumes.seen]
-    if kind == "maps" and any(each.maps is None for each in everyone):
+def _of_sets(groups: Groups, kind: Kind, splits: int, seed: int) -> Iterator[tuple[str, dict[str, Estimate]]]:
+    """Metrics of features or maps, each with its estimate in every group; none if groups are too small."""
+    if kind == "maps" and any(each.maps is None for both in groups.values() for volumes in both for each in volumes.volumes):
         return
-    numbers = {label: subject_numbers(real.people, len(real.people)) for label, (real, _) in groups.items()}
-    asked = {
-        label: asked_numbers(real.people, synthetic.people, len(real.people), len(synthetic.people))
+    subjects = {label: subject_numbers(real.people, len(real.people)) for label, (real, _) in groups.items()}
+    requested = {
+        label: requested_numbers(real.people, synthetic.people, len(real.people), len(synthetic.people))
         for label, (real, synthetic) in groups.items()
     }
-    # As in `compare`: a half of the people, as many others, and as many generated volumes asked for these
-    size = min(len(own.unique()) // 2 for each in (numbers, asked) for own in each.values())
-    if size < IN_HALF:
+    # Half of the people, as many others, and as many volumes that were generated for these
+    size = min(len(own.unique()) // 2 for each in (subjects, requested) for own in each.values())
+    if size < MIN_HALF:
         return
-    measures = {name: measure for name, measure in MEASURES.items() if measure.kind == kind}
+    metrics = {name: metric for name, metric in REALISM_METRICS.items() if metric.kind == kind}
     rows = {label: tuple(volumes.stack(kind) for volumes in both) for label, both in groups.items()}
     if kind == "features":  # all groups on one scale
         reference = torch.cat([real for real, _ in rows.values()])
         rows = {label: standardise(reference, *both)[1:] for label, both in rows.items()}
-    found = {name: {} for name in measures}
+    found = {name: {} for name in metrics}
     for label, (real, synthetic) in rows.items():
-        figures, null = draw(real, synthetic, measures, numbers[label], size, size, splits, seed, asked[label])
-        for name in measures:
-            found[name][label] = _of_splits(figures[name], null[name], size / len(asked[label].unique()))
+        drawn = Splits(subjects[label], requested[label], size, size, splits, seed)
+        figures, null = in_splits(real, synthetic, metrics, drawn)
+        for name in metrics:
+            excess = excess_of_splits(figures[name], null[name], size / len(requested[label].unique()))
+            found[name][label] = Estimate(*excess, float(np.mean(figures[name])))
     yield from found.items()
 
 
-def _of_splits(figures: Sequence[float], null: Sequence[float], part: float) -> Estimate:
-    """From figures of splits that take this part of the volumes; those of halves spread as the whole's figure would."""
-    beyond = np.array(figures) - np.array(null)
-    return Estimate(float(beyond.mean()), float(beyond.std(ddof=1)) * math.sqrt(part / (1 - part)), float(np.mean(figures)))
-
-
 def _of_pairs(groups: Groups, device: str | torch.device, seed: int) -> Iterator[tuple[str, dict[str, Estimate]]]:
-    """Measures of pairs of volumes of one group."""
+    """Metrics of pairs of volumes of one group."""
     found = {}
     for label, both in groups.items():
         try:
-            real, synthetic = (volumes.kept for volumes in both)
             values = [
-                unlikeness(name, [each.volume for each in volumes.seen], volumes.people, IN_PAIRS, device, seed)
-                for name, volumes in (("real", real), ("synthetic", synthetic))
+                log_dissimilarities(name, [v.volume for v in own.volumes], own.people, PAIRED_VOLUMES, device, seed)
+                for name, own in zip(("real", "synthetic"), (volumes.paired for volumes in both))
             ]
-        except InputError:  # a group has too few pairs, so there is none to compare it with
+        except InputError:  # this group has too few pairs, so the others have nothing to be compared with
             return
         for name in values[0]:
             found.setdefault(name, {})[label] = _of_logarithms(*(each[name] for each in values))
@@ -170,31 +139,20 @@ def _of_logarithms(real: NDArray, synthetic: NDArray) -> Estimate:
     return Estimate(on_real - on_synthetic, math.hypot(error, own), 1 - on_synthetic)
 
 
-def _gap(measure: str, grouping: str, groups: Groups, estimates: Mapping[str, Estimate]) -> Gap:
-    known = MEASURES[measure]
-    found = [
-        Group(label, len(synthetic.seen), len(set(real.people)), e.value, e.value - REACH * e.error, e.value + REACH * e.error)
-        for label, (real, synthetic) in groups.items()
-        for e in (estimates[label],)
-    ]
-    ranked = sorted(found, key=lambda group: group.value, reverse=known.direction != "high")
+def _gap(name: str, grouping: str, groups: Groups, estimates: Mapping[str, Estimate]) -> Gap:
+    metric, found = REALISM_METRICS[name], []
+    for label, (real, synthetic) in groups.items():
+        value, reach = estimates[label].excess, Z_95 * estimates[label].error
+        found.append(Group(label, len(synthetic.volumes), len(set(real.people)), value, value - reach, value + reach))
+    ranked = sorted(found, key=lambda group: group.value, reverse=metric.direction != "high")
     worst, best = ranked[0].label, ranked[-1].label
     gap = abs(ranked[0].value - ranked[-1].value)
-    reach = REACH * math.hypot(estimates[worst].error, estimates[best].error)
+    reach = Z_95 * math.hypot(estimates[worst].error, estimates[best].error)
     errors = np.array([estimates[label].error for label in groups])
-    by_chance = np.ptp(np.random.default_rng(0).standard_normal((DRAWS, len(errors))) * errors, axis=1)
-    p = float((1 + (by_chance >= gap).sum()) / (1 + DRAWS))
+    by_chance = np.ptp(np.random.default_rng(0).standard_normal((CHANCE_DRAWS, len(errors))) * errors, axis=1)
+    p = float((1 + (by_chance >= gap).sum()) / (1 + CHANCE_DRAWS))
+    chance = float(np.percentile(by_chance, 95))
     size = float(np.mean([abs(each.size) for each in estimates.values()]))
-    return Gap(
-        f"{known.title}, beyond real",
-        grouping,
-        tuple(found),
-        worst,
-        best,
-        gap,
-        gap - reach,
-        gap + reach,
-        float(np.percentile(by_chance, 95)),
-        p,
-        PART * size if known.direction == "low" else SHARE,
-    )
+    tolerance = ERROR_TOLERANCE * size if metric.direction == "low" else SHARE_TOLERANCE
+    figure = f"{metric.title}, minus real"
+    return Gap(figure, grouping, tuple(found), worst, best, gap, gap - reach, gap + reach, chance, p, tolerance)

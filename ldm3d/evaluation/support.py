@@ -1,8 +1,8 @@
-"""Which requests lie beyond what training saw: one covariate alone, or values that never came together.
+"""Which requests lie outside of the training data: by one covariate, or by a combination of values?
 
-A 25-year-old with a 90-year-old's ventricles is within the range of both, and still nobody's. Mahalanobis' distance sees that.
-A pipeline stores mean, deviation and range of each covariate and not how they hang together, so the joint part needs the table
-that was trained on; without it covariates are judged one by one.
+The ventricles of a 90-year-old in a 25-year-old are within both ranges, but the combination is not in the data. The
+Mahalanobis distance detects this. It needs the table of the training data, as a pipeline stores mean, deviation and range of
+each covariate only; without the table covariates are checked one by one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from ldm3d.covariates import Covariate, CovariateSchema, Value, describe
 
-SHARE = 99  # percent of the training volumes that lie within
-LEAST = 30  # training volumes from which a covariance is taken
+PERCENT_WITHIN = 99  # of the training volumes
+MIN_VOLUMES = 30  # in training, to estimate a covariance
 
 
 @dataclass(frozen=True)
-class Beyond:
-    """A request beyond what training saw: its number, what was asked, and why it is called so."""
+class OutsideTraining:
+    """A request outside of the training data: its number, its covariates, and the reason."""
 
     number: int
     asked: str
@@ -30,19 +30,19 @@ class Beyond:
         return asdict(self)
 
 
-def beyond_training(
+def outside_training(
     schema: CovariateSchema, requests: Sequence[Mapping[str, Value]], training: Sequence[Mapping[str, Any]] | None
-) -> list[Beyond]:
-    """Requests that training says nothing about.
+) -> list[OutsideTraining]:
+    """Requests for which generation is extrapolation.
 
     Args:
         schema: fitted on the training split.
         requests: parsed.
-        training: covariates of the training volumes; None if they are not at hand.
+        training: covariates of the training volumes; None if they are not available.
 
     Returns:
-        Those with a value outside of the range that training saw, and those whose continuous covariates together are further
-        from the training volumes' mean (Mahalanobis 1936) than `SHARE` % of the training volumes are themselves.
+        Those with a value outside of the training range, and those whose continuous covariates together are further from the
+        training volumes' mean (Mahalanobis 1936) than `PERCENT_WITHIN` % of the training volumes.
     """
     continuous = [c for c in schema if c.seen]
     known = None
@@ -51,15 +51,15 @@ def beyond_training(
     found = []
     for number, row in enumerate(requests):
         given = [c for c in continuous if row[c.name] is not None]
-        reasons = [f"{c.name}: training saw {c.seen[0]:g} to {c.seen[1]:g}" for c in given if not _within(c, row[c.name])]
+        reasons = [f"{c.name}: training range {c.seen[0]:g} to {c.seen[1]:g}" for c in given if not _within(c, row[c.name])]
         if not reasons and known is not None and len(given) > 1:
             places = [continuous.index(c) for c in given]
             far, limit = _distance(np.array([row[c.name] for c in given]), known[:, places])
             if far > limit:
                 together = ", ".join(c.name for c in given)
-                reasons.append(f"{together} together: distance {far:.1f}, {SHARE}% of training within {limit:.1f}")
+                reasons.append(f"{together} together: distance {far:.1f}, {PERCENT_WITHIN}% of training within {limit:.1f}")
         if reasons:
-            found.append(Beyond(number, describe(row), "; ".join(reasons)))
+            found.append(OutsideTraining(number, describe(row), "; ".join(reasons)))
     return found
 
 
@@ -68,9 +68,9 @@ def _within(covariate: Covariate, value: float) -> bool:
 
 
 def _distance(asked: NDArray, known: NDArray) -> tuple[float, float]:
-    """Mahalanobis' distance of values (K,) from known volumes (N, K), and what `SHARE` % of these stay below."""
+    """Mahalanobis distance of values (K,) from training volumes (N, K), and the `PERCENT_WITHIN` percentile of theirs."""
     known = known[np.isfinite(known).all(axis=1)]
-    if len(known) < LEAST:
+    if len(known) < MIN_VOLUMES:
         return 0.0, np.inf
     centre = known.mean(axis=0)
     inverse = np.linalg.pinv(np.cov(known, rowvar=False))
@@ -78,4 +78,4 @@ def _distance(asked: NDArray, known: NDArray) -> tuple[float, float]:
     def distance(values: NDArray) -> NDArray:
         return np.sqrt(np.einsum("...i,ij,...j->...", values - centre, inverse, values - centre))
 
-    return float(distance(asked)), float(np.percentile(distance(known), SHARE))
+    return float(distance(asked)), float(np.percentile(distance(known), PERCENT_WITHIN))

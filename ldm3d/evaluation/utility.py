@@ -1,8 +1,8 @@
-"""Is synthetic data of use? The same regressor trained on real volumes, on synthetic ones and on both, tested on real people.
+"""Downstream utility: does a regressor trained on synthetic volumes predict as well on real people?
 
-The regressor is that of `ldm3d.rulers.regression`, solved exactly: none of the three can have trained longer. Synthetic
-volumes come with the value that was asked of them as their label. Real and synthetic training sets are of one size. They are
-drawn anew in every repeat, and the people it is tested on are drawn by the bootstrap, so that intervals hold both chances.
+The ridge regression of `ldm3d.rulers.regression` is fitted to real volumes, to synthetic volumes and to both, and tested on
+held-out real people. The label of a synthetic volume is the value that was requested. Real and synthetic training sets have
+the same size. They are drawn anew in every repeat, and the tested people by the bootstrap, so that intervals include both.
 """
 
 from collections.abc import Hashable, Sequence
@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
 from ldm3d.randomness import generator
-from ldm3d.rulers.regression import LEAST, fit_ridge
+from ldm3d.rulers.regression import MIN_PEOPLE, fit_ridge
 from ldm3d.statistics.bootstrap import SAMPLES, Interval, interval, resamples
 
 REPEATS = 20
-PART = 0.8  # of the volumes there are that a repeat trains on
+TRAINING_PART = 0.8  # of the available volumes, in every repeat
 KINDS = ("real", "synthetic", "both")
 
 
 @dataclass(frozen=True)
-class Usefulness:
-    """What was found for one covariate.
+class Utility:
+    """Downstream utility for one covariate.
 
     Attributes:
         covariate: that is predicted.
         tested: held-out real volumes.
-        volumes: kind of training ("real", "synthetic", "both") -> volumes in it.
-        mae: kind -> mean absolute error on held-out people, over repeats.
-        intervals: kind -> 95% of it.
-        ratio: "synthetic" and "both" -> their error relative to "real"; ratio_intervals: 95% of that.
-        errors: kind -> mean absolute error on each tested volume, over repeats; (N,).
+        volumes: training set ("real", "synthetic", "both") -> volumes in it.
+        mae: training set -> mean absolute error on held-out people, over repeats.
+        intervals: training set -> its 95% interval.
+        ratio: "synthetic" and "both" -> error relative to "real"; ratio_intervals: its 95% intervals.
+        errors: training set -> mean absolute error on each tested volume, over repeats; (N,).
     """
 
     covariate: str
@@ -53,33 +53,27 @@ class Usefulness:
 Set = tuple[NDArray, NDArray]  # features (N, D), values (N,)
 
 
-def usefulness(
-    covariate: str,
-    real: Set,
-    synthetic: Set,
-    tested: Set,
-    people: Sequence[Hashable],
-    repeats: int = REPEATS,
-    seed: int = 0,
-) -> Usefulness:
+def downstream_utility(
+    covariate: str, real: Set, synthetic: Set, tested: Set, people: Sequence[Hashable], repeats: int = REPEATS, seed: int = 0
+) -> Utility:
     """Train on real, on synthetic and on both; test on held-out real volumes.
 
     Args:
         covariate: its name.
         real, synthetic: to train on; the larger one is cut to the size of the smaller in every repeat.
-        tested: volumes of people who are in none of them.
-        people: whom each of those shows.
-        repeats: training sets that are drawn.
+        tested: volumes of other people.
+        people: the person in each of these.
+        repeats: number of training sets.
         seed: of all draws.
 
     Raises:
         InputError: too few volumes to train on, or none to test on.
     """
-    size = int(PART * min(len(real[1]), len(synthetic[1])))
-    if size < LEAST or not len(tested[1]):
+    size = int(TRAINING_PART * min(len(real[1]), len(synthetic[1])))
+    if size < MIN_PEOPLE or not len(tested[1]):
         raise InputError(
             f"{len(real[1])} real and {len(synthetic[1])} synthetic volumes to train on, {len(tested[1])} to test on: "
-            f"{-(-LEAST * 10 // 8)} of each are needed; generate more (--num), or evaluate with the data that was trained on"
+            f"{-(-MIN_PEOPLE * 10 // 8)} of each are needed; generate more (--num), or give the training data in --data"
         )
     errors: dict[str, list[NDArray]] = {kind: [] for kind in KINDS}
     for repeat in range(repeats):
@@ -90,19 +84,15 @@ def usefulness(
     weights = resamples(people, seed=seed)  # (B, N)
     weights /= weights.sum(axis=1, keepdims=True)
     chosen = torch.randint(repeats, (SAMPLES,), generator=generator("downstream", seed)).numpy()
-    # One draw of all three is of the same repeat and the same people, so that ratios are of pairs
-    spread = {kind: (weights * np.stack(rows)[chosen]).sum(axis=1) for kind, rows in errors.items()}  # (B,)
+    # A draw has the same repeat and the same people in all three, so that ratios are paired
+    draws = {kind: (weights * np.stack(rows)[chosen]).sum(axis=1) for kind, rows in errors.items()}  # (B,)
     mae = {kind: float(np.mean(rows)) for kind, rows in errors.items()}
-    return Usefulness(
-        covariate,
-        len(tested[1]),
-        {"real": size, "synthetic": size, "both": 2 * size},
-        mae,
-        {kind: interval(values) for kind, values in spread.items()},
-        {kind: mae[kind] / mae["real"] for kind in KINDS[1:]},
-        {kind: interval(spread[kind] / spread["real"]) for kind in KINDS[1:]},
-        {kind: np.mean(rows, axis=0) for kind, rows in errors.items()},
-    )
+    volumes = {"real": size, "synthetic": size, "both": 2 * size}
+    intervals = {kind: interval(values) for kind, values in draws.items()}
+    ratio = {kind: mae[kind] / mae["real"] for kind in KINDS[1:]}
+    ratio_intervals = {kind: interval(draws[kind] / draws["real"]) for kind in KINDS[1:]}
+    mean_errors = {kind: np.mean(rows, axis=0) for kind, rows in errors.items()}
+    return Utility(covariate, len(tested[1]), volumes, mae, intervals, ratio, ratio_intervals, mean_errors)
 
 
 def _draw(one: Set, size: int, *position: int | str) -> Set:

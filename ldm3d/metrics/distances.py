@@ -1,8 +1,8 @@
-"""Distances between two sets of features, and what one set lies near of the other.
+"""Distances between two sets of features, and metrics of nearest neighbours.
 
-Features are (N, D): one row a volume, whatever extractor they come from (see features.py). All sums are in float64. Memory
-is linear in N: distances and kernels are taken a block of rows at a time. None of these figures means anything by
-itself, since most of them are biased by the number of volumes; measures.py sets each beside real volumes against real ones.
+Features are (N, D): one row a volume, of any extractor (see features.py). All sums are in float64. Memory is linear in N:
+distances and kernels are computed in blocks of rows. Most of these figures are biased by the number of volumes, so that they
+mean little by themselves; evaluation/realism_sets.py compares each with real volumes against real volumes.
 """
 
 import math
@@ -80,7 +80,7 @@ def _root(features: Tensor) -> Tensor:
     return centred if len(centred) <= centred.shape[1] else torch.linalg.qr(centred, mode="r").R
 
 
-def frechet_infinity(real: Features, other: Features, whole: float | None = None) -> float:
+def frechet_infinity(real: Features, other: Features, distance: float | None = None) -> float:
     """Fréchet distance extrapolated to infinitely many volumes (after Chong and Forsyth 2020, section 3).
 
     Its bias falls nearly with 1/N, so a line through the distances at N and at N/2 is followed to 1/N = 0: twice the first
@@ -89,7 +89,7 @@ def frechet_infinity(real: Features, other: Features, whole: float | None = None
 
     Args:
         real, other: (N, D) and (M, D), 4 rows or more each.
-        whole: their Fréchet distance, if it is known already.
+        distance: their Fréchet distance, if it is known already.
 
     Returns:
         May be below 0, by sampling error. Where the halves have fewer volumes than features, part of the bias stays,
@@ -97,7 +97,7 @@ def frechet_infinity(real: Features, other: Features, whole: float | None = None
     """
     real, other = check_pair(real, other, 4)
     halves = [_frechet(real[i::2], other[i::2]) for i in range(2)]
-    return 2 * (_frechet(real, other) if whole is None else whole) - sum(halves) / 2
+    return 2 * (_frechet(real, other) if distance is None else distance) - sum(halves) / 2
 
 
 def kernel_distance(real: Features, other: Features) -> float:
@@ -157,14 +157,14 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Which volumes lie near which.
+    """Metrics of nearest neighbours.
 
     Attributes:
         precision: share of the others inside a ball around a real volume that reaches to its 3rd neighbour (Kynkäänniemi
-            et al. 2019, eq. 2): do they look real?
-        recall: the same with the roles exchanged: is what is real among them?
+            et al. 2019, eq. 2): realism.
+        recall: the same with the roles exchanged: variety.
         density: mean number of such balls, up to the 5th neighbour, around one of the others, divided by 5 (Naeem et al.
-            2020, eq. 3); unlike precision it does not trust a lone outlier's large ball. May exceed 1.
+            2020, eq. 3); unlike precision it is robust to the large ball of an outlier. May exceed 1.
         coverage: share of the real volumes with another one inside their ball (Naeem et al. 2020, eq. 4).
         ratio: mean distance of the others to their nearest real volume, in units of the mean distance of real volumes
             to theirs. Below 1: nearer than real volumes are to each other, as copies are.
@@ -242,13 +242,13 @@ def inception_score(probabilities: Features) -> float:
     """Inception score (Salimans et al. 2016): exp of the mean of KL(p(y|x) || p(y)).
 
     Args:
-        probabilities: (N, classes), what a classifier says of each volume; rows sum to 1.
+        probabilities: (N, classes), of each volume by a classifier; rows sum to 1.
 
     Returns:
         From 1 (all volumes alike to the classifier) to the number of classes (certain of each, and all equally frequent).
 
     Raises:
-        InputError: rows that are no probabilities.
+        InputError: rows that are not probabilities.
     """
     p = as_features(probabilities, "classified", 1)
     if (p < 0).any() or ((p.sum(dim=1) - 1).abs() > 1e-3).any():
@@ -261,7 +261,7 @@ def inception_score(probabilities: Features) -> float:
 
 
 def spatial_features(maps: Tensor) -> Tensor:
-    """Features that know where: for the spatial Fréchet distance (Nash et al. 2021, section 4.1: sFID).
+    """Features with positions, for the spatial Fréchet distance (Nash et al. 2021, section 4.1: sFID).
 
     As there, the first few channels of a network's feature map, each position a feature of its own, so many that
     the number stays that of ordinary features. In 3D, maps are averaged to at most 6 positions an axis first.

@@ -1,15 +1,16 @@
-"""Features of volumes: what the measures of distribution look at.
+"""Features of volumes, by which distributions are compared.
 
-An extractor is any callable, a torch module for example, that takes volumes (N, C, X, Y, Z) in [0, 1] to features (N, D).
-Those here take one channel.
-There are three here: `RandomFeatures`, which needs nothing, and two networks whose weights the user gives, `MedicalNet` and
-`RadImageNet`. Figures compare only where extractor, grid and intensity scaling are the same.
+An extractor is any callable, a torch module for example, that takes volumes (N, C, X, Y, Z) in [0, 1] to features (N, D);
+those here take one channel.
+There are three here: `RandomFeatures`, which needs no weights, and two networks whose weights the user gives, `MedicalNet` and
+`RadImageNet`. Figures are comparable only for the same extractor, grid and intensity scaling.
 """
 
 import importlib
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ Extractor = Callable[[Tensor], Tensor]
 SCALES = (1, 2, 4)  # voxels that are averaged along each axis
 WIDTHS = (1, 8, 16, 32)  # channels of the random convolutions
 SLICE_SIDE = 224  # pixels, of what RadImageNet's networks were trained on
-FLOOR = 0.01  # of the median deviation, for features that do not vary among real volumes
+MIN_DEVIATION = 0.01  # of the median deviation, for features that do not vary among real volumes
 
 
 def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: torch.device | str = "cpu") -> Tensor:
@@ -61,24 +62,24 @@ def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: t
                 )
             found.append(features.float().cpu())
     if not found:
-        raise InputError("there is no volume to take features of; give at least one")
+        raise InputError("there is no volume to compute features of; give at least one")
     return torch.cat(found)
 
 
 class RandomFeatures(nn.Module):
-    """220 features for which nothing has to be trained or downloaded: moments, and random convolutions.
+    """220 features without trained weights: moments, and random convolutions.
 
     - 108 moments: mean and standard deviation of the intensity and of its gradient's magnitude, at 1, 2 and 4 voxels, over
-      the volume and over each of its eight octants, so that sides, front and back, top and bottom are told apart.
+      the volume and over each of its eight octants, so that left and right, front and back, top and bottom differ.
     - 112 responses: mean and standard deviation of each channel of three random 3 x 3 x 3 convolutions with ReLU, at
-      1, 2 and 4 voxels. Random filters see texture nearly as trained ones do (Saxe et al. 2011). Every filter sums to zero, so
-      it answers to structure and not to brightness.
+      1, 2 and 4 voxels. Random filters respond to texture nearly as trained ones do (Saxe et al. 2011). Every filter sums to
+      zero, so that it responds to structure and not to brightness.
 
-    They see blur, noise, contrast, sizes, positions and sides, and tell nothing of anatomy that a radiologist would name.
-    Their scales differ by far: `standardise` them before measuring distances.
+    They are sensitive to blur, noise, contrast, size and position, but not to the anatomy that a radiologist would name.
+    Their scales differ: `standardise` them before computing distances.
 
     Args:
-        seed: of the filters; features of different seeds do not compare.
+        seed: of the filters; features of different seeds are not comparable.
     """
 
     def __init__(self, seed: int = 0):
@@ -97,7 +98,7 @@ class RandomFeatures(nn.Module):
         found = []
         for scale in SCALES:
             x = F.avg_pool3d(volumes, scale)
-            for quantity in (x, _gradient(x)):
+            for quantity in (x, _forward_gradient(x)):
                 found += [*_mean_and_deviation(quantity, 1), *_mean_and_deviation(quantity, 2)]
         for x in self._responses(volumes):
             found += _mean_and_deviation(x, 1)
@@ -116,11 +117,11 @@ class RandomFeatures(nn.Module):
         return found
 
 
-def _gradient(x: Tensor) -> Tensor:
+def _forward_gradient(x: Tensor) -> Tensor:
     """Magnitude of forward differences, one voxel less on each axis."""
     inner = x[..., :-1, :-1, :-1]
-    steps = (x[..., 1:, :-1, :-1] - inner, x[..., :-1, 1:, :-1] - inner, x[..., :-1, :-1, 1:] - inner)
-    return sum(step**2 for step in steps).sqrt()
+    differences = (x[..., 1:, :-1, :-1] - inner, x[..., :-1, 1:, :-1] - inner, x[..., :-1, :-1, 1:] - inner)
+    return sum(difference**2 for difference in differences).sqrt()
 
 
 def _mean_and_deviation(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
@@ -217,21 +218,26 @@ def load_extractor(name: str) -> Extractor:
         return RandomFeatures()
     if kind in ("medicalnet", "radimagenet"):
         return (MedicalNet if kind == "medicalnet" else RadImageNet)(rest)
+    return imported(name, "extractor", "random, medicalnet:FILE, radimagenet:FILE or ")()
+
+
+def imported(name: str, kind: str, alternatives: str = "") -> Any:
+    """The function "package.module:function"; InputError, which names the kind and other choices, if there is none."""
+    module, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(kind), rest)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"extractor {name!r} cannot be imported ({error}); give random, medicalnet:FILE, radimagenet:FILE or "
-            "package.module:function, with its folder on PYTHONPATH"
+            f"{kind} {name!r} cannot be imported ({error}); give {alternatives}package.module:function, with its folder on "
+            "PYTHONPATH"
         ) from None
-    return make()
 
 
 def standardise(real: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Bring every feature to mean 0 and deviation 1 among real volumes, and others to the same scale.
 
-    Without it, distances are those of the few features with the largest numbers. A feature that hardly varies among
-    real volumes (an empty corner) is divided by 1% of the median deviation: it counts if others differ in it, within reason.
+    Otherwise distances would be those of the few features with the largest values. A feature that hardly varies among real
+    volumes (an empty corner) is divided by 1% of the median deviation.
 
     Args:
         real: (N, D); always the reference, never synthetic volumes.
@@ -241,12 +247,12 @@ def standardise(real: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         All of them in the same order.
     """
     deviation, mean = torch.std_mean(real.double(), dim=0)
-    deviation = deviation.clamp_min(max(FLOOR * float(deviation.median()), 1e-12))
+    deviation = deviation.clamp_min(max(MIN_DEVIATION * float(deviation.median()), 1e-12))
     return tuple((features.double() - mean) / deviation for features in (real, *others))
 
 
 def read_features(path: Path | str) -> tuple[list[str] | None, Tensor]:
-    """Features that were computed elsewhere.
+    """Features that were computed by another program.
 
     Args:
         path: .npy with an array (N, D); or .tsv or .csv with a header, an id in the first column and numbers in the others.
@@ -255,7 +261,7 @@ def read_features(path: Path | str) -> tuple[list[str] | None, Tensor]:
         The ids (None for .npy), and (N, D) in float64.
 
     Raises:
-        InputError: no such file, another format, or cells that are no numbers.
+        InputError: no such file, another format, or cells that are not numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -265,7 +271,7 @@ def read_features(path: Path | str) -> tuple[list[str] | None, Tensor]:
         if path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)
         elif path.suffix in (".tsv", ".csv"):
-            # As text first: an id of 007 is no number
+            # As text: an id of 007 is not a number
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
             ids, values = table.iloc[:, 0].tolist(), table.iloc[:, 1:].to_numpy()
         else:

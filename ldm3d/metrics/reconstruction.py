@@ -1,29 +1,29 @@
-"""Measures of volumes and of agreement; each is a number per volume or per list, with its source."""
+"""Quality of reconstructed volumes; each figure is a number per volume."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EDGE = 2  # voxels around what a volume shows that belong to its foreground
-NOISE, EMPTY = 0.1, 0.1  # intensity of noise in air; share of voxels at 0 in a volume whose air has none
+MARGIN = 2  # voxels around the object that belong to the foreground
+AIR_LEVEL, EMPTY_SHARE = 0.1, 0.1  # highest intensity of noise in air; share of voxels at 0 if air has no noise
 
 
 def foreground(volume: Tensor) -> Tensor:
-    """Where a volume shows something: above 0, and `EDGE` voxels around that, so that what spills over the edge counts.
+    """Where the intensity is above 0, and `MARGIN` voxels around that, so that errors just outside of the object count.
 
-    Air is easy, and whoever gets it right gets a better figure for every empty voxel of the grid. Around a stripped brain it
-    is exactly 0. Where next to nothing is, air is noise, and what is above a tenth of the range counts, as in preparation.
+    Air is reconstructed easily, so that figures over the whole grid improve with its size. Around a stripped brain air is
+    exactly 0. If hardly any voxel is 0, air holds noise, and the foreground is above a tenth of the range, as in preparation.
 
     Args:
         volume: (N, C, X, Y, Z) in [0, 1].
 
     Returns:
-        The same shape, bool. A volume that is empty is foreground throughout.
+        The same shape, bool. An empty volume is foreground everywhere.
     """
-    noisy = (volume == 0).flatten(1).float().mean(dim=1) < EMPTY
-    level = torch.where(noisy, NOISE, 0.0).view(-1, 1, 1, 1, 1)
-    shown = F.max_pool3d((volume > level).float(), 2 * EDGE + 1, stride=1, padding=EDGE) > 0
-    return shown | ~shown.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
+    noisy = (volume == 0).flatten(1).float().mean(dim=1) < EMPTY_SHARE
+    level = torch.where(noisy, AIR_LEVEL, 0.0).view(-1, 1, 1, 1, 1)
+    near = F.max_pool3d((volume > level).float(), 2 * MARGIN + 1, stride=1, padding=MARGIN) > 0
+    return near | ~near.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
 
 
 def psnr(volume: Tensor, reference: Tensor, where: Tensor | None = None) -> Tensor:
@@ -49,9 +49,9 @@ def ssim(volume: Tensor, reference: Tensor, where: Tensor | None = None) -> Tens
         where: centres of the windows that count, of the same shape, from `foreground`; None: all.
 
     Returns:
-        (N,), 1 for equal volumes. Windows lie in the volume, so centres nearer to a face than half of one do not count.
+        (N,), 1 for equal volumes. Windows lie within the volume, so centres nearer to a face than half a window do not count.
     """
-    from monai.metrics.regression import compute_ssim_and_cs  # takes seconds, which training need not wait for
+    from monai.metrics.regression import compute_ssim_and_cs  # the import takes seconds, and training does not need it
 
     side = min(11, *volume.shape[2:])
     side -= (side + 1) % 2
@@ -60,7 +60,7 @@ def ssim(volume: Tensor, reference: Tensor, where: Tensor | None = None) -> Tens
 
 
 def _mean(values: Tensor, where: Tensor | None) -> Tensor:
-    """Of each sample where it counts: (N, C, X, Y, Z) -> (N,); NaN where nothing does."""
+    """Mean of each sample over `where`: (N, C, X, Y, Z) -> (N,); NaN if that is empty."""
     if where is None:
         return values.flatten(1).mean(dim=1)
     return (values * where).flatten(1).sum(dim=1) / where.flatten(1).sum(dim=1)

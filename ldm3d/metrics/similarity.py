@@ -1,4 +1,4 @@
-"""How alike are two volumes? For pairs of one set: the more alike they are, the less variety the set has.
+"""Similarity of two volumes. For pairs of one set: the more similar they are, the less variety the set has.
 
 Neither volume of a pair is the reference, so both measures are symmetric. Volumes are (N, C, X, Y, Z) in [0, 1]. Windows
 are Gaussian, of 11 voxels with a standard deviation of 1.5 (Wang et al. 2004) or of fewer where a volume is thinner, and
@@ -17,8 +17,8 @@ from ldm3d.models.blocks import full_precision
 WINDOW, DEVIATION = 11, 1.5
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for a range of 1
-EDGE, FLAT = 0.12, 0.06  # of the largest gradient: Li and Bovik 2010, section 3
-STILL = 1e-8  # variance of the gradient below which a window is constant: rounding of float32
+EDGE_LEVEL, SMOOTH_LEVEL = 0.12, 0.06  # of the largest gradient: Li and Bovik 2010, section 3
+MIN_VARIANCE = 1e-8  # of the gradient; below it a window is constant up to the rounding of float32
 
 
 def num_scales(shape: tuple[int, ...]) -> int:
@@ -30,7 +30,7 @@ def ms_ssim(one: Tensor, other: Tensor) -> Tensor:
     """Multi-scale structural similarity (Wang et al. 2003, eq. 7) in 3D.
 
     Five scales need sides of 176 voxels. Smaller volumes get the first scales only, as many as `num_scales` says, with their
-    weights divided by their sum; so figures of different shapes do not compare. A brain of 160 x 224 x 160 has 4 scales.
+    weights divided by their sum; so figures of different shapes are not comparable. A brain of 160 x 224 x 160 has 4 scales.
 
     Args:
         one, other: (N, C, X, Y, Z) in [0, 1].
@@ -54,7 +54,7 @@ def ms_ssim(one: Tensor, other: Tensor) -> Tensor:
 
 
 def four_g_r_ssim(one: Tensor, other: Tensor) -> Tensor:
-    """4-G-R-SSIM: structure of gradients, in four kinds of region that count alike, in 3D.
+    """4-G-R-SSIM: structure of gradients, in four kinds of region with equal weights, in 3D.
 
     - G (Chen et al. 2006): volumes are replaced by the magnitude of their gradient, by Sobel's operator along three axes.
     - R (Rouse and Hemami 2008): of SSIM's three factors only the last stays, the correlation r* in each window; 1 where
@@ -63,7 +63,7 @@ def four_g_r_ssim(one: Tensor, other: Tensor) -> Tensor:
       either volume), edges of one of them, smooth places (below 0.06 in both) and textures (the rest), and then over the four
       with equal weights; a kind of region that does not occur leaves its weight to the others.
 
-    Li and Bovik take thresholds, and what is smooth, from the reference alone; here both volumes have a say. Renieblas et
+    Li and Bovik take thresholds, and what is smooth, from the reference alone; here from both volumes. Renieblas et
     al. 2017 compare this family on radiographs and MRI, in 2D.
 
     Args:
@@ -73,16 +73,16 @@ def four_g_r_ssim(one: Tensor, other: Tensor) -> Tensor:
         (N,), from -1 to 1, 1 for equal volumes.
     """
     _check_shapes(one, other)
-    x, y = _gradient(full_precision(one)), _gradient(full_precision(other))
+    x, y = _sobel_gradient(full_precision(one)), _sobel_gradient(full_precision(other))
     _, (variance_x, variance_y), covariance = _moments(x, y)
-    still_x, still_y = variance_x < STILL, variance_y < STILL
-    r = (covariance / (variance_x * variance_y).clamp_min(STILL**2).sqrt()).clamp(-1, 1)
-    r = torch.where(still_x & still_y, 1.0, torch.where(still_x | still_y, 0.0, r))
+    constant_x, constant_y = variance_x < MIN_VARIANCE, variance_y < MIN_VARIANCE
+    r = (covariance / (variance_x * variance_y).clamp_min(MIN_VARIANCE**2).sqrt()).clamp(-1, 1)
+    r = torch.where(constant_x & constant_y, 1.0, torch.where(constant_x | constant_y, 0.0, r))
 
     largest = torch.maximum(x, y).amax(dim=(1, 2, 3, 4), keepdim=True)
     x, y = (_middle(gradient, r.shape[2:]) for gradient in (x, y))
-    edge_x, edge_y = x > EDGE * largest, y > EDGE * largest
-    smooth = (x < FLAT * largest) & (y < FLAT * largest)
+    edge_x, edge_y = x > EDGE_LEVEL * largest, y > EDGE_LEVEL * largest
+    smooth = (x < SMOOTH_LEVEL * largest) & (y < SMOOTH_LEVEL * largest)
     regions = torch.stack([edge_x & edge_y, edge_x ^ edge_y, smooth, ~(edge_x | edge_y | smooth)]).flatten(2)  # (4, N, V)
     sizes = regions.sum(dim=2)
     means = (regions * r.flatten(1)).sum(dim=2) / sizes.clamp_min(1)
@@ -112,7 +112,7 @@ def _blur(x: Tensor) -> Tensor:
     return _along_axes(x, [window / window.sum()] * 3)
 
 
-def _gradient(x: Tensor) -> Tensor:
+def _sobel_gradient(x: Tensor) -> Tensor:
     """Magnitude of the gradient in intensity per voxel by Sobel's operator, one voxel less at each face."""
     smooth, slope = x.new_tensor([1, 2, 1]) / 4, x.new_tensor([-1, 0, 1]) / 2
     parts = (_along_axes(x, [slope if axis == along else smooth for axis in range(3)]) for along in range(3))

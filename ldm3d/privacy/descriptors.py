@@ -1,16 +1,16 @@
-"""What the audit keeps of a volume: a few hundred numbers in two spaces, and a coarse volume for the third.
+"""Descriptors of a volume for the audit: 256 numbers in each of two spaces, and a coarse volume for the third.
 
 - image: the volume averaged to at most 24 positions an axis, brought to mean 0 and deviation 1 (a copy in another brightness
   is a copy), and projected onto 256 random directions.
 - latent: the mean of the encoder's posterior, normalised, averaged to at most 12 positions an axis, and projected likewise.
-- embedding: what a small network makes of the coarse volume, see embedding.py.
+- embedding: of the coarse volume by a small network, see embedding.py.
 
 A random projection onto D directions keeps distances to within 1 / sqrt(2 D) of themselves, 4% here (after Johnson and
-Lindenstrauss 1984), and leaves of a coarse volume of 24^3 positions a fiftieth of its directions.
+Lindenstrauss 1984), and keeps a fiftieth of the directions of a coarse volume of 24^3 positions.
 
-A copy may be mirrored or moved. So a volume that is looked up has several views, and its distance to a training volume is
-that of the nearest: 54 of the image (as it is and mirrored, moved by -1, 0 or 1 voxel along each axis), two of the latent and
-of the coarse volume (as it is and mirrored; each further one costs a pass through the encoder). Training volumes have one.
+A copy may be mirrored or moved. So a synthetic volume has several views, and its distance to a training volume is that of the
+nearest: 54 of the image (unchanged and mirrored, moved by -1, 0 or 1 voxel along each axis), two of the latent and of the
+coarse volume (unchanged and mirrored; each further view takes a pass through the encoder). Training volumes have one view.
 """
 
 import functools
@@ -29,13 +29,13 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
 
 COARSE_SIDE, LATENT_SIDE = 24, 12  # positions of an axis, at most
-FEATURES = 256
-SHIFTS = sorted(itertools.product((-1, 0, 1), repeat=3), key=lambda shift: sum(map(abs, shift)))  # none comes first
+PROJECTION_SIZE = 256
+SHIFTS = sorted(itertools.product((-1, 0, 1), repeat=3), key=lambda shift: sum(map(abs, shift)))  # no shift comes first
 
 
 @dataclass
 class Descriptors:
-    """What is kept of one volume; float32 on the CPU. The first view is the volume as it is.
+    """Of one volume; float32 on the CPU. The first view is the unchanged volume.
 
     Attributes:
         latent: (views, 256).
@@ -50,16 +50,16 @@ class Descriptors:
 
 @torch.no_grad()
 def descriptors_of(pipeline: Pipeline, volume: NDArray, views: bool = True) -> Descriptors:
-    """Look at a volume.
+    """Descriptors of a volume.
 
     Args:
         pipeline: whose autoencoder makes the latent.
-        volume: (C, X, Y, Z) in [0, 1], on the pipeline's grid, or on its output grid where it crops. What generated volumes
-            lose is 0 in all of them.
-        views: all of them, for a volume that is looked up; or one, for a volume that others are compared with.
+        volume: (C, X, Y, Z) in [0, 1], on the pipeline's grid, or on its output grid if it crops. Planes that
+            generated volumes lose are set to 0.
+        views: all of them, for a synthetic volume; or one, for a training volume.
 
     Raises:
-        InputError: another shape than the grids'.
+        InputError: not the shape of one of the grids.
     """
     whole, cropped = ((pipeline.autoencoder.in_channels, *grid.shape) for grid in (pipeline.grid, pipeline.output_grid))
     if volume.shape == whole:
@@ -70,12 +70,12 @@ def descriptors_of(pipeline: Pipeline, volume: NDArray, views: bool = True) -> D
     x = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=pipeline.device)  # (C, X, Y, Z)
     coarse = coarse_volumes(x, SHIFTS if views else SHIFTS[:1])  # (shifts, C, a, b, c)
     latents = [_latent(pipeline, x)]
-    shown = coarse[:1]
+    unmoved = coarse[:1]
     if views:  # the mirror image of an average is the average of the mirror image: the bins are symmetric
         coarse = torch.cat([coarse, coarse.flip(2)])
         latents.append(_latent(pipeline, x.flip(1)))
-        shown = torch.cat([shown, shown.flip(2)])
-    return Descriptors(_project(torch.stack(latents), "latent"), _project(coarse, "image"), shown.cpu())
+        unmoved = torch.cat([unmoved, unmoved.flip(2)])
+    return Descriptors(_project(torch.stack(latents), "latent"), _project(coarse, "image"), unmoved.cpu())
 
 
 def coarse_volumes(volume: Tensor, shifts: Sequence[tuple[int, int, int]] = SHIFTS[:1]) -> Tensor:
@@ -106,4 +106,4 @@ def _project(values: Tensor, space: str) -> Tensor:
 @functools.lru_cache(maxsize=4)
 def _directions(space: str, inputs: int) -> Tensor:
     """Random directions, the same on every machine."""
-    return torch.randn(inputs, FEATURES, generator=generator("audit", space, inputs)) / FEATURES**0.5
+    return torch.randn(inputs, PROJECTION_SIZE, generator=generator("audit", space, inputs)) / PROJECTION_SIZE**0.5

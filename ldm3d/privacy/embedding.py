@@ -1,8 +1,7 @@
-"""A space in which volumes of one person lie together: a small network, trained on the training volumes in minutes.
+"""An embedding in which volumes of one person are near to each other: a small network, trained on the training volumes.
 
-It is told nothing but that two altered pictures of one person belong together and those of different persons do not (SimCLR,
-Chen et al. 2020). Altered means: mirrored, moved, noisier, in another contrast. What is left for it to go by is what tells
-people apart, so it finds copies that differ from their original in just these ways.
+It is trained by contrastive learning (SimCLR, Chen et al. 2020) to recognise two augmented volumes of one person among those
+of others. Volumes are mirrored, moved, noisier, and in another contrast, so copies that differ in these ways are found.
 """
 
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm3d.errors import InputError
 from ldm3d.randomness import generator
 
-FEATURES, WIDTH = 64, 16
+EMBEDDING_SIZE, WIDTH = 64, 16
 TEMPERATURE = 0.1
-NOISE, MOVE, CONTRAST = 0.3, 1.0, 0.25  # at most: deviations; coarse voxels; exponents from 1 / 1.25 to 1.25
+MAX_NOISE, MAX_SHIFT, MAX_CONTRAST = 0.3, 1.0, 0.25  # deviations; coarse voxels; exponents from 1 / 1.25 to 1.25
 
 
 class Embedding(nn.Module):
@@ -33,8 +33,8 @@ class Embedding(nn.Module):
             width = WIDTH * 2**level
             layers += [nn.Conv3d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(4, width), nn.SiLU()]
             sides, inputs = [-(-n // 2) for n in sides], width
-        # Where something is tells people apart, so positions are not averaged
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * sides[0] * sides[1] * sides[2], FEATURES))
+        # Positions are not averaged, as they distinguish people
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * sides[0] * sides[1] * sides[2], EMBEDDING_SIZE))
 
     def forward(self, coarse: Tensor) -> Tensor:
         """(N, C, a, b, c), mean 0 and deviation 1 each -> (N, 64)."""
@@ -42,21 +42,16 @@ class Embedding(nn.Module):
 
 
 def train_embedding(
-    coarse: Tensor,
-    subjects: Tensor,
-    steps: int = 300,
-    batch_size: int = 64,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    coarse: Tensor, subjects: Tensor, steps: int = 300, batch_size: int = 64, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Embedding:
     """Train an embedding on coarse volumes of known subjects.
 
     Args:
         coarse: (N, C, a, b, c), mean 0 and deviation 1 each.
-        subjects: whose they are, (N,), numbers from 0. A pair is two altered scans of a subject, different ones where there
-            are several: repeat scans must not be told apart.
-        steps: each sees `batch_size` subjects, or all where they are fewer.
-        seed: of everything random; a seed gives the same network on one machine.
+        subjects: number of the subject of each, (N,), from 0. A pair is two augmented scans of a subject, different scans
+            if there are several.
+        steps: of training, each with `batch_size` subjects, or all if they are fewer.
+        seed: of all random numbers; it gives the same network on one machine.
         device: where to compute.
 
     Returns:
@@ -67,14 +62,14 @@ def train_embedding(
     """
     count = int(subjects.max()) + 1
     if count < 2:
-        raise InputError(f"{count} training subject: an embedding learns from differences; give two or more")
+        raise InputError(f"{count} training subject: an embedding needs two or more to distinguish")
     scans = [(subjects == subject).nonzero().flatten() for subject in range(count)]
     with torch.random.fork_rng(devices=[]):  # new networks draw from the global generator
         torch.manual_seed(seed)
         network = Embedding(coarse.shape[1:]).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="train the embedding", unit="step"):
         rng = generator("embedding", seed, step)
         chosen = torch.randperm(count, generator=rng)[:batch_size].tolist()
         pair = torch.stack([_two(scans[subject], rng) for subject in chosen], dim=1)  # (2, subjects)
@@ -87,13 +82,13 @@ def train_embedding(
 
 
 def _two(scans: Tensor, rng: torch.Generator) -> Tensor:
-    """Two scans of a subject at random, different ones where there are."""
+    """Two random scans of a subject, different ones if there are several."""
     order = torch.randperm(len(scans), generator=rng)
     return scans[order[[0, -1]]]
 
 
 def contrastive_loss(one: Tensor, other: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """NT-Xent (Chen et al. 2020, eq. 1): cross-entropy of finding each one's partner among all 2 N - 1 others.
+    """NT-Xent (Chen et al. 2020, eq. 1): cross-entropy of recognising each one's partner among all 2 N - 1 others.
 
     Args:
         one, other: (N, D) of length 1; row i of both belongs together.
@@ -113,13 +108,13 @@ def augment(coarse: Tensor, rng: torch.Generator) -> Tensor:
     count = len(coarse)
     mirrored = uniform(count, 1, 1, 1, 1) > 0
     coarse = torch.where(mirrored, coarse.flip(2), coarse)
-    place = torch.eye(3, 4).repeat(count, 1, 1)
+    affine = torch.eye(3, 4).repeat(count, 1, 1)
     # grid_sample counts axes from the last and from -1 to 1
-    place[:, :, 3] = 2 * MOVE * uniform(count, 3) / torch.tensor(coarse.shape[:1:-1])
-    grid = F.affine_grid(place, list(coarse.shape), align_corners=False)
+    affine[:, :, 3] = 2 * MAX_SHIFT * uniform(count, 3) / torch.tensor(coarse.shape[:1:-1])
+    grid = F.affine_grid(affine, list(coarse.shape), align_corners=False)
     coarse = F.grid_sample(coarse, grid, padding_mode="border", align_corners=False)
-    exponent = (1 + CONTRAST) ** uniform(count, 1, 1, 1, 1)
+    exponent = (1 + MAX_CONTRAST) ** uniform(count, 1, 1, 1, 1)
     coarse = coarse.sign() * (coarse.abs() + 1e-6) ** exponent
-    coarse = coarse + NOISE * uniform(count, 1, 1, 1, 1).abs() * torch.randn(coarse.shape, generator=rng)
+    coarse = coarse + MAX_NOISE * uniform(count, 1, 1, 1, 1).abs() * torch.randn(coarse.shape, generator=rng)
     deviation, mean = torch.std_mean(coarse, dim=(2, 3, 4), keepdim=True)
     return (coarse - mean) / deviation.clamp_min(1e-6)

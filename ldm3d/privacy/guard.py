@@ -1,10 +1,10 @@
-"""What an audit leaves for `ldm3d generate --audit`: enough to know a copy, and no volume.
+"""The guard, which `ldm3d generate --audit` loads to withhold copies: descriptors of the training volumes, but no volume.
 
-FOLDER/guard.json           model, threshold, what is usual
-FOLDER/guard.safetensors    256 + 256 + 64 numbers a training volume, in an order of their own; the embedding's weights
+FOLDER/guard.json           model, threshold, distribution of similarity among training subjects
+FOLDER/guard.safetensors    256 + 256 + 64 numbers a training volume, in a different order; the embedding's weights
 
-Whoever has a person's scan can find out from these files whether the person is among the training subjects. They are to be
-kept as the training data is, not to be given away with volumes.
+With these files and a scan of a person one can find out whether the person is among the training subjects. Protect them like
+the training data, and do not publish them with generated volumes.
 """
 
 import hashlib
@@ -24,23 +24,22 @@ import ldm3d
 from ldm3d.errors import InputError, shown
 from ldm3d.models.pretrained import load_weights, read_json
 from ldm3d.pipeline import Pipeline
-from ldm3d.privacy import descriptors
 from ldm3d.privacy.calibration import Threshold
-from ldm3d.privacy.descriptors import COARSE_SIDE, Descriptors, descriptors_of
-from ldm3d.privacy.embedding import FEATURES, Embedding
-from ldm3d.privacy.nearest import SPACES, Likeness, Reference
+from ldm3d.privacy.descriptors import COARSE_SIDE, PROJECTION_SIZE, Descriptors, descriptors_of
+from ldm3d.privacy.embedding import EMBEDDING_SIZE, Embedding
+from ldm3d.privacy.nearest import SPACES, Reference, Similarity
 
 FOLDER, DESCRIPTION, TENSORS = "guard", "guard.json", "guard.safetensors"
 Side = Annotated[int, Field(gt=0, le=COARSE_SIDE)]
 
 
 class Guard:
-    """Knows copies of training volumes.
+    """Recognises copies of training volumes.
 
     Args:
         reference: the training volumes.
         embedding: of its third space.
-        threshold: what counts as a copy.
+        threshold: below which a volume counts as a copy.
         model_hash: of the model that was audited.
     """
 
@@ -50,12 +49,12 @@ class Guard:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What volumes that went by it say of it."""
+        """For the sidecars of volumes that it has checked."""
         return {"audit": self._digest, "threshold": rounded(self.threshold.score)}
 
     def withheld(self, pipeline: Pipeline, volume: NDArray) -> dict[str, Any] | None:
-        """None for a volume (C, X, Y, Z) that may go; else what is said in its place. Whom it is like is not said."""
-        found = likeness_of(self.reference, self.embedding, descriptors_of(pipeline, volume))
+        """None for a volume (C, X, Y, Z) that may be written; else a record in its place, which does not name the subject."""
+        found = similarity_to_training(self.reference, self.embedding, descriptors_of(pipeline, volume))
         if not self.threshold.is_copy(found):
             return None
         ratio = found.nearest[found.space].ratio
@@ -64,7 +63,7 @@ class Guard:
     def save(self, folder: Path) -> None:
         """Write the folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Not in the order of the scan table, which follows subjects' names
+        # Not in the order of the scan table, which is that of subjects' names
         order = self.reference.features["image"][:, 0].argsort()
         subjects = self.reference.subjects[order].tolist()
         number = {subject: i for i, subject in enumerate(dict.fromkeys(subjects))}
@@ -88,7 +87,7 @@ class Guard:
 
         Args:
             folder: as `ldm3d audit` wrote it.
-            model_hash: of the model that it has to be of.
+            model_hash: of the model; the audit of another one is refused.
 
         Raises:
             InputError: no such folder, a damaged one, or another model's.
@@ -123,9 +122,9 @@ class Guard:
         return guard
 
 
-def likeness_of(reference: Reference, embedding: Embedding, seen: Descriptors) -> Likeness:
-    """Look a volume up by its descriptors."""
-    return reference.compare({"latent": seen.latent, "image": seen.image, "embedding": embed(embedding, seen.coarse)})
+def similarity_to_training(reference: Reference, embedding: Embedding, of: Descriptors) -> Similarity:
+    """Of a volume with these descriptors."""
+    return reference.similarity({"latent": of.latent, "image": of.image, "embedding": embed(embedding, of.coarse)})
 
 
 @torch.no_grad()
@@ -135,18 +134,18 @@ def embed(embedding: Embedding, coarse: Tensor) -> Tensor:
 
 
 def rounded(value: float) -> float:
-    """To four digits: the last ones of float32 differ between machines."""
+    """To four digits, as the last ones of float32 differ between machines."""
     return float(f"{value:.4g}")
 
 
 def _check(
     features: Mapping[str, Tensor], subjects: Tensor, threshold: Threshold, usual: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Raise ValueError unless what a file says makes sense together: it may come from anywhere."""
+    """Raise ValueError unless the contents of a file, which may come from an untrusted source, are consistent."""
     shapes = {space: tuple(values.shape) for space, values in features.items()}
     if not set(SPACES) == shapes.keys() == usual.keys() == threshold.lowest.keys():
         raise ValueError(f"it has the spaces {sorted(shapes)}, {sorted(usual)} and {sorted(threshold.lowest)}")
-    widths = {"latent": descriptors.FEATURES, "image": descriptors.FEATURES, "embedding": FEATURES}
+    widths = {"latent": PROJECTION_SIZE, "image": PROJECTION_SIZE, "embedding": EMBEDDING_SIZE}
     if subjects.dtype != torch.int64 or any(shapes[space] != (len(subjects), width) for space, width in widths.items()):
         raise ValueError(f"its features are {shapes} for subjects {tuple(subjects.shape)} of {subjects.dtype}")
     if not (len(subjects) and int(subjects.min()) >= 0 and int(subjects.max()) < len(subjects)):

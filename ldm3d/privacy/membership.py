@@ -1,10 +1,10 @@
-"""Can one tell from the diffusion loss whether a person was among those that a model was trained on?
+"""Membership inference: does the diffusion loss reveal whether a person was in the training data?
 
-An attacker who has a person's volume and the model measures how well the network denoises that volume: a loss lower than usual
-says that it has been seen (Matsumoto et al. 2023; Carlini et al. 2023). What counts is not how often the attack is right, but
-how many training subjects it names with next to no false accusations: the true positive rate at a false positive rate of 1%
-(Carlini et al. 2022). That rate hangs on one or two held-out subjects, so the area under the ROC curve is looked at besides: a
-loss that is lower for most training subjects tells of each of them a little.
+An attacker who has a person's volume and the model computes how well the network denoises that volume: a low loss indicates
+that the model was trained on it (Matsumoto et al. 2023; Carlini et al. 2023). The figure of merit is not the accuracy, but the
+share of training subjects that are identified with hardly any false positive: the true positive rate at a false positive rate
+of 1% (Carlini et al. 2022). That rate depends on one or two held-out subjects, so the area under the ROC curve is computed
+too: it shows a loss that is slightly lower for most training subjects.
 """
 
 from collections.abc import Mapping
@@ -25,23 +25,23 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
 from ldm3d.statistics.conformal import Rate
 
-TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # nearer to 1 there is no volume left to know again
+TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # nearer to 1 hardly anything is left of the volume
 REPEATS = 2  # noises at each time
-LEVEL = 0.01
+FALSE_POSITIVE_RATE = 0.01
 
 
 @dataclass(frozen=True)
 class Membership:
-    """How well an attacker tells training subjects from held-out ones.
+    """How well an attacker distinguishes training subjects from held-out ones.
 
     Attributes:
-        training, held_out: subjects of each.
-        each_named: of each training subject, whether it looks more like a member than all but the `accused` - 1 most
-            member-like held-out ones.
-        accused: k; k / (held_out + 1) is the false positive rate, 1% where there are 99 held-out subjects or more.
-        auc, auc_low, auc_high: probability that a training subject looks more like a member than a held-out one, with its 95%
+        training, held_out: number of subjects of each.
+        each_named: of each training subject, whether it is identified: its loss is lower than the k-th lowest loss of held-out
+            subjects.
+        accused: k; k / (held_out + 1) is the false positive rate, 1% with 99 held-out subjects or more.
+        auc, auc_low, auc_high: probability that a training subject has a lower loss than a held-out one, with its 95%
             interval (DeLong et al. 1988); 0.5 is chance.
-        auc_chance: probability of an AUC as far from 0.5 by chance (Mann and Whitney 1947), for few subjects too.
+        auc_chance: p-value of the AUC (Mann and Whitney 1947), exact for few subjects.
         losses: time -> (mean over training subjects, mean over held-out ones).
     """
 
@@ -57,7 +57,7 @@ class Membership:
 
     @property
     def named(self) -> int:
-        """Training subjects that are named."""
+        """Number of training subjects that are identified."""
         return int(self.each_named.sum())
 
     @property
@@ -70,7 +70,7 @@ class Membership:
 
     @property
     def chance(self) -> float:
-        """Probability of naming that many or more by chance: beta-binomial, as the threshold is a held-out subject's."""
+        """Probability of identifying at least as many by chance: beta-binomial, as the threshold is a held-out subject's."""
         return float(stats.betabinom.sf(self.named - 1, self.training, self.accused, self.held_out + 1 - self.accused))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class Membership:
 def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], seed: int = 0) -> NDArray:
     """The diffusion loss of a volume, given its covariates, at every time of `TIMES`: (8,).
 
-    Mean squared error of the predicted target, over `REPEATS` noises that are the same for all volumes, as differences between
-    noises would hide those between volumes.
+    Mean squared error of the predicted target over `REPEATS` noises, the same for all volumes, as differences between noises
+    would mask those between volumes.
 
     Args:
         volume: (C, X, Y, Z) in [0, 1] on the pipeline's grid.
@@ -98,35 +98,29 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     conditions = Conditions(pipeline.schema.encode([row]).to(pipeline.device))
     found = []
     for i, t in enumerate(TIMES):
-        error = 0.0
+        errors = []
         for repeat in range(REPEATS):
             noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
-            z = pipeline.process.add_noise(x, noise, t)
-            error += (
-                (model.predict(z, t, conditions) - pipeline.process.target(pipeline.target, x, noise, t))
-                .square()
-                .mean()
-                .item()
-            )
-        found.append(error / REPEATS)
+            predicted = model.predict(pipeline.process.add_noise(x, noise, t), t, conditions)
+            errors.append((predicted - pipeline.process.target(pipeline.target, x, noise, t)).square().mean().item())
+        found.append(sum(errors) / REPEATS)
     return np.array(found)
 
 
-def infer_members(training: NDArray, held_out: NDArray, level: float = LEVEL) -> Membership:
-    """Attack with the losses of both groups, one row a subject: (n, times) and (m, times).
+def infer_members(training: NDArray, held_out: NDArray, level: float = FALSE_POSITIVE_RATE) -> Membership:
+    """Membership inference from the losses of both groups, one row a subject: (n, times) and (m, times).
 
-    Losses at different times differ by far, so each is brought to mean 0 and deviation 1 over all subjects; the attack goes
-    by their mean over times.
+    Losses at each time are standardised over all subjects; the attack uses their mean over times.
 
     Raises:
         InputError: fewer than two subjects in a group.
     """
     if min(len(training), len(held_out)) < 2:
         raise InputError(
-            f"{len(training)} training and {len(held_out)} held-out subjects; an attack needs two or more of each"
+            f"{len(training)} training and {len(held_out)} held-out subjects; membership inference needs two of each"
         )
-    everyone = np.concatenate([training, held_out])
-    scores = ((everyone - everyone.mean(axis=0)) / everyone.std(axis=0).clip(1e-12)).mean(axis=1)
+    losses = np.concatenate([training, held_out])
+    scores = ((losses - losses.mean(axis=0)) / losses.std(axis=0).clip(1e-12)).mean(axis=1)
     members, others = scores[: len(training)], np.sort(scores[len(training) :])
     accused = min(max(1, int(level * (len(others) + 1) + 1e-9)), len(others))
     auc = _auc(-members, -others)

@@ -1,4 +1,4 @@
-"""What an audit looks at: volumes of subjects, and synthetic ones, made for it or written before."""
+"""The volumes of an audit: of training and held-out subjects, and synthetic ones, generated on demand or read from files."""
 
 import itertools
 import json
@@ -27,13 +27,14 @@ TRAINING, HELD_OUT = "training", "held-out"
 
 @dataclass(frozen=True)
 class Volumes:
-    """Volumes that are read when they are looked at.
+    """Volumes that are read on demand.
 
     Attributes:
-        names: whom each shows, for several may show one subject; of synthetic volumes, what each is called.
-        rows: covariates of each, from `Pipeline.parse`; None where nobody needs them.
-        read: numbers of volumes -> these, in their order, (C, X, Y, Z) in [0, 1].
-        asked: of synthetic volumes, whose covariates were asked for: `TRAINING`, `HELD_OUT`, or nothing if that is not known.
+        names: the subject of each, who may have several; of synthetic volumes, their names.
+        rows: covariates of each, from `Pipeline.parse`; None if they are not known.
+        read: indices of volumes -> these, in order, (C, X, Y, Z) in [0, 1].
+        asked: of synthetic volumes, the group of subjects whose covariates were requested: `TRAINING`, `HELD_OUT`; empty if
+            not known.
     """
 
     names: Sequence[str]
@@ -45,7 +46,7 @@ class Volumes:
         return len(self.names)
 
     def first_scans(self, most: int | None = None, seed: int = 0) -> list[int]:
-        """The number of one volume of each subject, of `most` subjects at random at most."""
+        """The index of one volume of each subject, of at most `most` random subjects."""
         firsts = list({name: i for i, name in reversed([*enumerate(self.names)])}.values())
         order = torch.randperm(len(firsts), generator=generator("first scans", seed))[:most].tolist()
         return sorted(firsts[i] for i in order)
@@ -54,7 +55,7 @@ class Volumes:
 def of_subjects(
     subjects: Sequence[str], covariates: Sequence[Mapping[str, Any]], load: Callable[[int], NDArray], pipeline: Pipeline
 ) -> Volumes:
-    """Scans of subjects; `load` takes the number of a scan to its volume."""
+    """Scans of subjects; `load`: index of a scan -> its volume."""
     return Volumes(list(subjects), pipeline.parse(covariates), lambda numbers: map(load, numbers))
 
 
@@ -67,11 +68,11 @@ def of_scans(config: Config, scans: pd.DataFrame, pipeline: Pipeline) -> Volumes
 def generated_for(
     pipeline: Pipeline, training: Volumes, held_out: Volumes, count: int, sampling: Sampling, seed: int = 0
 ) -> Volumes:
-    """Volumes to be generated, one half for training subjects' own covariates: who is copied is copied there if anywhere.
+    """Volumes to be generated, one half for training subjects' covariates, as copies are most likely there.
 
     Args:
-        pipeline: what generates.
-        training, held_out: whose covariates are asked for, in a random order, and again in turn where they are fewer.
+        pipeline: the model.
+        training, held_out: whose covariates are requested, in a random order, repeated if there are fewer.
         count: of volumes.
         sampling, seed: of the volumes, and of the order.
     """
@@ -79,7 +80,7 @@ def generated_for(
     for group, volumes, some in ((TRAINING, training, count - count // 2), (HELD_OUT, held_out, count // 2)):
         order = torch.randperm(len(volumes), generator=generator("asked", group, seed)).tolist()
         rows += [volumes.rows[i] for i in itertools.islice(itertools.cycle(order), some)]
-        asked += [group if len(pipeline.schema) else ""] * some  # of a model without covariates nothing is asked
+        asked += [group if len(pipeline.schema) else ""] * some  # a model without covariates has no requests
 
     def read(numbers: Sequence[int]) -> Iterator[NDArray]:
         return pipeline.volumes([rows[i] for i in numbers], sampling, numbers=numbers)
@@ -91,7 +92,7 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
     """Volumes that `ldm3d generate` wrote.
 
     Raises:
-        InputError: no such volume in the folder; when one is read, that it lies on another grid.
+        InputError: no such volume in the folder, or, when it is read, one on another grid.
     """
     paths = sorted(folder.glob(f"sub-*/anat/*_desc-synthetic_{pipeline.suffix}.nii.gz"))
     if not paths:
@@ -100,8 +101,8 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
     others = {path.name for path in paths if _model_of(path) != pipeline.model_hash}
     if others:
         warnings.warn(
-            f"{len(others)} of {len(paths)} volumes in {folder} are not by this model ({min(others)}); what is found is "
-            "theirs and not the model's",
+            f"{len(others)} of {len(paths)} volumes in {folder} are not by this model ({min(others)}); the "
+            "figures are of these volumes, not of the model",
             stacklevel=2,
         )
 
@@ -119,7 +120,7 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
 
 
 def _model_of(path: Path) -> str | None:
-    """What the sidecar says."""
+    """From the sidecar."""
     try:
         return json.loads(path.with_name(path.name.removesuffix(".nii.gz") + ".json").read_text(encoding="utf-8"))[
             "model_hash"

@@ -1,7 +1,6 @@
-"""What an explanation leaves behind: its maps as NIfTI, pictures, metrics.json and a page."""
+"""The output of an explanation: maps as NIfTI, pictures, metrics.json and a page."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,63 +9,49 @@ from numpy.typing import NDArray
 from ldm3d import figures
 from ldm3d.covariates import Value, describe
 from ldm3d.data.nifti import write_volume
-from ldm3d.evaluation.explanation import ALL, LEVEL, NOTABLE, Contrast, Explanation
+from ldm3d.evaluation.explanation import ALL, FAMILY_WISE_ERROR, NOTABLE, Contrast, Explanation, smallest_p
 from ldm3d.files import checked_name
 from ldm3d.pipeline import Pipeline, Sampling
-from ldm3d.report.page import METRICS, Section, write_page
+from ldm3d.report.page import METRICS, Section, picture, save_pictures, write_json, write_page
 from ldm3d.report.write import provenance
 
 
 def write_explanation(folder: Path, title: str, pipeline: Pipeline, found: Explanation, sampling: Sampling) -> Path:
-    """Write every map as NAME.nii.gz, every picture as NAME.png, metrics.json and report.html.
-
-    Args:
-        folder: is made if it is not there.
-        title: of the page.
-        pipeline, found, sampling: what was explained, what was found, how it was generated.
-
-    Returns:
-        The page.
-    """
+    """Write every map as NAME.nii.gz, every picture as NAME.png, metrics.json and report.html. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, volume in _maps(found):
         write_volume(folder / f"{checked_name(name, 'map')}.nii.gz", volume, pipeline.output_grid.affine, pipeline.mark)
-    pictures = draw(pipeline, found)
-    for name, figure in pictures.items():
-        figures.save(figure, folder / f"{checked_name(name, 'picture')}.png")
+    pictures = save_pictures(folder, draw(pipeline, found))
     made = provenance(pipeline, sampling)
     values = {
         "synthetic": True,
         "request": found.request,
         "seeds": found.seeds,
-        "family_wise_error": LEVEL,
+        "family_wise_error": FAMILY_WISE_ERROR,
         "notable_change": NOTABLE,
         "changes": [contrast.to_dict(pipeline.output_grid) for contrast in found.contrasts],
         "mean_deviation": float(found.deviation.mean()),
         "mean_attention": {name: float(share.mean()) for name, share in found.attention.items()},
         "provenance": made,
     }
-    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / METRICS, values)
     return write_page(folder, title, sections(pipeline, found, pictures), made)
 
 
 def summary(pipeline: Pipeline, found: Explanation) -> str:
-    """What changed, as a table for the terminal."""
+    """The changes, as a table for the terminal."""
     lines = [f"{'changed':24} {'brighter ml':>12} {'darker ml':>12} {'largest change':>15}  at mm"]
     for values in (contrast.to_dict(pipeline.output_grid) for contrast in found.contrasts):
         place = ", ".join(f"{mm:g}" for mm in values["largest_change_at_mm"])
         sizes = f"{values['notably_brighter_ml']:12.1f} {values['notably_darker_ml']:12.1f} {values['largest_change']:+15.3f}"
         lines.append(f"{values['changed']:24} {sizes}  {place}")
-    lines.append(f"counted: changes of {NOTABLE:g} or more, significant at a family-wise error of {LEVEL:.0%}")
+    lines.append(f"counted: changes of {NOTABLE:g} or more, significant at a family-wise error of {FAMILY_WISE_ERROR:.0%}")
+    lines.append(f"the smallest p that {found.seeds} seeds can give is {smallest_p(found.seeds):.2g}")
     return "\n".join(lines)
 
 
-def sections(pipeline: Pipeline, found: Explanation, pictures: dict[str, figures.Figure]) -> list[Section]:
-    """What the page says, in its order; `pictures` from `draw`."""
-
-    def picture(name: str, caption: str) -> dict[str, str]:
-        return {"source": figures.to_data_uri(pictures[name]), "caption": caption}
-
+def sections(pipeline: Pipeline, found: Explanation, pictures: Mapping[str, str]) -> list[Section]:
+    """All sections; `pictures`: name -> data: URI."""
     asked = describe(found.request)
     rows = []
     for contrast in found.contrasts:
@@ -77,28 +62,32 @@ def sections(pipeline: Pipeline, found: Explanation, pictures: dict[str, figures
         rows.append([_change(found, contrast), *sizes, *peak])
     columns = ["change", "brighter (ml)", "darker (ml)", "any size (ml)", "largest mean change", "at (mm, RAS+)", "smallest p"]
     text = (
-        f"Volumes were drawn for {asked} with {found.seeds} seeds, and again with the same noise for every changed request. "
+        f"Volumes were generated for {asked} with {found.seeds} seeds, and with the same noise for every changed request. "
         "The maps show the mean of after - before, in units of the intensity range. Outlined, and counted as brighter and "
-        f"darker, is where it is {NOTABLE:g} or more and differs from 0 by a sign-flip test over the seeds; the next column "
-        f"counts smaller changes, too. The chance of one false voxel or more in a map is {LEVEL:.0%}. A map shows what this "
-        "model does when it is asked; it is no statement about patients."
+        f"darker, are voxels where it is {NOTABLE:g} or more and differs from 0 by a sign-flip test over the seeds; the "
+        f"next column counts smaller changes, too. The family-wise error of a map is {FAMILY_WISE_ERROR:.0%}, and the "
+        f"smallest p that {found.seeds} seeds can give is {smallest_p(found.seeds):.2g}. A map shows how this model "
+        "responds to a request; it is no statement about patients."
     )
-    changes = [picture(f"difference-{c.name}", f"{_change(found, c)}: red is brighter, blue darker.") for c in found.contrasts]
-    parts = [Section("What each change moves", text, {"columns": columns, "rows": rows}, labels=1, pictures=changes)]
+    caption = "red is brighter, blue darker."
+    changes = [picture(pictures, f"difference-{c.name}", f"{_change(found, c)}: {caption}") for c in found.contrasts]
+    parts = [Section("Effect of each change", text, {"columns": columns, "rows": rows}, labels=1, pictures=changes)]
     if found.attention:
         text = (
             "The share of the U-Net's cross-attention that each covariate gets, averaged over heads, layers and sampling "
             f"steps. The coarsest of its maps has a position for every {found.attention_voxels} voxels along an axis. "
-            "Attention shows where the network looks, not what it does with it, and covariates also act through the scale "
-            "and shift of every block, which have no place: trust the changes above."
+            "Attention shows what the network reads, not its effect, and covariates also act through the scale and shift of "
+            "every block, which have no position: the changes above are more reliable."
         )
-        maps = [picture(f"attention-{name}", f"Attention to {name}.") for name in found.attention]
-        parts.append(Section("Where the network looks", text, pictures=maps))
+        maps = [picture(pictures, f"attention-{name}", f"Attention to {name}.") for name in found.attention]
+        parts.append(Section("Cross-attention", text, pictures=maps))
     text = (
-        f"Standard deviation over {found.seeds} seeds of volumes for {asked}: what the request leaves open. It holds the "
-        "variety of anatomies as well as what the model is unsure of, and grows with everything that is left unasked."
+        f"Standard deviation over {found.seeds} seeds of volumes for {asked}: what the request does not determine. It "
+        "includes the variety of anatomies and the uncertainty of the model, and grows with every covariate that is left "
+        "open."
     )
-    parts.append(Section("How far the request decides", text, pictures=[picture("deviation", "Standard deviation.")]))
+    deviation = [picture(pictures, "deviation", "Standard deviation.")]
+    parts.append(Section("Variability given the request", text, pictures=deviation))
     return parts
 
 
@@ -118,7 +107,7 @@ def draw(pipeline: Pipeline, found: Explanation) -> dict[str, figures.Figure]:
 
 
 def _maps(found: Explanation) -> Iterator[tuple[str, NDArray]]:
-    """(name of its file, volume) of every map."""
+    """(name of the file, volume) of every map."""
     yield "mean", found.mean
     yield "deviation", found.deviation
     for contrast in found.contrasts:
@@ -134,8 +123,8 @@ def _change(found: Explanation, contrast: Contrast) -> str:
     """In words: "age 60 to 80"."""
     names = [name for name, value in contrast.request.items() if value != found.request[name]]
     values = [(name.removesuffix("_ml").replace("_", " "), found.request[name], contrast.request[name]) for name in names]
-    told = [f"{name} {_value(before)} to {_value(after)}" for name, before, after in values]
-    return ("together: " if contrast.name == ALL else "") + ", ".join(told)
+    words = [f"{name} {_value(before)} to {_value(after)}" for name, before, after in values]
+    return ("together: " if contrast.name == ALL else "") + ", ".join(words)
 
 
 def _value(value: Value) -> str:

@@ -1,7 +1,7 @@
-"""Volumes that were measured by another program: a dataset's participants.tsv against a table or label maps of its scans.
+"""Volumes that another program measured: a dataset's participants.tsv against a table or label maps of its scans.
 
-For SynthSeg, FreeSurfer and their like, which are not called from here: they measure a folder that `ldm3d generate` wrote, or
-a folder of real scans, and what they found is compared with what was asked, or with what the table says.
+SynthSeg, FreeSurfer and similar programs measure a folder that `ldm3d generate` wrote, or a folder of real scans. Their
+results are compared with the requests, or with the table of the real subjects.
 """
 
 import collections
@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import ldm3d
@@ -21,26 +20,27 @@ from ldm3d.data.labels import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
-from ldm3d.evaluation import subgroups as fairness
+from ldm3d.evaluation import subgroups
 from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
-from ldm3d.report.page import METRICS, Section, command, now, plain, write_page
-from ldm3d.report.sections import agreements, fairness_sections
+from ldm3d.report.page import METRICS, Section, command, now, write_json, write_page
+from ldm3d.report.sections.fidelity import agreement_table
+from ldm3d.report.sections.subgroups import subgroup_sections
 from ldm3d.statistics.agreement import Comparison, compare
 
 CUBIC_MM_TO_ML = 1e-3
-MOST_CATEGORIES = 30  # of a column that people are grouped by; half as many as people at most: others are remarks
+MAX_CATEGORIES = 30  # of a column that people are grouped by, and at most half as many as people; others are free text
 _SCAN = re.compile(r"(?P<subject>sub-[A-Za-z0-9]+)(?:[_/](?P<session>ses-[A-Za-z0-9]+))?")
 
 
 def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str, Value]]]:
     """Covariates of every scan of a BIDS dataset, by "sub-01", or "sub-01_ses-M12" where there is a row for each session.
 
-    Rows of sessions are in participants.tsv, with a column session_id, or in sub-01/sub-01_sessions.tsv, whose columns count
-    before those of participants.tsv. A column of numbers (89+ is 89) is continuous, with the unit that participants.json
-    gives; any other is categorical, but for one of more than `MOST_CATEGORIES` different texts, or of more than half as
-    many as there are people, which is left out with a warning. Names become those of covariates: a column "Age at scan" is
-    the covariate age_at_scan.
+    Rows of sessions are in participants.tsv, with a column session_id, or in sub-01/sub-01_sessions.tsv, whose columns take
+    precedence over those of participants.tsv. A column of numbers (89+ is 89) is continuous, with the unit that
+    participants.json gives; any other is categorical, but for one of more than `MAX_CATEGORIES` different texts, or of more
+    than half as many as there are people, which is left out with a warning. Names become those of covariates: a column "Age
+    at scan" is the covariate age_at_scan.
 
     Raises:
         InputError: no participants.tsv, one without participant_id, or one scan in two rows.
@@ -53,7 +53,7 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
     rows = _with_sessions(folder, table)
     scans = [_scan_name(row.pop("participant_id"), row.pop("session_id", "")) for row in rows]
     if twice := [name for name, times in collections.Counter(scans).items() if times > 1]:
-        raise InputError(f"{folder / 'participants.tsv'}: {twice[0]} has several rows; a column session_id tells them apart")
+        raise InputError(f"{folder / 'participants.tsv'}: {twice[0]} has several rows; a column session_id distinguishes them")
     people = len({_person(name) for name in scans})
     covariates, left_out = [], []
     for column in dict.fromkeys(column for row in rows for column in row):
@@ -63,7 +63,7 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
             continue
         if all(_number(cell) is not None for cell in categories):
             covariates.append(Covariate(name, "continuous", known.get(column, {}).get("Units", "")))
-        elif len(categories) <= max(2, min(MOST_CATEGORIES, people // 2)):
+        elif len(categories) <= max(2, min(MAX_CATEGORIES, people // 2)):
             covariates.append(Covariate(name, "categorical", categories=categories))
         else:
             left_out.append(f"{name} ({len(categories)})")
@@ -80,7 +80,7 @@ def read_participants(folder: Path) -> tuple[CovariateSchema, dict[str, dict[str
 
 
 def _with_sessions(folder: Path, table: pd.DataFrame) -> list[dict[str, str]]:
-    """Rows of participants.tsv; where a participant has a table of sessions, one for each of these."""
+    """Rows of participants.tsv; of participants with a table of sessions, one row for each session."""
     found = []
     for row in table.to_dict("records"):
         name = checked_name(_scan_name(row["participant_id"], ""), "participant")
@@ -103,7 +103,7 @@ def _person(scan: str) -> str:
 
 
 def _present(cell: str) -> str:
-    """The cell, "" where it says that its value is missing."""
+    """The cell, "" for a missing value."""
     return "" if is_missing(cell) else cell
 
 
@@ -137,10 +137,10 @@ def read_volumes(
     for line, row in table.iterrows():
         scan = _SCAN.search(row.iloc[0])
         if not scan:
-            raise InputError(f"{path}, line {line}: {row.iloc[0]!r} names no subject; sub-... must be in the first column")
+            raise InputError(f"{path}, line {line}: {row.iloc[0]!r} has no subject; sub-... must be in the first column")
         name = _scan_name(scan["subject"], scan["session"] or "")
         if name in found:
-            raise InputError(f"{path}, line {line}: {name} stands there twice; keep one scan of each subject and session")
+            raise InputError(f"{path}, line {line}: {name} occurs twice; keep one scan of each subject and session")
         try:
             found[name] = {key: sum(float(row[c]) for c in group) * to_ml for key, group in columns.items()}
         except ValueError as error:
@@ -178,8 +178,8 @@ def parse_columns(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_written(
     folder: Path, measured: Mapping[str, Mapping[str, float]]
-) -> tuple[list[Comparison], list[fairness.Gap], list[Section]]:
-    """What another program measured, against participants.tsv.
+) -> tuple[list[Comparison], list[subgroups.Gap], list[Section]]:
+    """Measurements of another program against participants.tsv.
 
     Args:
         folder: dataset with participants.tsv.
@@ -195,9 +195,7 @@ def compare_written(
     schema, rows = read_participants(folder)
     measured = {scan: {as_name(name): value for name, value in values.items()} for scan, values in measured.items()}
     if not len(schema):
-        raise InputError(
-            f"{folder / 'participants.tsv'} has no covariates to compare with: nothing was asked of these volumes"
-        )
+        raise InputError(f"{folder / 'participants.tsv'} has no covariates to compare with: these volumes have no requests")
     matched = {name: row for name in measured if (row := rows.get(name, rows.get(_person(name))))}
     scans, own = list(matched), list(matched.values())
     people = [_person(name) for name in scans]
@@ -209,39 +207,36 @@ def compare_written(
             f"{', '.join(given) or 'nothing'} only {', '.join(quantities) or 'nothing'} is a column of numbers there "
             f"({', '.join(schema.names)})"
         )
-    found, figures_by_person = [], []
+    found, scores = [], []
     for name in quantities:
         values = [measured[scan].get(name, float("nan")) for scan in scans]
         c = compare(name, "measured", [row[name] for row in own], values, people)
         found.append(c)
-        error = np.full(len(scans), np.nan)
-        error[c.volumes] = c.error
-        tolerance = fairness.tolerance(c)
-        figures_by_person.append(fairness.Judged(f"{name}: MAE", abs(error), own, people, "low", tolerance))
-        figures_by_person.append(fairness.Judged(f"{name}: bias", error, own, people, "neither", tolerance))
-    gaps = fairness.gaps(schema, fairness.groupings(schema, own), figures_by_person)
+        error = c.errors(len(scans))
+        scores += subgroups.error_scores(name, abs(error), error, own, people, subgroups.tolerance(c))
+    gaps = subgroups.gaps(schema, subgroups.groupings(schema, own), scores)
     plots = []
     for c in found:
         title = schema[c.covariate].label
         picture = figures.scatter(c.reference, c.measured, f"table: {title}", f"measured: {title}", "", c.band)
         plots.append({"source": figures.to_data_uri(picture), "caption": c.covariate})
     section = Section(
-        "The table, and what was measured",
-        f"{len(scans)} scans of {len(set(people))} people in {folder.name} were measured; the table has {len(rows)} rows. A "
-        "perfect answer has r and slope 1, bias and mean absolute error (MAE) 0. In brackets 95% intervals, by bootstrap over "
-        "people; in the plots, of the fitted line.",
-        agreements(found, schema, ("measured",)),
+        "Agreement with the table",
+        f"{len(scans)} scans of {len(set(people))} people in {folder.name} were measured; the table has {len(rows)} rows. "
+        "Perfect agreement has r and slope 1, bias and mean absolute error (MAE) 0. In brackets 95% intervals, by "
+        "bootstrap over people; in the plots, of the fitted line.",
+        agreement_table(found, schema, ("measured",)),
         plots=plots,
     )
-    return found, gaps, [section, *fairness_sections(gaps)]
+    return found, gaps, [section, *subgroup_sections(gaps)]
 
 
 def write_comparison(
-    folder: Path, title: str, found: Sequence[Comparison], gaps: Sequence[fairness.Gap], sections: Sequence[Section]
+    folder: Path, title: str, found: Sequence[Comparison], gaps: Sequence[subgroups.Gap], sections: Sequence[Section]
 ) -> Path:
-    """Write report.html and metrics.json of what `compare_written` found."""
+    """Write report.html and metrics.json of the result of `compare_written`."""
     made = {"command": command(), "ldm3d": ldm3d.__version__, "made": now()}
     folder.mkdir(parents=True, exist_ok=True)
     values = {"comparisons": [c.to_dict() for c in found], "fairness": [gap.to_dict() for gap in gaps], "provenance": made}
-    (folder / METRICS).write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
+    write_json(folder / METRICS, values)
     return write_page(folder, title, sections, made)

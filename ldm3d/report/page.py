@@ -1,10 +1,11 @@
 """A self-contained HTML page: lights at the top, sections of text, tables and pictures, and how it was made.
 
-It knows nothing of models and evaluations; `ldm3d.report.write` has what an evaluation says. Nothing is fetched when the
-page is opened: pictures are data: URIs, and there are no scripts.
+It is independent of models and evaluations, whose sections are in `ldm3d.report.sections`. Opening the page fetches nothing:
+pictures are data: URIs, and there are no scripts.
 """
 
 import datetime
+import json
 import math
 import shlex
 import sys
@@ -17,6 +18,8 @@ import jinja2
 import numpy as np
 
 import ldm3d
+from ldm3d import figures
+from ldm3d.files import checked_name
 
 PAGE, METRICS = "report.html", "metrics.json"
 GREEN, AMBER, RED, GREY = "green", "amber", "red", "grey"
@@ -24,15 +27,15 @@ GREEN, AMBER, RED, GREY = "green", "amber", "red", "grey"
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and what it should be: at least `low`, at most `high`.
+    """A figure and its target: at least `low`, at most `high`.
 
     Attributes:
         name: of the figure.
-        found: its value; NaN where it could not be measured.
+        found: its value; NaN if it could not be measured.
         low, high: its thresholds.
         unit: of all of them, "" for none.
-        interval: 95% interval of `found`; None where it has none.
-        judged: (light, words) where a rule that is more than two thresholds has decided; None: `low` and `high` decide.
+        interval: 95% interval of `found`; None if it has none.
+        judged: (light, words) by another rule than two thresholds; None: `low` and `high` decide.
     """
 
     name: str
@@ -59,9 +62,9 @@ class Goal:
 
     @property
     def verdict(self) -> tuple[str, str]:
-        """(light, words): green if the whole interval is within the thresholds, red if all of it is beyond, else amber.
+        """(light, words): green if the whole interval is within the thresholds, red if all of it is outside, else amber.
 
-        Without an interval the value alone decides; grey where there is no value.
+        Without an interval the value alone decides; grey without a value.
         """
         if self.judged:
             return self.judged
@@ -91,8 +94,8 @@ class Section:
         table: {"columns": names, "rows": lists of cells}; a line break in a cell is kept. None for no table.
         labels: how many of its first columns are text.
         pictures, plots: {"source": data: URI, "caption": text}; full width, and side by side.
-        lights: cell of the table -> "green", "amber", "red" or "grey", for cells that are verdicts.
-        note: what only a reviewer needs, in small print below.
+        lights: text of a cell that is a verdict -> "green", "amber", "red" or "grey".
+        note: details, in small print below.
     """
 
     title: str
@@ -114,7 +117,7 @@ def write_page(
         folder: is made if it is not there.
         title: of the page.
         sections: in their order.
-        provenance: how it was made, name -> text, for the table at the end; `made`, a date, stands at the top too.
+        provenance: how it was made, name -> text, for the table at the end; `made`, a date, is shown at the top too.
         goals: lights of the summary at the top; none leaves it out.
 
     Returns:
@@ -134,7 +137,7 @@ def write_page(
 
 
 def found(goal: Goal) -> str:
-    """What was found, with unit and interval, in words."""
+    """The value with unit and interval, in words."""
     if not math.isfinite(goal.found):
         return "none"
     value = f"{number(goal.found)} {goal.unit}".strip()
@@ -142,7 +145,7 @@ def found(goal: Goal) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals below 10, fewer above: what a table has room for and a reader can use. Counts as they are."""
+    """Three decimals below 10, fewer above; integers unchanged."""
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value):
@@ -150,8 +153,32 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """The value, and below it "(0.874 to 0.941)"; the value alone if there is no interval."""
+    if not np.isfinite(interval).all():
+        return number(value)
+    return f"{number(value)}\n({number(interval[0])} to {number(interval[1])})"
+
+
+def picture(pictures: Mapping[str, str], name: str, caption: str) -> dict[str, str]:
+    """One of a section's pictures; `pictures`: name -> data: URI."""
+    return {"source": pictures[name], "caption": caption}
+
+
+def save_pictures(folder: Path, drawn: Mapping[str, figures.Figure]) -> dict[str, str]:
+    """Write FOLDER/NAME.png for every figure; name -> data: URI."""
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{checked_name(name, 'picture')}.png")
+    return {name: figures.to_data_uri(figure) for name, figure in drawn.items()}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values as strict JSON."""
+    path.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def plain(value: Any) -> Any:
-    """A value as strict JSON knows it: what is not finite is null, arrays and tuples are lists."""
+    """A value in strict JSON: numbers that are not finite are null, arrays and tuples are lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
@@ -162,12 +189,12 @@ def plain(value: Any) -> Any:
 
 
 def command() -> str:
-    """The command that this process was started with."""
+    """The command line of this process."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name  # python -m ldm3d
     return shlex.join([name, *sys.argv[1:]])
 
 
 def now() -> str:
-    """Date and time, with their zone."""
+    """Date and time with time zone."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,8 +1,7 @@
-"""Do generated volumes show the category that was asked, sex for example? Read off by regression, as ages are.
+"""Classification of volumes, by sex for example: is the requested category recognised?
 
-One ridge regression a category on whether a training volume is of it, and the largest answer decides (for two categories this
-is Fisher's linear discriminant, up to the threshold). It is fitted on real volumes and on the same after the autoencoder, as
-ages are, see predictors.py. What is reached on held-out real people, and on their reconstructions, stands beside.
+One-versus-rest ridge regression (for two categories Fisher's linear discriminant, up to the threshold). As in regression.py it
+is fitted to real volumes and to their reconstructions.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,15 +17,15 @@ from ldm3d.statistics.bootstrap import Interval, interval, means, resamples
 
 @dataclass(frozen=True)
 class Hits:
-    """How often the category that is read off a volume is the one asked for.
+    """How often the recognised category is the one of the table, or the requested one.
 
     Attributes:
-        covariate, kind: what was read off which volumes, "real", "reconstructed" or "generated".
+        covariate, kind: what was recognised on which volumes, "real", "reconstructed" or "generated".
         n: volumes.
-        share: of them that are right; interval: 95% of it, by bootstrap over people.
-        commonest: what always saying the commonest category would reach.
-        by_category: category -> share of its volumes that are right.
-        right: of each volume, 1 if it is; (n,).
+        share: accuracy; interval: its 95% interval, by bootstrap over people.
+        commonest: accuracy of always choosing the commonest category.
+        by_category: category -> share of its volumes that are recognised.
+        right: of each volume, 1 if it is recognised; (n,).
         draws: the share in each resample of people, (B,).
     """
 
@@ -45,15 +44,15 @@ class Hits:
 
 
 class Reader:
-    """Tells categories by features.
+    """Recognises categories by features.
 
     Args:
         features: of training volumes, as they are and after the autoencoder, (N, D).
         values: their categories, (N,).
-        people: whom each shows.
+        people: the person in each.
 
     Raises:
-        InputError: too few people, or one category alone.
+        InputError: too few people, or a single category.
     """
 
     def __init__(self, features: NDArray, values: Sequence[str], people: Sequence[Hashable]):
@@ -65,19 +64,12 @@ class Reader:
         return [self.categories[i] for i in np.stack([ridge(features) for ridge in self.ridges]).argmax(axis=0)]
 
 
-def count_hits(covariate: str, kind: str, said: Sequence[str], asked: Sequence[str], people: Sequence[Hashable]) -> Hits:
-    """Compare N categories that were read off with those asked for; `people`: whom each volume shows."""
-    right = np.array([a == b for a, b in zip(said, asked)], dtype=float)
+def count_hits(covariate: str, kind: str, found: Sequence[str], asked: Sequence[str], people: Sequence[Hashable]) -> Hits:
+    """Hits among N recognised categories, given the right ones; `people`: the person in each volume."""
+    right = np.array([a == b for a, b in zip(found, asked)], dtype=float)
     of = {one: np.array([each == one for each in asked]) for one in sorted(set(asked))}
     draws = means(right, resamples(people))
-    return Hits(
-        covariate,
-        kind,
-        len(right),
-        float(right.mean()),
-        interval(draws),
-        max(float(own.mean()) for own in of.values()),
-        {one: float(right[own].mean()) for one, own in of.items()},
-        right,
-        draws,
-    )
+    commonest = max(float(own.mean()) for own in of.values())
+    by_category = {one: float(right[own].mean()) for one, own in of.items()}
+    share = float(right.mean()), interval(draws)
+    return Hits(covariate, kind, len(right), *share, commonest, by_category, right, draws)

@@ -1,12 +1,13 @@
-"""Covariates that no measure gives, age above all, read off the image: ridge regression on features of real volumes.
+"""Covariates that no measure gives, age above all: predicted from the image, by ridge regression on features of real volumes.
 
-On phantoms of 40 x 48 x 40 voxels (300 to train on, 150 to test) ridge regression on `RandomFeatures` errs by 6.6 years, a
-convolutional network of four blocks trained for a minute of one core by 7.3, pooled intensities by 7.4 or more: the simplest
-is kept. It takes milliseconds to fit, and has no steps and no seed.
+On phantoms of 40 x 48 x 40 voxels (300 to fit, 150 to test) ridge regression on `RandomFeatures` has a mean absolute error of
+6.6 years, a convolutional network of four blocks trained for a minute on one core 7.3, and pooled intensities 7.4 or more.
+Ridge regression is fitted in milliseconds, and has neither training steps nor a seed.
 
-Volumes of a model are smoother than scans, and a regressor that has seen scans alone may take that for age: in five fits to
-110 to 150 phantoms it said 1 to 10 years more after the autoencoder than before. So it is fitted on real volumes and on the
-same after the autoencoder: the difference was 0.2 years at most, with the same error on real volumes.
+Volumes of a model are smoother than scans. A regressor that was fitted to scans alone may mistake that for age: in five fits
+to 110 to 150 phantoms it predicted 1 to 10 years more after the autoencoder than before. So it is fitted to real volumes and
+to
+their reconstructions: the difference was at most 0.2 years, with the same error on real volumes.
 """
 
 import warnings
@@ -27,9 +28,9 @@ from ldm3d.randomness import generator
 from ldm3d.statistics.bootstrap import numbered
 
 PENALTIES = 10.0 ** np.arange(-2, 6.1, 0.5)  # of weights of standardised features
-LEAST = 20  # people to fit on
-MOST = 200  # volumes that are looked at
-FLOOR = 1e-6  # of the largest deviation: features that hardly vary are not blown up
+MIN_PEOPLE = 20  # to fit
+MAX_VOLUMES = 200  # training volumes whose features are computed
+MIN_DEVIATION = 1e-6  # of the largest deviation: features that hardly vary are not amplified
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,33 @@ class Ridge:
 
 
 def fit_ridge(features: NDArray, values: NDArray, people: Sequence[Hashable] | None = None) -> Ridge:
-    """Ridge regression (Hoerl and Kennard 1970) whose penalty has the least error on people left out (Allen 1974).
+    """Ridge regression (Hoerl and Kennard 1970) with the penalty of least cross-validation error (Allen 1974).
 
     Args:
         features: (N, D).
         values: (N,).
-        people: whom each volume shows; all of a person's are left out together. None: all are different.
+        people: the person in each volume; all volumes of a person are left out together. None: all are different.
 
     Raises:
-        InputError: fewer than `LEAST` people, or values that do not vary.
+        InputError: fewer than `MIN_PEOPLE` people, or values that do not vary.
     """
     features, values = np.asarray(features, dtype=float), np.asarray(values, dtype=float)
     person = numbered(people or range(len(values)))
-    if len(set(person)) < LEAST or np.ptp(values) == 0:
-        raise InputError(f"{len(set(person))} people to fit on, and a regressor needs {LEAST} whose values vary; give more")
+    if len(set(person)) < MIN_PEOPLE or np.ptp(values) == 0:
+        raise InputError(
+            f"{len(set(person))} people to fit a regression to, and it needs {MIN_PEOPLE} whose values vary; give more"
+        )
     mean, deviation = features.mean(axis=0), features.std(axis=0)
-    deviation = np.maximum(deviation, FLOOR * max(deviation.max(), FLOOR))
+    deviation = np.maximum(deviation, MIN_DEVIATION * max(deviation.max(), MIN_DEVIATION))
     offset = values.mean()
     u, s, v = np.linalg.svd((features - mean) / deviation, full_matrices=False)
     projected = u.T @ (values - offset)
     groups = [np.flatnonzero(person == number) for number in range(person.max() + 1)]
     errors = []
     for penalty in PENALTIES:
-        kept = s**2 / (s**2 + penalty)
-        residual = values - offset - u @ (kept * projected)
-        left_out = [_left_out(residual[own], u[own] * kept @ u[own].T + 1 / len(values)) for own in groups]
+        shrinkage = s**2 / (s**2 + penalty)
+        residual = values - offset - u @ (shrinkage * projected)
+        left_out = [_left_out(residual[own], u[own] * shrinkage @ u[own].T + 1 / len(values)) for own in groups]
         errors.append(np.mean(np.concatenate(left_out) ** 2))
     penalty = float(PENALTIES[int(np.argmin(errors))])
     return Ridge(mean, deviation, v.T @ (s / (s**2 + penalty) * projected), float(offset), penalty)
@@ -96,80 +99,86 @@ class Predictor:
         self.extractor, self.ridges, self.device = extractor, dict(ridges), device
 
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
-        """Volume (X, Y, Z) in [0, 1] -> {covariate: value}; `spacing_mm` is not looked at."""
+        """Volume (X, Y, Z) in [0, 1] -> {covariate: value}; `spacing_mm` is not used."""
         features = extract([volume[None]], self.extractor, self.device).double().numpy()
         return {name: float(ridge(features)[0]) for name, ridge in self.ridges.items()}
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """What a predictor is fitted on: features (N, D) of training volumes and of their reconstructions, and whose they are."""
+class TrainingFeatures:
+    """Features (N, D) of training volumes and of their reconstructions, with covariates and people, to fit regressors to."""
 
     features: NDArray
     reconstructed: NDArray
     rows: list[dict[str, Value]]
     people: list[Hashable]
 
-    def with_value(self, name: str) -> tuple[NDArray, NDArray]:
-        """Numbers of the volumes that have a value of a covariate, and these values."""
+    def with_value(self, name: str) -> tuple[list[int], list[Value]]:
+        """Indices of the volumes that have a value of a covariate, and these values."""
         own = [i for i, row in enumerate(self.rows) if row[name] is not None]
-        return np.array(own, dtype=int), np.array([self.rows[i][name] for i in own], dtype=float)
+        return own, [self.rows[i][name] for i in own]
+
+    def labelled(self, name: str) -> tuple[NDArray, list[Value], list[Hashable]]:
+        """Features of volumes and reconstructions with a value of a covariate, these values, and the people."""
+        own, values = self.with_value(name)
+        features = np.concatenate([self.features[own], self.reconstructed[own]])
+        return features, values * 2, [self.people[i] for i in own] * 2
 
 
-def look_at_training(
+def training_features(
     pipeline: Pipeline,
     subjects: Sequence[Mapping[str, Any]],
     people: Sequence[Hashable],
     load: Callable[[int], NDArray],
     extractor: Extractor,
     processes: Processes = ALONE,
-) -> Learnt:
-    """Features of up to `MOST` volumes that were trained on, drawn at random.
+) -> TrainingFeatures:
+    """Features of up to `MAX_VOLUMES` training volumes, drawn at random.
 
     Args:
         pipeline: the model, whose autoencoder reconstructs them.
-        subjects, people: covariates of each training volume, and whom it shows.
-        load: number of a volume -> (C, X, Y, Z) on the pipeline's grid.
+        subjects, people: covariates of each training volume, and its person.
+        load: index of a volume -> (C, X, Y, Z) on the pipeline's grid.
         extractor: see `ldm3d.metrics.features`.
         processes: that share the work.
 
     Raises:
         InputError: volumes that the extractor cannot take.
     """
-    chosen = sorted(torch.randperm(len(subjects), generator=generator("training volumes"))[:MOST].tolist())
+    chosen = sorted(torch.randperm(len(subjects), generator=generator("training volumes"))[:MAX_VOLUMES].tolist())
 
-    def look(i: int) -> list[NDArray]:
+    def work(i: int) -> list[NDArray]:
         volume = torch.from_numpy(load(i))[None].to(pipeline.device)  # (1, C, X, Y, Z)
         pair = [pipeline.cropped(v[0].cpu().numpy()) for v in (volume, pipeline.reconstruct(volume))]
         return [extract([v], extractor, pipeline.device).double().numpy() for v in pair]
 
-    done = share_work(look, chosen, processes, "training volumes")
+    done = share_work(work, chosen, processes, "reconstruct training volumes", "volume")
     features, reconstructed = (np.concatenate(rows) for rows in zip(*done))
     rows = [pipeline.schema.parse(subjects[i]) for i in chosen]
-    return Learnt(features, reconstructed, rows, [people[i] for i in chosen])
+    return TrainingFeatures(features, reconstructed, rows, [people[i] for i in chosen])
 
 
-def fit_predictor(learnt: Learnt, names: Iterable[str], extractor: Extractor, device: torch.device | str = "cpu") -> Predictor:
-    """A predictor of every named covariate that enough volumes have a value of; a warning says which is left out.
+def fit_predictor(
+    learnt: TrainingFeatures, names: Iterable[str], extractor: Extractor, device: torch.device | str = "cpu"
+) -> Predictor:
+    """A predictor of the named covariates; those with too few values are left out with a warning.
 
     Args:
-        learnt: from `look_at_training`.
+        learnt: from `training_features`.
         names: continuous covariates to predict.
         extractor, device: see `Predictor`.
     """
     ridges = {}
     for name in names:
-        own, values = learnt.with_value(name)
-        features = np.concatenate([learnt.features[own], learnt.reconstructed[own]])
         try:
-            ridges[name] = fit_ridge(features, np.tile(values, 2), [learnt.people[i] for i in own] * 2)
-        except InputError as error:  # the other covariates are worth having
+            ridges[name] = fit_ridge(*learnt.labelled(name))
+        except InputError as error:  # the other covariates are still useful
             warnings.warn(f"{name} is not predicted: {error}", stacklevel=2)
     return Predictor(extractor, ridges, device)
 
 
 def together(*measures: Callable[[NDArray, Sequence[float]], Mapping[str, float]]) -> Callable[..., dict[str, float]]:
-    """One measure of several; what a later one says of the same name counts."""
+    """One measure of several; if two measure a quantity of the same name, the later one counts."""
 
     def measure(volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
         return {name: value for one in measures for name, value in one(volume, spacing_mm).items()}

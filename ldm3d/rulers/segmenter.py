@@ -1,7 +1,7 @@
-"""A small segmentation network, trained on scans with label maps: volumes where the built-in measure cannot give them.
+"""A small segmentation network, trained on scans with label maps: measures volumes that the built-in measure cannot.
 
-MONAI's residual U-Net with its Dice and cross-entropy loss (Milletari et al. 2016; Isensee et al. 2021). It is trained on
-scans and asked about generated volumes, which are smoother: so it sees scans blurred, noisy, brighter and darker in training.
+MONAI's residual U-Net with its Dice and cross-entropy loss (Milletari et al. 2016; Isensee et al. 2021). Generated volumes are
+smoother than scans, so scans are blurred, made noisy, brighter and darker in training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +22,18 @@ from ldm3d.models.unet import cut_to, pad_to
 from ldm3d.randomness import generator
 
 CHANNELS = (16, 32, 64)
-STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3
-BLUR, NOISE, GAIN = 1.0, 0.04, 0.2  # the most that scans are changed in training; a blur of 1 is the mean of 3 x 3 x 3 voxels
+STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
+MAX_BLUR, MAX_NOISE, MAX_GAIN = 1.0, 0.04, 0.2  # augmentation; a blur of 1 is the mean of 3 x 3 x 3 voxels
 
 Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
 
 
 class SegmentationUNet(Pretrained):
-    """The network, and what its classes stand for.
+    """The network, and the meaning of its classes.
 
     Args:
-        groups: quantity -> labels of the label maps that are counted for it. Class k + 1 is the k-th group, 0 all else.
-        channels: of each level; the first convolution halves the sides, so that nothing wide runs at full resolution.
+        groups: quantity -> its labels in the label maps. Class k + 1 is the k-th group, 0 the rest.
+        channels: of each level; the first convolution halves the sides, so that no wide layer works at full resolution.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[int]], channels: Sequence[int] = CHANNELS):
@@ -68,7 +68,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
-        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels whose likeliest class it is."""
+        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class."""
         device = next(self.network.parameters()).device
         x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape)
         counts = self.network(x).argmax(dim=1).flatten().bincount(minlength=1 + len(self.network.groups)).tolist()
@@ -91,7 +91,7 @@ def train_segmenter(
         count: of scans.
         groups: see `SegmentationUNet`.
         steps: of AdamW, with batches of `BATCH`; the learning rate falls to 0 by half a cosine.
-        seed: of weights, order and changes.
+        seed: of weights, order and augmentation.
         device: where to train.
 
     Raises:
@@ -113,7 +113,7 @@ def train_segmenter(
         random = generator("segmenter", seed, step)
         pairs = [load(i) for i in torch.randint(count, (BATCH,), generator=random).tolist()]
         x, classes = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
-        loss = loss_function(network(_changed(x.float(), random)), classes)
+        loss = loss_function(network(_augmented(x.float(), random)), classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,13 +121,13 @@ def train_segmenter(
     return network.eval()
 
 
-def _changed(x: Tensor, random: torch.Generator) -> Tensor:
-    """Volumes (N, 1, X, Y, Z) brighter or darker, blurred and noisy, all by a chance amount."""
+def _augmented(x: Tensor, random: torch.Generator) -> Tensor:
+    """Volumes (N, 1, X, Y, Z) brighter or darker, blurred and noisy, by random amounts."""
     gain, blur, noise = torch.rand(3, generator=random).tolist()
-    x = x * (1 + GAIN * (2 * gain - 1))
+    x = x * (1 + MAX_GAIN * (2 * gain - 1))
     smooth = F.avg_pool3d(F.pad(x, (1,) * 6, mode="replicate"), 3, stride=1)
-    x = x + BLUR * blur * (smooth - x)
-    return x + NOISE * noise * torch.randn(x.shape, generator=random).to(x)
+    x = x + MAX_BLUR * blur * (smooth - x)
+    return x + MAX_NOISE * noise * torch.randn(x.shape, generator=random).to(x)
 
 
 def dice(network: SegmentationUNet, load: Load, numbers: Sequence[int]) -> dict[str, list[float]]:
@@ -137,9 +137,9 @@ def dice(network: SegmentationUNet, load: Load, numbers: Sequence[int]) -> dict[
     with torch.inference_mode():
         for i in numbers:
             volume, classes = load(i)
-            said = network(torch.from_numpy(volume).float().to(device)[None]).argmax(dim=1).cpu().numpy()
+            predicted = network(torch.from_numpy(volume).float().to(device)[None]).argmax(dim=1).cpu().numpy()
             for k, name in enumerate(network.groups):
-                a, b = said == k + 1, classes == k + 1
+                a, b = predicted == k + 1, classes == k + 1
                 total = a.sum() + b.sum()
                 found[name].append(2 * float((a & b).sum()) / total if total else float("nan"))
     return found

@@ -6,7 +6,6 @@ alike; not a segmentation for clinical scans. A function of the same form can ta
 Intensities are in units of the white matter around (1 = white matter), which removes bias field and brightness.
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ldm3d.errors import InputError
+from ldm3d.metrics.features import imported
 
 TISSUE_LEVEL = 0.5  # brighter than fluid, darker than cortex
-VENTRICLE_LEVEL, SEED_LEVEL = 0.6, 0.75  # below deep grey matter; on the centreline, where thin ventricles are less dark
+VENTRICLE_LEVEL, SEED_LEVEL = 0.6, 0.75  # below deep grey matter; on the centreline, as thin ventricles are less dark
 AIR_LEVEL, FLUID_LEVEL = 0.1, 0.25  # the second: between what T1w scans have (0.2 to 0.28)
 BIAS_FIELD_MM = 25.0  # standard deviation of the window in which white matter is averaged
 CLOSING_MM, DEPTH_MM = 15.0, 9.0  # sulci narrower than the first are closed; ventricles lie deeper than the second
@@ -29,7 +28,7 @@ BODY = ((15, 41, -4), (12, 27, 8), (11, 5, 14), (15, -15, 12), (23, -31, 2), (22
 TEMPORAL_HORN = ((23, -31, 2), (33, -17, -16), (31, 1, -22))
 VENTRICLE_SEED_MM, VENTRICLE_REACH_MM = 7.0, 13.0
 NODS, SHIFTS_MM = np.deg2rad(np.arange(-12, 43, 6)), np.arange(-9, 10, 3)  # poses that are tried; forehead up is positive
-BLUR_MM = 4.0  # so that a centreline that just misses a ventricle is drawn to it
+BLUR_MM = 4.0  # so that a centreline beside a ventricle is drawn to it
 
 
 def measure_volumes(volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
@@ -110,7 +109,7 @@ def _ventricles(volume: NDArray, brain: NDArray, spacing_mm: NDArray) -> NDArray
     # In place: near the centreline, and off the midline wherever that may be a fissure or the third ventricle
     fluid = deep & (volume > AIR_LEVEL)
     dark = ((SEED_LEVEL - volume) / (SEED_LEVEL - FLUID_LEVEL)).clip(0, 1) * fluid
-    x, y, z = _place(brain, ndimage.gaussian_filter(dark, BLUR_MM / spacing_mm))
+    x, y, z = _centreline_coordinates(brain, ndimage.gaussian_filter(dark, BLUR_MM / spacing_mm))
     callosum = (((y + 1) / 50) ** 2 + ((z - 1) / 32) ** 2 < 1) & (z > -1)
     distance_mm = _distance_to_centreline(np.abs(x), y, z)
     seeded = distance_mm < VENTRICLE_SEED_MM
@@ -119,7 +118,7 @@ def _ventricles(volume: NDArray, brain: NDArray, spacing_mm: NDArray) -> NDArray
     return ndimage.binary_propagation(candidates & seeded, mask=candidates)
 
 
-def _place(brain: NDArray, dark: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+def _centreline_coordinates(brain: NDArray, dark: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Coordinates x, y, z in mm of every voxel in the frame of the centreline.
 
     Centre and size are the brain's; a nod of the head and a shift are those that put the centreline where it is darkest
@@ -189,9 +188,4 @@ def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[
         from ldm3d.rulers.segmenter import Segmenter
 
         return Segmenter.from_pretrained(function, device)
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"measure {name!r} cannot be imported ({error}); give package.module:function, with its folder on PYTHONPATH"
-        ) from None
+    return imported(name, "measure")

@@ -1,7 +1,8 @@
 """95% intervals by the bootstrap over people (Efron 1979), for many figures of the same volumes at once.
 
-What is drawn with replacement is people, not volumes: two scans of one person say less than scans of two. A resample is kept
-as weights, how often each volume stands in it, so that a figure over all resamples is a product of two matrices.
+People are drawn with replacement, not volumes: two scans of one person carry less information than scans of two people. A
+resample is a row of weights, the number of times that each volume occurs in it, so that a figure over all resamples is a
+product of two matrices.
 
 Intervals are percentiles. With a dozen people they are too narrow by about a seventh (1.96 sqrt(11 / 12) for Student's 2.20).
 """
@@ -15,24 +16,24 @@ from numpy.typing import NDArray
 from ldm3d.randomness import generator
 
 SAMPLES = 2000
-LEVEL = (2.5, 97.5)
+PERCENTILES = (2.5, 97.5)  # ends of a 95% interval
 
 Interval = tuple[float, float]
 
 
 def numbered(people: Sequence[Hashable]) -> NDArray:
-    """Every person's number, in the order of appearance: ["b", "a", "b"] -> [0, 1, 0]."""
-    seen: dict[Hashable, int] = {}
-    return np.array([seen.setdefault(person, len(seen)) for person in people], dtype=int)
+    """Each person's number, in the order of appearance: ["b", "a", "b"] -> [0, 1, 0]."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(person, len(numbers)) for person in people], dtype=int)
 
 
 def resamples(people: Sequence[Hashable], samples: int = SAMPLES, seed: int = 0) -> NDArray:
-    """How often each volume stands in each resample of the people that they show.
+    """How often each volume occurs in each resample of people.
 
     Args:
-        people: whom each of N volumes shows; equal values are one person.
+        people: the person in each of N volumes; equal values are one person.
         samples: B, how many resamples.
-        seed: the resamples of a seed and a number of people are always the same.
+        seed: resamples follow from it and the number of people alone.
 
     Returns:
         (B, N), whole numbers as float64.
@@ -54,11 +55,11 @@ def means(values: NDArray, weights: NDArray) -> NDArray:
 
 
 def interval(values: NDArray) -> Interval:
-    """The middle 95% of a figure over resamples (B,); (NaN, NaN) where a tenth of them or more have none."""
+    """The central 95% of a figure over resamples (B,); (NaN, NaN) if it is undefined in a tenth of them or more."""
     finite = values[np.isfinite(values)]
     if len(finite) < 0.9 * len(values) or not len(finite):
         return float("nan"), float("nan")
-    low, high = np.percentile(finite, LEVEL)
+    low, high = np.percentile(finite, PERCENTILES)
     return float(low), float(high)
 
 
@@ -69,5 +70,5 @@ def relative(value: float, to: float, draws: NDArray, draws_of_other: NDArray) -
 
 
 def mean_interval(values: NDArray, people: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
-    """Of the mean of values (N,); people None: each volume shows another."""
+    """95% interval of the mean of values (N,); people None: every volume is of another person."""
     return interval(means(np.asarray(values, dtype=float), resamples(people or range(len(values)), seed=seed)))

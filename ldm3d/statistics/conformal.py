@@ -1,12 +1,11 @@
-"""From scores to decisions: below which score a volume counts as a copy, and how often that would be said of a new person.
+"""Conformal p-values: is a score lower than the scores of held-out subjects explain (Vovk et al. 2005)?
 
-The scores of held-out subjects, whom the model has never seen, say what is reached by chance (split conformal prediction, Vovk
-et al. 2005). If a volume is none of the training subjects', its score is as good as one more held-out subject's, and
+If a volume is not a copy of a training subject, its score is exchangeable with those of held-out subjects, and
 
     p = (1 + number of held-out subjects with a score as low) / (1 + number of held-out subjects)
 
-is at most a with a probability of at most a, whatever the scores' distribution. A held-out subject counts once, however many
-scans there are of it: each of n scans counts 1 / n (as in Lee, Barber and Willett 2023).
+is at most a with a probability of at most a, whatever the distribution of scores. A held-out subject counts once, however
+many scans it has: each of n scans counts 1 / n (as in Lee, Barber and Willett 2023).
 """
 
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ class Rate:
 
 
 def p_values(scores: Sequence[float], held_out: Sequence[float], subjects: Sequence[Any]) -> list[float]:
-    """p of each score, see the top of this file; `held_out` are the scores of held-out volumes, `subjects` whom they show."""
+    """p of each score, see the top of this file; `held_out` are the scores of held-out volumes, `subjects` their subjects."""
     weights, known, total = subject_weights(subjects), np.array(held_out), len(set(subjects))
     return [float((1 + weights[known <= score].sum()) / (1 + total)) for score in scores]
 

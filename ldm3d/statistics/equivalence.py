@@ -1,9 +1,8 @@
-"""What can be said of a measure of synthetic volumes, beside the same measure of real ones: a verdict, and why.
+"""Equivalence tests: is a metric of synthetic volumes the same as that of real volumes, within a margin?
 
-"As good as real" is a claim of equivalence, and that two sets are not told apart is no evidence for it: with few volumes
-nothing is told apart. So each measure has a margin, the largest difference that is still called the same, and the claim is
-made only if a 90% interval of the difference lies within it, which is two one-sided tests at 5% (TOST; Schuirmann 1987).
-Margins do not depend on how many volumes there are: more volumes make the claim easier, fewer never do.
+Failing to find a difference is no evidence of equivalence: with few volumes no difference is found. So each metric has an
+equivalence margin, and equivalence is claimed only if the 90% interval of the difference lies within it, which amounts to two
+one-sided tests at 5% (TOST; Schuirmann 1987). Margins do not depend on the number of volumes.
 """
 
 import math
@@ -13,24 +12,22 @@ from typing import Any, Literal
 Direction = Literal["low", "high", "real"]
 WITHIN, BEYOND, CLOSER, FEW = "within the margin", "beyond the margin", "closer than real", "too few to tell"
 
-LEVEL = (0.025, 0.975)  # of the intervals of figures
-REACH = 1.645  # standard errors to the end of a 90% interval: two one-sided tests at 5%
-ENOUGH = 50  # volumes on either side of a measurement, or pairs, below which nothing is said to be within the margin
-TENTH, STEP, SPREAD = 0.1, 0.25, 0.9  # the margins, see `measure_table.Margin`
+Z_90 = 1.645  # standard errors from the centre to the end of a 90% interval: two one-sided tests at 5%
+ENOUGH = 50  # volumes on either side, or pairs, that a claim of equivalence needs
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One measure of synthetic volumes, beside the same of real ones.
+    """One metric of synthetic volumes, beside the same metric of real volumes.
 
     Attributes:
-        name: of the measure, a key of `MEASURES`.
+        name: of the metric, a key of `REALISM_METRICS`.
         value, low, high: of synthetic volumes, with a 95% interval.
-        null_low, null_high: 95% of what real volumes reach in their place, as many as those.
-        excess, excess_low, excess_high: of synthetic volumes less that of real ones, with a 90% interval.
-        margin: the excess may be this much on either side and still be called the same, at least 0.
-        direction: "low" or "high" if that is better, "real" if the best is what real volumes have.
-        real, synthetic: volumes on each side of one measurement; pairs of each for measures of pairs.
+        null_low, null_high: 95% interval of the metric between two sets of real volumes of the same size.
+        excess, excess_low, excess_high: synthetic minus real, with a 90% interval.
+        margin: equivalence margin of the excess, at least 0.
+        direction: "low" or "high" if that is better, "real" if the value of real volumes is best.
+        real, synthetic: volumes on each side of one measurement; number of pairs for metrics of pairs.
     """
 
     name: str
@@ -49,11 +46,11 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """What can be said of it.
+        """Outcome of the equivalence test.
 
-        "closer than real": outside of what real volumes reach, on the better side, or better by more than the margin; look for
-        copies. "within the margin": the interval of the excess lies within the margin, and there are `ENOUGH` volumes
-        for intervals to hold. "beyond the margin": the whole interval lies beyond it. Else "too few to tell".
+        "closer than real": better than the real volumes' interval, or better by more than the margin, as copies are.
+        "within the margin": the interval of the excess lies within the margin, and there are `ENOUGH` volumes for
+        intervals to hold. "beyond the margin": the whole interval lies outside. Otherwise "too few to tell".
         """
         above, below = self.excess_low > self.margin, self.excess_high < -self.margin
         if self.direction == "low" and (below or self.value < self.null_low):
@@ -67,10 +64,10 @@ class Finding:
 
     @property
     def needed(self) -> int | None:
-        """How many volumes (or pairs) in the place of `synthetic` would tell, if the excess stayed what it is.
+        """Number of volumes (or pairs), instead of `synthetic`, that would decide if the excess stayed the same.
 
-        The interval's width falls with the root of their number. None where a verdict has been reached, and where the
-        excess is so near to the margin that more than a hundred times as many would be needed.
+        The width of the interval falls with the square root of their number. None if the test has decided, or if the excess
+        is so near to the margin that more than a hundred times as many would be needed.
         """
         if self.verdict != FEW:
             return None

@@ -1,13 +1,13 @@
-"""Likeness by group: a group that is drawn worse is found; a fair model has no gap, whoever its people are."""
+"""Realism by group: a group that is drawn worse is found; a fair model has no gap, whoever its people are."""
 
 import numpy as np
 import pytest
 import torch
 
 from ldm3d.covariates import Covariate, CovariateSchema
-from ldm3d.evaluation.realism import Seen
-from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
-from ldm3d.evaluation.subgroups import GAP, LEAST, gaps
+from ldm3d.evaluation.realism import FeatureSet, VolumeFeatures
+from ldm3d.evaluation.realism_by_group import realism_gaps
+from ldm3d.evaluation.subgroups import GAP, MIN_GROUP, gaps
 
 SCHEMA = CovariateSchema((Covariate("sex", "categorical", categories=("F", "M", "O")),))
 BANDS = {"sex": []}
@@ -15,12 +15,12 @@ BANDS = {"sex": []}
 
 def volumes(
     features: torch.Tensor, labels: list[str], people: list | None = None, maps: torch.Tensor | None = None
-) -> SeenVolumes:
-    seen = [Seen(features[i : i + 1], None if maps is None else maps[i : i + 1]) for i in range(len(features))]
-    return SeenVolumes(seen, [{"sex": label} for label in labels], people or list(range(len(labels))))
+) -> FeatureSet:
+    seen = [VolumeFeatures(features[i : i + 1], None if maps is None else maps[i : i + 1]) for i in range(len(features))]
+    return FeatureSet(seen, [{"sex": label} for label in labels], people or list(range(len(labels))))
 
 
-def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -> tuple[SeenVolumes, SeenVolumes]:
+def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -> tuple[FeatureSet, FeatureSet]:
     """Real and generated volumes of `count` women and men. Men lie elsewhere and vary `spread` times as much."""
     rng = torch.Generator().manual_seed(seed)
     labels = ["F", "M"] * count
@@ -30,21 +30,21 @@ def drawn(seed: int, shift: float = 0.0, spread: float = 1.0, count: int = 40) -
     return volumes(real, labels), volumes(made + shift * men, labels)
 
 
-def found(real: SeenVolumes, synthetic: SeenVolumes, **options) -> dict:
+def found(real: FeatureSet, synthetic: FeatureSet, **options) -> dict:
     options = {"splits": 40} | options
-    return {gap.figure: gap for gap in gaps(SCHEMA, BANDS, [], gaps_of_likeness(SCHEMA, BANDS, real, synthetic, **options))}
+    return {gap.figure: gap for gap in gaps(SCHEMA, BANDS, [], realism_gaps(SCHEMA, BANDS, real, synthetic, **options))}
 
 
 @pytest.mark.parametrize("figure", ("Fréchet distance", "kernel distance", "MMD, Gaussian kernel", "precision", "coverage"))
 def test_a_group_that_is_drawn_worse_is_found(figure):
-    gap = found(*drawn(0, shift=2.0))[f"{figure}, beyond real"]
+    gap = found(*drawn(0, shift=2.0))[f"{figure}, minus real"]
     assert (gap.worst, gap.best, gap.verdict) == ("M", "F", GAP)
     assert gap.low < gap.gap < gap.high and [(group.label, group.n) for group in gap.groups] == [("F", 40), ("M", 40)]
 
 
 def test_a_shift_has_the_size_of_its_mmd():
     """Of two groups one is off by a known vector: its kernel distance is that of many more, the other's 0."""
-    gap = found(*drawn(1, shift=1.0, count=200))["kernel distance, beyond real"]
+    gap = found(*drawn(1, shift=1.0, count=200))["kernel distance, minus real"]
     real, made = (each.stack("features") for each in drawn(1, shift=1.0, count=20_000))
     mean, deviation = real[:400].mean(dim=0), real[:400].std(dim=0)
     men = [((x[1::2] - mean) / deviation)[:4000] for x in (real, made)]
@@ -66,10 +66,10 @@ def test_a_fair_model_has_no_gap_though_a_group_varies_more():
 
 def test_groups_of_few_people_are_left_out_whatever_their_scans():
     real, synthetic = drawn(2)
-    few = [i % (LEAST - 1) if label["sex"] == "M" else 100 + i for i, label in enumerate(real.rows)]
-    assert found(SeenVolumes(real.seen, real.rows, few), SeenVolumes(synthetic.seen, synthetic.rows, few)) == {}
+    few = [i % (MIN_GROUP - 1) if label["sex"] == "M" else 100 + i for i, label in enumerate(real.rows)]
+    assert found(FeatureSet(real.volumes, real.rows, few), FeatureSet(synthetic.volumes, synthetic.rows, few)) == {}
     again = [i // 2 for i in range(len(few))]  # one of each sex: two groups of 40 people each
-    assert found(SeenVolumes(real.seen, real.rows, again), SeenVolumes(synthetic.seen, synthetic.rows, again))
+    assert found(FeatureSet(real.volumes, real.rows, again), FeatureSet(synthetic.volumes, synthetic.rows, again))
 
 
 def test_maps_and_pairs_are_judged_too_where_they_are_kept():
@@ -80,11 +80,11 @@ def test_maps_and_pairs_are_judged_too_where_they_are_kept():
         x = torch.from_numpy(rng.standard_normal((40, 8)))
         each = volumes(x, labels, maps=torch.from_numpy(rng.standard_normal((40, 5))))
         base = rng.random((1, 24, 24, 24))
-        for seen, label in zip(each.seen, labels):
+        for seen, label in zip(each.volumes, labels):
             noise = rng.standard_normal(base.shape) * (men if label == "M" else 0.05)
             seen.volume = (base + noise).clip(0, 1).astype(np.float16)
         made.append(each)
     by_name = found(*made)
-    assert "spatial Fréchet distance, beyond real" in by_name
-    gap = by_name["MS-SSIM of pairs, beyond real"]
+    assert "spatial Fréchet distance, minus real" in by_name
+    gap = by_name["MS-SSIM of pairs, minus real"]
     assert gap.verdict == GAP and {group.label: group.value < -0.1 for group in gap.groups} == {"F": False, "M": True}

@@ -1,0 +1,74 @@
+"""Subgroup analysis on the page: gaps between groups of people."""
+
+from collections.abc import Sequence
+
+from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, FEW, GAP, MEAN_TOLERANCE, MIN_GROUP, NO_GAP, SMALL_GAP, Gap, Group
+from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number, with_interval
+
+LIGHTS = {GAP: RED, SMALL_GAP: AMBER, FEW: GREY, NO_GAP: GREEN}  # the bad news first
+
+NOTE = (
+    "± half of a 95% interval; (of n people): if these are not all. Gap: the worst group minus the best, or for a bias the "
+    "largest minus the smallest, with its 95% interval. By chance: 95th percentile of the gaps of random groups, for one "
+    "row; the verdict is corrected for the number of rows of all these tables together (Holm 1979). Real: error of the "
+    "measure on real volumes; no property of the model, so it does not count for the light, and neither do likelihoods, as "
+    "some groups vary more than others. Autoencoder: error of reconstructions against the originals. Minus real: on "
+    "generated volumes, minus that on real volumes with the same covariates, as the measure itself may be worse in some "
+    "groups; distances are computed with equally many volumes in all groups. Gap (red): significant at 5%, and possibly "
+    "above the tolerance: for autoencoder and generated the mean absolute error of the measure on real volumes, for other "
+    f"errors {ERROR_TOLERANCE:.0%} of the overall one, or {MEAN_TOLERANCE:.0%} of the mean of the covariate if that is "
+    f"larger; for distances {ERROR_TOLERANCE:.0%} of the distance. Small gap (amber): significant, and within the "
+    "tolerance. No gap (green): not significant, and within the tolerance. Too few to tell (grey): a gap beyond the "
+    "tolerance cannot be excluded. The light at the top is green if no row has a gap, and reconstruction, autoencoder and "
+    "generated are certain to have none; shares and distances can show a gap, but hardly ever its absence."
+)
+
+
+def light(gaps: Sequence[Gap]) -> Goal:
+    """One for all gaps but those of the measure itself."""
+    counted = [gap for gap in gaps if not gap.of_measure]
+    verdicts = [gap.verdict for gap in counted]
+    settled = {gap.verdict for gap in counted if gap.decides} == {NO_GAP}
+    colour = next((LIGHTS[v] for v in (GAP, SMALL_GAP) if v in verdicts), GREEN if settled else GREY)
+    words = ", ".join(f"{verdicts.count(v)} {v}" for v in LIGHTS if v in verdicts)
+    return Goal("Gaps between groups of people", verdicts.count(GAP), high=0, judged=(colour, words))
+
+
+def subgroup_sections(gaps: Sequence[Gap]) -> list[Section]:
+    """One section for each covariate that people are grouped by."""
+    found, order = [], list(LIGHTS)
+    for grouping in dict.fromkeys(gap.grouping for gap in gaps):
+        own = [gap for gap in gaps if gap.grouping == grouping]
+        labels = list(dict.fromkeys(group.label for gap in own for group in gap.groups))
+        sizes = {group.label: group.people for group in own[0].groups}
+        rows = []
+        for gap in sorted(own, key=lambda gap: min(order.index(gap.verdict), 2)):
+            by_label = {group.label: group for group in gap.groups}
+            cells = [_group(by_label.get(label), sizes) for label in labels]
+            size = with_interval(gap.gap, (gap.low, gap.high))
+            rows.append([gap.figure, *cells, size, number(gap.chance), number(gap.tolerance), gap.verdict])
+        text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
+        if small := [f"{label} ({n})" for label, n in sizes.items() if n < MIN_GROUP]:
+            text += f" Not tested, with fewer than {MIN_GROUP} people: {', '.join(small)}."
+        table = {"columns": ["figure", *labels, "gap", "by chance", "tolerance", "verdict"], "rows": rows}
+        found.append(Section(f"Subgroup analysis by {grouping}", text, table, lights=LIGHTS, note=NOTE))
+    return found
+
+
+def _group(group: Group | None, sizes: dict[str, int]) -> str:
+    """Its value, half of its 95% interval, and its people if they are not all of the group's."""
+    if group is None:
+        return "none"
+    some = f"\n(of {group.people} people)" if group.people != sizes.get(group.label) else ""
+    return f"{number(group.value)} ± {number((group.high - group.low) / 2)}{some}"
+
+
+def summary(gaps: Sequence[Gap]) -> list[str]:
+    """Gaps for the terminal."""
+    lines = [
+        f"{gap.verdict} by {gap.grouping}: {gap.figure}, {gap.worst} and {gap.best} differ by {gap.gap:.3g}"
+        for gap in gaps
+        if gap.verdict in (GAP, SMALL_GAP)
+    ]
+    explained = "(minus real: the error on generated volumes minus that of the measure on real volumes of the same covariates)"
+    return [*lines, explained] if any("minus real" in line for line in lines) else lines
