@@ -42,7 +42,7 @@ def test_more_processes_than_were_started(config):
         (["--age", "150"], "outside its range 0 to 120"),
         (["--sex", "X"], "not one of F, M"),
         (["--age"], "needs a value"),
-        (["72"], "stands alone"),
+        (["72"], "has no name"),
         (["--sampler", "huen"], "did you mean 'heun'?"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--table", "requests.csv", "--num", "3"], "either --table"),

@@ -36,7 +36,7 @@ def generate(
     Request the model's covariates by name: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Others
     are left open.
 
-    The same command continues after it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
+    The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
     ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
     """
     from ldm3d.privacy.guard import Guard
@@ -87,7 +87,7 @@ def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, 
         tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, resume, stop, guard)
         if stop.asked:
             bar.close()
-            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command continues"
+            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there"
             print(f"{who}{tally}; {there}", flush=True)
             raise SystemExit(REQUEUE)
     if tally.missing:
@@ -154,7 +154,7 @@ def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
         if not separator:
             raise InputError(f"--ask {shown(text)}: write --ask NAME=VALUE, such as --ask age=72")
         if name in asked:
-            raise InputError(f"{shown(name)} is requested twice; keep one")
+            raise InputError(f"{shown(name)} is asked twice; keep one")
         asked[name] = value
     return asked
 
