@@ -163,7 +163,8 @@ class Pipeline:
     @property
     def origin(self) -> Origin:
         """What a folder of generated volumes has to say of this pipeline."""
-        parts = [self.schema.to_dict(), self.process.to_dict(), self.target, self.crop, self.grid.to_dict(), self.suffix]
+        parts = [self.schema.to_dict(), self.process.to_dict(), self.target, self.crop, self.grid.to_dict()]
+        parts += [self.suffix] if self.suffix != "T1w" else []  # as in series that were begun before there was another
         settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         names = self.mark, self.model_hash, settings
         grid, either = self.output_grid, self.decode_mode == "auto"

@@ -289,7 +289,10 @@ def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
     folder = config.prepared_folder
     before, now = _read_settings(folder), _settings(config)
     if processes.is_main and before and before.get("version") != VERSION:
-        print(f"{folder} was prepared by another version of ldm3d: all scans are prepared anew, and older volumes stay there")
+        print(
+            f"{folder} was prepared by another version of ldm3d: all scans are prepared anew, and older volumes stay there. "
+            "Stage 1 goes on with them; what stage 2 has begun has to be ended with that version, or begun anew"
+        )
     if not (folder / "splits.tsv").is_file() or before.get("data.splits") != now["data.splits"]:
         return {}
     table = read_table(folder / "splits.tsv")

@@ -219,8 +219,8 @@ def restore(
     changed = differences(state["settings"], settings, FREE_SETTINGS)
     if changed:
         raise InputError(
-            f"{run} holds a run with other settings: {'; '.join(changed[:6])}. Take back the change, choose another "
-            f"`output`, or delete {run} to start anew"
+            f"{run} holds a run with other settings: {'; '.join(changed[:6])}. Take back the change (where a new version of "
+            f"ldm3d made it, end the run with the version before), choose another `output`, or delete {run} to start anew"
         )
     for name, network in networks.items():
         try:
