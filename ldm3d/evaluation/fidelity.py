@@ -25,9 +25,10 @@ from ldm3d.evaluation.realism_by_group import SeenVolumes, gaps_of_likeness
 from ldm3d.evaluation.selection import in_turn
 from ldm3d.evaluation.subgroups import Gap, Judged
 from ldm3d.evaluation.support import Beyond, beyond_training
+from ldm3d.generation.sampling import grouped
 from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
-from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes, share_work
 from ldm3d.rulers.volumetry import apply_measure
 from ldm3d.statistics.agreement import Comparison, compare
