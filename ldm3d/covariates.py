@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -261,6 +261,16 @@ class CovariateSchema:
             self[name]  # raises with the nearest name
         return {covariate.name: covariate.parse(row.get(covariate.name)) for covariate in self.covariates}
 
+    def parse_all(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Value]]:
+        """`parse` of each; of several, an InputError says in which row."""
+        parsed = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                parsed.append(self.parse(row))
+            except InputError as error:
+                raise InputError(f"row {number}: {error}" if len(rows) > 1 else str(error)) from None
+        return parsed
+
     def fit(self, rows: Sequence[Mapping[str, Any]]) -> "CovariateSchema":
         """The same schema with mean, std and seen range of `rows`, the training split."""
         fitted = []
@@ -280,9 +290,8 @@ class CovariateSchema:
             fitted.append(covariate)
         return CovariateSchema(tuple(fitted))
 
-    def warn_beyond_seen(self, rows: Iterable[Mapping[str, Value]]) -> None:
+    def warn_beyond_seen(self, rows: Sequence[Mapping[str, Value]]) -> None:
         """Warn once for every covariate with requests beyond the range of the training split."""
-        rows = list(rows)
         for covariate in self.covariates:
             if not covariate.seen:
                 continue

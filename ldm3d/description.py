@@ -1,6 +1,9 @@
 """pipeline.json, which describes a model folder beside its weights, with the defaults of sampling."""
 
+import importlib.metadata
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,18 +11,21 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
+import ldm3d
 from ldm3d.config.data import MAX_VOXELS, Suffix
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError, choose, shown
+from ldm3d.files import write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.pretrained import read_json
 from ldm3d.models.unet import LatentUNet
 
 DESCRIPTION = "pipeline.json"
+PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop")  # that it describes
 NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Planes = Annotated[int, Field(ge=0)]
@@ -66,6 +72,22 @@ class Sampling:
         return dict(vars(self))
 
 
+def write_description(path: Path, parts: Mapping[str, Any]) -> None:
+    """Write `PARTS` of a pipeline as pipeline.json."""
+    description = {
+        "ldm3d": ldm3d.__version__,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "monai", "nibabel")},
+        "grid": parts["grid"].to_dict(),
+        "covariates": parts["schema"].to_dict(),
+        "process": parts["process"].to_dict(),
+        "target": parts["target"],
+        "sampling": parts["sampling"].to_dict(),
+        **{name: parts[name] for name in ("skull_stripped", "suffix", "crop")},
+        "generates": "synthetic volumes; no patient's data",
+    }
+    write_atomic(path, json.dumps(description, indent=2) + "\n")
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """pipeline.json as arguments of `Pipeline`; InputError if a value is missing or invalid."""
     values = read_json(path)
@@ -101,6 +123,23 @@ def read_description(path: Path) -> dict[str, Any]:
     if not np.isfinite(grid.affine).all() or abs(np.linalg.det(grid.affine[:3, :3])) < 1e-9:
         raise InputError(f"{path}: the grid's affine {grid.affine.tolist()} maps voxels nowhere")
     return parts
+
+
+def summary(pipeline: Any) -> str:
+    """What a pipeline says of itself on the terminal."""
+    grid, sampling, networks = pipeline.output_grid, pipeline.sampling, (pipeline.autoencoder, pipeline.unet)
+    sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in networks]
+    return "\n".join(
+        [
+            f"Pipeline, model {pipeline.model_hash}",
+            f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
+            *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(pipeline.schema)),
+            *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
+            f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}",
+            f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+            f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
+        ]
+    )
 
 
 def check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, grid: Grid) -> None:

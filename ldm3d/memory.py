@@ -5,6 +5,7 @@ which works for any network, ours or MONAI's.
 """
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm3d.errors import InputError
+from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
 
 MODES = ("auto", "whole", "streamed")
@@ -106,6 +108,49 @@ def tried(plan: Plan, autoencoder: nn.Module, latent_shape: Sequence[int], dtype
     return dataclasses.replace(
         streamed, reason=f"whole it ran out of memory, though {_gib(plan.estimated_bytes)} were counted"
     )
+
+
+class PlannedDecoder:
+    """Decodes by a plan that is made once for each shape and then holds, since the last bits of a volume follow from it."""
+
+    def __init__(self):
+        self._plans: dict[tuple, Plan] = {}
+
+    def plan(
+        self, autoencoder: LatentSpace, shape: Sequence[int], dtype: torch.dtype, device: torch.device, mode: str
+    ) -> Plan:
+        """How latents of a shape (N, c, x, y, z) are decoded; `mode` as in `plan_decode`."""
+        case = tuple(shape), dtype, device, mode
+        if case not in self._plans:
+            plan = plan_decode(autoencoder, shape, device, mode)
+            if mode == "auto" and device.type == "cuda":
+                plan = tried(plan, autoencoder, shape, dtype, device)
+            self._plans[case] = plan
+            logging.getLogger("ldm3d").info("%s", plan)
+        return self._plans[case]
+
+    def decode(self, autoencoder: LatentSpace, z: Tensor, mode: str) -> Tensor:
+        """Latents in their own scale to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; `mode` as in `plan_decode`.
+
+        Raises:
+            InputError: a whole decode runs out of a GPU's memory, and `mode` is not "auto".
+        """
+        plan = self.plan(autoencoder, z.shape, z.dtype, z.device, mode)
+        if plan.mode == "whole" or z.requires_grad:
+            try:
+                return autoencoder.decode(z).float().clamp(0, 1)
+            except torch.OutOfMemoryError as error:
+                if mode != "auto":  # as a series was begun: another way would give other last bits
+                    raise InputError(
+                        f"decoding a whole volume runs out of GPU memory, which it did not when this was begun ({error}); "
+                        "end what else runs on this GPU, or name another folder: a new series is decoded in parts if need be"
+                    ) from None
+                logging.getLogger("ldm3d").warning(
+                    "a whole decode ran out of memory: from here on volumes are decoded in parts"
+                )
+            # Outside of the handler, which holds on to the tensors of the decode
+            self._plans[tuple(z.shape), z.dtype, z.device, mode] = plan_decode(autoencoder, z.shape, z.device, "streamed")
+        return decode_streamed(autoencoder, z).clamp_(0, 1)
 
 
 def _gib(size: float) -> str:

@@ -6,18 +6,12 @@ FOLDER/autoencoder, unet    config.json and model.safetensors each
 
 import copy
 import hashlib
-import importlib.metadata
 import json
-import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,49 +19,22 @@ from torch import Tensor
 import ldm3d
 from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
-from ldm3d.data.nifti import from_image, to_image
-from ldm3d.description import DESCRIPTION, NO_CROP, Sampling, check_parts, read_description
-from ldm3d.devices import HostCopy, check_convolutions, computing_alike, described
+from ldm3d.data.nifti import to_image
+from ldm3d.description import DESCRIPTION, NO_CROP, PARTS, Sampling, check_parts, read_description, summary, write_description
+from ldm3d.devices import check_convolutions, described
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
-from ldm3d.diffusion.samplers import sample
 from ldm3d.errors import InputError
-from ldm3d.files import write_atomic
-from ldm3d.generation import run
-from ldm3d.generation.series import Origin
+from ldm3d.generation.run import Result
+from ldm3d.generation.sampling import default_group_size, draw, sample_latents
+from ldm3d.generation.series import Origin, Series
 from ldm3d.geometry import Grid
-from ldm3d.memory import Plan, plan_decode, tried
+from ldm3d.memory import PlannedDecoder
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import weights_hash
-from ldm3d.models.streaming import decode_streamed
 from ldm3d.models.unet import LatentUNet, cut_to
-from ldm3d.randomness import generator
-
-# Positions of latents that keep a network busy: as many volumes go through it together, but no more than the second number.
-# Measured on CPUs. For GPUs they are assumed: 8 volumes of 1 mm, 32 of 3 mm; fewer would leave most of one idle
-FILL = {"cpu": (8192, 4), "cuda": (2**17, 64)}
-AHEAD = {"cpu": 0, "cuda": 1}  # volumes that are decoded while the one before is on its way to the host
-
-
-@dataclass
-class Result:
-    """What a pipeline call made.
-
-    Attributes:
-        images: nibabel images in the Grid's space, mm, float32 in [0, 1]; marked as synthetic in their headers.
-        rows: the covariates asked of each.
-    """
-
-    images: list
-    rows: list[dict[str, Value]]
-    pipeline: "Pipeline" = field(repr=False)
-    sampling: Sampling = field(repr=False)
-
-    def save(self, folder: Path | str) -> Path:
-        """Write a BIDS derivative dataset; `folder` must be empty or absent, or hold an unfinished part of the same."""
-        return self.pipeline.write(folder, map(from_image, self.images), self.rows, self.sampling)
 
 
 class Pipeline:
@@ -89,9 +56,7 @@ class Pipeline:
         group: volumes that go through the U-Net together; None for what fills it, see `group_size`.
         threads: of the CPU, while volumes are generated; None for as many as PyTorch uses.
 
-    The last three are attributes that can be set later. The last bits of a volume follow from them: kernels add in another
-    order for another batch or another number of threads. So batches always have `group` places, filled or not, and the number
-    of threads is fixed: a volume is bit-identical alone, in any series and on any number of processes.
+    The last three can be set later. The last bits of a volume follow from them, see `ldm3d.generation.sampling`.
     """
 
     def __init__(
@@ -120,7 +85,7 @@ class Pipeline:
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
-        self._plans: dict[tuple, Plan] = {}
+        self._decoder = PlannedDecoder()
 
     @property
     def device(self) -> torch.device:
@@ -137,25 +102,20 @@ class Pipeline:
 
     @property
     def group_size(self) -> int:
-        """Places of a batch: `group`, or what fills the device.
-
-        One volume alone costs a whole batch. On a CPU it is as fast to go one by one where latents are large, and where they
-        are small a batch of up to 4 costs little. A GPU takes many at a time, a multiple of 8 of them.
-        """
+        """Rows of a batch: `group`, or what fills the device."""
         positions = math.prod(self.autoencoder.latent_shape(self.grid.shape)[1:])
-        fill, most = FILL["cpu" if self.device.type == "cpu" else "cuda"]
-        size = max(1, min(most, fill // positions))
-        return self.group or (size - size % 8 if size > 8 else size)
+        return self.group or default_group_size(positions, self.device)
 
     @property
     def computing(self) -> dict[str, Any]:
         """What the last bits of a volume follow from beside weights and request."""
+        shape = (1, *self.autoencoder.latent_shape(self.grid.shape))
         return {
             "device": described(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": (self.threads or torch.get_num_threads()) if self.device.type == "cpu" else None,
             "group": self.group_size,
-            "decode": self._plan((1, *self.autoencoder.latent_shape(self.grid.shape)), self.dtype, self.device).mode,
+            "decode": self._decoder.plan(self.autoencoder, shape, self.dtype, self.device, self.decode_mode).mode,
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
@@ -177,19 +137,7 @@ class Pipeline:
         return other
 
     def __repr__(self) -> str:
-        grid, sampling = self.output_grid, self.sampling
-        sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (self.autoencoder, self.unet)]
-        return "\n".join(
-            [
-                f"Pipeline, model {self.model_hash}",
-                f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
-                *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(self.schema)),
-                *([] if len(self.schema) else ["  asks for  nothing: a model without covariates"]),
-                f"  diffusion {self.process.kind}, predicts {self.target}",
-                f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
-                f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {self.device.type}",
-            ]
-        )
+        return summary(self)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """Move both networks."""
@@ -211,21 +159,7 @@ class Pipeline:
         folder = Path(folder)
         self.autoencoder.save_pretrained(folder / "autoencoder")
         self.unet.save_pretrained(folder / "unet")
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "monai", "nibabel")}
-        description = {
-            "ldm3d": ldm3d.__version__,
-            "versions": versions,
-            "grid": self.grid.to_dict(),
-            "covariates": self.schema.to_dict(),
-            "process": self.process.to_dict(),
-            "target": self.target,
-            "sampling": self.sampling.to_dict(),
-            "skull_stripped": self.skull_stripped,
-            "suffix": self.suffix,
-            "crop": self.crop,
-            "generates": "synthetic volumes; no patient's data",
-        }
-        write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_description(folder / DESCRIPTION, {name: getattr(self, name) for name in PARTS})
         self.model_hash = weights_hash(folder / "autoencoder", folder / "unet")
 
     @classmethod
@@ -294,21 +228,14 @@ class Pipeline:
         if num_volumes < 1:
             raise InputError(f"num_volumes is {num_volumes}; ask for at least 1")
         requests = self.parse(rows if rows is not None else [covariates] * num_volumes)
-        sampling = self.sampling.replace(
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            spacing=spacing,
-            seed=seed,
-        )
+        guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
+        sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
         images = []
         for volume in self.volumes(requests, sampling, batch_size):
             images.append(to_image(volume, self.output_grid.affine, self.mark))
             if progress:
                 progress(len(images))
-        return Result(images, requests, self, sampling)
+        return Result(images, requests, self.origin, sampling)
 
     @property
     def mark(self) -> str:
@@ -321,12 +248,7 @@ class Pipeline:
         Raises:
             InputError: unknown covariate, category or kind of value, or one out of range; of several, with its row.
         """
-        rows, requests = list(rows), []
-        for number, row in enumerate(rows, start=1):
-            try:
-                requests.append(self.schema.parse(row))
-            except InputError as error:
-                raise InputError(f"row {number}: {error}" if len(rows) > 1 else str(error)) from None
+        requests = self.schema.parse_all(list(rows))
         self.schema.warn_beyond_seen(requests)
         return requests
 
@@ -350,7 +272,7 @@ class Pipeline:
                 at once, before the first volume is asked for.
         """
         self.check_sampling(sampling)
-        return self._volumes(requests, sampling, batch_size, range(len(requests)) if numbers is None else numbers)
+        return map(self.cropped, draw(self, requests, numbers or range(len(requests)), sampling, batch_size))
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise InputError where this model cannot be sampled so; see `volumes`."""
@@ -361,56 +283,6 @@ class Pipeline:
             )
         if sampling.spacing is not None:
             self.process.times(sampling.steps, sampling.spacing)
-
-    def _volumes(
-        self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, batch_size: int, numbers: Sequence[int]
-    ) -> Iterator[NDArray]:
-        groups = list(grouped(numbers, self.group_size))
-        at_once = -(-batch_size // self.group_size)
-        for start in range(0, len(groups), at_once):
-            latents: list[Tensor] = []
-            for places in groups[start : start + at_once]:
-                with self._computing_alike():
-                    latents += self._group([requests[k] for k in places], [numbers[k] for k in places], sampling)
-            for volume in self._decoded(latents):
-                if not np.isfinite(volume).all():
-                    raise InputError(
-                        "the model made a volume with NaN in it: its weights are damaged, or bfloat16 is too coarse for them "
-                        "(use float32)"
-                    )
-                yield self.cropped(volume)
-
-    def _decoded(self, latents: Sequence[Tensor]) -> Iterator[NDArray]:
-        """Volumes (C, X, Y, Z) of latents (c, x, y, z), one at a time: the decoder is where memory peaks."""
-        ahead = AHEAD["cpu" if self.device.type == "cpu" else "cuda"]
-        leaving: deque[HostCopy] = deque()
-        for latent in latents:
-            with self._computing_alike():
-                leaving.append(HostCopy(self.decode(latent[None])[0]))
-            if len(leaving) > ahead:
-                yield leaving.popleft().numpy()
-        while leaving:
-            yield leaving.popleft().numpy()
-
-    def _group(self, requests: Sequence[Mapping[str, Value]], numbers: Sequence[int], sampling: Sampling) -> list[Tensor]:
-        """Latents of requests of one group, each sampled at its number's own place in a batch that is always full."""
-        size = self.group_size
-        at = {number % size: k for k, number in enumerate(numbers)}
-        filled = [at.get(place, 0) for place in range(size)]  # what stands in a place that nobody asked for changes nothing
-        try:
-            z = self.latents([requests[k] for k in filled], sampling, [numbers[k] for k in filled])
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"sampling {size} volumes at a time runs out of GPU memory ({error}); ask for fewer with --group "
-                "(Pipeline.group)"
-            ) from None
-        return [z[number % size] for number in numbers]
-
-    @contextmanager
-    def _computing_alike(self) -> Iterator[None]:
-        """Within it, PyTorch computes in the one way that volumes are bit-identical in, and fast."""
-        with computing_alike(self.device, self.threads):
-            yield
 
     def cropped(self, volume: NDArray) -> NDArray:
         """A volume (C, X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
@@ -439,65 +311,18 @@ class Pipeline:
     def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor:
         """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers in the series."""
         channels, *shape = self.autoencoder.latent_shape(self.grid.shape)
-        padded = self.unet.padded_shape(shape)
-        # One generator a sample, asked in the order start, step 0, step 1, ...: batches have no influence
-        generators = [generator("sample", sampling.seed, number) for number in numbers]
-
-        def fresh_noise(_step: int | None = None) -> Tensor:
-            return torch.stack([torch.randn((channels, *padded), generator=g) for g in generators]).to(self.device)
-
-        z = sample(
-            sampling.sampler,
-            self.denoiser(requests, sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval),
-            fresh_noise(),
-            self.process,
-            sampling.steps,
-            spacing=sampling.spacing,
-            noise=fresh_noise,
-        )
-        return cut_to(z, shape)
+        padded = channels, *self.unet.padded_shape(shape)
+        denoise = self.denoiser(requests, sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval)
+        return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device), shape)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""
-        return self._decode(self.autoencoder.denormalise(z.to(self.dtype)))
+        return self._decoder.decode(self.autoencoder, self.autoencoder.denormalise(z.to(self.dtype)), self.decode_mode)
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) through the autoencoder and back: the best that generation could look like."""
         moments = self.autoencoder.encode(volumes.to(self.device, self.dtype))
-        return self._decode(self.autoencoder.sample(moments))
-
-    def _decode(self, z: Tensor) -> Tensor:
-        """Latents in their own scale to volumes, by a plan that is made once, so that it holds for every volume of a shape."""
-        plan = self._plan(z.shape, z.dtype, z.device)
-        if plan.mode == "whole" or z.requires_grad:
-            try:
-                return self.autoencoder.decode(z).float().clamp(0, 1)
-            except torch.OutOfMemoryError as error:
-                if self.decode_mode != "auto":  # as a series was begun: another way would give other last bits
-                    raise InputError(
-                        f"decoding a whole volume runs out of GPU memory, which it did not when this was begun ({error}); "
-                        "end what else runs on this GPU, or name another folder: a new series is decoded in parts if need be"
-                    ) from None
-                logging.getLogger("ldm3d").warning(
-                    "a whole decode ran out of memory: from here on volumes are decoded in parts"
-                )
-            # Outside of the handler, which holds on to the tensors of the decode
-            streamed = plan_decode(self.autoencoder, z.shape, z.device, "streamed")
-            self._plans[self._case(z.shape, z.dtype, z.device)] = streamed
-        return decode_streamed(self.autoencoder, z).clamp_(0, 1)
-
-    def _case(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple:
-        return tuple(shape), dtype, device, self.decode_mode
-
-    def _plan(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
-        case = self._case(shape, dtype, device)
-        if case not in self._plans:
-            plan = plan_decode(self.autoencoder, shape, device, self.decode_mode)
-            if self.decode_mode == "auto" and device.type == "cuda":
-                plan = tried(plan, self.autoencoder, shape, dtype, device)
-            self._plans[case] = plan
-            logging.getLogger("ldm3d").info("%s", self._plans[case])
-        return self._plans[case]
+        return self._decoder.decode(self.autoencoder, self.autoencoder.sample(moments), self.decode_mode)
 
     def write(
         self,
@@ -520,16 +345,6 @@ class Pipeline:
         Raises:
             InputError: the folder holds something else.
         """
-        return run.write(folder, self.origin, volumes, rows, sampling, progress, numbers)
-
-
-def grouped(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Split 0, 1, ..., len(numbers) - 1 into runs whose numbers have different places in one batch of `size`."""
-    run: list[int] = []
-    for k, number in enumerate(numbers):
-        if run and (number // size != numbers[run[-1]] // size or number <= numbers[run[-1]]):
-            yield run
-            run = []
-        run.append(k)
-    if run:
-        yield run
+        with Series(folder, self.origin, rows, sampling.to_dict(), numbers) as series:
+            series.write_all(volumes, progress)
+        return Path(folder)

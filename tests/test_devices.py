@@ -10,7 +10,7 @@ from torture.generation import make_pipeline
 from ldm3d import devices, pipeline
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
 from ldm3d.errors import InputError
-from ldm3d.generation import run
+from ldm3d.generation import run, sampling
 from ldm3d.generation import series as series_format
 from ldm3d.generation.series import SERIES
 from ldm3d.models.blocks import ChannelNorm, normalise_channels
@@ -121,7 +121,7 @@ def test_volumes_that_are_decoded_ahead_are_the_same_in_the_same_order(monkeypat
     model = make_pipeline(channels=16)
     rows = model.parse(ROWS[:3])
     expected = [volume.tobytes() for volume in model.volumes(rows, model.sampling)]
-    monkeypatch.setitem(pipeline.AHEAD, "cpu", 1)
+    monkeypatch.setitem(sampling.AHEAD, "cpu", 1)
     assert [volume.tobytes() for volume in model.volumes(rows, model.sampling)] == expected
 
 

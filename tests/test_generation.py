@@ -24,9 +24,10 @@ from ldm3d.generation import run as run_series
 from ldm3d.generation import series as series_format
 from ldm3d.generation import workspace
 from ldm3d.generation.run import generate
+from ldm3d.generation.sampling import grouped
 from ldm3d.generation.series import Series
 from ldm3d.generation.workspace import Workspace
-from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.privacy.volumes import written_in
 from ldm3d.processes import Processes, which_process

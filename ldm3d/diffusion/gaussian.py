@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.process import Process
-from ldm3d.diffusion.steps import Denoiser
 from ldm3d.errors import InputError
 
 

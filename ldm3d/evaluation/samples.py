@@ -12,9 +12,10 @@ from ldm3d.covariates import Value
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation.realism import PAIRED_VOLUMES, VolumeFeatures, features_of
+from ldm3d.generation.sampling import grouped
 from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
-from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.pipeline import Pipeline
 from ldm3d.processes import Processes, share_work
 from ldm3d.rulers.volumetry import apply_measure
 

@@ -1,9 +1,9 @@
 """Generating a series: this process's share of it, sampled, looked at by a guard, and written beside the sampling."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ldm3d.covariates import Value
+from ldm3d.data.nifti import from_image
 from ldm3d.description import Sampling
 from ldm3d.generation.series import ABSENT, BROKEN, FINISHED, Origin, Series
 from ldm3d.preemption import Stop
@@ -42,6 +43,28 @@ class Guards(Protocol):
     identity: dict[str, Any]
 
     def withheld(self, pipeline: Any, volume: NDArray) -> dict[str, Any] | None: ...
+
+
+@dataclass
+class Result:
+    """What a pipeline call made.
+
+    Attributes:
+        images: nibabel images in the Grid's space, mm, float32 in [0, 1]; marked as synthetic in their headers.
+        rows: the covariates asked of each.
+        origin, sampling: what they come from, and how they were drawn.
+    """
+
+    images: list
+    rows: list[dict[str, Value]]
+    origin: Origin = field(repr=False)
+    sampling: Sampling = field(repr=False)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write a BIDS derivative dataset; `folder` must be empty or absent, or hold an unfinished part of the same."""
+        with Series(folder, self.origin, self.rows, self.sampling.to_dict()) as series:
+            series.write_all(map(from_image, self.images))
+        return Path(folder)
 
 
 @dataclass
@@ -129,26 +152,6 @@ def generate(
         tally.missing = series.finish()
         tally.withheld = series.count_withheld()
     return tally
-
-
-def write(
-    folder: Path | str,
-    origin: Origin,
-    volumes: Iterable[NDArray],
-    rows: Sequence[Mapping[str, Value]],
-    sampling: Sampling,
-    progress: Callable[[int], None] | None = None,
-    numbers: Sequence[int] | None = None,
-) -> Path:
-    """Write volumes that were generated already; see `Pipeline.write`."""
-    with Series(folder, origin, rows, sampling.to_dict(), numbers) as series:
-        for i, volume in enumerate(volumes):
-            if series.state(i) != FINISHED:
-                series.write(i, volume)
-            if progress:
-                progress(i + 1)
-        series.finish()
-    return Path(folder)
 
 
 def packing_threads(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +240,15 @@ class Series:
         self.withheld_path(i).unlink(missing_ok=True)  # a damaged one
         self._workspace.write(path, content)
         self._workspace.write(_sidecar_path(path), as_json(sidecar).encode())
+
+    def write_all(self, volumes: Iterable[NDArray], progress: Callable[[int], None] | None = None) -> None:
+        """Write volumes in the order of `rows`, but those that are finished, and what stands around them."""
+        for i, volume in enumerate(volumes):
+            if self.state(i) != FINISHED:
+                self.write(i, volume)
+            if progress:
+                progress(i + 1)
+        self.finish()
 
     def withhold(self, i: int, reason: Mapping[str, Any]) -> None:
         """Write nothing of volume i but a sidecar, with the guard's reason."""

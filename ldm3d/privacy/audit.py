@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
 from ldm3d.evaluation.subgroups import VolumeScores
-from ldm3d.pipeline import Pipeline, grouped
+from ldm3d.generation.sampling import grouped
+from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.calibration import calibrate
 from ldm3d.privacy.descriptors import Descriptors, descriptors_of
 from ldm3d.privacy.embedding import Embedding, train_embedding
