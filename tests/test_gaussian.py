@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian
-from ldm3d.diffusion.process import make_process
 from ldm3d.diffusion.samplers import sample
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 
 SHAPE = (2, 3, 2, 2)  # D = 24
