@@ -272,7 +272,9 @@ class Pipeline:
                 at once, before the first volume is asked for.
         """
         self.check_sampling(sampling)
-        return map(self.cropped, draw(self, requests, numbers or range(len(requests)), sampling, batch_size))
+        return map(
+            self.cropped, draw(self, requests, range(len(requests)) if numbers is None else numbers, sampling, batch_size)
+        )
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise InputError where this model cannot be sampled so; see `volumes`."""
