@@ -50,7 +50,7 @@ class Sampling:
     # How `Pipeline.from_pretrained` has pydantic check what a file says
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choose("sampler", self.sampler, SAMPLERS)  # before anything is written, not when the first volume is drawn
         if self.steps < 1 or self.guidance < 0 or self.seed < 0:
             raise InputError(
@@ -71,7 +71,7 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         process = make_process(**values["process"])
         options = {name: value for name, value in process.to_dict().items() if name != "kind"}
-        parts = {
+        parts: dict[str, Any] = {
             "schema": CovariateSchema.from_dict(values["covariates"]),
             "grid": Grid.from_dict(values["grid"]),
             "process": TypeAdapter(type(process)).validate_python(options),

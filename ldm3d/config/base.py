@@ -2,15 +2,9 @@
 
 from typing import Annotated, Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

@@ -4,23 +4,15 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Section
 from ldm3d.covariates import NAME, Covariate
 from ldm3d.errors import shown
 
 MAX_VOXELS = 2**30  # of the grid: 1024^3
-
 
 # What no covariate can be called: columns of ldm3d's own tables, options of `ldm3d generate`, arguments of a pipeline's call
 RESERVED_NAMES = frozenset(
@@ -47,7 +39,7 @@ class GridConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _fits_memory(self):
+    def _fits_memory(self) -> Self:
         if math.prod(self.shape) > MAX_VOXELS:
             raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
         return self
@@ -61,7 +53,7 @@ class SplitConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0  # apart from the experiment's, so that repeats with other seeds share the split
 
     @model_validator(mode="after")
-    def _leaves_training(self):
+    def _leaves_training(self) -> Self:
         if self.validation + self.test >= 1:
             raise ValueError(f"validation {self.validation} and test {self.test} leave no subject to train on")
         return self
@@ -83,12 +75,10 @@ def _texts(values: Any) -> Any:
 
 Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
 
-
 ENTITIES = (  # what BIDS file names say of a file beside its subject, as it stands there
     *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
     *("res", "run", "sample", "seg", "space", "trc"),
 )
-
 
 Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
 
@@ -129,7 +119,7 @@ class DataConfig(Section):
         return wanted
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _one_source(self) -> Self:
         if (self.bids is None) == (self.table is None):
             raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
         if self.participants and not self.bids:
@@ -187,7 +177,7 @@ class CovariateConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _no_category_is_missing(self):
+    def _no_category_is_missing(self) -> Self:
         words = {word for category, aliases in self.categories.items() for word in (category, *aliases)}
         if both := sorted(words & set(self.missing or ())):
             raise ValueError(f"{shown(both[0])} is a category and stands for a missing value; drop it from one of them")

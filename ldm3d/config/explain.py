@@ -4,10 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from pydantic import (
-    Tag,
-    ValidationError,
-)
+from pydantic import Tag, ValidationError
+from pydantic_core import ErrorDetails
 
 from ldm3d.config.base import Section
 from ldm3d.config.networks import MonaiLibrary
@@ -23,7 +21,7 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
     return "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
 
 
-def _explain(problem: dict, root: type[Section]) -> str:
+def _explain(problem: ErrorDetails, root: type[Section]) -> str:
     """One of pydantic's errors as a sentence with the key's full name."""
     location, section = _resolve(problem["loc"], root)
     where = ".".join(location)
@@ -45,7 +43,8 @@ def _explain(problem: dict, root: type[Section]) -> str:
 
 def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], type[Section]]:
     """(the keys of pydantic's `location`, as they stand in the file; the section that the last of them is in)."""
-    keys, section, choices = [], root, {}
+    keys, section = [], root
+    choices: dict[str | int, type[Section]] = {}
     for part in location:
         if part in choices:  # which of several kinds of section was meant: no key of the file
             section, choices = choices[part], {}
@@ -56,9 +55,9 @@ def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[s
     return keys, section
 
 
-def _sections(annotation: Any, default: type[Section]) -> tuple[type[Section], dict[str, type[Section]]]:
+def _sections(annotation: Any, default: type[Section]) -> tuple[type[Section], dict[str | int, type[Section]]]:
     """The section that a field holds (`default` if none), and all of them by tag where a `kind` decides."""
-    found, choices = default, {}
+    found, choices = default, dict[str | int, type[Section]]()
     for candidate in (annotation, *get_args(annotation)):
         plain, *extra = get_args(candidate) if get_args(candidate) else (candidate,)
         if isinstance(plain, type) and issubclass(plain, Section):

@@ -185,7 +185,7 @@ def ode_nll(
         with torch.enable_grad():
             z = (y * scale).detach().requires_grad_()
             denoised = denoise(z, t)
-            trace = 0.0
+            trace = x.new_zeros(len(x), dtype=torch.float64)
             for i, sign in enumerate(signs):
                 (row,) = torch.autograd.grad((denoised * sign).sum(), z, retain_graph=i + 1 < probes)
                 trace = trace + scale * (row * sign).double().flatten(1).sum(dim=1) / probes

@@ -10,11 +10,12 @@ Schedules are worked out in float64 whatever the type of t: 1 - alpha^2 near t =
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +34,11 @@ TIME_FLOOR = 1e-9  # stands for "just after t = 0" where the noise begins with a
 KARRAS_RHO = 7.0
 
 
-class Process:
+Time = TypeVar("Time", bound=float | Tensor)
+
+
+@dataclass(frozen=True)
+class Process(ABC):
     """Base of all processes: `_alpha_sigma`, `_rates` (their derivatives) and `_t_of_lam` make one.
 
     These work on float64 tensors of any shape. Public methods take t as a float (and return a float) or as a
@@ -42,29 +47,38 @@ class Process:
 
     kind: ClassVar[str]
 
-    def alpha(self, t):
+    @abstractmethod
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _t_of_lam(self, lam: Tensor) -> Tensor: ...
+
+    def alpha(self, t: Time) -> Time:
         """How much of the data is left at t; 1 at t = 0."""
         return _like(t, self._alpha_sigma(_double(t))[0])
 
-    def sigma(self, t):
+    def sigma(self, t: Time) -> Time:
         """Standard deviation of the noise at t; 0 at t = 0."""
         return _like(t, self._alpha_sigma(_double(t))[1])
 
-    def lam(self, t):
+    def lam(self, t: Time) -> Time:
         """log(alpha / sigma): +inf at t = 0, and -inf at t = 1 where alpha(1) = 0."""
         alpha, sigma = self._alpha_sigma(_double(t))
         return _like(t, alpha.log() - sigma.log())
 
-    def t_of_lam(self, lam):
+    def t_of_lam(self, lam: Time) -> Time:
         """Inverse of `lam`; a value outside its range gives the nearest time."""
         return _like(lam, self._t_of_lam(_double(lam)))
 
-    def lam_rate(self, t):
+    def lam_rate(self, t: Time) -> Time:
         """d lambda / dt, negative."""
         (alpha, sigma), (alpha_rate, sigma_rate) = self._alpha_sigma(_double(t)), self._rates(_double(t))
         return _like(t, alpha_rate / alpha - sigma_rate / sigma)
 
-    def network_time(self, t):
+    def network_time(self, t: Time) -> Time:
         """What a network is told of the time t, in [0, 1]: t itself, where the schedule never changes."""
         return t
 
@@ -73,12 +87,12 @@ class Process:
         """Where "lambda" and "karras" sampling times lie; beyond +-5 less than 1 % of a latent's std is at stake."""
         return max(self.lam(1.0), -5.0), 5.0
 
-    def add_noise(self, x: Tensor, e: Tensor, t) -> Tensor:
+    def add_noise(self, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
         """z_t = alpha x + sigma e."""
         alpha, sigma = self._alpha_sigma(_double(t))
         return _per_sample(alpha, x) * x + _per_sample(sigma, x) * e
 
-    def target(self, kind: str, x: Tensor, e: Tensor, t) -> Tensor:
+    def target(self, kind: str, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
         """What the network has to predict at z_t.
 
         "noise": e (Ho et al. 2020). "v": alpha e - sigma x (Salimans & Ho 2022, appendix D). "data": x. "velocity":
@@ -91,7 +105,7 @@ class Process:
         of_x, of_e = (-sigma, alpha) if kind == "v" else self._rates(_double(t))
         return _per_sample(of_x, x) * x + _per_sample(of_e, x) * e
 
-    def to_data(self, kind: str, output: Tensor, z: Tensor, t) -> Tensor:
+    def to_data(self, kind: str, output: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
         """The expected clean latent, from the network's output for z at time t.
 
         Solves z = alpha x + sigma e and the target's definition for x. With "noise" that divides by alpha; where
@@ -113,7 +127,7 @@ class Process:
         determinant = of_e * alpha - of_x * sigma  # > 0: alpha^2 + sigma^2 for v, 1 for the flow's velocity
         return of_e / determinant, -sigma / determinant
 
-    def loss_weight(self, kind: str, target: str, t, gamma: float = 5.0):
+    def loss_weight(self, kind: str, target: str, t: Time, gamma: float = 5.0) -> Time:
         """What a sample's mean squared error in `target` is multiplied by; type and shape of t.
 
         "none": 1. "min-snr" (Hang et al. 2023): the loss counts as min(SNR, gamma) times the loss in x. As
@@ -182,29 +196,35 @@ class Flow(Process):
 
     kind: ClassVar[str] = "flow"
 
-    def _alpha_sigma(self, t):
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
-    def _rates(self, t):
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(t), torch.ones_like(t)
 
-    def _t_of_lam(self, lam):
+    def _t_of_lam(self, lam: Tensor) -> Tensor:
         return torch.sigmoid(-lam)
 
 
 class VariancePreserving(Process):
     """alpha^2 + sigma^2 = 1, so `_log_alpha` (with its derivative) and its inverse `_t_of_log_alpha` say everything."""
 
-    def _alpha_sigma(self, t):
+    @abstractmethod
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha, _ = self._log_alpha(t)
         return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
 
-    def _rates(self, t):
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clamp(min=RATE_FLOOR)
         (alpha, sigma), (_, rate) = self._alpha_sigma(t), self._log_alpha(t)
         return alpha * rate, -(alpha**2) * rate / sigma
 
-    def _t_of_lam(self, lam):  # alpha^2 = sigmoid(2 lambda)
+    def _t_of_lam(self, lam: Tensor) -> Tensor:  # alpha^2 = sigmoid(2 lambda)
         return self._t_of_log_alpha(torch.nn.functional.logsigmoid(2 * lam) / 2).clamp(0, 1)
 
 
@@ -219,18 +239,18 @@ class Cosine(VariancePreserving):
     kind: ClassVar[str] = "vp-cosine"
     offset: float = 0.008
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.offset < 1:
             raise InputError(f"offset {self.offset} of the vp-cosine process must be in [0, 1); 0.008 is usual")
 
-    def _phi(self, t):
+    def _phi(self, t: Tensor) -> Tensor:
         return ((t + self.offset) / (1 + self.offset) * (math.pi / 2)).clamp(max=math.pi / 2 - 1e-4)
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         phi, start = self._phi(t), self._phi(torch.zeros_like(t))
         return torch.log(phi.cos() / start.cos()), -phi.tan() * (math.pi / 2) / (1 + self.offset)
 
-    def _t_of_log_alpha(self, log_alpha):
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         start = self._phi(torch.zeros_like(log_alpha))
         return (log_alpha.exp() * start.cos()).acos() / (math.pi / 2) * (1 + self.offset) - self.offset
 
@@ -249,7 +269,7 @@ class Linear(VariancePreserving):
     beta_end: float = 0.02
     train_steps: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1 or self.train_steps < 1:
             raise InputError(
                 f"beta_start {self.beta_start}, beta_end {self.beta_end}, train_steps {self.train_steps} of the "
@@ -278,12 +298,12 @@ class Linear(VariancePreserving):
     def _table(self) -> "_Table":  # log(alpha) at t = 0, 1 / T, ..., 1
         return _Table(torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self._betas()).cumsum(0) / 2]))
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table, position = self._table.beside(t), t * self.train_steps
         i = position.long().clamp(0, self.train_steps - 1)
         return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * self.train_steps
 
-    def _t_of_log_alpha(self, log_alpha):
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         table = self._table.beside(log_alpha)
         i = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, self.train_steps)
         return (i - 1 + (log_alpha - table[i - 1]) / (table[i] - table[i - 1])) / self.train_steps
@@ -297,7 +317,7 @@ class ScaledLinear(Linear):
     beta_start: float = 0.0015
     beta_end: float = 0.0195
 
-    def _betas(self):
+    def _betas(self) -> Tensor:
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64) ** 2
 
 
@@ -313,12 +333,12 @@ class Variational(VariancePreserving):
     kind: ClassVar[str] = "vdm"
     gamma: tuple[float, ...] = (-13.3, 10.0)  # the paper's first; the last leaves 0.7 % of the data
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", tuple(self.gamma))  # JSON has lists only
         if len(self.gamma) < 2 or not all(low < high for low, high in pairwise(self.gamma)):
             raise InputError(f"gamma {list(self.gamma)} of the vdm process must be two or more numbers that rise")
 
-    def network_time(self, t):
+    def network_time(self, t: Time) -> Time:
         """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)): a noise level, which means the same under every schedule."""
         value, _ = self._gamma(_double(t))
         return _like(t, (value - self.gamma[0]) / (self.gamma[-1] - self.gamma[0]))
@@ -331,29 +351,30 @@ class Variational(VariancePreserving):
     def _table(self) -> "_Table":
         return _Table(torch.tensor(self.gamma, dtype=torch.float64))
 
-    def _gamma(self, t):
+    def _gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(gamma, its derivative) at t > 0, and their limits at t = 0."""
         table = self._table.beside(t)
         position = t * (len(table) - 1)
         i = position.long().clamp(0, len(table) - 2)
         return torch.lerp(table[i], table[i + 1], position - i), (table[i + 1] - table[i]) * (len(table) - 1)
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         value, rate = self._gamma(t)  # alpha^2 = sigmoid(-gamma)
         log_alpha = torch.nn.functional.logsigmoid(-value) / 2
         return torch.where(t > 0, log_alpha, 0.0), -torch.sigmoid(value) * rate / 2
 
-    def _t_of_lam(self, lam):
+    def _t_of_lam(self, lam: Tensor) -> Tensor:
         table = self._table.beside(lam)
         i = torch.searchsorted(table, -2 * lam.contiguous()).clamp(1, len(table) - 1)
         t = (i - 1 + (-2 * lam - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
         return torch.where(lam == math.inf, 0.0, t.clamp(TIME_FLOOR, 1))
 
 
-PROCESSES = {process.kind: process for process in (Flow, Cosine, Linear, ScaledLinear, Variational)}
+_ALL: tuple[type[Process], ...] = (Flow, Cosine, Linear, ScaledLinear, Variational)
+PROCESSES = {process.kind: process for process in _ALL}
 
 
-def make_process(kind: str, **options) -> Process:
+def make_process(kind: str, **options: Any) -> Process:
     """The process of a kind ("flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm") with that kind's own options."""
     cls = PROCESSES[choose("process", kind, PROCESSES)]
     for option in options:
@@ -388,7 +409,7 @@ class _Table:
         self._copies = {(values.device, values.dtype): values}
         self._values = values
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Table, (self._values,)  # the copies are this process's
 
     def beside(self, t: Tensor) -> Tensor:
@@ -399,7 +420,7 @@ class _Table:
         return self._copies[place]
 
 
-def _double(t) -> Tensor:
+def _double(t: float | Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         return torch.tensor(t, dtype=torch.float64)
     if not t.is_floating_point():
@@ -407,8 +428,8 @@ def _double(t) -> Tensor:
     return t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
 
 
-def _like(t, value: Tensor):
-    return value.to(t.dtype) if isinstance(t, Tensor) else value.item()
+def _like(t: Time, value: Tensor) -> Time:
+    return cast(Time, value.to(t.dtype) if isinstance(t, Tensor) else value.item())
 
 
 def _per_sample(coefficient: Tensor, z: Tensor) -> Tensor:

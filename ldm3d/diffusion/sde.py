@@ -50,7 +50,7 @@ def sample_sde_euler(
     Raises:
         InputError: no `noise`, or times that do not decrease.
     """
-    check_noise(noise, "Euler-Maruyama")
+    noise = check_noise(noise, "Euler-Maruyama")
     for k, t, s in walk(times, progress):
         z = _euler_step(denoise, z, t, s, process, noise, k)
     return z
@@ -72,7 +72,7 @@ def sample_sde_heun(
     with lambda(r) - lambda(s) = lambda(s) - lambda(t), then the forward step from r to s. Both keep the marginals, so that
     only Heun's error is left. From pure noise r is 0: the step forgets z, as the SDE does. Arguments as `sample_sde_euler`.
     """
-    check_noise(noise, "the stochastic Heun sampler")
+    noise = check_noise(noise, "the stochastic Heun sampler")
     for k, t, s in walk(times, progress):
         r = process.t_of_lam(2 * process.lam(s) - process.lam(t)) if s > 0 else 0.0
         # Heun's second slope multiplies what is wrong with z by u_t / u_r: in a step as large as that, rather Euler's
@@ -109,7 +109,7 @@ def sample_predictor_corrector(
     Raises:
         InputError: also for corrections < 0 or an snr outside (0, 1).
     """
-    check_noise(noise, "predictor-corrector sampling")
+    noise = check_noise(noise, "predictor-corrector sampling")
     if corrections < 0 or not 0 < snr < 1:
         raise InputError(f"corrections {corrections}, snr {snr}: must be >= 0 and in (0, 1); 1 and 0.16 are usual")
     for k, t, s in walk(times, progress):
@@ -135,6 +135,7 @@ def _euler_step(denoise: Denoiser, z: Tensor, t: float, s: float, process: Proce
     return next_size * (w + beta * (w / 2 + score) + math.sqrt(beta) * noise(number))
 
 
-def check_noise(noise: Noise | None, what: str) -> None:
+def check_noise(noise: Noise | None, what: str) -> Noise:
     if noise is None:
         raise InputError(f"{what} draws noise at every step: give noise=..., or use heun, which needs none")
+    return noise

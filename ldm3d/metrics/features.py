@@ -47,7 +47,7 @@ def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: t
     """
     if isinstance(extractor, nn.Module):
         extractor = extractor.to(device).eval()
-    found = []
+    found: list[Tensor] = []
     with torch.inference_mode():
         for volume in volumes:
             volume = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=device)[None, None]  # (1, 1, X, Y, Z)
@@ -119,7 +119,7 @@ def _gradient(x: Tensor) -> Tensor:
     """Magnitude of forward differences, one voxel less on each axis."""
     inner = x[..., :-1, :-1, :-1]
     steps = (x[..., 1:, :-1, :-1] - inner, x[..., :-1, 1:, :-1] - inner, x[..., :-1, :-1, 1:] - inner)
-    return sum(step**2 for step in steps).sqrt()
+    return sum((step**2 for step in steps), x.new_zeros(())).sqrt()
 
 
 def _mean_and_deviation(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ beside them; a network that nobody records does nothing of it.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class AttentionMaps:
         def see_shape(_: nn.Module, inputs: tuple) -> None:
             shape[:] = [inputs[0].shape[2:]]
 
-        def see_weights(attention: nn.Module, inputs: tuple) -> None:
+        def see_weights(attention: Any, inputs: tuple) -> None:
             x, context = (value[: self.samples].detach() for value in inputs)  # (N, positions, C), (N, tokens, context_dim)
             q, k = attention.query(x), attention.key_value(context).chunk(2, dim=-1)[0]
             q, k = (y.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k))  # (N, H, ., D)
@@ -76,11 +77,9 @@ class AttentionMaps:
 @contextmanager
 def recorded(unet: LatentUNet, samples: int) -> Iterator[AttentionMaps | None]:
     """Within it, what the U-Net's cross-attention looks at is recorded; None for a network that has none of ours."""
-    blocks = []
-    if isinstance(unet, UNet) and unet.num_covariates:
-        sides = [*enumerate(unet.down), *enumerate(unet.up)]
-        blocks = [(block.transformer, level) for level, side in sides for block in side if block.transformer is not None]
-    if not blocks:
+    sides: list[Any] = [*enumerate(unet.down), *enumerate(unet.up)] if isinstance(unet, UNet) and unet.num_covariates else []
+    blocks = [(block.transformer, level) for level, side in sides for block in side if block.transformer is not None]
+    if not isinstance(unet, UNet) or not blocks:
         yield None
         return
     maps = AttentionMaps(samples, unet.num_covariates)

@@ -6,11 +6,14 @@ on the channels of one position, so a network without attention gives the same a
 
 import math
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm3d.models.attention import Attention
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
@@ -50,7 +53,7 @@ def convolve_to_voxels(x: Tensor, conv: nn.Conv3d, padding: int | tuple[int, ...
         return nn.functional.conv3d(x, weight, bias, padding=padding)
 
 
-def zero(module: nn.Module) -> nn.Module:
+def zero(module: Part) -> Part:
     """The same module with every parameter zero: a branch that starts as no change."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -131,7 +131,7 @@ def compare(
     volumes = np.flatnonzero(np.isfinite(pairs).all(axis=1))
     a, m = pairs[volumes].T
     found = agreement(a, m)
-    weights = resamples([people[i] for i in volumes], seed=seed)  # (B, N)
+    weights = resamples([people[i] for i in volumes.tolist()], seed=seed)  # (B, N)
     draws, means = _spread(a, m, weights)
     places = np.linspace(a.min(), a.max(), BAND)
     lines = means[1][:, None] + draws["slope"][:, None] * (places - means[0][:, None])  # (B, BAND)
