@@ -13,6 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check ldm3d tests benchmarks
 	$(BIN)/ruff format --check ldm3d tests benchmarks
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # As on a CPU with AVX2 and nothing newer, and on one with SSE4.1: sums are rounded otherwise, and bfloat16 is not multiplied
@@ -46,6 +47,7 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix ldm3d tests benchmarks
 	$(BIN)/ruff format ldm3d tests benchmarks
+	$(BIN)/mypy
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm3d needs Python 3.11 or newer; set PYTHON=...")'

@@ -4,22 +4,17 @@
 >>> pipe(age=72, sex="F", ventricular_volume_ml=45).save("out")
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
 __all__ = ["Autoencoder", "Pipeline", "UNet"]
 
+_WHERE = {"Autoencoder": "ldm3d.models.autoencoder", "Pipeline": "ldm3d.pipeline", "UNet": "ldm3d.models.unet"}
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     # Looked up when asked for: `import ldm3d` and `ldm3d --help` need not wait for torch
-    if name == "Pipeline":
-        from ldm3d.pipeline import Pipeline
-
-        return Pipeline
-    if name == "Autoencoder":
-        from ldm3d.models.autoencoder import Autoencoder
-
-        return Autoencoder
-    if name == "UNet":
-        from ldm3d.models.unet import UNet
-
-        return UNet
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'ldm3d' has no attribute {name!r}")

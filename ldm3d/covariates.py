@@ -106,7 +106,7 @@ class Covariate:
     # For the check of a file's values by pydantic in `from_dict`
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(NAME.rstrip("$"), self.name):  # $ lets a line break follow
             raise InputError(
                 f"covariate {shown(self.name)}: a name begins with a small letter and goes on with small letters, digits and "
@@ -147,7 +147,7 @@ class Covariate:
         number, kind = self.read(value)
         if kind in ("open-ended", "range"):
             raise InputError(f"{self.name}: {shown(value)} is not one number; write one, for example {number:g}")
-        if self.range and number is not None and not self.range[0] <= number <= self.range[1]:
+        if self.range and isinstance(number, float) and not self.range[0] <= number <= self.range[1]:
             low, high = self.range
             raise InputError(f"{self.name}: {number:g} is outside its range {low:g} to {high:g} {self.unit}".rstrip())
         return number
@@ -202,7 +202,7 @@ class Covariate:
             return 0.0, 0.0
         if self.kind == "categorical":
             return float(self.categories.index(value)), 1.0
-        return (value - self.mean) / self.std, 1.0
+        return (float(value) - self.mean) / self.std, 1.0
 
 
 def as_name(text: str) -> str:
@@ -217,11 +217,11 @@ class CovariateSchema:
 
     covariates: tuple[Covariate, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
             raise InputError(f"covariates must have different names, got {', '.join(self.names)}")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Covariate]:
         return iter(self.covariates)
 
     def __len__(self) -> int:
@@ -286,7 +286,9 @@ class CovariateSchema:
                         f"covariate {covariate.name!r} is {values[0]:g} for every training subject, so nothing can be "
                         "learnt from it; drop it from the config"
                     )
-                covariate = replace(covariate, mean=float(numbers.mean()), std=std, seen=(min(values), max(values)))
+                covariate = replace(
+                    covariate, mean=float(numbers.mean()), std=std, seen=(float(numbers.min()), float(numbers.max()))
+                )
             fitted.append(covariate)
         return CovariateSchema(tuple(fitted))
 
@@ -296,7 +298,8 @@ class CovariateSchema:
             if not covariate.seen:
                 continue
             low, high = covariate.seen
-            beyond = {v for row in rows if (v := row.get(covariate.name)) is not None and not low <= v <= high}
+            values = [v for row in rows if isinstance(v := row.get(covariate.name), int | float)]
+            beyond = {v for v in values if not low <= v <= high}
             if beyond:
                 asked = ", ".join(f"{v:g}" for v in sorted(beyond)[:5])
                 warnings.warn(

@@ -94,7 +94,7 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         process = make_process(**values["process"])
         options = {name: value for name, value in process.to_dict().items() if name != "kind"}
-        parts = {
+        parts: dict[str, Any] = {
             "schema": CovariateSchema.from_dict(values["covariates"]),
             "grid": Grid.from_dict(values["grid"]),
             "process": TypeAdapter(type(process)).validate_python(options),

@@ -60,7 +60,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             return main(*args, **kwargs)
         except InputError as error:

@@ -32,11 +32,11 @@ class Grid:
         affine: (4, 4) voxel to RAS+ mm, for volumes that come from no scan.
     """
 
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
     affine: NDArray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape, spacing = tuple(int(n) for n in self.shape), tuple(float(s) for s in self.spacing_mm)
         if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or not all(0 < s < math.inf for s in spacing):
             raise ValueError(f"a grid has 3 sides of at least 1 voxel and 3 spacings > 0 mm, got {shape}, {spacing}")
@@ -102,15 +102,14 @@ def align_grid(
         (4, 4) from voxels of the aligned Grid to the scan's world.
     """
     source_affine = np.asarray(source_affine, dtype=np.float64)
-    if centre_voxel is None:
-        centre_voxel = (np.array(source_shape) - 1) / 2
+    centre = (np.array(source_shape) - 1) / 2 if centre_voxel is None else np.array(centre_voxel)
     directions = source_affine[:3, :3] / spacing_of(source_affine)
     axes, signs = _closest_axes(directions)
     left, _, right = np.linalg.svd(directions[:, axes] * signs)
     affine = np.eye(4)
     affine[:3, :3] = (left @ right) * grid.spacing_mm  # the closest rotation (polar decomposition), then mm per voxel
     to_middle = (np.array(grid.shape) - 1) / 2
-    affine[:3, 3] = (source_affine @ [*centre_voxel, 1])[:3] - affine[:3, :3] @ to_middle
+    affine[:3, 3] = (source_affine @ [*centre, 1])[:3] - affine[:3, :3] @ to_middle
 
     first = np.linalg.solve(source_affine, affine[:, 3])[:3]  # the Grid's voxel (0, 0, 0), in voxels of the scan
     ratio = np.array(grid.spacing_mm) / spacing_of(source_affine)[axes]

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
@@ -38,7 +38,7 @@ class GridConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _fits_memory(self):
+    def _fits_memory(self) -> Self:
         if math.prod(self.shape) > MAX_VOXELS:
             raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
         return self
@@ -52,7 +52,7 @@ class SplitConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0  # not the experiment's, so that repeats with other seeds share the split
 
     @model_validator(mode="after")
-    def _leaves_training(self):
+    def _leaves_training(self) -> Self:
         if self.validation + self.test >= 1:
             raise ValueError(f"validation {self.validation} and test {self.test} leave no subject to train on")
         return self
@@ -117,7 +117,7 @@ class DataConfig(Section):
         return wanted
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _one_source(self) -> Self:
         if (self.bids is None) == (self.table is None):
             raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
         if self.participants and not self.bids:
@@ -175,7 +175,7 @@ class CovariateConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _no_category_is_missing(self):
+    def _no_category_is_missing(self) -> Self:
         words = {word for category, aliases in self.categories.items() for word in (category, *aliases)}
         if both := sorted(words & set(self.missing or ())):
             raise ValueError(f"{shown(both[0])} is a category and stands for a missing value; drop it from one of them")

@@ -17,7 +17,7 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
     return "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
 
 
-def _explain(problem: dict, root: type[Section]) -> str:
+def _explain(problem: ErrorDetails, root: type[Section]) -> str:
     """One of pydantic's errors as a sentence with the key's full name."""
     location, section = _resolve(problem["loc"], root)
     where = ".".join(location)
@@ -50,9 +50,9 @@ def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[s
     return keys, section
 
 
-def _sections(annotation: Any, default: type[Section]) -> tuple[type[Section], dict[str, type[Section]]]:
+def _sections(annotation: Any, default: type[Section]) -> tuple[type[Section], dict[str | int, type[Section]]]:
     """The section that a field holds (`default` if none), and all of them by tag where a `kind` decides."""
-    found, choices = default, {}
+    found, choices = default, dict[str | int, type[Section]]()
     for candidate in (annotation, *get_args(annotation)):
         plain, *extra = get_args(candidate) if get_args(candidate) else (candidate,)
         if isinstance(plain, type) and issubclass(plain, Section):

@@ -1,7 +1,7 @@
 """Sections of the networks, ours and MONAI's."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -39,7 +39,7 @@ class AutoencoderNetworkConfig(Section):
     linear_path: bool = True
 
     @model_validator(mode="after")
-    def _power_of_two(self):
+    def _power_of_two(self) -> Self:
         levels = max(1, self.downsampling.bit_length() - 1)
         if self.downsampling & (self.downsampling - 1) or len(self.channels) != levels:
             raise ValueError(
@@ -69,7 +69,7 @@ class MonaiAutoencoderConfig(Section):
         return 2 ** (len(self.channels) - 1)
 
     @model_validator(mode="after")
-    def _levels_agree(self):
+    def _levels_agree(self) -> Self:
         if not self.channels or len(self.attention) not in (0, len(self.channels)):
             raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}, or none")
         _check_groups(self.channels, self.norm_num_groups)
@@ -97,7 +97,7 @@ class UNetConfig(Section):
     fourier_features: tuple[Annotated[int, Field(ge=-8, le=16)], ...] | None = None
 
     @model_validator(mode="after")
-    def _one_flag_a_level(self):
+    def _one_flag_a_level(self) -> Self:
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
         for width, attend in zip(self.channels, self.attention):
@@ -131,7 +131,7 @@ class MonaiUNetConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _levels_agree(self):
+    def _levels_agree(self) -> Self:
         if not self.channels or len(self.attention) != len(self.channels):
             raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
         if len(self.head_channels) not in (1, len(self.channels)):

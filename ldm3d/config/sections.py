@@ -5,7 +5,7 @@ in an `InputError` that says where and what to write instead. Relative paths sta
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,7 +46,7 @@ class TrainingConfig(Section):
         return "no" if value is False else value  # YAML reads an unquoted no as false
 
     @model_validator(mode="after")
-    def _accumulation_divides(self):
+    def _accumulation_divides(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         return self
@@ -106,20 +106,20 @@ class ProcessConfig(Section):
     schedule_learning_rate: Annotated[float, Field(ge=0)] | None = None  # of gamma between its ends; 0: a straight line
 
     @model_validator(mode="after")
-    def _betas_belong(self):
+    def _betas_belong(self) -> Self:
         if self.kind in ("flow", "vp-cosine", "vdm") and (self.beta_start, self.beta_end) != (None, None):
             raise ValueError(f"{self.kind} has no betas; drop beta_start and beta_end, or use vp-linear or vp-scaled-linear")
         return self
 
     @model_validator(mode="after")
-    def _gamma_belongs(self):
+    def _gamma_belongs(self) -> Self:
         if self.kind != "vdm" and (self.gamma_min, self.gamma_max, self.schedule_learning_rate) != (None, None, None):
             raise ValueError(
                 f"{self.kind} has no schedule to be learned; drop gamma_min, gamma_max and schedule_learning_rate, or use vdm"
             )
-        ends = (self.gamma_min, self.gamma_max)
-        if ends != (None, None) and (None in ends or self.gamma_min >= self.gamma_max):
-            raise ValueError(f"gamma_min {self.gamma_min} and gamma_max {self.gamma_max}: give both, rising, or none of them")
+        low, high = self.gamma_min, self.gamma_max
+        if (low is None) != (high is None) or (low is not None and high is not None and low >= high):
+            raise ValueError(f"gamma_min {low} and gamma_max {high}: give both, rising, or none of them")
         return self
 
 
@@ -143,7 +143,7 @@ class DiffusionConfig(Section):
     training: TrainingConfig
 
     @model_validator(mode="after")
-    def _vdm_trains_on_the_bound(self):
+    def _vdm_trains_on_the_bound(self) -> Self:
         if self.process.kind != "vdm":
             return self
         conflicts = []
@@ -170,7 +170,7 @@ class GenerationConfig(Section):
     spacing: Literal["uniform", "quadratic", "lambda", "karras", "share", "leading"] | None = None
 
     @model_validator(mode="after")
-    def _interval_rises(self):
+    def _interval_rises(self) -> Self:
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must rise")
         return self
@@ -199,7 +199,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _grid_fits(self):
+    def _grid_fits(self) -> Self:
         shape, factor = self.data.grid.shape, self.autoencoder.network.downsampling
         if any(n % factor for n in shape):
             down, up = (tuple(r * factor for r in rows) for rows in zip(*[(n // factor, -(-n // factor)) for n in shape]))
@@ -210,7 +210,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _spacing_fits(self):
+    def _spacing_fits(self) -> Self:
         kind = self.diffusion.process.kind
         if self.generation.spacing == "leading" and kind in ("flow", "vp-cosine", "vdm"):
             raise ValueError(
@@ -219,7 +219,7 @@ class Config(Section):
             )
         return self
 
-    def schema(self) -> CovariateSchema:
+    def schema(self) -> CovariateSchema:  # type: ignore[override]  # pydantic's, of JSON, is deprecated
         """The covariates, not yet fitted to a training split."""
         return CovariateSchema(tuple(c.covariate() for c in self.covariates))
 

@@ -29,7 +29,11 @@ ALPHA_FLOOR = 1e-3  # below it x cannot be recovered from a noise prediction: er
 KARRAS_RHO = 7.0
 
 
-class Process:
+Time = TypeVar("Time", bound=float | Tensor)
+
+
+@dataclass(frozen=True)
+class Process(ABC):
     """Base of all processes: `_alpha_sigma`, `_rates` (their derivatives) and `_t_of_lam` make one.
 
     These work on float64 tensors of any shape. Public methods take t as a float (and return a float) or as a
@@ -38,24 +42,33 @@ class Process:
 
     kind: ClassVar[str]
 
-    def alpha(self, t):
+    @abstractmethod
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _t_of_lam(self, lam: Tensor) -> Tensor: ...
+
+    def alpha(self, t: Time) -> Time:
         """How much of the data is left at t; 1 at t = 0."""
         return of_type(t, self._alpha_sigma(as_double(t))[0])
 
-    def sigma(self, t):
+    def sigma(self, t: Time) -> Time:
         """Standard deviation of the noise at t; 0 at t = 0."""
         return of_type(t, self._alpha_sigma(as_double(t))[1])
 
-    def lam(self, t):
+    def lam(self, t: Time) -> Time:
         """log(alpha / sigma): +inf at t = 0, and -inf at t = 1 where alpha(1) = 0."""
         alpha, sigma = self._alpha_sigma(as_double(t))
         return of_type(t, alpha.log() - sigma.log())
 
-    def t_of_lam(self, lam):
+    def t_of_lam(self, lam: Time) -> Time:
         """Inverse of `lam`; a value outside its range gives the nearest time."""
         return of_type(lam, self._t_of_lam(as_double(lam)))
 
-    def lam_rate(self, t):
+    def lam_rate(self, t: Time) -> Time:
         """d lambda / dt, negative."""
         (alpha, sigma), (alpha_rate, sigma_rate) = self._alpha_sigma(as_double(t)), self._rates(as_double(t))
         return of_type(t, alpha_rate / alpha - sigma_rate / sigma)
@@ -69,12 +82,12 @@ class Process:
         """Range of "lambda" and "karras" sampling times; what lies beyond +-5 changes a latent by less than 1 % of its std."""
         return max(self.lam(1.0), -5.0), 5.0
 
-    def add_noise(self, x: Tensor, e: Tensor, t) -> Tensor:
+    def add_noise(self, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
         """z_t = alpha x + sigma e."""
         alpha, sigma = self._alpha_sigma(as_double(t))
         return _per_sample(alpha, x) * x + _per_sample(sigma, x) * e
 
-    def target(self, kind: str, x: Tensor, e: Tensor, t) -> Tensor:
+    def target(self, kind: str, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
         """What the network has to predict at z_t.
 
         "noise": e (Ho et al. 2020). "v": alpha e - sigma x (Salimans & Ho 2022, appendix D). "data": x. "velocity":
@@ -87,7 +100,7 @@ class Process:
         of_x, of_e = (-sigma, alpha) if kind == "v" else self._rates(as_double(t))
         return _per_sample(of_x, x) * x + _per_sample(of_e, x) * e
 
-    def to_data(self, kind: str, output: Tensor, z: Tensor, t) -> Tensor:
+    def to_data(self, kind: str, output: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
         """The expected clean latent, from the network's output for z at time t.
 
         Solves z = alpha x + sigma e and the target's definition for x. With "noise" that divides by alpha; where
@@ -109,7 +122,7 @@ class Process:
         determinant = of_e * alpha - of_x * sigma  # > 0: alpha^2 + sigma^2 for v, 1 for the flow's velocity
         return of_e / determinant, -sigma / determinant
 
-    def loss_weight(self, kind: str, target: str, t, gamma: float = 5.0):
+    def loss_weight(self, kind: str, target: str, t: Time, gamma: float = 5.0) -> Time:
         """What a sample's mean squared error in `target` is multiplied by; type and shape of t.
 
         "none": 1. "min-snr" (Hang et al. 2023): the loss counts as min(SNR, gamma) times the loss in x. As

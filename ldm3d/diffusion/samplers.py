@@ -17,6 +17,7 @@ there, which is used, so no sampler has to start from t = 0.999 instead.
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def sample_ddim(
         _, forward = forward_step(process, t, s)
         fresh = eta * math.sqrt(forward) * process.sigma(s) / process.sigma(t)  # eq. 16
         z = process.alpha(s) * x + math.sqrt(max(process.sigma(s) ** 2 - fresh**2, 0.0)) * e
-        if fresh > 0:
+        if noise is not None and fresh > 0:
             z = z + fresh * noise(k)
     return z
 
@@ -170,7 +171,7 @@ def sample_unipc(
     if order not in (1, 2, 3):
         raise InputError(f"UniPC of order {order} is not available; choose 1, 2 or 3")
     nodes: list[tuple[float, Tensor]] = []  # (lambda, x) wherever the denoiser was asked, newest first
-    start = p = None
+    start, p = z, 1
     for k, t, s in walk(times, progress, rising=True):
         x = denoise(z, t) if t > 0 else z
         if k > 0:  # correct the latent that was predicted for t, from where that step began
@@ -251,7 +252,7 @@ def follow(
     *,
     noise: Noise | None = None,
     progress: Progress | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The sampler of that name, from z at times[0] to times[-1].
 
@@ -271,7 +272,7 @@ def follow(
 
 
 def sample(
-    name: str, denoise: Denoiser, z: Tensor, process: Process, steps: int, *, spacing: str | None = None, **options
+    name: str, denoise: Denoiser, z: Tensor, process: Process, steps: int, *, spacing: str | None = None, **options: Any
 ) -> Tensor:
     """From z, noise at t = 1, to the clean latent in `steps` steps.
 

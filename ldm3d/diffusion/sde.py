@@ -51,7 +51,7 @@ def sample_sde_euler(
     Raises:
         InputError: no `noise`, or times that do not decrease.
     """
-    check_noise(noise, "Euler-Maruyama")
+    noise = check_noise(noise, "Euler-Maruyama")
     for k, t, s in walk(times, progress):
         z = _euler_step(denoise, z, t, s, process, noise, k)
     return z
@@ -74,7 +74,7 @@ def sample_sde_heun(
     only Heun's error is left. From pure noise r is 0, and the step does not depend on z, as in the SDE. Arguments as
     `sample_sde_euler`.
     """
-    check_noise(noise, "the stochastic Heun sampler")
+    noise = check_noise(noise, "the stochastic Heun sampler")
     for k, t, s in walk(times, progress):
         r = process.t_of_lam(2 * process.lam(s) - process.lam(t)) if s > 0 else 0.0
         # Heun's second slope multiplies errors of z by u_t / u_r: Euler's step where that ratio is large
@@ -111,7 +111,7 @@ def sample_predictor_corrector(
     Raises:
         InputError: also for corrections < 0 or an snr outside (0, 1).
     """
-    check_noise(noise, "predictor-corrector sampling")
+    noise = check_noise(noise, "predictor-corrector sampling")
     if corrections < 0 or not 0 < snr < 1:
         raise InputError(f"corrections {corrections}, snr {snr}: must be >= 0 and in (0, 1); 1 and 0.16 are usual")
     for k, t, s in walk(times, progress):
@@ -137,6 +137,7 @@ def _euler_step(denoise: Denoiser, z: Tensor, t: float, s: float, process: Proce
     return next_size * (w + beta * (w / 2 + score) + math.sqrt(beta) * noise(number))
 
 
-def check_noise(noise: Noise | None, what: str) -> None:
+def check_noise(noise: Noise | None, what: str) -> Noise:
     if noise is None:
         raise InputError(f"{what} draws noise at every step: give noise=..., or use heun, which needs none")
+    return noise

@@ -42,6 +42,8 @@ class VDMSchedule(nn.Module):
         InputError: ends that do not rise, or fewer than two knots.
     """
 
+    mean_loss: Tensor
+
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 10.0, knots: int = 65):
         super().__init__()
         if not gamma_min < gamma_max or knots < 2:
@@ -83,7 +85,8 @@ class VDMSchedule(nn.Module):
                 infinite, so is the gradient, and the running mean stays as it is.
         """
         mean = torch.where(self.mean_loss.isnan(), loss, self.mean_loss)
-        self.logits.grad *= 2 * (loss - mean)
+        if self.logits.grad is not None:
+            self.logits.grad *= 2 * (loss - mean)
         self.mean_loss.copy_(torch.where(loss.isfinite(), torch.lerp(mean, loss.to(mean), 1 - MEAN_DECAY), self.mean_loss))
 
     def process(self) -> VDM:

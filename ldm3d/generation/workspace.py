@@ -12,7 +12,7 @@ from ldm3d.errors import InputError
 try:
     import fcntl
 except ImportError:  # Windows: two starts of one command at the same time go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
 PATIENCE_SECONDS = 3  # for a process that is just leaving

@@ -273,5 +273,5 @@ def spatial_features(maps: Tensor) -> Tensor:
         (N, positions * channels), at most 2048 features.
     """
     sides = tuple(min(side, MAP_SIDE) for side in maps.shape[2:])
-    pool = F.adaptive_avg_pool3d if len(sides) == 3 else F.adaptive_avg_pool2d
+    pool: Callable[..., Tensor] = F.adaptive_avg_pool3d if len(sides) == 3 else F.adaptive_avg_pool2d
     return pool(maps[:, : max(MAP_FEATURES // math.prod(sides), 1)], sides).flatten(1)

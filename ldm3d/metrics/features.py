@@ -49,7 +49,7 @@ def extract(volumes: Iterable[NDArray | Tensor], extractor: Extractor, device: t
     """
     if isinstance(extractor, nn.Module):
         extractor = extractor.to(device).eval()
-    found = []
+    found: list[Tensor] = []
     with torch.inference_mode():
         for volume in volumes:
             volume = torch.as_tensor(np.ascontiguousarray(volume, np.float32), device=device)[None]  # (1, C, X, Y, Z)

@@ -56,7 +56,8 @@ def ssim(volume: Tensor, reference: Tensor, where: Tensor | None = None) -> Tens
     side = min(11, *volume.shape[2:])
     side -= (side + 1) % 2
     similarity, _ = compute_ssim_and_cs(volume.float(), reference.float(), 3, [side] * 3, [1.5] * 3)
-    return _mean(similarity, None if where is None else where[(..., *[slice(side // 2, -(side // 2) or None)] * 3)])
+    inside = slice(side // 2, -(side // 2) or None)
+    return _mean(similarity, None if where is None else where[..., inside, inside, inside])
 
 
 def _mean(values: Tensor, where: Tensor | None) -> Tensor:

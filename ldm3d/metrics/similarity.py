@@ -116,7 +116,7 @@ def _sobel_gradient(x: Tensor) -> Tensor:
     """Magnitude of the gradient in intensity per voxel by Sobel's operator, one voxel less at each face."""
     smooth, slope = x.new_tensor([1, 2, 1]) / 4, x.new_tensor([-1, 0, 1]) / 2
     parts = (_along_axes(x, [slope if axis == along else smooth for axis in range(3)]) for along in range(3))
-    return sum(part**2 for part in parts).sqrt()
+    return sum((part**2 for part in parts), x.new_zeros(())).sqrt()
 
 
 def _along_axes(x: Tensor, kernels: list[Tensor]) -> Tensor:

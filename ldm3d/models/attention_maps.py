@@ -7,6 +7,7 @@ nothing is added to the network.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class AttentionMaps:
         def see_shape(_: nn.Module, inputs: tuple) -> None:
             shape[:] = [inputs[0].shape[2:]]
 
-        def see_weights(attention: nn.Module, inputs: tuple) -> None:
+        def see_weights(attention: Any, inputs: tuple) -> None:
             x, context = (value[: self.samples].detach() for value in inputs)  # (N, positions, C), (N, tokens, context_dim)
             q, k = attention.query(x), attention.key_value(context).chunk(2, dim=-1)[0]
             q, k = (y.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k))  # (N, H, ., D)

@@ -41,6 +41,9 @@ class LatentSpace(Pretrained):
     Buffers `latent_mean` and `latent_std`, (c,), are the latents' statistics over the training split.
     """
 
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, in_channels: int, latent_channels: int, downsampling: int):
         super().__init__()
         self.in_channels, self.latent_channels, self.downsampling = in_channels, latent_channels, downsampling
@@ -151,7 +154,8 @@ class Autoencoder(LatentSpace):
         self.decoder = nn.Sequential(*decoder, ChannelNorm(channels[0]))
         self.to_moments = nn.Conv3d(channels[-1], 2 * latent_channels, 3, padding=1)
         self.to_voxels = nn.Conv3d(channels[0], voxels, 3, padding=1)
-        self.analysis = self.synthesis = None
+        self.analysis: nn.Conv3d | None = None
+        self.synthesis: nn.Conv3d | None = None
         if linear_path:
             patch = in_channels * downsampling**3
             self.analysis = nn.Conv3d(patch, latent_channels, 3, padding=1)
@@ -161,8 +165,8 @@ class Autoencoder(LatentSpace):
             zero(self.to_moments).learning_rate_factor = 0.3
             zero(self.to_voxels).learning_rate_factor = 0.1
         with torch.no_grad():
-            self.to_moments.bias[latent_channels:] = START_LOG_VARIANCE
-        self.to(memory_format=torch.channels_last_3d)
+            self.to_moments.get_parameter("bias")[latent_channels:] = START_LOG_VARIANCE
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # it does take one
 
     def encode(self, x: Tensor) -> Tensor:
         """x (N, C, X, Y, Z) in [0, 1] -> moments (N, 2c, X/f, Y/f, Z/f).
@@ -205,6 +209,7 @@ class Autoencoder(LatentSpace):
             volumes: some training volumes, (N, C, X, Y, Z).
             ridge: added to the diagonal of the regression's normal equations, relative to its mean.
         """
+        analysis, synthesis = self._linear_path()
         f, c = self.downsampling, self.latent_channels
         patch = self.in_channels * f**3
         blocks = space_to_depth(volumes.float(), f)  # (N, C f^3, X/f, Y/f, Z/f)
@@ -219,13 +224,13 @@ class Autoencoder(LatentSpace):
         # The sign is arbitrary: make it reproducible
         components = components * torch.where(components.sum(dim=0) < 0, -1.0, 1.0)
         kernel = (components / variance.clamp_min(1e-12).sqrt()).T  # (c, C f^3)
-        zero(self.analysis)
-        self.analysis.weight[:, :, 1, 1, 1] = kernel.to(self.analysis.weight)
-        self.analysis.bias.copy_(-(kernel @ mean)[:, 0])
+        zero(analysis).weight[:, :, 1, 1, 1] = kernel.to(analysis.weight)
+        analysis.get_parameter("bias").copy_(-(kernel @ mean)[:, 0])
 
-        gram, moment = 0.0, 0.0  # normal equations, summed volume by volume
+        # Normal equations, summed volume by volume
+        gram, moment = rows.new_zeros(27 * c + 1, 27 * c + 1), rows.new_zeros(27 * c + 1, patch)
         for block in blocks:
-            z = self.analysis(block[None])  # (1, c, x, y, z)
+            z = analysis(block[None])  # (1, c, x, y, z)
             near = nn.functional.pad(z, (1, 1, 1, 1, 1, 1))
             near = near.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)[0]  # (c, x, y, z, 3, 3, 3)
             near = near.permute(0, 4, 5, 6, 1, 2, 3).reshape(27 * c, -1).double()
@@ -234,5 +239,5 @@ class Autoencoder(LatentSpace):
             moment = moment + near @ block.flatten(1).T.double()
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         solution = torch.linalg.solve(gram, moment)  # (27 c + 1, C f^3)
-        self.synthesis.weight.copy_(solution[:-1].T.reshape(patch, c, 3, 3, 3))
-        self.synthesis.bias.copy_(solution[-1])
+        synthesis.weight.copy_(solution[:-1].T.reshape(patch, c, 3, 3, 3))
+        synthesis.get_parameter("bias").copy_(solution[-1])

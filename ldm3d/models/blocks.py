@@ -6,11 +6,14 @@ one position, so that a network without attention gives the same result on a par
 
 import math
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm3d.models.attention import Attention
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Conditions:
             )
         return context
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.images is None) != (self.known is None):
             raise ValueError("images and known go together: give both, or neither")
 
@@ -54,7 +55,8 @@ class Conditions:
         if self.covariates.shape[1:] != other.covariates.shape[1:] or (self.images is None) != (other.images is None):
             raise ValueError("conditions of different kinds cannot be stacked")
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("covariates", "images", "known"))
-        return Conditions(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+        both: list[Any] = [None if a is None else torch.cat([a, b]) for a, b in pairs]
+        return Conditions(*both)
 
     def open(self, covariates: Iterable[int] | None = None, images: bool = True) -> "Conditions":
         """The same with conditions left open: what guidance guides away from.
@@ -67,11 +69,12 @@ class Conditions:
         if covariates is not None:
             left[:, list(covariates)] = 0
         opened = replace(self, covariates=left)
-        if images and self.images is not None:
+        if images and self.images is not None and self.known is not None:
             opened = replace(opened, images=torch.zeros_like(self.images), known=torch.zeros_like(self.known))
         return opened
 
-    def to(self, *args, **kwargs) -> "Conditions":
+    def to(self, *args: Any, **kwargs: Any) -> "Conditions":
         """As `Tensor.to`: another device or type."""
-        moved = (None if part is None else part.to(*args, **kwargs) for part in (self.covariates, self.images, self.known))
+        parts = (self.covariates, self.images, self.known)
+        moved: list[Any] = [None if part is None else part.to(*args, **kwargs) for part in parts]
         return Conditions(*moved)

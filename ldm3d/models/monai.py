@@ -5,6 +5,7 @@ From either of two libraries: "monai", MONAI core, or "monai-generative", the pa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,8 @@ class MonaiUNet(LatentUNet):
         library: one of LIBRARIES.
     """
 
+    largest: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -191,8 +194,8 @@ class MonaiUNet(LatentUNet):
         return self.network(x.contiguous(), (timesteps - 1).clamp(min=0), tokens)
 
 
-def _build(name: str, library: str, channels: Sequence[int], flash_attention: bool, **arguments) -> nn.Module:
-    """A network of one of the libraries."""
+def _build(name: str, library: str, channels: Sequence[int], flash_attention: bool, **arguments: Any) -> Any:
+    """A network of one of the libraries, which come without types."""
     try:
         if library == "monai":
             from monai.networks import nets
@@ -201,9 +204,9 @@ def _build(name: str, library: str, channels: Sequence[int], flash_attention: bo
             network = network_class(spatial_dims=3, channels=channels, use_flash_attention=flash_attention, **arguments)
         elif library == "monai-generative":
             with quiet_xformers():  # which it imports where it is installed
-                from generative.networks import nets
+                from generative.networks import nets as published
 
-            network = getattr(nets, name)(spatial_dims=3, num_channels=channels, **arguments)
+            network = getattr(published, name)(spatial_dims=3, num_channels=channels, **arguments)
         else:
             raise InputError(f"library {library!r} is not one of {', '.join(LIBRARIES)}")
     except ValueError as error:  # widths, groups and flags that do not go together
@@ -228,7 +231,7 @@ class _AveragePool(nn.AvgPool3d):
         return super().forward(x.float()).to(x.dtype) if half else super().forward(x)
 
 
-def _prefer_xformers(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _prefer_xformers(attention: Any, inputs: tuple[Tensor, ...]) -> None:
     """Let an attention of monai-generative call xformers, if that has a kernel for what comes in."""
     x = inputs[0]
     device, dtype = x.device, x.dtype

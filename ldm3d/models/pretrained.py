@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,14 +51,14 @@ class Pretrained(nn.Module):
         construct, signature = cls.__init__, inspect.signature(cls.__init__)
 
         @functools.wraps(construct)
-        def construct_and_record(self, *args: Any, **kwargs: Any) -> None:
+        def construct_and_record(self: Any, *args: Any, **kwargs: Any) -> None:
             construct(self, *args, **kwargs)
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             own = list(bound.arguments.items())[1:]  # but self; a subclass's come after its parents', and stay
             self.arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in own}
 
-        cls.__init__ = construct_and_record
+        cls.__init__ = construct_and_record  # type: ignore[method-assign]  # with the signature that it wraps
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, in the parameters' own dtype."""
@@ -69,7 +69,7 @@ class Pretrained(nn.Module):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Self:
         """The network in evaluation mode; it may be of a subclass, as config.json says.
 
         Args:

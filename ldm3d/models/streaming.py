@@ -17,6 +17,7 @@ import ctypes
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,9 @@ def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None =
         InputError: a decoder with a layer that is not known here.
     """
     limit = chunk_bytes or chunk_bytes_of(z.device)
-    volume = None
+    volume = z.new_empty(0)
     for start, chunk in _placed(_decoded(autoencoder, z, limit)):
-        if volume is None:
+        if start == 0:
             n, c, _, y, z_ = chunk.shape
             volume = z.new_empty((n, c, z.shape[2] * (y // z.shape[3]), y, z_), dtype=torch.float32)
         volume.narrow(2, start, chunk.shape[2]).copy_(chunk)
@@ -81,7 +82,7 @@ def _decoded(autoencoder: nn.Module, z: Tensor, limit: int) -> Chunks:
         chunks = _through([autoencoder.decoder], iter([z]), limit)
         last = _to_voxels if autoencoder.synthesis is None else _convolve
         return (depth_to_space(chunk, autoencoder.stem) for chunk in last(chunks, autoencoder.to_voxels, limit))
-    network = getattr(autoencoder, "network", autoencoder)  # MonaiAutoencoder wraps what it builds
+    network: Any = getattr(autoencoder, "network", autoencoder)  # MonaiAutoencoder wraps what it builds
     *blocks, last = network.decoder.blocks
     return _to_voxels(_through([network.post_quant_conv, *blocks], iter([z]), limit), last.conv, limit)
 
@@ -101,7 +102,7 @@ def _through(layers: Sequence[nn.Module], chunks: Chunks, limit: int) -> Chunks:
     return chunks
 
 
-def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
+def _layer(layer: Any, chunks: Chunks, limit: int) -> Chunks:
     """A stream through a layer, which is known by its type; MONAI's blocks, which two libraries define, by their parts."""
     match layer:
         case nn.Conv3d(kernel_size=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1), groups=1):
@@ -142,7 +143,7 @@ def _layer(layer: nn.Module, chunks: Chunks, limit: int) -> Chunks:
 class _Planes:
     """A queue that planes enter and leave in chunks of any size."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.chunks: deque[Tensor] = deque()
         self.count = 0
 
@@ -187,8 +188,9 @@ def _windows(chunks: Chunks, before: int, after: int, channels: int, limit: int)
         del chunk
         while queue.count >= least + around:
             yield _joined(queue.take(min(queue.count, max(most, least) + around), keep=around))
-    for _ in range(after):
-        queue.put(border)
+    if border is not None:
+        for _ in range(after):
+            queue.put(border)
     if queue.count > around:
         yield _joined(queue.take(queue.count))
 
@@ -256,13 +258,13 @@ def _upsample(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
     taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=conv.weight.device)
     kernels = torch.einsum("oixyz, aux, bvy, cwz -> abcoiuvw", conv.weight.float(), taps, taps, taps).to(conv.weight.dtype)
     # One convolution for the four parities of Y and Z: it reads its input once
-    kernels = [kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last_3d) for kernel in kernels]
+    halves = [kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last_3d) for kernel in kernels]
     bias = None if conv.bias is None else conv.bias.repeat(4)
 
     def convolve(window: Tensor) -> Tensor:
         n, _, x, y, z = window.shape
         fine = window.new_empty((n, 2 * x - 4, 2 * y, 2 * z, c)).movedim(-1, 1)
-        for i, kernel in enumerate(kernels):
+        for i, kernel in enumerate(halves):
             part = F.conv3d(window[:, :, i : i + x - 1], kernel, bias, padding=(0, 1, 1))  # (N, 4c, x - 2, Y + 1, Z + 1)
             for j, quarter in enumerate(part.split(c, dim=1)):
                 k, m = divmod(j, 2)
@@ -281,7 +283,7 @@ def _residual(branch: Sequence[nn.Module], skip: nn.Module, chunks: Chunks, limi
         return chunk
 
     def add(chunk: Tensor) -> Tensor:
-        for start, part in _placed(waiting.take(chunk.shape[2])):
+        for start, part in _placed(iter(waiting.take(chunk.shape[2]))):
             chunk.narrow(2, start, part.shape[2]).add_(part)
         return chunk
 
@@ -316,7 +318,7 @@ def _slabs(chunks: Chunks) -> Chunks:
             if filled == n:
                 yield slab
                 slab, filled = None, 0
-    if filled:
+    if slab is not None:
         yield slab.narrow(2, 0, filled)
 
 

@@ -30,6 +30,8 @@ class CovariateTokens(nn.Module):
         tokens_per_covariate: tokens that each covariate becomes.
     """
 
+    frequencies: Tensor
+
     def __init__(self, num_categories: Sequence[int], dim: int, tokens_per_covariate: int = 1):
         super().__init__()
         self.num_categories, self.dim = tuple(num_categories), dim
@@ -55,7 +57,7 @@ class CovariateTokens(nn.Module):
                 )  # half precision would lose the angle
                 angles = value * self.frequencies
                 features = torch.cat([value, angles.sin(), angles.cos()], dim=1)
-                token = embed(features.to(embed[0].weight.dtype))
+                token = embed(features.to(next(embed.parameters()).dtype))
             tokens.append(torch.where(present, token, self.null[k].to(token.dtype)))
         return torch.stack(tokens, dim=1).unflatten(-1, (-1, self.dim)).flatten(1, 2)
 
@@ -103,7 +105,9 @@ class Level(nn.Sequential):
         super().__init__(*blocks)
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]  # of a Sequential, whose layers take one input each
+        self, h: Tensor, embedding: Tensor, tokens: Tensor | None
+    ) -> Tensor:
         """h (N, C, X, Y, Z), embedding (N, embedding_dim), tokens (N, K, context_dim) -> (N, C, X, Y, Z)."""
         for block in self:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -188,7 +192,7 @@ class UNet(LatentUNet):
         self.up = nn.ModuleList(level(*each) for each in zip(channels, attention))
         self.norm_out = ChannelNorm(channels[0])
         self.conv_out = zero(nn.Conv3d(channels[0], out_channels, 3, padding=1))
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # it does take one
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Conditions | Tensor | None = None) -> Tensor:
         """Predict the target of a noisy latent.
@@ -259,7 +263,7 @@ def pad_to(x: Tensor, shape: Sequence[int]) -> Tensor:
 def cut_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pad_to`: the middle of x, (N, C, *shape)."""
     start = [(m - n) // 2 for n, m in zip(shape, x.shape[2:])]
-    return x[..., *(slice(i, i + n) for i, n in zip(start, shape))]
+    return x[(slice(None), slice(None), *(slice(i, i + n) for i, n in zip(start, shape)))]
 
 
 def pad_to_even(x: Tensor) -> Tensor:

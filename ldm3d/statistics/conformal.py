@@ -29,7 +29,8 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return tuple(map(float, stats.binomtest(self.count, self.total).proportion_ci(0.95, "exact")))
+        low, high = stats.binomtest(self.count, self.total).proportion_ci(0.95, "exact")
+        return float(low), float(high)
 
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval
