@@ -231,7 +231,7 @@ def test_a_model_that_crops_its_volumes_is_audited_like_any_other(pipeline, peop
     shown["copy"] = cropping.cropped(people["training"][6])
     audited, guard = run(cropping, people, shown)
     assert [each.name for each in audited.volumes if each.plain] == ["copy"] and audited.suspects[0][0].subject == "t6"
-    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == tuple(cropping.output_grid.shape)
+    assert audited.suspects[0][1].shape == audited.suspects[0][2].shape == (1, *cropping.output_grid.shape)
     assert guard.withheld(cropping, shown["copy"]) and not guard.withheld(cropping, shown["new 1"])
     with pytest.raises(InputError, match="bring it there"):
         descriptors_of(cropping, shown["copy"][:, 1:])
@@ -506,7 +506,7 @@ def test_a_guarded_series_goes_on_and_mends_itself(guarded, generator, tmp_path)
     synthetic_path(folder, 0).write_bytes(b"")
     tally = again()
     assert (tally.kept, tally.made, tally.redone, tally.missing) == (5, 1, 2, 0) and digests(folder) == before
-    write_volume(synthetic_path(folder, 2), np.ones((4, 4, 4), np.float32), np.eye(4))  # back by mistake
+    write_volume(synthetic_path(folder, 2), np.ones((1, 4, 4, 4), np.float32), np.eye(4))  # back by mistake
     assert again().redone == 1 and digests(folder) == before
     sidecar = synthetic_path(folder, 2).with_name("sub-syn0003_desc-synthetic_T1w.json")
     sidecar.parent.mkdir(parents=True, exist_ok=True)

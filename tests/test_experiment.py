@@ -34,7 +34,7 @@ def in_this_process(monkeypatch):
 
 def test_a_scan_is_its_voxels(tmp_path):
     """What keeps a scan's identity, and what does not."""
-    volume = np.random.default_rng(0).uniform(0, 100, (5, 6, 7)).astype(np.float32)
+    volume = np.random.default_rng(0).uniform(0, 100, (1, 5, 6, 7)).astype(np.float32)
     affine, settings = np.diag([2.0, 2, 2, 1]), {"version": 1}
 
     def scan(volume, affine=affine):
@@ -44,11 +44,11 @@ def test_a_scan_is_its_voxels(tmp_path):
     moved = affine.copy()
     moved[:3, 3] = 5
     turned = affine @ [[-1, 0, 0, 4], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert first == scan(volume, moved) == scan(volume[::-1], turned)
-    assert first == scan(volume.transpose(1, 0, 2), affine[:, [1, 0, 2, 3]]) == scan(np.asfortranarray(volume))
+    assert first == scan(volume, moved) == scan(volume[:, ::-1], turned)
+    assert first == scan(volume.transpose(0, 2, 1, 3), affine[:, [1, 0, 2, 3]]) == scan(np.asfortranarray(volume))
     rounded = volume.copy()
-    rounded[0, 0, 0] = np.nextafter(rounded[0, 0, 0], np.float32(200))
-    assert len({first, scan(rounded), scan(volume[:-1]), scan(volume[::-1]), scan(volume.reshape(6, 5, 7))}) == 5
+    rounded[0, 0, 0, 0] = np.nextafter(rounded[0, 0, 0, 0], np.float32(200))
+    assert len({first, scan(rounded), scan(volume[:, :-1]), scan(volume[:, ::-1]), scan(volume.reshape(1, 6, 5, 7))}) == 5
     # The whole key follows from where it lies and how it is prepared, too
     keys = {volume_key(volume, affine, settings), volume_key(volume, moved, settings), volume_key(volume, affine, {})}
     assert len(keys) == 3 and volume_key(volume, affine + 1e-6, settings) in keys

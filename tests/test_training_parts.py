@@ -769,7 +769,7 @@ def cached(folder, n=5, batch_size=2, origin=ORIGIN):
         return np.concatenate([pooled, -pooled], axis=1).astype(np.float32)
 
     def load(key):
-        return np.full((4, 4, 4), int(key) + 0.25, dtype=np.float32)
+        return np.full((1, 4, 4, 4), int(key) + 0.25, dtype=np.float32)
 
     write_latents(folder, scans, load, encode, origin, batch_size)
     return scans
@@ -837,7 +837,7 @@ def test_interrupted_encoding_leaves_no_cache(tmp_path):
     def load(key):
         if key == "2":
             raise KeyboardInterrupt
-        return np.zeros((4, 4, 4), dtype=np.float32)
+        return np.zeros((1, 4, 4, 4), dtype=np.float32)
 
     with pytest.raises(KeyboardInterrupt):
         write_latents(tmp_path, pd.DataFrame({"key": ["1", "2"]}), load, lambda volumes: volumes, ORIGIN, batch_size=1)
