@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -251,9 +251,8 @@ class CovariateSchema:
 
     def middle(self) -> dict[str, Value]:
         """For every required covariate the middle of the range that training saw, or the first category."""
-        return {
-            c.name: c.categories[0] if c.categories else (c.seen[0] + c.seen[1]) / 2 for c in self.covariates if c.required
-        }
+        required = (c for c in self.covariates if c.required)
+        return {c.name: c.categories[0] if c.categories else sum(c.seen or ()) / 2 for c in required}
 
     def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
         """One value (or None) for every covariate; a key that is no covariate is an InputError."""

@@ -57,7 +57,7 @@ class Sampling:
     # For the check of a file's values by pydantic in `read_description`
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choose("sampler", self.sampler, SAMPLERS)  # here, before anything is written
         if self.steps < 1 or self.guidance < 0 or self.seed < 0:
             raise InputError(

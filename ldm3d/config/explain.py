@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import Tag, ValidationError
+from pydantic_core import ErrorDetails
 
 from ldm3d.config.base import Section
 from ldm3d.config.networks import MonaiLibrary
@@ -39,7 +40,8 @@ def _explain(problem: ErrorDetails, root: type[Section]) -> str:
 
 def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], type[Section]]:
     """(the keys of pydantic's `location` as written in the file, the section that holds the last of them)."""
-    keys, section, choices = [], root, {}
+    choices: dict[Any, Any] = {}
+    keys, section = [], root
     for part in location:
         if part in choices:  # the tag of a kind of section, not a key of the file
             section, choices = choices[part], {}

@@ -194,7 +194,7 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
 
     @model_validator(mode="after")
-    def _covariates_make_sense(self):
+    def _covariates_make_sense(self) -> "Config":
         self.schema()  # raises if they do not
         return self
 

@@ -212,7 +212,7 @@ def _ode_slopes(denoise: Denoiser, process: Process, signs: Sequence[Tensor], y:
     with torch.enable_grad():
         z = (y * scale).detach().requires_grad_()
         denoised = denoise(z, t)
-        trace = 0.0
+        trace = torch.zeros(len(y), dtype=torch.float64, device=y.device)
         for i, sign in enumerate(signs):
             (row,) = torch.autograd.grad((denoised * sign).sum(), z, retain_graph=i + 1 < len(signs))
             trace = trace + scale * (row * sign).double().flatten(1).sum(dim=1) / len(signs)

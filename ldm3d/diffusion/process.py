@@ -11,8 +11,9 @@ Schedules are worked out in float64 whatever the type of t: 1 - alpha^2 near t =
 """
 
 import math
-from dataclasses import asdict
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Process(ABC):
         (alpha, sigma), (alpha_rate, sigma_rate) = self._alpha_sigma(as_double(t)), self._rates(as_double(t))
         return of_type(t, alpha_rate / alpha - sigma_rate / sigma)
 
-    def network_time(self, t):
+    def network_time(self, t: Time) -> Time:
         """The network's time input for t, in [0, 1]: t itself, where the schedule never changes."""
         return t
 
@@ -195,7 +196,7 @@ def times_from_quantiles(kind: str, u: Tensor, location: float = 0.0, scale: flo
     return u if kind == "uniform" else of_type(u, torch.sigmoid(location + scale * torch.special.ndtri(as_double(u))))
 
 
-def as_double(t) -> Tensor:
+def as_double(t: float | Tensor) -> Tensor:
     """t as a float64 tensor."""
     if not isinstance(t, Tensor):
         return torch.tensor(t, dtype=torch.float64)
@@ -204,9 +205,9 @@ def as_double(t) -> Tensor:
     return t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
 
 
-def of_type(t, value: Tensor):
+def of_type(t: Time, value: Tensor) -> Time:
     """`value` with the type of t; a float where t is one."""
-    return value.to(t.dtype) if isinstance(t, Tensor) else value.item()
+    return cast(Time, value.to(t.dtype) if isinstance(t, Tensor) else value.item())
 
 
 def _per_sample(coefficient: Tensor, z: Tensor) -> Tensor:

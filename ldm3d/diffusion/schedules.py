@@ -1,15 +1,16 @@
 """The diffusion processes, each a schedule alpha(t), sigma(t); legend in `ldm3d.diffusion.process`."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.process import Process, as_double, of_type
+from ldm3d.diffusion.process import Process, Time, as_double, of_type
 from ldm3d.errors import InputError, choose
 
 RATE_FLOOR = 1e-4  # derivatives are taken at t >= this: sigma' is infinite at t = 0 in variance-preserving processes
@@ -22,29 +23,35 @@ class Flow(Process):
 
     kind: ClassVar[str] = "flow"
 
-    def _alpha_sigma(self, t):
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
-    def _rates(self, t):
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(t), torch.ones_like(t)
 
-    def _t_of_lam(self, lam):
+    def _t_of_lam(self, lam: Tensor) -> Tensor:
         return torch.sigmoid(-lam)
 
 
 class VariancePreserving(Process):
     """alpha^2 + sigma^2 = 1, so `_log_alpha` (with its derivative) and its inverse `_t_of_log_alpha` say everything."""
 
-    def _alpha_sigma(self, t):
+    @abstractmethod
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        raise NotImplementedError  # by a process that overrides `_t_of_lam`
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha, _ = self._log_alpha(t)
         return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
 
-    def _rates(self, t):
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clamp(min=RATE_FLOOR)
         (alpha, sigma), (_, rate) = self._alpha_sigma(t), self._log_alpha(t)
         return alpha * rate, -(alpha**2) * rate / sigma
 
-    def _t_of_lam(self, lam):  # alpha^2 = sigmoid(2 lambda)
+    def _t_of_lam(self, lam: Tensor) -> Tensor:  # alpha^2 = sigmoid(2 lambda)
         return self._t_of_log_alpha(torch.nn.functional.logsigmoid(2 * lam) / 2).clamp(0, 1)
 
 
@@ -59,18 +66,18 @@ class Cosine(VariancePreserving):
     kind: ClassVar[str] = "vp-cosine"
     offset: float = 0.008
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.offset < 1:
             raise InputError(f"offset {self.offset} of the vp-cosine process must be in [0, 1); 0.008 is usual")
 
-    def _phi(self, t):
+    def _phi(self, t: Tensor) -> Tensor:
         return ((t + self.offset) / (1 + self.offset) * (math.pi / 2)).clamp(max=math.pi / 2 - 1e-4)
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         phi, start = self._phi(t), self._phi(torch.zeros_like(t))
         return torch.log(phi.cos() / start.cos()), -phi.tan() * (math.pi / 2) / (1 + self.offset)
 
-    def _t_of_log_alpha(self, log_alpha):
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         start = self._phi(torch.zeros_like(log_alpha))
         return (log_alpha.exp() * start.cos()).acos() / (math.pi / 2) * (1 + self.offset) - self.offset
 
@@ -89,7 +96,7 @@ class LinearBetas(VariancePreserving):
     beta_end: float = 0.02
     train_steps: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1 or self.train_steps < 1:
             raise InputError(
                 f"beta_start {self.beta_start}, beta_end {self.beta_end}, train_steps {self.train_steps} of the "
@@ -118,11 +125,11 @@ class LinearBetas(VariancePreserving):
     def _table(self) -> "PiecewiseLinear":  # -log(alpha) at t = 0, 1 / T, ..., 1
         return PiecewiseLinear(-torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self._betas()).cumsum(0) / 2]))
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         value, rate = self._table(t)
         return -value, -rate
 
-    def _t_of_log_alpha(self, log_alpha):
+    def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         return self._table.inverse(-log_alpha)
 
 
@@ -134,7 +141,7 @@ class ScaledLinearBetas(LinearBetas):
     beta_start: float = 0.0015
     beta_end: float = 0.0195
 
-    def _betas(self):
+    def _betas(self) -> Tensor:
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64) ** 2
 
 
@@ -149,12 +156,12 @@ class VDM(VariancePreserving):
     kind: ClassVar[str] = "vdm"
     gamma: tuple[float, ...] = (-13.3, 10.0)  # the paper's first; the last leaves 0.7 % of the data
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", tuple(self.gamma))  # JSON has lists only
         if len(self.gamma) < 2 or not all(low < high for low, high in pairwise(self.gamma)):
             raise InputError(f"gamma {list(self.gamma)} of the vdm process must be two or more numbers that rise")
 
-    def network_time(self, t):
+    def network_time(self, t: Time) -> Time:
         """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)): a noise level, which means the same under every schedule."""
         value, _ = self._table(as_double(t))
         return of_type(t, (value - self.gamma[0]) / (self.gamma[-1] - self.gamma[0]))
@@ -167,19 +174,19 @@ class VDM(VariancePreserving):
     def _table(self) -> "PiecewiseLinear":
         return PiecewiseLinear(torch.tensor(self.gamma, dtype=torch.float64))
 
-    def _log_alpha(self, t):
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         value, rate = self._table(t)  # alpha^2 = sigmoid(-gamma)
         log_alpha = torch.nn.functional.logsigmoid(-value) / 2
         return torch.where(t > 0, log_alpha, 0.0), -torch.sigmoid(value) * rate / 2
 
-    def _t_of_lam(self, lam):
+    def _t_of_lam(self, lam: Tensor) -> Tensor:
         return torch.where(lam == math.inf, 0.0, self._table.inverse(-2 * lam).clamp(TIME_FLOOR, 1))
 
 
 PROCESSES = {process.kind: process for process in (Flow, Cosine, LinearBetas, ScaledLinearBetas, VDM)}
 
 
-def make_process(kind: str, **options) -> Process:
+def make_process(kind: str, **options: Any) -> Process:
     """The process of a kind ("flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm") with that kind's own options."""
     cls = PROCESSES[choose("process", kind, PROCESSES)]
     for option in options:
@@ -193,10 +200,10 @@ class PiecewiseLinear:
     The values are copied once to each device and type, because the host waits for such a copy.
     """
 
-    def __init__(self, values: Tensor):
+    def __init__(self, values: Tensor) -> None:
         self._values, self._copies = values, {(values.device, values.dtype): values}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return PiecewiseLinear, (self._values,)  # the copies stay in this process
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,13 @@ AHEAD = {"cpu": 0, "cuda": 1}  # volumes that are decoded while the one before i
 class Model(Protocol):
     """What draws: `ldm3d.pipeline.Pipeline`."""
 
-    device: torch.device
-    group_size: int
     threads: int | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def group_size(self) -> int: ...
 
     def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor: ...
 
@@ -126,5 +130,5 @@ def sample_latents(
     def noise(_step: int | None = None) -> Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    options = {"spacing": sampling.spacing, "noise": noise}
-    return sample(sampling.sampler, denoise, noise(), process, sampling.steps, **options)
+    start = noise()
+    return sample(sampling.sampler, denoise, start, process, sampling.steps, spacing=sampling.spacing, noise=noise)

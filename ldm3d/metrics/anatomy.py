@@ -60,7 +60,7 @@ def describe_classes(classes: NDArray, names: Sequence[str], spacing_mm: Sequenc
         where the class is empty.
     """
     voxel_ml = float(np.prod(spacing_mm)) / 1000
-    found = {}
+    found: dict[str, float] = {}
     columns = np.arange(classes.shape[0])
     occupied = np.count_nonzero(classes, axis=(1, 2))
     middle = float((columns * occupied).sum() / max(occupied.sum(), 1))

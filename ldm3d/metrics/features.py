@@ -120,8 +120,8 @@ class RandomFeatures(nn.Module):
 def _forward_gradient(x: Tensor) -> Tensor:
     """Magnitude of forward differences, one voxel less on each axis."""
     inner = x[..., :-1, :-1, :-1]
-    differences = (x[..., 1:, :-1, :-1] - inner, x[..., :-1, 1:, :-1] - inner, x[..., :-1, :-1, 1:] - inner)
-    return sum(difference**2 for difference in differences).sqrt()
+    a, b, c = x[..., 1:, :-1, :-1] - inner, x[..., :-1, 1:, :-1] - inner, x[..., :-1, :-1, 1:] - inner
+    return (a**2 + b**2 + c**2).sqrt()
 
 
 def _mean_and_deviation(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -78,11 +78,9 @@ class AttentionMaps:
 @contextmanager
 def recorded(unet: LatentUNet, samples: int) -> Iterator[AttentionMaps | None]:
     """Within it, the U-Net's cross-attention is recorded; None for a network without attention blocks of ours."""
-    blocks = []
-    if isinstance(unet, UNet) and unet.num_covariates:
-        sides = [*enumerate(unet.down), *enumerate(unet.up)]
-        blocks = [(block.transformer, level) for level, side in sides for block in side if block.transformer is not None]
-    if not blocks:
+    sides: list[Any] = [*enumerate(unet.down), *enumerate(unet.up)] if isinstance(unet, UNet) and unet.num_covariates else []
+    blocks = [(block.transformer, level) for level, side in sides for block in side if block.transformer is not None]
+    if not isinstance(unet, UNet) or not blocks:
         yield None
         return
     maps = AttentionMaps(samples, unet.num_covariates)

@@ -162,8 +162,8 @@ class Autoencoder(LatentSpace):
             self.synthesis = nn.Conv3d(latent_channels, patch, 3, padding=1)
             # The networks start as a zero correction to the linear path, whose error is a twentieth of the intensity range:
             # at the rate of other layers, the first steps of these two would be larger than that error
-            zero(self.to_moments).learning_rate_factor = 0.3
-            zero(self.to_voxels).learning_rate_factor = 0.1
+            for layer, factor in ((self.to_moments, 0.3), (self.to_voxels, 0.1)):
+                zero(layer).learning_rate_factor = factor  # type: ignore[assignment]  # PyTorch's types: modules hold tensors
         with torch.no_grad():
             self.to_moments.get_parameter("bias")[latent_channels:] = START_LOG_VARIANCE
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # it does take one
@@ -195,7 +195,13 @@ class Autoencoder(LatentSpace):
 
     def through_linear_path(self, x: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) encoded and decoded by the linear path alone."""
-        return depth_to_space(self.synthesis(self.analysis(space_to_depth(x, self.downsampling))), self.downsampling)
+        analysis, synthesis = self._linear_path()
+        return depth_to_space(synthesis(analysis(space_to_depth(x, self.downsampling))), self.downsampling)
+
+    def _linear_path(self) -> tuple[nn.Conv3d, nn.Conv3d]:
+        if self.analysis is None or self.synthesis is None:
+            raise InputError("this autoencoder has no linear path; make it with linear_path=True")
+        return self.analysis, self.synthesis
 
     @torch.no_grad()
     def fit_linear_path(self, volumes: Tensor, ridge: float = 1e-3) -> None:
@@ -224,7 +230,8 @@ class Autoencoder(LatentSpace):
         # The sign is arbitrary: make it reproducible
         components = components * torch.where(components.sum(dim=0) < 0, -1.0, 1.0)
         kernel = (components / variance.clamp_min(1e-12).sqrt()).T  # (c, C f^3)
-        zero(analysis).weight[:, :, 1, 1, 1] = kernel.to(analysis.weight)
+        zero(analysis)
+        analysis.weight[:, :, 1, 1, 1] = kernel.to(analysis.weight)
         analysis.get_parameter("bias").copy_(-(kernel @ mean)[:, 0])
 
         # Normal equations, summed volume by volume

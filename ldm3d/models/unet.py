@@ -241,7 +241,7 @@ class UNet(LatentUNet):
 
     def _stacked_images(self, conditions: Conditions, x: Tensor) -> Tensor:
         """Images, and which of them are known, (N, 2 image_channels, X, Y, Z); padded as x is, zero where nothing is known."""
-        if conditions.images is None:
+        if conditions.images is None or conditions.known is None:
             return x.new_zeros(len(x), 2 * self.image_channels, *x.shape[2:])
         known = conditions.known.expand_as(conditions.images).to(x)
         # Not by multiplication: what is unknown may be NaN

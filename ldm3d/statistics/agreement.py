@@ -137,7 +137,7 @@ def compare(
     volumes = np.flatnonzero(np.isfinite(pairs).all(axis=1))
     a, m = pairs[volumes].T
     found = agreement(a, m)
-    weights = resamples([people[i] for i in volumes], seed=seed)  # (B, N)
+    weights = resamples([people[int(i)] for i in volumes], seed=seed)  # (B, N)
     draws, means = _resampled(a, m, weights)
     points = np.linspace(a.min(), a.max(), BAND)
     lines = means[1][:, None] + draws["slope"][:, None] * (points - means[0][:, None])  # (B, BAND)
