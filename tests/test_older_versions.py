@@ -126,7 +126,7 @@ def test_stage_1_goes_on_with_scans_that_are_prepared_anew(older, train_here, ca
     rows = read_metrics(Path("plain/autoencoder-training/metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4] and rows[0] == first[0]
     assert rows[1]["loss"] == pytest.approx(first[1]["loss"], rel=0.01)
-    assert "begun by a version that did not note its scans" in capsys.readouterr().out
+    assert "begun by a version that did not record its scans" in capsys.readouterr().out
 
 
 def test_latents_are_encoded_anew(older, train_here):
