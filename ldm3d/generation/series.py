@@ -274,7 +274,7 @@ class Series:
         if not missing and all((self.folder / name).is_file() for name in AROUND):
             self._workspace.clear_others()
             return 0
-        if not written:  # a dataset of nobody is none
+        if not written:  # BIDS has no dataset without subjects
             return 0
         first = written[:MOSAIC_VOLUMES]
         # Another process may just be looking at a damaged one: then that process is the last, and will come here, too

@@ -27,7 +27,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_JSON_BYTES = 2**25
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Where each class of network is; imported when one is asked for, so that nobody waits for a library that is not used
+# Where each class of network is; imported on demand, because some import slow libraries
 MODULES = {
     "Autoencoder": "ldm3d.models.autoencoder",
     "UNet": "ldm3d.models.unet",

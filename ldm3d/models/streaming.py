@@ -36,7 +36,7 @@ ONEDNN_SIZE = 20480
 # between the chunks that come and go they would leave holes, and a hole is memory, too.
 SLAB_BYTES = 64 * 2**20
 
-SILU = nn.SiLU(inplace=True)  # of what a norm or a convolution has just made, and nobody else holds
+SILU = nn.SiLU(inplace=True)  # on the fresh output of a norm or convolution, which nothing else refers to
 
 # Between two layers. Larger ones are no faster on a CPU; a GPU needs them, to have all of its units at work.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
