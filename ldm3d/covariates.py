@@ -250,9 +250,9 @@ class CovariateSchema:
         return [covariate.name for covariate in self.covariates if covariate.required]
 
     def middle(self) -> dict[str, Value]:
-        """For every required covariate the middle of the range that training saw, or the first category."""
-        required = (c for c in self.covariates if c.required)
-        return {c.name: c.categories[0] if c.categories else sum(c.seen or ()) / 2 for c in required}
+        """For every required covariate the middle of the range that training saw (or of its possible range), or the first category."""
+        ranges = {c: c.seen or c.range or (c.mean, c.mean) for c in self.covariates if c.required}
+        return {c.name: c.categories[0] if c.categories else (low + high) / 2 for c, (low, high) in ranges.items()}
 
     def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
         """One value (or None) for every covariate; a key that is no covariate is an InputError."""
