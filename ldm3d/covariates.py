@@ -250,7 +250,7 @@ class CovariateSchema:
         return [covariate.name for covariate in self.covariates if covariate.required]
 
     def middle(self) -> dict[str, Value]:
-        """For every required covariate the middle of the range that training saw (or of its possible range), or the first category."""
+        """For every required covariate the middle of the seen (or else possible) range, or the first category."""
         ranges = {c: c.seen or c.range or (c.mean, c.mean) for c in self.covariates if c.required}
         return {c.name: c.categories[0] if c.categories else (low + high) / 2 for c, (low, high) in ranges.items()}
 
