@@ -35,13 +35,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
+from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import TIMESTEPS, call_network
+from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.schedules import make_process
+from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import Block, UNet
+from ldm3d.pipeline import Pipeline
 from ldm3d.precision import bf16_is_fast, dtype
-from ldm3d.training.diffusion import make_objective, make_pipeline
 from ldm3d.training.losses import kl_divergence
 from ldm3d.training.optimizer import make_optimizer
 
@@ -261,8 +264,10 @@ class Ours(Side):
                 block.compile()
         if self.steps < self.all_steps:
             self.watch(unet)
-        pipeline = make_pipeline(self.config, autoencoder, unet, schema, self.process)
-        pipeline.sampling = pipeline.sampling.replace(steps=self.steps)
+        grid = Grid.centred(self.config.data.grid.shape, self.config.data.grid.spacing_mm)
+        sampling = Sampling(**self.config.generation.model_dump()).replace(steps=self.steps)
+        target = self.config.diffusion.target
+        pipeline = Pipeline(autoencoder, unet, schema, grid, self.process, target, sampling, threads=None)
         request = {c.name: (c.range or c.categories)[0] for c in schema}
         return pipeline, pipeline.parse([request] * self.batch)
 
@@ -305,7 +310,7 @@ class Ours(Side):
 
     def train_diffusion(self):
         schema, settings = self.schema(), self.config.diffusion
-        network, objective = self.load(self.unet(schema)), make_objective(settings, device())
+        network, objective = self.load(self.unet(schema)), make_objective(**settings.objective())
         accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast(device()) else "no")
         x = self.latent(network.arguments["in_channels"])
         conditions = Conditions(torch.ones(self.batch, len(schema), 2, device=device()))

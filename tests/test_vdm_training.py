@@ -19,6 +19,7 @@ from torch.optim import Adam
 
 import ldm3d
 from ldm3d.config.read import load_config
+from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError, differences
 from ldm3d.models.pretrained import make_network
@@ -197,11 +198,11 @@ def test_contradictions_name_both_sides(load, overrides, told):
 
 def test_config_reaches_schedule_and_network(load):
     settings = load(*VDM, "network.fourier_features=[-1, 2]").diffusion
-    schedule = diffusion.make_objective(settings, "cpu").schedule
+    schedule = make_objective(**settings.objective()).schedule
     assert (schedule.gamma_min, schedule.gamma_max) == (-10, 8)
-    usual = diffusion.make_objective(load("process={kind: vdm}", VDM[1]).diffusion, "cpu").schedule
+    usual = make_objective(**load("process={kind: vdm}", VDM[1]).diffusion.objective()).schedule
     assert (usual.gamma_min, usual.gamma_max) == (-13.3, 10)
-    assert diffusion.make_objective(load().diffusion, "cpu").schedule is None
+    assert make_objective(**load().diffusion.objective()).schedule is None
     unet = make_network("UNet", in_channels=3, out_channels=3, num_categories=[0], **settings.network.model_dump())
     assert unet.conv_in.weight.shape[1] == 15
     plain = make_network("UNet", in_channels=3, out_channels=3, num_categories=[0], **load().diffusion.network.model_dump())

@@ -1,9 +1,11 @@
 """The application, and what several commands share: options, and the model that they load."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from ldm3d.config.base import Sampler
 
 SHARED = ("prepare", "encode", "generate", "evaluate", "audit")  # commands that several processes can share
 
@@ -37,9 +39,7 @@ Experiment = Annotated[
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: no guidance; by default the model's.")]
-SamplerName = Annotated[
-    str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp-2m, unipc, sde-euler, sde-heun or sde-pc.")
-]
+SamplerName = Annotated[str | None, typer.Option(help=f"By default the model's; {', '.join(get_args(Sampler))}.")]
 
 
 def load_model(model: Path, device: str | None, precision: str, seed=None, steps=None, guidance=None, sampler=None) -> tuple:

@@ -1,11 +1,12 @@
 """The base of all sections of a config: strict, frozen, and with numbers apart from flags."""
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sampler = Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc", "sde-euler", "sde-heun", "sde-pc"]
 
 
 def _types(annotation: Any) -> set[type]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ldm3d.config.base import Fraction, Positive, Section
+from ldm3d.config.base import Fraction, Positive, Sampler, Section
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.covariates import CovariateSchema
@@ -142,6 +142,10 @@ class DiffusionConfig(Section):
     network: UNetNetwork
     training: TrainingConfig
 
+    def objective(self) -> dict[str, Any]:
+        """Arguments of `ldm3d.diffusion.objective.make_objective`."""
+        return self.model_dump(exclude={"drop_covariates", "network", "training"}, exclude_none=True)
+
     @model_validator(mode="after")
     def _vdm_trains_on_the_bound(self) -> Self:
         if self.process.kind != "vdm":
@@ -161,7 +165,7 @@ class DiffusionConfig(Section):
 class GenerationConfig(Section):
     """Defaults of generation; saved with the pipeline."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc", "sde-euler", "sde-heun", "sde-pc"] = "heun"
+    sampler: Sampler = "heun"
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0

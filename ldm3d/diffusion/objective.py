@@ -4,12 +4,13 @@ Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (
 is the network, (z, network time (N,)) -> prediction of the target, like z.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ldm3d.diffusion.process import Process, times_from_quantiles
+from ldm3d.diffusion.schedules import make_process
 from ldm3d.diffusion.vdm import VDMSchedule, vdm_losses
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -73,3 +74,11 @@ class VDMObjective:
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
         return vdm_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))
+
+
+def make_objective(process: Mapping[str, Any], target: str, loss_weight: str, time_sampling: Mapping[str, Any]) -> Objective:
+    """What a U-Net is trained on, by the keys of the config; a vdm's gamma is still a straight line."""
+    if process["kind"] == "vdm":
+        return VDMObjective(VDMSchedule(**{end: process[end] for end in ("gamma_min", "gamma_max") if end in process}), target)
+    times, location, scale = (time_sampling[name] for name in ("kind", "location", "scale"))
+    return Denoising(make_process(**process), target, loss_weight, times, location, scale)

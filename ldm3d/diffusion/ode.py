@@ -28,7 +28,7 @@ def walk(times: Sequence[float], progress: Progress | None, rising: bool = False
     """
     falls, rises = (all(sign * (t - s) > 0 for t, s in pairwise(times)) for sign in (1, -1))
     if len(times) < 2 or not (falls or (rising and rises)):
-        other = " or increase" if rising else " (ddim, euler, heun, dpmpp-2m and unipc go towards noise, too)"
+        other = " or increase" if rising else " (samplers that draw no noise go towards noise, too)"
         raise InputError(f"sampling times must decrease{other} and be two or more, got {list(times)}; see Process.times")
     for k, (t, s) in enumerate(pairwise(times)):
         yield k, t, s

@@ -52,9 +52,8 @@ class CovariateTokens(nn.Module):
             if self.num_categories[k]:
                 token = embed(value.long())
             else:
-                value = value[:, None].to(
-                    torch.promote_types(value.dtype, torch.float32)
-                )  # half precision would lose the angle
+                # Half precision would lose the angle
+                value = value[:, None].to(torch.promote_types(value.dtype, torch.float32))
                 angles = value * self.frequencies
                 features = torch.cat([value, angles.sin(), angles.cos()], dim=1)
                 token = embed(features.to(next(embed.parameters()).dtype))

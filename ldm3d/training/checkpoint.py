@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config.data import GridConfig
-from ldm3d.config.sections import AutoencoderConfig, DecoderConfig, DiffusionConfig
+from ldm3d.config.data import DataConfig
+from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import FULL, InputError, differences
 from ldm3d.models.pretrained import load_weights
@@ -39,7 +39,7 @@ FREE_SETTINGS = (
     *(*ROUNDING, "mixed_precision"),  # a changed precision is announced, too
 )
 
-SECTIONS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "decoder": DecoderConfig, "grid": GridConfig}
+SECTIONS = {name: TypeAdapter(f.annotation) for name, f in {**DataConfig.model_fields, **Config.model_fields}.items()}
 
 
 def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -240,10 +240,8 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     filled = dict(settings)
     for name, section in SECTIONS.items():
-        try:
-            filled[name] = section.model_validate(settings[name]).model_dump(mode="json")
-        except (KeyError, ValidationError):
-            continue
+        with contextlib.suppress(KeyError, ValidationError):
+            filled[name] = section.dump_python(section.validate_python(settings[name]), mode="json")
     with contextlib.suppress(KeyError, ValueError):
         filled["covariates"] = as_json(CovariateSchema.from_dict(settings["covariates"]).to_dict())
     return filled

@@ -23,8 +23,7 @@ from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import call_network
-from ldm3d.diffusion.objective import Denoising, Objective, VDMObjective
-from ldm3d.diffusion.schedules import make_process
+from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
@@ -82,14 +81,14 @@ class DiffusionTask(Task):
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
-        self.objective = make_objective(settings, accelerator.device)
+        self.objective = make_objective(**settings.objective())
         channels = autoencoder.latent_channels
         of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
         model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
         self.padded = model.padded_shape(moments.shape[2:])
         self.trained = {MAIN: Trained.of(model, training)}
-        if self.objective.schedule is not None:  # 64 numbers, whose gradient `learn` sums over the processes
-            self.companions = {"schedule": (self.objective.schedule, schedule_optimizer(self.objective.schedule, settings))}
+        if (schedule := self.objective.schedule) is not None:  # 64 numbers, whose gradient `learn` sums over the processes
+            self.companions = {"schedule": (schedule.to(accelerator.device), schedule_optimizer(schedule, settings))}
         self.settings = {
             "diffusion": settings.model_dump(mode="json"),
             "covariates": checkpoint.as_json(self.schema.to_dict()),
@@ -103,19 +102,19 @@ class DiffusionTask(Task):
         """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
         x = self.normalised(batch["moments"], batch["posterior_noise"])  # (n, c, *padded)
         context = drop_covariates(batch["context"], batch["drop"], self.config.diffusion.drop_covariates)
-        loss = self.loss(self.trained[MAIN].module, x, batch["noise"], batch["quantile"], context)
+        loss = self.loss(self.trained[MAIN].module, x, batch["noise"], batch["quantile"], Conditions(context))
         yield MAIN, loss, {"loss": loss}
 
     def normalised(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """A posterior's sample, or its mean, as the U-Net sees it."""
         return pad_to(self.autoencoder.normalise(self.autoencoder.sample(moments, noise)), self.padded)
 
-    def loss(self, unet: nn.Module, x: Tensor, noise: Tensor, u: Tensor, context: Tensor) -> Tensor:
-        """Mean of the objective over a batch: x, noise (n, c, *padded); u (n,); context (n, K, 2)."""
+    def loss(self, unet: nn.Module, x: Tensor, noise: Tensor, u: Tensor, conditions: Conditions) -> Tensor:
+        """Mean of the objective over a batch: x, noise (n, c, *padded); u (n,)."""
 
         def predict(z: Tensor, network_time: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                return call_network(unet, z, network_time, Conditions(context))
+                return call_network(unet, z, network_time, conditions)
 
         return self.objective.losses(predict, x, noise, u).mean()
 
@@ -142,7 +141,7 @@ class DiffusionTask(Task):
             noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
             # Quantiles even over all pairs, in an order that does not depend on that of the samples
             u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float()
-            loss = self.loss(average, x, noise.to(device), u.to(device), self.contexts[scans].to(device))
+            loss = self.loss(average, x, noise.to(device), u.to(device), Conditions(self.contexts[scans].to(device)))
             total += loss.item() * len(chosen)
         total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
         return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS)}
@@ -164,16 +163,6 @@ class DiffusionTask(Task):
         grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
         return Pipeline(*networks, grid, process, target, sampling, data.skull_stripped, threads=None, suffix=data.suffix)
-
-
-def make_objective(settings: DiffusionConfig, device: torch.device | str) -> Objective:
-    """What the config's U-Net is trained on; a vdm's gamma is still a straight line."""
-    if settings.process.kind == "vdm":
-        ends = settings.process.model_dump(include={"gamma_min", "gamma_max"}, exclude_none=True)
-        return VDMObjective(VDMSchedule(**ends).to(device), settings.target)
-    time = settings.time_sampling
-    process = make_process(**settings.process.model_dump(exclude_none=True))
-    return Denoising(process, settings.target, settings.loss_weight, time.kind, time.location, time.scale)
 
 
 def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam:

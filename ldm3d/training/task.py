@@ -95,7 +95,7 @@ class Task:
         return list(self.scans.loc[self.scans["split"] == "train", "subject"].iloc[self.batches.samples(step)])
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name of the trained network, its loss, what to log) one after another; after each the loop computes its gradient.
+        """(name of the trained network, its loss, what to log) in turn; the loop computes each gradient. `MAIN` logs `loss`.
 
         Args:
             batch: this process's part of a micro-batch, on the device.
