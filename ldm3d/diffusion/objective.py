@@ -18,15 +18,17 @@ MARGIN = 1e-5  # of quantiles: 0 and 1 have no finite logit
 
 
 class Objective(Protocol):
-    """A loss, and the process of its network.
+    """A loss, and the process of its network."""
 
-    Attributes:
-        process: in its present state, if it is learned.
-        schedule: the learned part of the process; None if the process is given.
-    """
+    @property
+    def process(self) -> Process:
+        """In its present state, if it is learned."""
+        ...
 
-    process: Process
-    schedule: VDMSchedule | None
+    @property
+    def schedule(self) -> VDMSchedule | None:
+        """The learned part of the process; None if the process is given."""
+        ...
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
         """(N,), like x."""
