@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.training.metrics import read_metrics
 
-SHAPE = (24, 24, 24)  # the U-Net's coarsest grid has sides of 3: on some CPUs PyTorch's bfloat16 gradients are NaN for sides of 2
+# The U-Net's coarsest grid has sides of 3: for sides of 2, PyTorch's bfloat16 gradients are NaN on some CPUs
+SHAPE = (24, 24, 24)
 STEPS = 24
 TRAINING = {
     **{"steps": STEPS, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2},
