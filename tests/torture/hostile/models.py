@@ -121,7 +121,7 @@ def models(draw) -> Case:
             else:
                 try:
                     values, what = draw(changed(json.loads(files[name]), HOSTILE))
-                except ValueError:
+                except (ValueError, RecursionError):  # the other JSON of the turn before
                     continue
                 files[name] = json.dumps(values).encode()
         else:
