@@ -25,9 +25,10 @@ from ldm3d.models.pretrained import read_json
 from ldm3d.models.unet import LatentUNet
 
 DESCRIPTION = "pipeline.json"
-PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop")  # that it describes
+PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales")  # that it describes
 NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
+Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
 
@@ -83,6 +84,7 @@ def write_description(path: Path, parts: Mapping[str, Any]) -> None:
         "target": parts["target"],
         "sampling": parts["sampling"].to_dict(),
         **{name: parts[name] for name in ("skull_stripped", "suffix", "crop")},
+        **({"scales": parts["scales"]} if parts["scales"] else {}),
         "generates": "synthetic volumes; no patient's data",
     }
     write_atomic(path, json.dumps(description, indent=2) + "\n")
@@ -103,6 +105,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "skull_stripped": bool(values["skull_stripped"]),
             "suffix": TypeAdapter(Suffix).validate_python(values.get("suffix", "T1w")),  # older folders lack it
             "crop": TypeAdapter(Crop).validate_python(values.get("crop", NO_CROP)),
+            "scales": TypeAdapter(Scales).validate_python(values.get("scales", ())),
         }
     except ValidationError as error:
         first = error.errors()[0]
@@ -142,9 +145,15 @@ def summary(pipeline: Any) -> str:
     )
 
 
-def check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, schema: CovariateSchema, grid: Grid) -> None:
-    """Raise InputError unless networks, covariates and Grid of a folder belong together."""
+def check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, parts: Mapping[str, Any]) -> None:
+    """Raise InputError unless networks, covariates, Grid and scales of a folder, see `read_description`, belong together."""
     channels, factor = autoencoder.latent_channels, autoencoder.downsampling
+    schema, grid, scales = parts["schema"], parts["grid"], parts["scales"]
+    if scales and (len(scales) != channels or parts["target"] != "v"):
+        raise InputError(
+            f"{folder}: {len(scales)} scales and target {parts['target']}; scales are of all {channels} latent channels, and "
+            "need target v"
+        )
     if (unet.in_channels, unet.out_channels) != (channels, channels):
         raise InputError(
             f"{folder}: the autoencoder has {channels} latent channels, the U-Net takes {unet.in_channels} and gives "

@@ -50,6 +50,7 @@ class Pipeline:
         sampling: what calls do unless asked otherwise.
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
+        scales: of the latent channels, see `ldm3d.diffusion.preconditioning`; none where all have variance 1.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -75,13 +76,14 @@ class Pipeline:
         group: int | None = None,
         threads: int | None = 1,
         suffix: str = "T1w",
+        scales: Sequence[float] = (),
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
         self.autoencoder, self.unet = autoencoder.requires_grad_(False), unet.requires_grad_(False)
         self.schema, self.grid = schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
-        self.skull_stripped, self.suffix, self.model_hash = skull_stripped, suffix, model_hash
+        self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
@@ -125,6 +127,7 @@ class Pipeline:
         """What a folder of generated volumes has to say of this pipeline."""
         parts = [self.schema.to_dict(), self.process.to_dict(), self.target, self.crop, self.grid.to_dict()]
         parts += [self.suffix] if self.suffix != "T1w" else []  # as in series that were begun before there was another
+        parts += [self.scales] if self.scales else []
         settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         names = self.mark, self.model_hash, settings
         grid, either = self.output_grid, self.decode_mode == "auto"
@@ -185,7 +188,7 @@ class Pipeline:
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
         check_convolutions(torch.device(device), dtype)
-        check_parts(folder, autoencoder, unet, parts["schema"], parts["grid"])
+        check_parts(folder, autoencoder, unet, parts)
         return cls(autoencoder, unet, model_hash=weights_hash(folder / "autoencoder", folder / "unet"), **parts)
 
     def __call__(
@@ -305,7 +308,7 @@ class Pipeline:
             guidance, rescale, interval: see `ldm3d.diffusion.guidance.classifier_free`; without guidance the model itself.
         """
         asked = Conditions(self.schema.encode(requests).to(self.device))
-        denoise = NetworkDenoiser(self.unet, self.process, self.target)
+        denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales)
         if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
             guidance = 1.0
         return classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)

@@ -1,6 +1,5 @@
 """Commands that assess a model: evaluate, audit, segmenter, compare, likelihood, explain."""
 
-import functools
 import re
 import warnings
 from pathlib import Path
@@ -143,6 +142,10 @@ def segmenter(
     root: Root = None,
     experiment: Experiment = None,
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
+    painted: Annotated[
+        bool,
+        typer.Option(help="Paint every second volume from its label map, which must cover all tissues, in random contrasts."),
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
@@ -150,7 +153,7 @@ def segmenter(
     """Train a small segmentation network on scans with label maps, for: ldm3d evaluate --measure segmenter:FOLDER."""
     import numpy as np
 
-    from ldm3d.data.labels import LabelMaps, load_labels, parse_groups
+    from ldm3d.data.labels import LabelMaps, load_labels, paint_labels, parse_groups
     from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
@@ -160,15 +163,18 @@ def segmenter(
     config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment)
     trained, held_out = (
         [
-            functools.partial(load_labels, config, key, maps.one(subject, session), groups)
+            (config, key, maps.one(subject, session), groups)
             for key, subject, session in zip(table["key"], table["subject"], table["session"])
         ]
         for table in tables
     )
-    network = train_segmenter(lambda i: trained[i](), len(trained), groups, steps, seed, device or own_device())
+    paint = (lambda i, random: paint_labels(*trained[i], random)) if painted else None
+    network = train_segmenter(
+        lambda i: load_labels(*trained[i]), len(trained), groups, steps, seed, device or own_device(), paint
+    )
     network.save_pretrained(out)
     some = in_turn(list(tables[1]["subject"]), seed)[:20]
-    for name, values in dice(network, lambda i: held_out[i](), some).items():
+    for name, values in dice(network, lambda i: load_labels(*held_out[i]), some).items():
         print(f"{name}: Dice {np.nanmean(values):.3f} on {len(values)} held-out scans")
     print(f"segmenter written to {out}; use it with: ldm3d evaluate ... --measure segmenter:{out}")
 

@@ -73,6 +73,8 @@ class AutoencoderConfig(Section):
     """Stage 1."""
 
     network: AutoencoderNetwork
+    # unit: variance 1 for each latent channel; voxels: the scale at which it changes the voxels, so that detail drowns first
+    latent_scaling: Literal["unit", "voxels"] = "unit"
     linear_path_steps: Annotated[int, Field(ge=0)] = 600  # of the linear path alone, before the networks train
     l1: Annotated[float, Field(ge=0)] = 1.0
     l2: Annotated[float, Field(ge=0)] = 0.0
@@ -137,7 +139,7 @@ class DiffusionConfig(Section):
     process: ProcessConfig = ProcessConfig()
     target: Literal["noise", "v", "data", "velocity"] = "v"
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
-    loss_weight: Literal["none", "min-snr"] = "none"
+    loss_weight: Literal["none", "min-snr", "noise"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
     network: UNetNetwork
     training: TrainingConfig
@@ -220,6 +222,21 @@ class Config(Section):
             raise ValueError(
                 f"generation.spacing leading counts the steps of a DDPM's chain, and diffusion.process.kind {kind} has "
                 "none; use vp-linear or vp-scaled-linear, or another spacing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scales_fit(self) -> Self:
+        diffusion, by_channel = self.diffusion, self.autoencoder.latent_scaling == "voxels"
+        if by_channel and (diffusion.target != "v" or diffusion.process.kind == "vdm"):
+            raise ValueError(
+                f"autoencoder.latent_scaling voxels needs diffusion.target v and a process other than vdm, not "
+                f"{diffusion.target} and {diffusion.process.kind}; or set it to unit"
+            )
+        if diffusion.loss_weight == "noise" and not by_channel:
+            raise ValueError(
+                "diffusion.loss_weight noise needs autoencoder.latent_scaling voxels; for channels of one variance use "
+                "diffusion.target noise"
             )
         return self
 

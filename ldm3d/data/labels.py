@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm3d.config.sections import Config
+from ldm3d.data.augment import paint
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preparing import load_info, load_prepared
 from ldm3d.errors import InputError
@@ -93,12 +94,32 @@ def load_labels(config: Config, key: str, path: Path, classes: Mapping[str, Sequ
         Volume float32 in [0, 1] and classes uint8, both (1, X, Y, Z).
     """
     volume, info = load_prepared(config, key), load_info(config, key)
+    labels, affine = read_labels(path)
+    placed = resample(labels, affine, np.array(info["grid_affine"]), volume.shape[1:], "nearest")
+    return volume, as_classes(placed, classes)
+
+
+def paint_labels(
+    config: Config, key: str, path: Path, classes: Mapping[str, Sequence[int]], random: np.random.Generator
+) -> tuple[NDArray, NDArray]:
+    """As `load_labels`, but the volume is painted from the label map: `ldm3d.data.augment.paint`."""
+    info, (labels, affine) = load_info(config, key), read_labels(path)
+    volume, placed = paint(labels, affine, np.array(info["grid_affine"]), config.data.grid.shape, random)
+    return volume, as_classes(placed, classes)
+
+
+def read_labels(path: Path) -> tuple[NDArray, NDArray]:
+    """A label map as whole numbers, (1, X, Y, Z) int32, and its affine."""
     labels, affine = read_volume(path)
-    labels = resample(np.rint(labels).astype(np.int32), affine, np.array(info["grid_affine"]), volume.shape[1:], "nearest")
+    return np.rint(labels).astype(np.int32), affine
+
+
+def as_classes(labels: NDArray, groups: Mapping[str, Sequence[int]]) -> NDArray:
+    """Labels to classes, uint8: k + 1 where a label is of the k-th group, 0 elsewhere."""
     found = np.zeros(labels.shape, np.uint8)
-    for k, group in enumerate(classes.values()):
+    for k, group in enumerate(groups.values()):
         found[np.isin(labels, list(group))] = k + 1
-    return volume, found
+    return found
 
 
 def count_volumes(labels: NDArray, spacing_mm: Sequence[float], groups: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -4,12 +4,13 @@ Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 
 other inputs of a network (`ldm3d.models.conditioning.Conditions`); here they are passed on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ldm3d.diffusion.preconditioning import Preconditioning
 from ldm3d.diffusion.process import Process
 
 Denoiser = Callable[[Tensor, float], Tensor]  # (z, t) -> the expected clean latent
@@ -30,18 +31,21 @@ class NetworkDenoiser:
             processes, and computes in the type of its parameters.
         process: of the diffusion.
         target: what the network predicts, see `Process.target`.
+        scales: of the channels, see `Preconditioning`.
     """
 
-    def __init__(self, network: nn.Module, process: Process, target: str):
-        self.network, self.process, self.target = network, process, target
+    def __init__(self, network: nn.Module, process: Process, target: str, scales: Sequence[float] = ()):
+        self.network, self.process = network, process
+        self.preconditioning = Preconditioning(process, target, scales)
 
     def predict(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The network's prediction of the target at time t, a float or (N,); float32, like z."""
+        z = self.preconditioning.input(z, t)
         return call_network(self.network, z, self.process.network_time(t), conditions)
 
     def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The expected clean latent, like z."""
-        return self.process.to_data(self.target, self.predict(z, t, conditions), z, t)
+        return self.preconditioning.to_data(self.predict(z, t, conditions), z, t)
 
     def given(self, conditions: Any) -> Denoiser:
         """The denoiser (z, t) -> x under these conditions."""

@@ -4,11 +4,12 @@ Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (
 is the network, (z, network time (N,)) -> prediction of the target, like z.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from ldm3d.diffusion.preconditioning import Preconditioning
 from ldm3d.diffusion.process import Process, times_from_quantiles
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.diffusion.vdm import VDMSchedule, vdm_losses
@@ -44,19 +45,30 @@ class Denoising:
         weight: see `Process.loss_weight`.
         times: "uniform" or "logit-normal", see `times_from_quantiles`.
         location, scale: of logit-normal times.
+        scales: of the channels, see `Preconditioning`.
     """
 
     schedule = None
 
-    def __init__(self, process: Process, target: str, weight: str, times: str, location: float = 0.0, scale: float = 1.0):
-        self.process, self.target, self.weight = process, target, weight
+    def __init__(
+        self,
+        process: Process,
+        target: str,
+        weight: str,
+        times: str,
+        location: float = 0.0,
+        scale: float = 1.0,
+        scales: Sequence[float] = (),
+    ):
+        self.process, self.weight = process, weight
+        self.preconditioning = Preconditioning(process, target, scales)
         self.times, self.location, self.scale = times, location, scale
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
         t = times_from_quantiles(self.times, u.clamp(MARGIN, 1 - MARGIN), self.location, self.scale)
-        output = predict(self.process.add_noise(x, e, t), self.process.network_time(t))
-        error = (output - self.process.target(self.target, x, e, t)).square().flatten(1).mean(dim=1)
-        return self.process.loss_weight(self.weight, self.target, t) * error
+        z = self.preconditioning.input(self.process.add_noise(x, e, t), t)
+        error = predict(z, self.process.network_time(t)) - self.preconditioning.target_of(x, e, t)
+        return self.preconditioning.loss(self.weight, t, error.square())
 
 
 class VDMObjective:
@@ -78,9 +90,15 @@ class VDMObjective:
         return vdm_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))
 
 
-def make_objective(process: Mapping[str, Any], target: str, loss_weight: str, time_sampling: Mapping[str, Any]) -> Objective:
+def make_objective(
+    process: Mapping[str, Any],
+    target: str,
+    loss_weight: str,
+    time_sampling: Mapping[str, Any],
+    scales: Sequence[float] = (),
+) -> Objective:
     """What a U-Net is trained on, by the keys of the config; a vdm's gamma is still a straight line."""
     if process["kind"] == "vdm":
         return VDMObjective(VDMSchedule(**{end: process[end] for end in ("gamma_min", "gamma_max") if end in process}), target)
     times, location, scale = (time_sampling[name] for name in ("kind", "location", "scale"))
-    return Denoising(make_process(**process), target, loss_weight, times, location, scale)
+    return Denoising(make_process(**process), target, loss_weight, times, location, scale, scales)

@@ -94,7 +94,7 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None].to(pipeline.device, pipeline.dtype)
     x = pipeline.autoencoder.encode_stage_2_inputs(x).float()
     x = pad_to(x, pipeline.unet.padded_shape(x.shape[2:]))  # (1, c, x, y, z)
-    model = NetworkDenoiser(pipeline.unet, pipeline.process, pipeline.target)
+    model = NetworkDenoiser(pipeline.unet, pipeline.process, pipeline.target, pipeline.scales)
     conditions = Conditions(pipeline.schema.encode([row]).to(pipeline.device))
     found = []
     for i, t in enumerate(TIMES):
@@ -102,7 +102,7 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
         for repeat in range(REPEATS):
             noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
             predicted = model.predict(pipeline.process.add_noise(x, noise, t), t, conditions)
-            errors.append((predicted - pipeline.process.target(pipeline.target, x, noise, t)).square().mean().item())
+            errors.append((predicted - model.preconditioning.target_of(x, noise, t)).square().mean().item())
         found.append(sum(errors) / REPEATS)
     return np.array(found)
 

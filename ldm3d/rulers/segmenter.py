@@ -1,54 +1,29 @@
 """A small segmentation network, trained on scans with label maps: measures volumes that the built-in measure cannot.
 
-MONAI's residual U-Net with its Dice and cross-entropy loss (Milletari et al. 2016; Isensee et al. 2021). Generated volumes are
-smoother than scans, so scans are blurred, made noisy, brighter and darker in training.
+Dice and cross-entropy loss (Milletari et al. 2016; Isensee et al. 2021). Generated volumes are smoother than scans, and other
+scanners have other contrasts, so training volumes are varied (`ldm3d.data.augment`) or painted from label maps.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.losses import DiceCELoss
-from monai.networks.nets import UNet
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
+from ldm3d.data.augment import vary
 from ldm3d.errors import InputError
-from ldm3d.models.pretrained import Pretrained
-from ldm3d.models.unet import cut_to, pad_to
+from ldm3d.models.segmentation import CHANNELS, SegmentationUNet
 from ldm3d.randomness import generator
 
-CHANNELS = (16, 32, 64)
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
-MAX_BLUR, MAX_NOISE, MAX_GAIN = 1.0, 0.04, 0.2  # augmentation; a blur of 1 is the mean of 3 x 3 x 3 voxels
 
 Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
-
-
-class SegmentationUNet(Pretrained):
-    """The network, and the meaning of its classes.
-
-    Args:
-        groups: quantity -> its labels in the label maps. Class k + 1 is the k-th group, 0 the rest.
-        channels: of each level; the first convolution halves the sides, so that no wide layer works at full resolution.
-    """
-
-    def __init__(self, groups: Mapping[str, Sequence[int]], channels: Sequence[int] = CHANNELS):
-        super().__init__()
-        self.groups = {name: [int(label) for label in labels] for name, labels in groups.items()}
-        self.arguments = {"groups": self.groups, "channels": list(channels)}
-        self.factor = 2 ** (len(channels) - 1)
-        strides = (2,) * (len(channels) - 1)
-        self.network = UNet(3, 1, len(self.groups) + 1, channels, strides, num_res_units=1, norm="instance")
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """Volumes (N, 1, X, Y, Z) in [0, 1] -> logits (N, 1 + groups, X, Y, Z)."""
-        shape = volumes.shape[2:]
-        padded = pad_to(volumes, [-(-n // self.factor) * self.factor for n in shape])
-        return cut_to(self.network(padded), shape)
+Paint = Callable[[int, np.random.Generator], tuple[NDArray, NDArray]]  # the same, painted from the scan's label map
 
 
 class Segmenter:
@@ -83,6 +58,8 @@ def train_segmenter(
     steps: int = STEPS,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    paint: Paint | None = None,
+    channels: Sequence[int] = CHANNELS,
 ) -> SegmentationUNet:
     """Train on scans 0 to `count` - 1.
 
@@ -93,6 +70,8 @@ def train_segmenter(
         steps: of AdamW, with batches of `BATCH`; the learning rate falls to 0 by half a cosine.
         seed: of weights, order and augmentation.
         device: where to train.
+        paint: of every second volume: number of a scan and random numbers -> volume and classes; None for none.
+        channels: see `SegmentationUNet`.
 
     Raises:
         InputError: no scan, or a group whose labels are nowhere in the first ones.
@@ -105,29 +84,30 @@ def train_segmenter(
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups).to(device).train()
+        network = SegmentationUNet(groups, channels).to(device).train()
+
+    def example(number: int) -> tuple[NDArray, NDArray]:
+        random = np.random.default_rng(generator("segmenter", seed, number).initial_seed())
+        scan = int(random.integers(count))
+        volume, classes = paint(scan, random) if paint and number % 2 else load(scan)
+        return vary(volume, random), classes
+
     loss_function = DiceCELoss(softmax=True, to_onehot_y=True)
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in tqdm(range(steps), desc="segmenter", unit="step"):
-        random = generator("segmenter", seed, step)
-        pairs = [load(i) for i in torch.randint(count, (BATCH,), generator=random).tolist()]
-        x, classes = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
-        loss = loss_function(network(_augmented(x.float(), random)), classes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with ThreadPoolExecutor(1) as ahead:  # the next volumes are read and painted meanwhile
+        coming = deque(ahead.submit(example, number) for number in range(2 * BATCH))
+        for step in tqdm(range(steps), desc="segmenter", unit="step"):
+            pairs = [coming.popleft().result() for _ in range(BATCH)]
+            coming += [ahead.submit(example, (step + 2) * BATCH + i) for i in range(BATCH)]
+            x, classes = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
+            loss = loss_function(network(x), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        ahead.shutdown(cancel_futures=True)
     return network.eval()
-
-
-def _augmented(x: Tensor, random: torch.Generator) -> Tensor:
-    """Volumes (N, 1, X, Y, Z) brighter or darker, blurred and noisy, by random amounts."""
-    gain, blur, noise = torch.rand(3, generator=random).tolist()
-    x = x * (1 + MAX_GAIN * (2 * gain - 1))
-    smooth = F.avg_pool3d(F.pad(x, (1,) * 6, mode="replicate"), 3, stride=1)
-    x = x + MAX_BLUR * blur * (smooth - x)
-    return x + MAX_NOISE * noise * torch.randn(x.shape, generator=random).to(x)
 
 
 def dice(network: SegmentationUNet, load: Load, numbers: Sequence[int]) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm3d.config.sections import Config
+from ldm3d.data.batches import evenly
 from ldm3d.data.preparing import read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import LatentSpace
@@ -24,8 +25,11 @@ from ldm3d.training import command
 from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import broadcast_weights, start_accelerator
+from ldm3d.training.scales import voxel_scales
 from ldm3d.training.task import MAIN
 from ldm3d.training.volumes import VolumeTask
+
+SCALED_VOLUMES = 8  # that the scales of the channels are measured on
 
 
 def train(config: Config, stop: Stop) -> None:
@@ -101,6 +105,10 @@ class AutoencoderTask(VolumeTask):
         mean, square = total / count
         average.latent_mean.copy_(mean)
         average.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
+        if config.autoencoder.latent_scaling == "voxels":
+            volumes = self.volumes(evenly(self.keys["train"], SCALED_VOLUMES)).to(accelerator.device)
+            with accelerator.autocast():
+                average.latent_std.div_(voxel_scales(average, volumes).to(accelerator.device))
         if accelerator.is_main_process:
             average.save_pretrained(config.autoencoder_folder)
             record_export(config.autoencoder_run, weights_hash(config.autoencoder_folder))

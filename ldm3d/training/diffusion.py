@@ -39,6 +39,7 @@ from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
+from ldm3d.training.scales import deviations
 from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, unless the config sets it
@@ -81,7 +82,9 @@ class DiffusionTask(Task):
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
-        self.objective = make_objective(**settings.objective())
+        by_channel = config.autoencoder.latent_scaling == "voxels"
+        self.scales = deviations(self.autoencoder, moments, self.split["train"]) if by_channel else ()
+        self.objective = make_objective(**settings.objective(), scales=self.scales)
         channels = autoencoder.latent_channels
         of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
         model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
@@ -162,7 +165,8 @@ class DiffusionTask(Task):
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
         grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
-        return Pipeline(*networks, grid, process, target, sampling, data.skull_stripped, threads=None, suffix=data.suffix)
+        facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales}
+        return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
 
 
 def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam:

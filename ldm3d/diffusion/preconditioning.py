@@ -1,0 +1,75 @@
+"""What a network sees of a noisy latent, what it predicts, and how its errors count: by channel, where channels have scales.
+
+Channels of latents need not have one variance. Where each keeps the scale at which it changes the voxels, and all are given
+the same noise, fine detail drowns first and coarse structure is drawn first, as in voxels. A network still wants inputs
+and targets of unit variance, so each channel is preconditioned by its own scale (Karras et al. 2022, section 5).
+
+Legend: as in `ldm3d.diffusion.process`; s scale of a channel, its standard deviation. Channel c of z / r with
+r = sqrt(alpha^2 s^2 + sigma^2) is a variance-preserving process of x / s:
+
+    z / r = a x / s + b e with a = alpha s / r, b = sigma / r
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm3d.diffusion.process import Process, as_double
+from ldm3d.errors import InputError
+
+
+class Preconditioning:
+    """Inputs, targets and weights of a network.
+
+    Args:
+        process: of the diffusion.
+        target: what the network predicts, see `Process.target`.
+        scales: s of each channel; none where all are 1, and network and process see the same latents.
+
+    Raises:
+        InputError: scales, and a target other than "v".
+    """
+
+    def __init__(self, process: Process, target: str, scales: Sequence[float] = ()):
+        if scales and target != "v":
+            raise InputError(f"target {target}: channels of different scales need target v")
+        self.process, self.target, self.scales = process, target, tuple(scales)
+
+    def input(self, z: Tensor, t: float | Tensor) -> Tensor:
+        """What the network sees of z at time t, like z."""
+        return z / self._radius(z, t)[0] if self.scales else z
+
+    def target_of(self, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
+        """What the network has to predict; with scales a e - b x / s."""
+        if not self.scales:
+            return self.process.target(self.target, x, e, t)
+        _, a, b, s = self._radius(x, t)
+        return a * e - b * x / s
+
+    def to_data(self, output: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
+        """The expected clean latent, from the network's output for z at time t; with scales s (a z / r - b output)."""
+        if not self.scales:
+            return self.process.to_data(self.target, output, z, t)
+        r, a, b, s = self._radius(z, t)
+        return s * (a * z / r - b * output)
+
+    def loss(self, weight: str, t: Tensor, squared_error: Tensor) -> Tensor:
+        """The weighted mean squared error of each sample, (N,), from squared errors (N, C, X, Y, Z) at times t (N,).
+
+        Without scales the weight is `Process.loss_weight`. With them, and "min-snr", the same with each channel's own a and b:
+        min(a^2 / b^2, 5) b^2. "noise" counts errors as those of the noise, by a^2: channels that are drowned do not count.
+        """
+        if not self.scales:
+            return self.process.loss_weight(weight, self.target, t) * squared_error.flatten(1).mean(dim=1)
+        _, a, b, _ = self._radius(squared_error, t)
+        weights = {"none": torch.ones_like(a), "noise": a**2, "min-snr": (a / b).square().clamp(max=5.0) * b**2}
+        return (weights[weight] * squared_error).flatten(1).mean(dim=1)
+
+    def _radius(self, like: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """r, a, b and s, each (N or 1, C, 1, 1, 1), of the type of `like`."""
+        t = as_double(t).to(like.device).reshape(-1, 1)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        s = torch.tensor(self.scales, dtype=t.dtype, device=like.device)
+        r = (alpha**2 * s**2 + sigma**2).sqrt()
+        return tuple(v.to(like.dtype)[:, :, None, None, None] for v in (r, alpha * s / r, sigma / r, s[None]))  # type: ignore[return-value]
