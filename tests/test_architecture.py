@@ -127,6 +127,7 @@ def test_networks_and_diffusion_know_torch_only():
         "models/foreign.py": ("safetensors",),
         "models/attention.py": ("xformers",),
         "models/monai.py": ("monai", "generative"),
+        "models/segmentation.py": ("monai",),
     }
     for module in below("models/", "diffusion/"):
         allowed = ("torch", *extra.get(module, ()))
