@@ -70,8 +70,8 @@ def mosaic(
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Every value of metrics.jsonl against the step, one panel each."""
-    names = sorted({key for row in rows for key in row if key != "step"}) or ["loss"]
+    """Every value of metrics.jsonl against the step, a panel each; a Gaussian's denoising error is a dashed line."""
+    names = sorted({key for row in rows for key in row if key != "step" and not key.startswith("gaussian_")}) or ["loss"]
     figure = Figure(figsize=(4 * min(3, len(names)), 2.6 * -(-len(names) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).ravel()
     for axis in axes[len(names) :]:
@@ -83,6 +83,9 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
             values = np.array([value for _, value in points])
             if (values > 0).all() and values.max() > 30 * values.min():
                 axis.set_yscale("log")
+        gaussian = [row[key] for row in rows if (key := name.replace("denoising_", "gaussian_")) != name and key in row]
+        if gaussian:
+            axis.axhline(gaussian[-1], color=MUTED, linewidth=1, linestyle="--")
         _plain(axis, "step", name)
     return figure
 

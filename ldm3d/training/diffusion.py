@@ -6,6 +6,8 @@ Reads OUTPUT/autoencoder and OUTPUT/latents, writes OUTPUT/diffusion-training (c
 TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command it goes on.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
-from ldm3d.diffusion.denoiser import call_network
+from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
@@ -39,6 +41,7 @@ from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
+from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_words
 from ldm3d.training.scales import deviations
 from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
@@ -147,7 +150,35 @@ class DiffusionTask(Task):
             loss = self.loss(average, x, noise.to(device), u.to(device), Conditions(self.contexts[scans].to(device)))
             total += loss.item() * len(chosen)
         total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
-        return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS)}
+        return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS), **self.beside_gaussian(average)}
+
+    def beside_gaussian(self, average: LatentUNet) -> dict[str, float]:
+        """See `GaussianRuler.compare`; {} where there are too few training latents, or off the main process."""
+        if self.ruler is None or not self.accelerator.is_main_process:
+            return {}
+        rows = evenly(self.split["validation"], HELD_OUT)
+        context, device = self.contexts[rows].to(self.accelerator.device), self.accelerator.device
+        model = NetworkDenoiser(average, self.objective.process, self.config.diffusion.target, self.scales)
+
+        def denoise(z: Tensor, t: float) -> Tensor:
+            with self.accelerator.autocast():
+                return model(z.to(device), t, Conditions(context)).cpu()
+
+        return self.ruler.compare(denoise)
+
+    @functools.cached_property
+    def ruler(self) -> GaussianRuler | None:
+        """Fitted at the first validation; the means of the posteriors, as `score` takes them."""
+        count = few_enough(len(self.split["train"]), math.prod(self.padded) * self.autoencoder.latent_channels)
+        if not count or self.objective.schedule is not None:  # a learned schedule moves
+            return None
+        training, held_out = (
+            torch.cat(
+                [self.normalised(torch.from_numpy(self.moments[i][None]).to(self.accelerator.device)).cpu() for i in rows]
+            )
+            for rows in (evenly(self.split["train"], count), evenly(self.split["validation"], HELD_OUT))
+        )
+        return GaussianRuler(training, held_out, self.objective.process)
 
     def preview(self, average: LatentUNet, path: Path) -> None:
         draw_sweep(self.pipeline(average), path, self.accelerator)
@@ -159,6 +190,8 @@ class DiffusionTask(Task):
             pipeline.save_pretrained(self.config.model_folder)
             save_experiment(self.config, self.config.model_folder)
             print(f"model written to {self.config.model_folder} ({which})")
+            if self.split["validation"] and (errors := self.beside_gaussian(average)):
+                print(in_words(errors))
 
     def pipeline(self, unet: LatentUNet) -> Pipeline:
         """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""

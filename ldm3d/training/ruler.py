@@ -1,0 +1,68 @@
+"""How far training is: the U-Net's denoising errors beside those of the best Gaussian denoiser, which needs no training.
+
+A Gaussian is fitted to the training latents in closed form (`ldm3d.diffusion.gaussian`). Where the network's error is larger,
+it has not learned what means and covariances tell. Where it is smaller, it knows what no Gaussian can.
+"""
+
+import torch
+from torch import Tensor
+
+from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian
+from ldm3d.diffusion.process import Process
+from ldm3d.randomness import generator
+
+LEVELS = (0.05, 0.2, 0.5, 1.0, 3.0)  # sigma / alpha
+COMPONENTS, FOLDS = 96, 5
+FEWEST, MOST = 20, 400  # latents that a Gaussian is fitted to
+MAX_VALUES = 50_000_000  # numbers in them
+HELD_OUT = 16  # latents that errors are measured on
+
+
+class GaussianRuler:
+    """The Gaussian of the training latents, and its errors on held-out ones.
+
+    Args:
+        training: normalised latents, (N, c, x, y, z).
+        held_out: (M, c, x, y, z), of other subjects.
+        process: of the diffusion.
+    """
+
+    def __init__(self, training: Tensor, held_out: Tensor, process: Process):
+        self.held_out, self.process = held_out.float().cpu(), process
+        self.noise = torch.stack([torch.randn(x.shape, generator=generator("ruler", i)) for i, x in enumerate(self.held_out)])
+        self.times = [process.t_of_lam(-torch.tensor(level, dtype=torch.float64).log()).item() for level in LEVELS]
+        self.variance = training.float().var(dim=(0, 2, 3, 4))
+        components = min(COMPONENTS, len(training) - -(-len(training) // FOLDS) - 1)
+        self.gaussian: Gaussian = fit_gaussian(training, components, FOLDS)
+        self.best = self._errors(self.gaussian.denoiser(process))
+
+    def compare(self, denoise: Denoiser) -> dict[str, float]:
+        """Errors relative to the variance of each channel, averaged over channels, at each of `LEVELS`.
+
+        Args:
+            denoise: (z, t) -> x of the held-out latents, on the device of its network.
+
+        Returns:
+            denoising_error_LEVEL of `denoise` and gaussian_error_LEVEL of the Gaussian; 0 is perfect, 1 knows the mean alone.
+        """
+        own = self._errors(denoise)
+        both = {"denoising": own, "gaussian": self.best}
+        return {f"{name}_error_{level:g}": value for name, values in both.items() for level, value in zip(LEVELS, values)}
+
+    def _errors(self, denoise: Denoiser) -> list[float]:
+        errors = denoising_errors(denoise, self.held_out, self.noise, self.times, self.process)  # (levels, c)
+        return (errors / self.variance).mean(dim=1).tolist()
+
+
+def few_enough(count: int, values: int) -> int:
+    """How many of `count` latents of `values` numbers each a Gaussian is fitted to; 0 if they are too few."""
+    most = min(count, MOST, MAX_VALUES // values)
+    return most if most >= FEWEST else 0
+
+
+def in_words(errors: dict[str, float]) -> str:
+    """One line for the terminal."""
+    pairs = [(level, errors[f"denoising_error_{level:g}"], errors[f"gaussian_error_{level:g}"]) for level in LEVELS]
+    listed = ", ".join(f"{own:.3f} ({best:.3f}) at {level:g}" for level, own, best in pairs)
+    return f"denoising error of the network (of the best Gaussian), by sigma / alpha: {listed}"
