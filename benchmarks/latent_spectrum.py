@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm3d.metrics.reconstruction import psnr
 from ldm3d.metrics.spectrum import high_frequency_share, neighbour_correlation
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
+from ldm3d.training.scales import voxel_changes
 
 BATCH = 8
 
@@ -45,7 +46,9 @@ def main() -> None:
     rows = [{"channel": "block mean", **described(F.avg_pool3d(test, network.downsampling))}]
     z, quality = latents(network, test)
     found = described(z)
-    moved = sensitivity(network, z)
+    network.latent_mean.copy_(z.mean(dim=(0, 2, 3, 4)))
+    network.latent_std.copy_(z.std(dim=(0, 2, 3, 4)))
+    moved = voxel_changes(network, test[:BATCH], change=1.0).tolist()
     for c in range(z.shape[1]):
         rows.append({"channel": str(c), **{key: values[c : c + 1] for key, values in found.items()}, "moves": moved[c]})
     print(f"{name} on {data.name}: {quality:.2f} dB held out\n{'channel':>10} {'high':>6} {'lag 1':>6} {'moves':>6}")
@@ -65,19 +68,6 @@ def latents(network: LatentSpace, volumes: Tensor) -> tuple[Tensor, float]:
     z = torch.cat([network.sample(network.encode(batch)) for batch in volumes.split(BATCH)])
     again = torch.cat([network.decode(part) for part in z.split(BATCH)]).clamp(0, 1)
     return z, psnr(again, volumes).mean().item()
-
-
-@torch.no_grad()
-def sensitivity(network: LatentSpace, z: Tensor) -> list[float]:
-    """Root mean square change of the voxels when white noise of a channel's own deviation is added to it."""
-    z = z[:BATCH]
-    usual, noise = network.decode(z), torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    found = []
-    for c in range(z.shape[1]):
-        moved = z.clone()
-        moved[:, c] += noise[:, c] * z[:, c].std()
-        found.append((network.decode(moved) - usual).square().mean().sqrt().item())
-    return found
 
 
 if __name__ == "__main__":

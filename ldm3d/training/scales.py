@@ -11,15 +11,20 @@ from ldm3d.randomness import generator
 CHANGE = 0.1  # of a normalised latent, small enough that the decoder answers linearly
 
 
-@torch.no_grad()
 def voxel_scales(autoencoder: LatentSpace, volumes: Tensor) -> Tensor:
-    """How much a unit of each normalised channel changes the decoded voxels (root mean square), their geometric mean being 1.
+    """How much a unit of each normalised channel changes the voxels, their geometric mean being 1: (c,), see `voxel_changes`."""
+    changes = voxel_changes(autoencoder, volumes).clamp_min(1e-6)
+    return changes / changes.log().mean().exp()
 
-    White noise of deviation `CHANGE` is added to one channel after the other.
+
+@torch.no_grad()
+def voxel_changes(autoencoder: LatentSpace, volumes: Tensor, change: float = CHANGE) -> Tensor:
+    """Root mean square change of the voxels when white noise is added to one channel after the other, for a unit of noise.
 
     Args:
-        autoencoder: whose latents are normalised to unit variance.
+        autoencoder: with the statistics of its latents, which are normalised.
         volumes: (N, C, X, Y, Z) in [0, 1].
+        change: deviation of the noise.
 
     Returns:
         (c,), float32 on the CPU.
@@ -28,13 +33,12 @@ def voxel_scales(autoencoder: LatentSpace, volumes: Tensor) -> Tensor:
     for i, volume in enumerate(volumes):
         z = autoencoder.encode_stage_2_inputs(volume[None])
         decoded = autoencoder.decode_stage_2_outputs(z).float()
-        noise = CHANGE * torch.randn(z[0, 0].shape, generator=generator("voxel scales", i)).to(z)
+        noise = change * torch.randn(z[0, 0].shape, generator=generator("voxel changes", i)).to(z)
         for channel in range(len(changes)):
             moved = z.clone()
             moved[:, channel] += noise
             changes[channel] += (autoencoder.decode_stage_2_outputs(moved).float() - decoded).square().mean().cpu()
-    scales = changes.clamp_min(1e-12).sqrt()
-    return (scales / scales.log().mean().exp()).float()
+    return (changes / len(volumes)).sqrt().float() / change
 
 
 def deviations(autoencoder: LatentSpace, moments: NDArray, rows: list[int]) -> tuple[float, ...]:
