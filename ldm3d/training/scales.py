@@ -12,7 +12,7 @@ CHANGE = 0.1  # of a normalised latent, small enough that the decoder answers li
 
 
 def voxel_scales(autoencoder: LatentSpace, volumes: Tensor) -> Tensor:
-    """How much a unit of each normalised channel changes the voxels, their geometric mean being 1: (c,), see `voxel_changes`."""
+    """`voxel_changes` of each channel, (c,), divided by their geometric mean."""
     changes = voxel_changes(autoencoder, volumes).clamp_min(1e-6)
     return changes / changes.log().mean().exp()
 
