@@ -6,12 +6,15 @@ schedule, losses and validation are those of the file.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import command_line
 
 from ldm3d import figures
 from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.pipeline import Pipeline
 from ldm3d.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -57,3 +60,30 @@ def test_a_shipped_config_trains_as_shipped(path, phantoms, tmp_path, train_here
         (*_, row) = read_metrics(tmp_path / f"{stage}-training/metrics.jsonl")
         assert row["step"] == 2 and row["skipped_steps"] == 0 and row["loss"] > 0 and row["validation_loss"] > 0
     assert (tmp_path / "model").is_dir()
+
+
+def test_channels_at_their_scales_from_training_to_a_loaded_model(phantoms, tmp_path, train_here, monkeypatch):
+    """The scales that stage 2 measures are those of the model folder, and volumes are drawn with them."""
+    for picture in ("mosaic", "curves", "save"):
+        monkeypatch.setattr(figures, picture, lambda *_, **__: None)
+    settings = cut(yaml.safe_load(CONFIGS[0].with_name("toy.yaml").read_text()), phantoms, tmp_path)
+    settings["autoencoder"]["latent_scaling"], settings["diffusion"]["loss_weight"] = "voxels", "noise"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command_line("prepare", config, "--workers", 1)
+    train_here("autoencoder", config)
+    command_line("encode", config)
+    train_here("diffusion", config)
+    pipeline = Pipeline.from_pretrained(tmp_path / "model", "cpu")
+    scales = torch.tensor(pipeline.scales)
+    assert len(scales) == settings["autoencoder"]["network"]["latent_channels"] and scales.max() > 1.5 * scales.min()
+    spread = torch.from_numpy(np.load(tmp_path / "latents/moments.npy")).chunk(2, dim=1)[0]
+    spread = pipeline.autoencoder.normalise(spread).std(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(spread, scales, rtol=0.2, atol=0)  # of five subjects, not all of them trained on
+    (volume,) = pipeline(1, steps=2).images
+    assert volume.shape == pipeline.grid.shape and np.isfinite(volume.get_fdata()).all()
+
+    settings["diffusion"]["target"] = "noise"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        command_line("prepare", config)
