@@ -42,7 +42,7 @@ def main() -> None:
                 rows.append({"saved": saved, "computed": computed, "psnr_db": generated, "largest": largest})
                 rows[-1]["reconstructed_psnr_db"] = again
                 print(f"{saved:>9} {computed:>12} {generated:14.1f} {largest:19.4f} {again:18.1f}", flush=True)
-    print(write(f"half_precision-{folder.name}", rows))
+    print(write(f"half-precision-{folder.name}", rows))
 
 
 def made(pipeline: Pipeline, count: int, volumes: Tensor | None = None) -> tuple[Tensor, Tensor]:

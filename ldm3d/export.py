@@ -80,6 +80,7 @@ def card(name: str, pipeline: Pipeline, precision: str, about: str, structures: 
     options = "".join(f" --{each.name.replace('_', '-')} {shlex.quote(str(_example(each)))}" for each in asked)
     arguments = ", ".join(f"{each.name}={_example(each)!r}" for each in asked)
     measure = f"\nA segmenter lies beside the networks and measures {', '.join(structures)}: `--measure segmenter:{name}`.\n"
+    without = " without skull" if pipeline.skull_stripped else ""
     grid, sampling = pipeline.output_grid, pipeline.sampling
     millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (pipeline.autoencoder, pipeline.unet)]
     rows = [f"| {each.name} | {_cell(each.answers)} | {'yes' if each.required else 'no'} |" for each in pipeline.schema]
@@ -98,9 +99,9 @@ tags:
 
 # {name}
 
-A latent diffusion model of {"skull-stripped " if pipeline.skull_stripped else ""}3D brain MRI ({pipeline.suffix}), made with
-ldm3d {ldm3d.__version__}. **For research only.** It is no medical device, and what it generates is no patient's image and no
-basis of a diagnosis.
+A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {pipeline.suffix} volumes{without}.
+
+**For research only.** It is no medical device. What it generates is no patient's image and no basis of a diagnosis.
 
 ```bash
 ldm3d generate {name}{options} --out synthetic

@@ -72,10 +72,10 @@ class Pretrained(nn.Module):
             InputError: a weight is beyond the range of `dtype`.
         """
         folder = Path(folder)
+        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         description = {"class": type(self).__name__, "arguments": self.arguments}
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
 
     @classmethod
