@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import ldm3d
 from ldm3d import demo, demo_clock, precision
 from ldm3d import shipped as registry
+from ldm3d.config.read import load_config
 from ldm3d.demo_clock import Clock
 from ldm3d.errors import InputError
 from ldm3d.experiment import find_experiment
@@ -358,3 +359,14 @@ def test_the_demo_s_clock_counts_the_shipped_model(tiny, monkeypatch):
     monkeypatch.setattr(demo_clock, "shortest_seconds_of", lambda work, repeats: next(times))
     monkeypatch.setattr(demo_clock.time, "perf_counter", Time())
     assert demo_clock.drawing_seconds("tiny", 3) == 2 + 0.5 * (steps - 1)
+
+
+@pytest.mark.parametrize("finished, expected", [(False, 7.0), (True, 0.0)])
+def test_the_demo_announces_the_shipped_model(tiny, experiment, tmp_path, monkeypatch, finished, expected):
+    monkeypatch.setattr(demo, "expected_seconds", lambda *_: {"evaluate": 1.0})
+    monkeypatch.setattr(demo, "drawing_seconds", lambda model, count: {("tiny", 3): 7.0}[model, count])
+    if finished:
+        (tmp_path / "shipped").mkdir()
+        (tmp_path / "shipped/participants.tsv").touch()
+    clock = demo.start_clock(load_config(experiment / "config.yaml"), tmp_path)
+    assert clock.expected == {"evaluate": 1.0, demo.SHIPPED: expected}
