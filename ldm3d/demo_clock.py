@@ -100,6 +100,21 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
     }
 
 
+def drawing_seconds(model: str, count: int) -> float:
+    """Seconds to load a model and to generate `count` volumes with it, from one sampling step and three."""
+    start = time.perf_counter()
+    pipeline = Pipeline.from_pretrained(model)
+    load = time.perf_counter() - start
+    requests = pipeline.parse([{}] * count)
+
+    def seconds(steps: int) -> float:
+        sampling = pipeline.sampling.replace(steps=steps)
+        return shortest_seconds_of(lambda: list(pipeline.volumes(requests, sampling)), 2)
+
+    one = seconds(1)
+    return load + one + (seconds(3) - one) / 2 * (pipeline.sampling.steps - 1)
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Seconds that one call takes."""
     start = time.perf_counter()

@@ -26,6 +26,7 @@ from ldm3d.models.unet import LatentUNet
 
 DESCRIPTION = "pipeline.json"
 PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales")  # that it describes
+ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
@@ -73,8 +74,8 @@ class Sampling:
         return dict(vars(self))
 
 
-def write_description(path: Path, parts: Mapping[str, Any]) -> None:
-    """Write `PARTS` of a pipeline as pipeline.json."""
+def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | None = None) -> None:
+    """Write `PARTS` of a pipeline as pipeline.json; with the hash of the weights before they were rounded, if they were."""
     description = {
         "ldm3d": ldm3d.__version__,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "monai", "nibabel")},
@@ -86,6 +87,7 @@ def write_description(path: Path, parts: Mapping[str, Any]) -> None:
         **{name: parts[name] for name in ("skull_stripped", "suffix", "crop")},
         **({"scales": parts["scales"]} if parts["scales"] else {}),
         "generates": "synthetic volumes; no patient's data",
+        **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
     write_atomic(path, json.dumps(description, indent=2) + "\n")
 

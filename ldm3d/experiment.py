@@ -6,6 +6,7 @@ The file names scans, subjects and local paths, so it lies beside the model fold
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
-from ldm3d.description import DESCRIPTION, read_description
+from ldm3d.description import DESCRIPTION, ROUNDED_FROM, read_description
 from ldm3d.errors import InputError, shown, some
 from ldm3d.files import write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.processes import ALONE, Processes
 from ldm3d.seen import Seen, seen_by
+from ldm3d.shipped import model_folder
 
 EXPERIMENT = "experiment.json"
 FORMAT = 2  # 1: in the model folder, scans by the bytes of their files
@@ -99,17 +101,19 @@ def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
     """What is known of a model.
 
     Args:
-        model: pipeline folder.
+        model: pipeline folder, or the name of a shipped model.
         given: its experiment.json; None for the one beside the folder, or, of old models, in it; NONE for a model that
             has seen nothing of the data, as the user knows.
 
     Raises:
         InputError: there is none, it is damaged, or of another model.
     """
+    model = model_folder(model)
     if str(given) == NONE:
         return Experiment(_config_of(model))
     paths = [Path(given)] if given else [model.resolve().parent / EXPERIMENT, model / EXPERIMENT]
-    weights = weights_hash(model / "autoencoder", model / "unet")
+    names = [weights_hash(model / "autoencoder", model / "unet"), read_json(model / DESCRIPTION).get(ROUNDED_FROM)]
+    names = [name for name in names if name]
     for path in paths:
         if path.is_file():
             values = read_json(path)
@@ -120,8 +124,8 @@ def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
                     f"file to {model.resolve().parent} or elsewhere (and give it as --experiment FILE)",
                     stacklevel=3,
                 )
-            if inside or given or values.get("model") == weights:
-                return _read_experiment(path, values, weights)
+            if inside or given or values.get("model") in names:
+                return _read_experiment(path, values, names)
     raise InputError(
         f"nothing says which scans {model} was trained on, so that none can be called held out: there is no "
         f"{' or '.join(map(str, paths))} of it. Give the {EXPERIMENT} of the run that made it (--experiment FILE); or, if "
@@ -142,7 +146,7 @@ def scans_by_use(
     The experiment's folder is only read: scans that are not prepared there with the model's settings are prepared in `work`.
 
     Args:
-        model: pipeline folder.
+        model: pipeline folder, or the name of a shipped model.
         data: BIDS folder, or table with a path column.
         work: where to put prepared volumes, unless it is the experiment's own data, prepared already.
         root: folder that holds all files of `data`, see `DataConfig`; None for its own.
@@ -225,8 +229,8 @@ def _seen_by_table(config: Config) -> Seen:
     return Seen(names["train"], names["validation"], frozenset(pd.concat(of.values())["subject"]))
 
 
-def _read_experiment(path: Path, values: dict[str, Any], weights: str) -> Experiment:
-    """The content of a file; a warning where it is incomplete."""
+def _read_experiment(path: Path, values: dict[str, Any], names: Sequence[str]) -> Experiment:
+    """The content of a file about a model with one of these hashes; a warning where it is incomplete."""
     try:
         config, form = Config.model_validate(values["config"], context={"saved": True}), values.get("format", 1)
         if form == 1:
@@ -241,8 +245,8 @@ def _read_experiment(path: Path, values: dict[str, Any], weights: str) -> Experi
             return Experiment(config, Path(), train, seen, by_file=True, file=path)
         if form != FORMAT:
             raise InputError(f"{path} is of another version of ldm3d (format {shown(form)}, here {FORMAT}); update ldm3d")
-        if values["model"] != weights:
-            raise InputError(f"{path} is of model {shown(values['model'])}, and this is {weights}; give its own")
+        if values["model"] not in names:
+            raise InputError(f"{path} is of model {shown(values['model'])}, and this is {names[0]}; give its own")
         if not values["autoencoder_known"]:
             warnings.warn(
                 f"{path} does not know which scans the autoencoder was trained on: some that count as held out may be among "
@@ -261,8 +265,6 @@ def _read_experiment(path: Path, values: dict[str, Any], weights: str) -> Experi
 
 def _config_of(model: Path) -> Config:
     """A config for preparing scans, with the model's covariates as columns; nothing is trained by it."""
-    if not (model / DESCRIPTION).is_file():
-        raise InputError(f"{model} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
     parts = read_description(model / DESCRIPTION)
     grid, schema = parts["grid"], parts["schema"]
     unused = {"steps": 1, "batch_size": 1, "learning_rate": 1e-4}

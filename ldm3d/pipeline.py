@@ -35,6 +35,7 @@ from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import weights_hash
 from ldm3d.models.unet import LatentUNet, cut_to
+from ldm3d.shipped import model_folder
 
 
 class Pipeline:
@@ -157,13 +158,21 @@ class Pipeline:
         self.unet.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         return self
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the pipeline as a folder of safetensors and JSON."""
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write the pipeline as a folder of safetensors and JSON.
+
+        Args:
+            folder: where.
+            dtype: of the weights in the files, see `Pretrained.save_pretrained`; the pipeline itself does not change.
+        """
         folder = Path(folder)
-        self.autoencoder.save_pretrained(folder / "autoencoder")
-        self.unet.save_pretrained(folder / "unet")
-        write_description(folder / DESCRIPTION, {name: getattr(self, name) for name in PARTS})
-        self.model_hash = weights_hash(folder / "autoencoder", folder / "unet")
+        self.autoencoder.save_pretrained(folder / "autoencoder", dtype)
+        self.unet.save_pretrained(folder / "unet", dtype)
+        saved = weights_hash(folder / "autoencoder", folder / "unet")
+        rounded_from = self.model_hash if dtype and self.model_hash not in (saved, "unsaved") else None
+        write_description(folder / DESCRIPTION, {name: getattr(self, name) for name in PARTS}, rounded_from)
+        if dtype is None:
+            self.model_hash = saved
 
     @classmethod
     def from_pretrained(
@@ -172,18 +181,17 @@ class Pipeline:
         """Load a pipeline folder.
 
         Args:
-            folder: written by training stage 2 or `save_pretrained`.
+            folder: written by training stage 2 or `save_pretrained`; or the name of a shipped model.
             device: None for CUDA where there is one, else the CPU.
-            dtype: torch.float32 or torch.bfloat16; None for what is fast on the device, as the command line has it.
+            dtype: to compute in, torch.float32 or torch.bfloat16; None for what is fast on the device, as the command line
+                has it. The precision of the files has no say in it.
 
         Raises:
             InputError: not such a folder, or a damaged one.
         """
-        folder = Path(folder)
+        folder = model_folder(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or precision.dtype("auto", device)
-        if not (folder / DESCRIPTION).is_file():
-            raise InputError(f"{folder} holds no model: {DESCRIPTION} is missing; training writes one to OUTPUT/model")
         parts = read_description(folder / DESCRIPTION)
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)

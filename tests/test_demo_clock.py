@@ -74,6 +74,7 @@ def test_the_estimate_is_the_sum_of_what_each_part_repeats(monkeypatch):
 def test_every_part_is_measured_on_this_machine(monkeypatch, tmp_path, capsys):
     """On a small grid; a demo whose data is there expects no time for it."""
     monkeypatch.setattr(demo_clock.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "shipped", dict)  # none, see test_shipped.py
     config = load_config(TOY, [*SMALL, f"output={tmp_path / 'run'}"])
     (tmp_path / "data").mkdir()
     (tmp_path / "data/participants.tsv").touch()

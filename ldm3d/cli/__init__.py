@@ -1,6 +1,6 @@
 """The command line, all but training.
 
-ldm3d phantoms | prepare | encode | generate | info | evaluate | segmenter | compare | audit | likelihood | explain |
+ldm3d phantoms | prepare | encode | generate | info | evaluate | segmenter | compare | audit | likelihood | explain | export |
 import-monai | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.

@@ -25,7 +25,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
     measure: Annotated[
-        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}")
+        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
     features: Annotated[
         str, typer.Option(help="random, medicalnet:FILE, radimagenet:FILE or package.module:function")

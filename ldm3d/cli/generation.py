@@ -1,4 +1,4 @@
-"""Commands for a trained model: generate, info, import-monai."""
+"""Commands for a trained model: generate, info, export, import-monai."""
 
 import sys
 from pathlib import Path
@@ -101,7 +101,8 @@ def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, 
 @app.command()
 def info(
     model: Annotated[
-        Path | None, typer.Argument(help="Pipeline folder, for example runs/toy/model.", show_default=False)
+        Path | None,
+        typer.Argument(help="Pipeline folder, for example runs/toy/model, or a shipped model's name.", show_default=False),
     ] = None,
     environment: Annotated[
         bool, typer.Option("--environment", help="Devices of this machine, and the kernels that load.")
@@ -117,6 +118,22 @@ def info(
         print(Pipeline.from_pretrained(model, "cpu"))
     if environment:
         print(describe_environment())
+
+
+@app.command()
+def export(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option(help="Folder to write, named like the model; must be empty or absent.")],
+    precision: Annotated[str, typer.Option(help="Of the weights in the files: float16, bfloat16 or float32.")] = "float16",
+    about: Annotated[Path | None, typer.Option(help="Markdown: whose data, training, figures, limits; for the card.")] = None,
+    segmenter: Annotated[Path | None, typer.Option(help="Folder of `ldm3d segmenter`, to lie beside the networks.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="Of the weights, as Hugging Face calls it.")] = "apache-2.0",
+) -> None:
+    """Copy a model for others: half of the size, with a model card (README.md)."""
+    from ldm3d.export import export as write
+
+    size = write(model, out, precision, about, segmenter, licence)
+    print(f"model written to {out}: {size / 1e6:.1f} MB; read its README.md before you publish it")
 
 
 @app.command("import-monai")

@@ -60,13 +60,23 @@ class Pretrained(nn.Module):
 
         cls.__init__ = construct_and_record  # type: ignore[method-assign]  # with the signature that it wraps
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json and model.safetensors, in the parameters' own dtype."""
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors.
+
+        Args:
+            folder: where.
+            dtype: of matrices and kernels in the file. Vectors (biases, norms, statistics of latents), a small share of all,
+                keep their precision. None: all keep it.
+
+        Raises:
+            InputError: a weight is beyond the range of `dtype`.
+        """
         folder = Path(folder)
+        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         description = {"class": type(self).__name__, "arguments": self.arguments}
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        save_file(weights, folder / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -74,7 +84,7 @@ class Pretrained(nn.Module):
 
         Args:
             folder: written by `save_pretrained`.
-            device, dtype: where and in what precision; None keeps the dtype of the file.
+            device, dtype: where and in what precision; None keeps the dtype of the file, the widest of several.
 
         Raises:
             InputError: not such a folder, another class's, weights that do not fit the configuration, or NaN among them.
@@ -112,9 +122,19 @@ class Pretrained(nn.Module):
             reason = shown(" ".join(str(error).split()))
             raise InputError(f"{folder / CONFIG} was written by another version of ldm3d, or is damaged: {reason}") from None
         _check_numbers(weights, folder / WEIGHTS)
-        network.to(next(iter(weights.values())).dtype)
+        network.to(functools.reduce(torch.promote_types, (value.dtype for value in weights.values())))
         load_weights(network, weights, folder / WEIGHTS)
         return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _rounded(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor as it is saved, see `Pretrained.save_pretrained`."""
+    if dtype is None or value.ndim < 2:
+        return value
+    rounded = value.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise InputError(f"{name} holds values beyond the range of {rounded.dtype}; save it as torch.bfloat16 or float32")
+    return rounded
 
 
 def find_class(name: str) -> type[Pretrained]:

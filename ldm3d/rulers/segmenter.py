@@ -19,6 +19,7 @@ from ldm3d.data.augment import vary
 from ldm3d.errors import InputError
 from ldm3d.models.segmentation import CHANNELS, SegmentationUNet
 from ldm3d.randomness import generator
+from ldm3d.shipped import segmenter_folder
 
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
 
@@ -38,8 +39,8 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Segmenter":
-        """From a folder that `SegmentationUNet.save_pretrained` wrote."""
-        return cls(SegmentationUNet.from_pretrained(folder, device))
+        """From a folder that `SegmentationUNet.save_pretrained` wrote, or a model's, shipped ones included; in float32."""
+        return cls(SegmentationUNet.from_pretrained(segmenter_folder(folder), device, torch.float32))
 
     @torch.inference_mode()
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:

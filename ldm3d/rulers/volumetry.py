@@ -177,7 +177,7 @@ def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[
     """The function "package.module:function" of the same form as `measure_volumes`, or the network of "segmenter:FOLDER".
 
     Args:
-        name: of either.
+        name: of either; FOLDER may be a model's, or the name of a shipped model, for the segmenter beside its networks.
         device: where a network computes.
 
     Raises:
