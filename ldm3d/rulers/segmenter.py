@@ -66,14 +66,23 @@ class Segmenter:
         """From a folder that `SegmentationUNet.save_pretrained` wrote."""
         return cls(SegmentationUNet.from_pretrained(folder, device))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the classes: class k + 1 is the k-th."""
+        return list(self.network.groups)
+
     @torch.inference_mode()
+    def classes(self, volume: NDArray) -> NDArray:
+        """Volume (1, X, Y, Z) or (X, Y, Z) in [0, 1] -> the most probable class of each voxel, (X, Y, Z) uint8."""
+        device = next(self.network.parameters()).device
+        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape[-3:])
+        return self.network(x)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
         """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class."""
-        device = next(self.network.parameters()).device
-        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape)
-        counts = self.network(x).argmax(dim=1).flatten().bincount(minlength=1 + len(self.network.groups)).tolist()
+        counts = np.bincount(self.classes(volume).ravel(), minlength=1 + len(self.names))
         voxel_ml = float(np.prod(spacing_mm)) / 1000
-        return {name: count * voxel_ml for name, count in zip(self.network.groups, counts[1:])}
+        return {name: int(count) * voxel_ml for name, count in zip(self.names, counts[1:])}
 
 
 def train_segmenter(
