@@ -50,6 +50,32 @@ class SegmentationUNet(Pretrained):
         padded = pad_to(volumes, [-(-n // self.factor) * self.factor for n in shape])
         return cut_to(self.network(padded), shape)
 
+    def features(self, volumes: Tensor) -> Tensor:
+        """What the network sees of the anatomy, for distances between sets: volumes (N, 1, X, Y, Z) -> (N, D).
+
+        The mean over positions of each channel of the coarsest level, the mean probability of each class in each of 3 x 3 x 3
+        cells of the grid, and the mean entropy (nats) of the classes in each octant, which is high where tissues cannot be
+        told. Finer levels and standard deviations over positions are left out: they respond to the sharpness of outlines
+        more than to what lies between them (docs/notes/realism.md).
+        """
+        coarsest: list[Tensor] = []
+        keep = self._coarsest().register_forward_hook(lambda _, __, found: coarsest.append(found))
+        try:
+            logs = self(volumes).log_softmax(dim=1)  # (N, 1 + groups, X, Y, Z)
+        finally:
+            keep.remove()
+        probabilities = logs.exp()
+        entropy = -(probabilities * logs).sum(dim=1, keepdim=True)
+        cells = [F.adaptive_avg_pool3d(x, parts) for x, parts in ((coarsest[0], 1), (probabilities, 3), (entropy, 2))]
+        return torch.cat([cell.flatten(1) for cell in cells], dim=1)
+
+    def _coarsest(self) -> torch.nn.Module:
+        """The part of MONAI's network, which is nested level in level, that works at the coarsest level."""
+        block = self.network.model
+        while isinstance(block, torch.nn.Sequential):  # down, a skip connection around what is coarser, up
+            block = block[1].submodule
+        return block
+
 
 class Segmenter:
     """Volumes of structures: of the same form as `ldm3d.rulers.volumetry.measure_volumes`.
