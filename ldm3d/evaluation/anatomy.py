@@ -154,7 +154,7 @@ def compare_figures(
     without = _middle(real, 1 - own)  # each person in the middle of the others
     usual = ((real >= without[0]) & (real <= without[1])).mean(axis=0)  # (F,)
     # Ends of the middle vary more in resamples, which have fewer different people, so that less lies between them
-    draws, null = draws - draws.mean(axis=0) + value, null - null.mean(axis=0) + usual
+    draws, null = ((d - d.mean(axis=0) + centre).clip(0, 1) for d, centre in ((draws, value), (null, usual)))
     rows = [(ALL, value.mean(), draws.mean(axis=1), null.mean(axis=1), usual.mean())]
     rows += [(name, value[f], draws[:, f], null[:, f], usual[f]) for f, name in enumerate(names)]
     sizes = len(set(people)), len(set(requested))

@@ -29,8 +29,8 @@ NOTE = (
     f"bootstrap resamples of people. {WITHIN.capitalize()} (green): the whole 90% interval is within {MARGIN:.0%} of the "
     f"share of other real people, with {ENOUGH} people or more. {BEYOND.capitalize()} (red): all of it lies below. "
     f"{CLOSER.capitalize()} (amber): more volumes are there than of real people, so the usual brain is drawn too often. "
-    f"{FEW.capitalize()} (grey): anything else. The light is red if any figure of generated volumes is beyond the margin, "
-    "otherwise that of the mean over figures."
+    f"{FEW.capitalize()} (grey): anything else. The light is red if any figure of generated volumes is beyond the margin (not "
+    f"counted with fewer than {ENOUGH} people), otherwise that of the mean over figures."
 )
 
 
@@ -56,11 +56,14 @@ def _with_enough(goal: Goal, people: int) -> Goal:
 
 
 def anatomy_light(findings: list[Finding]) -> Goal:
-    """Red if any figure is beyond the margin, else as the mean over figures."""
-    mean = findings[0]
-    beyond = [finding.name for finding in findings if finding.verdict == BEYOND]
+    """Red if any figure is beyond the margin, else as the mean over figures.
+
+    With fewer than `ENOUGH` people a single figure of many is beyond it by chance, so that the mean alone counts.
+    """
+    mean, *others = findings
+    beyond = sum(finding.verdict == BEYOND for finding in others) if min(mean.real, mean.synthetic) >= ENOUGH else 0
     verdict = BEYOND if beyond else mean.verdict
-    words = f"{len(beyond)} of {len(findings) - 1} figures {BEYOND}" if beyond else verdict
+    words = f"{beyond} of {len(others)} figures {BEYOND}" if beyond else verdict
     name = "Anatomy within the middle 90% of real people"
     return Goal(name, 100 * mean.value, unit="%", interval=(100 * mean.low, 100 * mean.high), judged=(LIGHTS[verdict], words))
 
