@@ -9,7 +9,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from ldm3d.data.phantoms import GREY, VENTRICLES, WHITE, make_phantom
 from ldm3d.errors import InputError
 from ldm3d.evaluation import discriminability
-from ldm3d.evaluation.anatomy import ALL, MISSING, Segmented, compare_anatomy, compare_figures, segment
+from ldm3d.evaluation.anatomy import ALL, MISSING, Segmented, class_names, compare_anatomy, compare_figures, segment
 from ldm3d.evaluation.discriminability import Discriminability, auc_interval, is_quick, tell_apart
 from ldm3d.metrics.discriminability import classifier_auc
 from ldm3d.metrics.distances import frechet_distance
@@ -178,6 +178,11 @@ def test_class_maps_and_features(network, extractor, sets):
     assert torch.equal(extractor(torch.cat([both, both.flip(0)], dim=1)), features)  # of several channels the first
 
 
+def test_classes_are_named_without_units():
+    for given, short in ((["ventricular_volume_ml", "grey_ml", "csf"], ["ventricular", "grey", "csf"]), (["a", "a_ml"],) * 2):
+        assert class_names(Segmenter(SegmentationUNet({name: [k] for k, name in enumerate(given)}, (4, 8)))) == short
+
+
 def test_where_tissue_is_shows_in_the_features(extractor, sets):
     """A flip from front to back exchanges the front and the back cells."""
     volume = torch.from_numpy(np.pad(sets["real"][0], ((0, 0), (0, 4), (0, 0))))[None, None]
@@ -265,6 +270,12 @@ def test_variety_and_people_that_are_told_apart(monkeypatch):
     assert low == pytest.approx(0.25, rel=1e-3) and high == pytest.approx(0.25, rel=1e-3)  # person by person the same
     with pytest.raises(InputError, match="of 5 people"):
         tell_apart(list(known), list(made), range(40), [*range(5)] * 8)
+
+
+def test_variances_of_resamples():
+    volumes = np.random.default_rng(0).random((3, 1, 4, 4, 4))
+    found = discriminability._variances(list(volumes), np.array([[2.0, 0, 1]]))
+    assert found == pytest.approx([volumes[rows].var(axis=0).sum() for rows in ([0, 1, 2], [0, 0, 2])], rel=1e-5)
 
 
 def test_interval_of_an_auc():

@@ -42,7 +42,13 @@ def segment(volume: NDArray, segmenter: Segmenter, spacing_mm: Sequence[float]) 
     """Of a volume (X, Y, Z) in [0, 1]."""
     classes = segmenter.classes(volume)
     step = -(-max(classes.shape) // MAX_SIDE)
-    return Segmented(describe_classes(classes, segmenter.names, spacing_mm), classes[::step, ::step, ::step].copy())
+    return Segmented(describe_classes(classes, class_names(segmenter), spacing_mm), classes[::step, ::step, ::step].copy())
+
+
+def class_names(segmenter: Segmenter) -> list[str]:
+    """Its names without units: "ventricular_volume_ml", of the quantity that it measures, is "ventricular"."""
+    short = [name.removesuffix("_ml").removesuffix("_volume") for name in segmenter.names]
+    return short if len(set(short)) == len(short) else segmenter.names
 
 
 @dataclass(frozen=True)

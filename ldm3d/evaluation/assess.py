@@ -19,7 +19,7 @@ from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation import sweeps
-from ldm3d.evaluation.anatomy import REFERENCES, compare_anatomy
+from ldm3d.evaluation.anatomy import REFERENCES, class_names, compare_anatomy
 from ldm3d.evaluation.discriminability import tell_apart
 from ldm3d.evaluation.fidelity import compare_kinds, group_scores
 from ldm3d.evaluation.likelihood import COLUMNS, score
@@ -102,7 +102,7 @@ def evaluate(
     if segmenter:
         sets = ([sample.anatomy for sample in group if sample.anatomy] for group in (real, reconstructed, generated))
         whose = people, result.requested_people, order
-        result.anatomy = compare_anatomy(*sets, segmenter.names, *whose, processes)
+        result.anatomy = compare_anatomy(*sets, class_names(segmenter), *whose, processes)
     if classifier and processes.is_main:
         _add_discriminability(result, [reconstructed[i] for i in order], generated, pipeline.device)
 
