@@ -144,6 +144,27 @@ def histogram(values: NDArray, label: str, title: str) -> Figure:
     return figure
 
 
+def ranges(names: Sequence[str], series: dict[str, NDArray], label: str, title: str) -> Figure:
+    """The range of each of F figures in several sets, beside a grey band from -1 to 1, drawn up to 4 on either side.
+
+    Each series is (F, 3): low, middle and high.
+    """
+    figure = Figure(figsize=(7.2, 0.6 + 0.3 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvspan(-1, 1, color=MUTED, alpha=0.2, linewidth=0)
+    places = np.arange(len(names))
+    for k, (colour, (name, values)) in enumerate(zip((MUTED, ACCENT), series.items())):
+        low, middle, high = np.clip(values, -4, 4).T
+        at = places + 0.25 * (k - (len(series) - 1) / 2)
+        axis.hlines(at, low, high, color=colour, linewidth=2.5, label=name)
+        axis.scatter(middle, at, s=16, color=colour, zorder=3)
+    axis.set(yticks=places, yticklabels=names, xlim=(-4.1, 4.1), ylim=(len(names) - 0.5, -0.5))
+    axis.set_title(title, fontsize=9, color=INK)
+    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    _plain(axis, label, "")
+    return figure
+
+
 def overlay(
     volume: NDArray,
     values: NDArray,

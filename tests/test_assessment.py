@@ -1,5 +1,6 @@
 """`ldm3d evaluate` with all its parts, on a model that has learnt next to nothing: that everything is found and said."""
 
+import functools
 import json
 import re
 
@@ -7,8 +8,11 @@ import pandas as pd
 import pytest
 from conftest import command_line
 
-from ldm3d.evaluation import utility
+from ldm3d.evaluation import discriminability, utility
+from ldm3d.metrics import discriminability as metric
+from ldm3d.metrics import features
 from ldm3d.rulers import regression
+from ldm3d.rulers.segmenter import SegmentationUNet
 
 
 def refuse(constant: str):
@@ -69,3 +73,31 @@ def test_ages_are_not_predicted_without_the_data_that_was_trained_on(experiment,
     assert "--data has none of them" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert "predicted" not in metrics and {row["covariate"] for row in metrics["fidelity"]} == {"ventricular_volume_ml"}
+
+
+def test_a_segmenter_and_a_classifier_judge_anatomy(experiment, tmp_path, monkeypatch, capsys):
+    """With the segmenter's features where no others are asked for; five people, and two steps of the classifier."""
+    network = SegmentationUNet({"brain": [4, 5], "ventricles": [6, 7]}, (4, 8))
+    network.save_pretrained(tmp_path / "segmenter")
+    for module in (metric, discriminability):
+        monkeypatch.setattr(module, "FEWEST", 5)
+    monkeypatch.setattr(discriminability, "classifier_auc", functools.partial(metric.classifier_auc, folds=2, steps=2))
+    asked, load = [], features.load_extractor
+    monkeypatch.setattr(features, "load_extractor", lambda name: asked.append(name) or load(name))
+    arguments = ["--data", experiment / "data", "--segmenter", tmp_path / "segmenter", "--num", 12, "--steps", 1]
+    command_line("evaluate", experiment / "run/model", *arguments, "--out", tmp_path / "out", "--no-predict")
+    said = capsys.readouterr().out
+    assert "segment 22 volumes" in said and "of 5 generated and 5 reconstructed volumes" in said
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text(), parse_constant=refuse)
+    found = metrics["anatomy"]
+    assert list(found["dice"]) == ["brain", "ventricles"] and len(found["middle"]) == 10
+    assert [each["name"] for each in found["generated"]] == ["all", *found["middle"]]
+    assert asked == [f"segmenter:{tmp_path / 'segmenter'}"]
+    told = metrics["discriminability"]
+    assert told["people"] == 5 and 0 <= told["auc"] <= 1 and told["variety"] > 0
+    names = {goal["name"] for goal in metrics["goals"]}
+    assert {"Anatomy within the middle 90% of real people", "Generated told from reconstructed volumes, AUC"} <= names
+    page = (tmp_path / "out/report.html").read_text()
+    for text in ("brain thickness (mm)", "Told apart, and variety", "ventricles overlap"):
+        assert text in page
+    assert (tmp_path / "out/anatomy.png").is_file()

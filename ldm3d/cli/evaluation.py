@@ -27,9 +27,21 @@ def evaluate(
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
+    segmenter: Annotated[Path | None, typer.Option(help="Of `ldm3d segmenter`: compare the anatomy of volumes.")] = None,
     features: Annotated[
-        str, typer.Option(help="random, medicalnet:FILE, radimagenet:FILE or package.module:function")
-    ] = "random",
+        str | None,
+        typer.Option(
+            help="random, segmenter:FOLDER, medicalnet:FILE, radimagenet:FILE or package.module:function; by default the "
+            "segmenter's, or random."
+        ),
+    ] = None,
+    classifier: Annotated[
+        bool | None,
+        typer.Option(
+            "--classifier/--no-classifier",
+            help="Train one to tell generated volumes; by default with a segmenter, if it takes minutes.",
+        ),
+    ] = None,
     predict: Annotated[bool, typer.Option(help="Predict covariates that MEASURE does not give (age) by regression.")] = True,
     downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
@@ -46,27 +58,34 @@ def evaluate(
     Training volumes in --data are used to fit regressions (age, sex), and by --audit.
     """
     from ldm3d.evaluation.assess import assess, plan
+    from ldm3d.evaluation.discriminability import is_quick
     from ldm3d.experiment import scans_by_use
     from ldm3d.metrics.features import load_extractor
     from ldm3d.privacy.audit import plan as audit_plan
     from ldm3d.processes import started_processes
     from ldm3d.report.sections.evaluation import summary
     from ldm3d.report.write import write_report
+    from ldm3d.rulers.segmenter import Segmenter
     from ldm3d.rulers.volumetry import load_measure
 
     processes = started_processes()
     if with_likelihood and precision == "auto":
         precision = "float32"  # see `likelihood`
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
-    function, extractor = load_measure(measure, str(pipeline.device)), load_extractor(features)
+    function = load_measure(measure, str(pipeline.device))
+    extractor = load_extractor(features or (f"segmenter:{segmenter}" if segmenter else "random"))
+    judge = Segmenter.from_pretrained(segmenter, pipeline.device) if segmenter else None
+    if classifier is None:
+        classifier = judge is not None and is_quick(pipeline.output_grid.shape, pipeline.device)
     config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment)
     counts = len(trained), len(held_out), num
-    lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood)
+    lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood, judge is not None, classifier)
     lines += audit_plan(*counts) if with_audit and len(trained) else []
     lines.append("(--num and --steps shorten generation only; the other parts depend on the number of scans in --data)")
     if processes.is_main:
         print("\n  ".join(["evaluation, with a progress bar for each part:", *lines]), flush=True)
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood}
+    parts |= {"segmenter": judge, "classifier": classifier}
     found = assess(pipeline, config, trained, held_out, function, extractor, sampling, num, **parts, processes=processes)
     audited = None
     if with_audit and trained.empty:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -18,9 +19,11 @@ from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation import sweeps
+from ldm3d.evaluation.anatomy import REFERENCES, class_names, compare_anatomy
+from ldm3d.evaluation.discriminability import tell_apart
 from ldm3d.evaluation.fidelity import compare_kinds, group_scores
 from ldm3d.evaluation.likelihood import COLUMNS, score
-from ldm3d.evaluation.realism import FeatureSet, assess_realism
+from ldm3d.evaluation.realism import PAIRED_VOLUMES, FeatureSet, assess_realism
 from ldm3d.evaluation.realism_by_group import realism_gaps
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.samples import Measure, Sample, Sampler, usable
@@ -28,11 +31,13 @@ from ldm3d.evaluation.selection import in_turn
 from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MEAN_TOLERANCE, VolumeScores, groupings, minus_real
 from ldm3d.evaluation.support import outside_training
 from ldm3d.evaluation.utility import downstream_utility
+from ldm3d.metrics.discriminability import FOLDS, STEPS
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
 from ldm3d.rulers.categories import Reader, count_hits
 from ldm3d.rulers.regression import MAX_VOLUMES, TrainingFeatures, fit_predictor, together, training_features
+from ldm3d.rulers.segmenter import Segmenter
 from ldm3d.rulers.volumetry import apply_measure
 
 SHOWN = 3  # volumes that are kept for pictures
@@ -51,6 +56,8 @@ def evaluate(
     people: Sequence[Hashable] | None = None,
     processes: Processes = ALONE,
     training: Sequence[Mapping[str, Any]] | None = None,
+    segmenter: Segmenter | None = None,
+    classifier: bool = False,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -66,6 +73,8 @@ def evaluate(
         people: the person in each held-out volume; None: all are different.
         processes: that share the work; all of them have to call this, and all get the same answer.
         training: covariates of the training volumes, to find requests outside of them; None if not available.
+        segmenter: of anatomy, which is compared if there is one.
+        classifier: whether to train one to tell generated from reconstructed volumes.
 
     Returns:
         The evaluation without gaps between groups, for which `analyse_subgroups` is called when all scores are there.
@@ -80,7 +89,7 @@ def evaluate(
     order = in_turn(people, sampling.seed)
     requests = [rows[order[i % len(order)]] for i in range(num_generated)]
     extractor = usable(extractor, pipeline)
-    sampler = Sampler(pipeline, measure, extractor, order, SHOWN, processes)
+    sampler = Sampler(pipeline, measure, extractor, order, SHOWN, processes, segmenter, classifier)
 
     real, reconstructed, qualities = sampler.reconstructed(load)
     result = Evaluation(*qualities, subjects=rows, people=people, order=order, requests=requests)
@@ -90,6 +99,12 @@ def evaluate(
     result.outside, result.joint = outside_training(schema, requests, training), training is not None
     if extractor:
         _add_realism(result, pipeline, (real, reconstructed, generated), processes)
+    if segmenter:
+        sets = ([sample.anatomy for sample in group if sample.anatomy] for group in (real, reconstructed, generated))
+        whose = people, result.requested_people, order
+        result.anatomy = compare_anatomy(*sets, class_names(segmenter), *whose, processes)
+    if classifier and processes.is_main:
+        _add_discriminability(result, [reconstructed[i] for i in order], generated, pipeline.device)
 
     quantities = [c.name for c in schema if c.kind == "continuous" and c.name in real[0].measured]
     for name in quantities:
@@ -119,14 +134,39 @@ def _add_realism(result: Evaluation, pipeline: Pipeline, samples: Sequence[Seque
         setattr(result, name, part())
 
 
+def _add_discriminability(
+    result: Evaluation, reconstructed: Sequence[Sample], generated: Sequence[Sample], device: str | torch.device
+) -> None:
+    """Of those volumes that were kept for it; `reconstructed` in the order of `Evaluation.order`."""
+    one, other = ([sample.compared for sample in group if sample.compared is not None] for group in (reconstructed, generated))
+    people, requested = [result.people[i] for i in result.order[: len(one)]], result.requested_people[: len(other)]
+    try:
+        result.discriminability = tell_apart(one, other, people, requested, device)
+    except InputError as error:  # the other figures are still useful
+        warnings.warn(f"no classifier is trained: {error}", stacklevel=3)
+
+
 def plan(
-    pipeline: Pipeline, trained: int, held_out: int, num: int, sampling: Sampling, regression: bool, likelihood: bool
+    pipeline: Pipeline,
+    trained: int,
+    held_out: int,
+    num: int,
+    sampling: Sampling,
+    regression: bool,
+    likelihood: bool,
+    segmenter: bool = False,
+    classifier: bool = False,
 ) -> list[str]:
     """What `assess` will do, a line for each part that takes long; `trained` and `held_out` are numbers of volumes."""
     swept = sum(bool(c.seen) for c in pipeline.schema)
     lines = [f"reconstruct {held_out} held-out volumes", f"generate {num} volumes in {sampling.steps} steps each"]
     if regression and trained and len(pipeline.schema):
         lines.insert(0, f"reconstruct {min(trained, MAX_VOLUMES)} training volumes for regression")
+    if segmenter:
+        lines.append(f"segment {2 * held_out + num} volumes, and find the nearest anatomy of each among {REFERENCES} people")
+    if classifier:
+        each = min(held_out, num, PAIRED_VOLUMES)
+        lines.append(f"train {FOLDS} classifiers of {each} generated and {each} reconstructed volumes, {STEPS} steps each")
     if swept:
         lines.append(f"generate {swept * sweeps.VALUES * sweeps.REPEATS} volumes that sweep {swept} covariates")
     if likelihood:
@@ -147,6 +187,8 @@ def assess(
     downstream: bool = False,
     likelihood: bool = False,
     processes: Processes = ALONE,
+    segmenter: Segmenter | None = None,
+    classifier: bool = False,
 ) -> Evaluation:
     """Evaluate a model on held-out scans.
 
@@ -174,7 +216,9 @@ def assess(
         predictor = fit_predictor(learnt, missing, extractor, pipeline.device)
         names, measure = list(predictor.ridges), together(predictor, measure)
     others = {"extractor": extractor, "people": people, "processes": processes, "training": training}
-    result = evaluate(pipeline, subjects, load, measure, sampling, num_generated, **others)
+    result = evaluate(
+        pipeline, subjects, load, measure, sampling, num_generated, **others, segmenter=segmenter, classifier=classifier
+    )
     if names:
         result.predicted = names, len(learnt.rows)
     if learnt and predict and result.features:

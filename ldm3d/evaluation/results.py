@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.evaluation import subgroups
+from ldm3d.evaluation.anatomy import Anatomy
+from ldm3d.evaluation.discriminability import Discriminability
 from ldm3d.evaluation.likelihood import COLUMNS
 from ldm3d.evaluation.samples import QUALITIES
 from ldm3d.evaluation.subgroups import Gap, VolumeScores
@@ -42,6 +44,8 @@ class Evaluation:
         features: "real" (held-out), "reconstructed" and "generated" -> (N, D), if features were computed.
         realism: metrics of the generated volumes beside the held-out ones.
         realism_of_reconstructions: the same of the held-out volumes after the autoencoder, without metrics of pairs.
+        anatomy: what a segmentation says of them; None without a segmenter.
+        discriminability: what a classifier says of generated and reconstructed volumes; None if it was not trained.
         predicted: covariates that were predicted by regression, and the number of training volumes; None: none.
         categories: how often the requested category was recognised.
         utility: of each covariate; None if it was not assessed.
@@ -69,6 +73,8 @@ class Evaluation:
     features: dict[str, NDArray] = field(default_factory=dict)
     realism: list[Finding] = field(default_factory=list)
     realism_of_reconstructions: list[Finding] = field(default_factory=list)
+    anatomy: Anatomy | None = None
+    discriminability: Discriminability | None = None
     predicted: tuple[list[str], int] | None = None
     categories: list[Hits] = field(default_factory=list)
     utility: list[Utility] | None = None
@@ -86,6 +92,10 @@ class Evaluation:
             "likeness": [finding.to_dict() for finding in self.realism],
             "likeness_of_reconstructions": [finding.to_dict() for finding in self.realism_of_reconstructions],
         }
+        if self.anatomy:
+            found["anatomy"] = self.anatomy.to_dict()
+        if self.discriminability:
+            found["discriminability"] = self.discriminability.to_dict()
         if self.predicted:
             found["predicted"] = dict(zip(("covariates", "training_volumes"), self.predicted))
         if self.categories:

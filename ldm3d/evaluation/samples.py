@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from ldm3d.covariates import Value
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
+from ldm3d.evaluation.anatomy import Segmented, segment
 from ldm3d.evaluation.realism import PAIRED_VOLUMES, VolumeFeatures, features_of
 from ldm3d.generation.sampling import grouped
 from ldm3d.metrics.features import Extractor
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import Processes, share_work
+from ldm3d.rulers.segmenter import Segmenter
 from ldm3d.rulers.volumetry import apply_measure
 
 Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]  # (volume, spacing_mm) -> {quantity: value}
@@ -25,11 +27,21 @@ QUALITIES = ("psnr_db", "ssim", "psnr_foreground_db", "ssim_foreground")
 
 @dataclass(frozen=True)
 class Sample:
-    """What is kept of one volume: measured quantities, features by an extractor, and the volume itself for pictures."""
+    """What is kept of one volume.
+
+    Attributes:
+        measured: quantities.
+        features: by an extractor.
+        volume: itself, for pictures.
+        anatomy: by a segmenter.
+        compared: the volume in float16, of `PAIRED_VOLUMES` reconstructed and generated volumes that a classifier compares.
+    """
 
     measured: Mapping[str, float]
     features: VolumeFeatures | None
     volume: NDArray | None
+    anatomy: Segmented | None = None
+    compared: NDArray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Sampler:
         extractor: of features; None for none.
         order: indices of held-out volumes in the order of their use; the first `shown` are kept for pictures.
         processes: that share the work.
+        segmenter: of anatomy; None for none.
+        classified: whether a classifier is to compare volumes.
     """
 
     pipeline: Pipeline
@@ -50,12 +64,22 @@ class Sampler:
     order: Sequence[int]
     shown: int
     processes: Processes
+    segmenter: Segmenter | None = None
+    classified: bool = False
 
-    def sample(self, volume: NDArray, paired: bool, shown: bool) -> Sample:
-        """Of a volume (C, X, Y, Z) in [0, 1] on the output grid; `paired`: keep it for metrics of pairs."""
+    def sample(self, volume: NDArray, paired: bool, shown: bool, compared: bool = False) -> Sample:
+        """Of a volume (C, X, Y, Z) in [0, 1] on the output grid.
+
+        `paired`, `compared`: keep it for metrics of pairs, for a classifier.
+        """
         features = features_of(volume, paired, self.extractor, self.pipeline.device) if self.extractor else None
-        measured = apply_measure(self.measure, volume, self.pipeline.grid.spacing_mm)
-        return Sample(measured, features, volume if shown else None)
+        spacing_mm = self.pipeline.grid.spacing_mm
+        measured = apply_measure(self.measure, volume, spacing_mm)
+        anatomy = segment(volume[0], self.segmenter, spacing_mm) if self.segmenter else None
+        kept = None
+        if self.classified and compared:  # once, if it is kept for pairs too
+            kept = features.volume if features and paired else volume.astype(np.float16)
+        return Sample(measured, features, volume if shown else None, anatomy, kept)
 
     def reconstructed(self, load: Callable[[int], NDArray]) -> tuple[list[Sample], list[Sample], NDArray]:
         """Every held-out volume, the same after the autoencoder, and `QUALITIES` of the reconstructions, (4, N)."""
@@ -66,7 +90,7 @@ class Sampler:
             again = self.pipeline.reconstruct(volume)
             pair = [self.pipeline.cropped(v[0].cpu().numpy()) for v in (volume, again)]  # as generated volumes are
             quality = [figure(again, volume, at).item() for at in (None, foreground(volume)) for figure in (psnr, ssim)]
-            return self.sample(pair[0], i in paired, i in shown), self.sample(pair[1], False, i in shown), quality
+            return self.sample(pair[0], i in paired, i in shown), self.sample(pair[1], False, i in shown, i in paired), quality
 
         done = share_work(work, range(len(self.order)), self.processes, "reconstruct held-out volumes", "volume")
         real, again, qualities = zip(*done)
@@ -77,7 +101,7 @@ class Sampler:
 
         def work(numbers: list[int]) -> list[Sample]:
             volumes = self.pipeline.volumes([requests[i] for i in numbers], sampling, numbers=numbers)
-            return [self.sample(v, i < PAIRED_VOLUMES, i < self.shown) for i, v in zip(numbers, volumes)]
+            return [self.sample(v, i < PAIRED_VOLUMES, i < self.shown, i < PAIRED_VOLUMES) for i, v in zip(numbers, volumes)]
 
         groups = list(grouped(range(len(requests)), self.pipeline.group_size))  # whole batches: a part of one costs as much
         done = share_work(work, groups, self.processes, f"generate {len(requests)} volumes", "batch")

@@ -10,7 +10,7 @@ from ldm3d.errors import InputError
 from ldm3d.randomness import generator
 
 WIDTHS = (16, 32, 64)
-STEPS, BATCH, LEARNING_RATE = 200, 16, 2e-3
+FOLDS, STEPS, BATCH, LEARNING_RATE = 5, 200, 16, 2e-3
 DETAIL = 10.0  # what fine detail is multiplied by, to be of the size of the intensities
 FEWEST = 10  # volumes of each set, two a fold
 
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
 
 def classifier_auc(
-    one: Tensor, other: Tensor, folds: int = 5, steps: int = STEPS, seed: int = 0, device: torch.device | str = "cpu"
+    one: Tensor, other: Tensor, folds: int = FOLDS, steps: int = STEPS, seed: int = 0, device: torch.device | str = "cpu"
 ) -> float:
     """Area under the ROC curve of a classifier, for volumes that it was not trained on.
 

@@ -2,8 +2,9 @@
 
 An extractor is any callable, a torch module for example, that takes volumes (N, C, X, Y, Z) in [0, 1] to features (N, D);
 those here take one channel.
-There are three here: `RandomFeatures`, which needs no weights, and two networks whose weights the user gives, `MedicalNet` and
-`RadImageNet`. Figures are comparable only for the same extractor, grid and intensity scaling.
+There are four here: `RandomFeatures`, which needs no weights, `SegmenterFeatures`, of a segmentation network, and two networks
+whose weights the user gives, `MedicalNet` and `RadImageNet`. Figures are comparable only for the same extractor, grid and
+intensity scaling.
 """
 
 import importlib
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ldm3d.errors import InputError
 from ldm3d.models.foreign import read_weights
-from ldm3d.models.pretrained import load_weights
+from ldm3d.models.pretrained import Pretrained, load_weights
 from ldm3d.randomness import generator
 
 Extractor = Callable[[Tensor], Tensor]
@@ -197,6 +198,33 @@ class RadImageNet(nn.Module):
         return torch.stack(found).mean(dim=0)
 
 
+class SegmenterFeatures(nn.Module):
+    """Features of a network that divides brains into tissues, which respond to anatomy more than to texture.
+
+    Of volumes with several channels, the first.
+
+    Args:
+        folder: written by `ldm3d segmenter`.
+
+    Raises:
+        InputError: no segmentation network is there.
+    """
+
+    def __init__(self, folder: Path | str):
+        super().__init__()
+        self.network: Any = Pretrained.from_pretrained(folder).requires_grad_(False)
+        if not hasattr(self.network, "features"):
+            raise InputError(f"{folder} holds no segmentation network; give a folder that `ldm3d segmenter` wrote")
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """(N, C, X, Y, Z) -> (N, D)."""
+        return self.network.features(volumes[:, :1])
+
+    def maps(self, volumes: Tensor) -> Tensor:
+        """Probabilities of the classes, for `spatial_features`: (N, C, X, Y, Z) -> (N, 1 + groups, X, Y, Z)."""
+        return self.network(volumes[:, :1]).softmax(dim=1)
+
+
 def _read(weights: Path | str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         raise InputError(f"weights {weights} do not exist; give a file, or use the extractor that needs none")
@@ -207,8 +235,8 @@ def load_extractor(name: str) -> Extractor:
     """An extractor by its name on the command line.
 
     Args:
-        name: "random", "medicalnet:FILE", "radimagenet:FILE", or "package.module:function" of a function without arguments
-            that returns an extractor.
+        name: "random", "segmenter:FOLDER", "medicalnet:FILE", "radimagenet:FILE", or "package.module:function" of a function
+            without arguments that returns an extractor.
 
     Raises:
         InputError: none of these, or weights that do not fit.
@@ -216,9 +244,10 @@ def load_extractor(name: str) -> Extractor:
     kind, _, rest = name.partition(":")
     if name == "random":
         return RandomFeatures()
-    if kind in ("medicalnet", "radimagenet"):
-        return (MedicalNet if kind == "medicalnet" else RadImageNet)(rest)
-    return imported(name, "extractor", "random, medicalnet:FILE, radimagenet:FILE or ")()
+    networks = {"segmenter": SegmenterFeatures, "medicalnet": MedicalNet, "radimagenet": RadImageNet}
+    if kind in networks:
+        return networks[kind](rest)
+    return imported(name, "extractor", "random, segmenter:FOLDER, medicalnet:FILE, radimagenet:FILE or ")()
 
 
 def imported(name: str, kind: str, alternatives: str = "") -> Any:

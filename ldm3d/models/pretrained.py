@@ -33,6 +33,7 @@ MODULES = {
     "UNet": "ldm3d.models.unet",
     "MonaiAutoencoder": "ldm3d.models.monai",
     "MonaiUNet": "ldm3d.models.monai",
+    "SegmentationUNet": "ldm3d.rulers.segmenter",
 }
 
 

@@ -12,6 +12,7 @@ from ldm3d.evaluation.results import Evaluation
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.findings import Audit
 from ldm3d.report.page import METRICS, Goal, command, now, save_pictures, write_json, write_page
+from ldm3d.report.sections import anatomy
 from ldm3d.report.sections import audit as privacy
 from ldm3d.report.sections.evaluation import lights, sections
 from ldm3d.report.sections.fidelity import fidelity_table
@@ -93,7 +94,7 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
     if evaluation.likelihood is not None:
         bound = evaluation.likelihood["bound"].to_numpy()
         found["likelihood"] = figures.histogram(bound, "nats per latent dimension", "bound of held-out volumes")
-    return found
+    return found | anatomy.draw(evaluation.anatomy)
 
 
 def _count(network) -> int:

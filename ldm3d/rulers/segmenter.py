@@ -26,6 +26,32 @@ STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
 Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
 Paint = Callable[[int, np.random.Generator], tuple[NDArray, NDArray]]  # the same, painted from the scan's label map
 
+    def features(self, volumes: Tensor) -> Tensor:
+        """What the network sees of the anatomy, for distances between sets: volumes (N, 1, X, Y, Z) -> (N, D).
+
+        The mean over positions of each channel of the coarsest level, the mean probability of each class in each of 3 x 3 x 3
+        cells of the grid, and the mean entropy (nats) of the classes in each octant, which is high where tissues cannot be
+        told. Finer levels and standard deviations over positions are left out: they respond to the sharpness of outlines
+        more than to what lies between them (docs/notes/realism.md).
+        """
+        coarsest: list[Tensor] = []
+        keep = self._coarsest().register_forward_hook(lambda _, __, found: coarsest.append(found))
+        try:
+            logs = self(volumes).log_softmax(dim=1)  # (N, 1 + groups, X, Y, Z)
+        finally:
+            keep.remove()
+        probabilities = logs.exp()
+        entropy = -(probabilities * logs).sum(dim=1, keepdim=True)
+        cells = [F.adaptive_avg_pool3d(x, parts) for x, parts in ((coarsest[0], 1), (probabilities, 3), (entropy, 2))]
+        return torch.cat([cell.flatten(1) for cell in cells], dim=1)
+
+    def _coarsest(self) -> torch.nn.Module:
+        """The part of MONAI's network, which is nested level in level, that works at the coarsest level."""
+        block = self.network.model
+        while isinstance(block, torch.nn.Sequential):  # down, a skip connection around what is coarser, up
+            block = block[1].submodule
+        return block
+
 
 class Segmenter:
     """Volumes of structures: of the same form as `ldm3d.rulers.volumetry.measure_volumes`.
@@ -42,14 +68,23 @@ class Segmenter:
         """From a folder that `SegmentationUNet.save_pretrained` wrote, or a model's, shipped ones included; in float32."""
         return cls(SegmentationUNet.from_pretrained(segmenter_folder(folder), device, torch.float32))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the classes: class k + 1 is the k-th."""
+        return list(self.network.groups)
+
     @torch.inference_mode()
+    def classes(self, volume: NDArray) -> NDArray:
+        """Volume (1, X, Y, Z) or (X, Y, Z) in [0, 1] -> the most probable class of each voxel, (X, Y, Z) uint8."""
+        device = next(self.network.parameters()).device
+        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape[-3:])
+        return self.network(x)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
         """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class."""
-        device = next(self.network.parameters()).device
-        x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape)
-        counts = self.network(x).argmax(dim=1).flatten().bincount(minlength=1 + len(self.network.groups)).tolist()
+        counts = np.bincount(self.classes(volume).ravel(), minlength=1 + len(self.names))
         voxel_ml = float(np.prod(spacing_mm)) / 1000
-        return {name: count * voxel_ml for name, count in zip(self.network.groups, counts[1:])}
+        return {name: int(count) * voxel_ml for name, count in zip(self.names, counts[1:])}
 
 
 def train_segmenter(

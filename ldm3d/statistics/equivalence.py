@@ -21,7 +21,7 @@ class Finding:
     """One metric of synthetic volumes, beside the same metric of real volumes.
 
     Attributes:
-        name: of the metric, a key of `REALISM_METRICS`.
+        name: of the metric.
         value, low, high: of synthetic volumes, with a 95% interval.
         null_low, null_high: 95% interval of the metric between two sets of real volumes of the same size.
         excess, excess_low, excess_high: synthetic minus real, with a 90% interval.

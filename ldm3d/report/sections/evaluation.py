@@ -6,7 +6,7 @@ from ldm3d.covariates import CovariateSchema
 from ldm3d.evaluation.likelihood import COLUMNS
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.report.page import Goal, Section, picture, with_interval
-from ldm3d.report.sections import fidelity, realism, regression, subgroups
+from ldm3d.report.sections import anatomy, fidelity, realism, regression, subgroups
 
 
 def lights(found: Evaluation) -> list[Goal]:
@@ -14,6 +14,7 @@ def lights(found: Evaluation) -> list[Goal]:
     goals = fidelity.lights(found)
     if found.realism:
         goals.append(realism.light(found.realism))
+    goals += anatomy.lights(found.anatomy, found.discriminability)
     if found.gaps:
         goals.append(subgroups.light(found.gaps))
     goals += regression.categories_lights(found.categories)
@@ -26,6 +27,7 @@ def sections(found: Evaluation, schema: CovariateSchema, pictures: Mapping[str, 
     if len(schema):  # a model without covariates has no requests
         parts += [fidelity.conditioning_section(found, schema, pictures), fidelity.outside_section(found)]
     parts += realism.sections(found.realism, found.realism_of_reconstructions)
+    parts += anatomy.sections(found.anatomy, found.discriminability, pictures)
     parts += fidelity.sweep_sections(found, pictures)
     parts.append(fidelity.reconstruction_section(found, schema, pictures))
     parts += subgroups.subgroup_sections(found.gaps)
@@ -61,4 +63,5 @@ def likelihood_section(found: Evaluation, pictures: Mapping[str, str]) -> Sectio
 
 def summary(found: Evaluation) -> str:
     """What was found, as tables for the terminal."""
-    return "\n".join([*fidelity.summary(found), *subgroups.summary(found.gaps), *realism.summary(found.realism)])
+    parts = fidelity.summary(found), subgroups.summary(found.gaps), realism.summary(found.realism)
+    return "\n".join(line for part in (*parts, anatomy.summary(found.anatomy, found.discriminability)) for line in part)
