@@ -10,8 +10,8 @@ import ldm3d
 from ldm3d.covariates import Covariate
 from ldm3d.errors import InputError, choose
 from ldm3d.files import write_atomic
+from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.pipeline import Pipeline
-from ldm3d.rulers.segmenter import SegmentationUNet
 from ldm3d.shipped import SEGMENTER, model_folder, segmenter_folder
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

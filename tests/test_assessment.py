@@ -11,8 +11,8 @@ from conftest import command_line
 from ldm3d.evaluation import discriminability, utility
 from ldm3d.metrics import discriminability as metric
 from ldm3d.metrics import features
+from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.rulers import regression
-from ldm3d.rulers.segmenter import SegmentationUNet
 
 
 def refuse(constant: str):

@@ -14,10 +14,11 @@ from ldm3d.evaluation.discriminability import Discriminability, auc_interval, is
 from ldm3d.metrics.discriminability import classifier_auc
 from ldm3d.metrics.distances import frechet_distance
 from ldm3d.metrics.features import SegmenterFeatures, extract, load_extractor, standardise
+from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.models.unet import UNet
 from ldm3d.report.sections import anatomy as section
 from ldm3d.report.sections.anatomy import anatomy_light
-from ldm3d.rulers.segmenter import SegmentationUNet, Segmenter
+from ldm3d.rulers.segmenter import Segmenter
 from ldm3d.statistics.equivalence import CLOSER, WITHIN
 
 SHAPE, SPACING_MM, BLOCK = (20, 24, 20), 7.5, 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import command_line
 
-from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups
+from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups, parse_totals
 from ldm3d.errors import InputError
 from ldm3d.experiment import scans_by_use
 from ldm3d.models.segmentation import SegmentationUNet
@@ -47,6 +47,21 @@ def test_training_follows_from_its_seed():
     one, same, other = (train_segmenter(ball, 4, GROUPS, steps=2, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_totals_are_sums_of_groups(tmp_path):
+    network = SegmentationUNet(GROUPS, (4, 8), {"head_ml": ["ball_ml", "shell_ml"]})
+    network.save_pretrained(tmp_path)
+    found = Segmenter.from_pretrained(tmp_path)(ball(0)[0][0], (2, 2, 5))
+    assert list(found) == ["ball_ml", "shell_ml", "head_ml"] and found["head_ml"] > 0
+    assert found["head_ml"] == pytest.approx(found["ball_ml"] + found["shell_ml"])
+    for wrong in ({"head_ml": ["ball_ml", "hair_ml"]}, {"ball_ml": ["shell_ml"]}, {"head_ml": []}):
+        with pytest.raises(InputError, match="a total adds up groups, which are ball_ml, shell_ml"):
+            SegmentationUNet(GROUPS, (4, 8), wrong)
+    assert parse_totals(["a=b+c", "d = e"]) == {"a": ["b", "c"], "d": ["e"]}
+    for text in ("a", "a=", "=b", "a=b+"):
+        with pytest.raises(InputError, match="write NAME=GROUP"):
+            parse_totals([text])
 
 
 def test_any_shape_goes_through():

@@ -26,8 +26,8 @@ from ldm3d.experiment import find_experiment
 from ldm3d.export import export
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.pretrained import weights_hash
+from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.pipeline import Pipeline
-from ldm3d.rulers.segmenter import SegmentationUNet
 from ldm3d.rulers.volumetry import load_measure
 from ldm3d.shipped import model_folder, shipped
 

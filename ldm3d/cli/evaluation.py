@@ -67,13 +67,17 @@ def evaluate(
     from ldm3d.report.write import write_report
     from ldm3d.rulers.segmenter import Segmenter
     from ldm3d.rulers.volumetry import load_measure
+    from ldm3d.shipped import segmenter_folder
 
     processes = started_processes()
     if with_likelihood and precision == "auto":
         precision = "float32"  # see `likelihood`
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     function = load_measure(measure, str(pipeline.device))
-    extractor = load_extractor(features or (f"segmenter:{segmenter}" if segmenter else "random"))
+    features = features or (f"segmenter:{segmenter}" if segmenter else "random")
+    if features.startswith("segmenter:"):  # of a folder, or of a shipped model
+        features = f"segmenter:{segmenter_folder(features.partition(':')[2])}"
+    extractor = load_extractor(features)
     judge = Segmenter.from_pretrained(segmenter, pipeline.device) if segmenter else None
     if classifier is None:
         classifier = judge is not None and is_quick(pipeline.output_grid.shape, pipeline.device)
@@ -157,6 +161,9 @@ def segmenter(
     data: Annotated[Path, typer.Option(help="BIDS folder or table that the model was trained on.")],
     labels: Annotated[Path, typer.Option(help="Folder with a label map of each scan, sub-XX[_ses-YY]_...nii.gz.")],
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and its labels.")],
+    total: Annotated[
+        list[str], typer.Option(metavar="NAME=GROUP+GROUP", help="A quantity that is the sum of others, such as the brain's.")
+    ] = [],  # noqa: B006
     pattern: Pattern = None,
     root: Root = None,
     experiment: Experiment = None,
@@ -172,7 +179,7 @@ def segmenter(
     """Train a small segmentation network on scans with label maps, for: ldm3d evaluate --measure segmenter:FOLDER."""
     import numpy as np
 
-    from ldm3d.data.labels import LabelMaps, load_labels, paint_labels, parse_groups
+    from ldm3d.data.labels import LabelMaps, load_labels, paint_labels, parse_groups, parse_totals
     from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
@@ -189,7 +196,8 @@ def segmenter(
     )
     paint = (lambda i, random: paint_labels(*trained[i], random)) if painted else None
     network = train_segmenter(
-        lambda i: load_labels(*trained[i]), len(trained), groups, steps, seed, device or own_device(), paint
+        *(lambda i: load_labels(*trained[i]), len(trained), groups, steps, seed, device or own_device(), paint),
+        totals=parse_totals(total),
     )
     network.save_pretrained(out)
     some = in_turn(list(tables[1]["subject"]), seed)[:20]

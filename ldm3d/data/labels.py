@@ -149,3 +149,18 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[int]]:
     if twice := sorted({label for label in known if known.count(label) > 1}):
         raise InputError(f"labels {twice} are listed twice; each may be in one group, once")
     return found
+
+
+def parse_totals(texts: Sequence[str]) -> dict[str, list[str]]:
+    """["brain_volume_ml=grey+white"] -> {"brain_volume_ml": ["grey", "white"]}.
+
+    Raises:
+        InputError: not of this form.
+    """
+    found = {}
+    for text in texts:
+        name, separator, parts = text.partition("=")
+        if not separator or not name.strip() or not all(part.strip() for part in parts.split("+")):
+            raise InputError(f"{text!r}: write NAME=GROUP+GROUP, such as brain_volume_ml=grey+white")
+        found[name.strip()] = [part.strip() for part in parts.split("+")]
+    return found

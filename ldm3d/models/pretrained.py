@@ -33,7 +33,7 @@ MODULES = {
     "UNet": "ldm3d.models.unet",
     "MonaiAutoencoder": "ldm3d.models.monai",
     "MonaiUNet": "ldm3d.models.monai",
-    "SegmentationUNet": "ldm3d.rulers.segmenter",
+    "SegmentationUNet": "ldm3d.models.segmentation",
 }
 
 

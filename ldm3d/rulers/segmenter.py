@@ -26,32 +26,6 @@ STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
 Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
 Paint = Callable[[int, np.random.Generator], tuple[NDArray, NDArray]]  # the same, painted from the scan's label map
 
-    def features(self, volumes: Tensor) -> Tensor:
-        """What the network sees of the anatomy, for distances between sets: volumes (N, 1, X, Y, Z) -> (N, D).
-
-        The mean over positions of each channel of the coarsest level, the mean probability of each class in each of 3 x 3 x 3
-        cells of the grid, and the mean entropy (nats) of the classes in each octant, which is high where tissues cannot be
-        told. Finer levels and standard deviations over positions are left out: they respond to the sharpness of outlines
-        more than to what lies between them (docs/notes/realism.md).
-        """
-        coarsest: list[Tensor] = []
-        keep = self._coarsest().register_forward_hook(lambda _, __, found: coarsest.append(found))
-        try:
-            logs = self(volumes).log_softmax(dim=1)  # (N, 1 + groups, X, Y, Z)
-        finally:
-            keep.remove()
-        probabilities = logs.exp()
-        entropy = -(probabilities * logs).sum(dim=1, keepdim=True)
-        cells = [F.adaptive_avg_pool3d(x, parts) for x, parts in ((coarsest[0], 1), (probabilities, 3), (entropy, 2))]
-        return torch.cat([cell.flatten(1) for cell in cells], dim=1)
-
-    def _coarsest(self) -> torch.nn.Module:
-        """The part of MONAI's network, which is nested level in level, that works at the coarsest level."""
-        block = self.network.model
-        while isinstance(block, torch.nn.Sequential):  # down, a skip connection around what is coarser, up
-            block = block[1].submodule
-        return block
-
 
 class Segmenter:
     """Volumes of structures: of the same form as `ldm3d.rulers.volumetry.measure_volumes`.
@@ -81,10 +55,11 @@ class Segmenter:
         return self.network(x)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
 
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
-        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class."""
+        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class, and totals of them."""
         counts = np.bincount(self.classes(volume).ravel(), minlength=1 + len(self.names))
         voxel_ml = float(np.prod(spacing_mm)) / 1000
-        return {name: int(count) * voxel_ml for name, count in zip(self.names, counts[1:])}
+        found = {name: int(count) * voxel_ml for name, count in zip(self.names, counts[1:])}
+        return found | {name: sum(found[part] for part in parts) for name, parts in self.network.totals.items()}
 
 
 def train_segmenter(
@@ -96,6 +71,7 @@ def train_segmenter(
     device: torch.device | str = "cpu",
     paint: Paint | None = None,
     channels: Sequence[int] = CHANNELS,
+    totals: Mapping[str, Sequence[str]] | None = None,
 ) -> SegmentationUNet:
     """Train on scans 0 to `count` - 1.
 
@@ -107,7 +83,7 @@ def train_segmenter(
         seed: of weights, order and augmentation.
         device: where to train.
         paint: of every second volume: number of a scan and random numbers -> volume and classes; None for none.
-        channels: see `SegmentationUNet`.
+        channels, totals: see `SegmentationUNet`.
 
     Raises:
         InputError: no scan, or a group whose labels are nowhere in the first ones.
@@ -120,7 +96,7 @@ def train_segmenter(
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups, channels).to(device).train()
+        network = SegmentationUNet(groups, channels, totals).to(device).train()
 
     def example(number: int) -> tuple[NDArray, NDArray]:
         random = np.random.default_rng(generator("segmenter", seed, number).initial_seed())
