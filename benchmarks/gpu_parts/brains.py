@@ -30,7 +30,7 @@ WIDER = {
         "training": {**QUIET, "steps": 10000, "batch_size": 64, "learning_rate": 2e-3, "ema": 0.999, "workers": 4},
     },
 }
-FEW = {"steps": 4, "batch_size": 2, "log_every": 1, "validate_every": 4, "checkpoint_every": 4, "workers": 0}
+FEW = {"steps": 6, "batch_size": 2, "log_every": 1, "validate_every": 6, "checkpoint_every": 6, "workers": 0}
 TINY = {
     "data": {"grid": {"shape": [16, 20, 16], "spacing_mm": 12}, "splits": {"validation": 0.2, "test": 0.3}},
     "autoencoder": {"network": {"channels": [4, 8]}, "linear_path_steps": 2, "training": FEW},

@@ -1,6 +1,7 @@
 """A part of `make gpu`: named items within a time limit, whose results are on disk as soon as they are there."""
 
 import json
+import math
 import subprocess
 import time
 import traceback
@@ -144,7 +145,16 @@ class Part:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(self.state, indent=1) + "\n")
+        write_atomic(self.path, json.dumps(finite(self.state), indent=1, allow_nan=False, default=float) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shortened(result: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.training.metrics import read_metrics
 
-MEASURED_STEPS = 60  # before the number of steps is chosen
+MEASURED_STEPS, FEW_STEPS = 60, 3  # before the number of steps is chosen
 SHARE = 0.85  # of the time that is left, by these steps: checkpoints, validations and a preview take some, too
 
 
@@ -93,7 +93,7 @@ def fit(part: Part, stage: str, config: Path, seconds: float) -> Callable[[], di
         end = min(part.end, time.monotonic() + seconds)
         planned = f"steps of the {stage}"
         if planned not in part.items:
-            probe = train(stage, config, Clock(end=end, most=2 if part.dry else MEASURED_STEPS))
+            probe = train(stage, config, Clock(end=end, most=FEW_STEPS if part.dry else MEASURED_STEPS))
             asked = getattr(load_config(config), stage).training.steps
             fitting = probe["steps"] + int(SHARE * max(0, end - time.monotonic()) * probe["steps_per_second"])
             part.add(planned, {"steps": asked if probe["finished"] else min(asked, fitting), "asked": asked, **probe})
