@@ -14,7 +14,8 @@ process that outgrows --limit-gb or --limit-seconds is ended, and its row says "
 
 Parts: step (one U-Net call), sample, decode, encode, generate (a volume, request to array), train-autoencoder and
 train-diffusion (one step of batch 1 each; MONAI's without the perceptual and adversarial losses of its bundle); with a GPU
-also batches (volumes a second), compiled (torch.compile for ldm3d's sampling) and utilisation (of ldm3d's training and sampling).
+also batches (volumes a second), compiled (torch.compile for ldm3d's sampling) and utilisation (of ldm3d's trainings and
+sampling).
 """
 
 import argparse
@@ -99,7 +100,13 @@ def tasks(part: str) -> list[dict]:
     if part == "compiled":
         return [{"part": "sample", "side": "ldm3d", "compiled": how} for how in ("no", "whole", "blocks")]
     if part == "utilisation":
-        calls = [("train-diffusion", 4), ("train-diffusion", 16), ("train-diffusion", 64), ("train-autoencoder", 8), ("sample", 8)]
+        calls = [
+            ("train-diffusion", 4),
+            ("train-diffusion", 16),
+            ("train-diffusion", 64),
+            ("train-autoencoder", 8),
+            ("sample", 8),
+        ]
         return [{"part": call, "side": "ldm3d", "batch": n, "of_rate": True} for call, n in calls]
     return [{"part": part, "side": side} for side in sides]
 

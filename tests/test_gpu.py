@@ -78,7 +78,9 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def distance(one, other) -> float:
     """Of two tensors, or lists of them, relative to the second."""
-    flat = [torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, list) else [x])]) for x in (one, other)]
+    flat = [
+        torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, list) else [x])]) for x in (one, other)
+    ]
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
@@ -313,8 +315,9 @@ def tiny(tmp_path_factory) -> Path:
     settings["autoencoder"] |= {"network": {"latent_channels": 3, "downsampling": 4, "channels": [4, 8], "blocks": 1}}
     settings["autoencoder"]["linear_path_steps"] = 2
     settings["generation"] = {"sampler": "euler", "steps": 1}
+    precision = {"mixed_precision": "auto" if torch.cuda.is_available() else "no"}
     for stage in STAGES:
-        settings[stage]["training"] |= {"steps": STEPS, "log_every": 1, "validate_every": STEPS, "batch_size": 2}
+        settings[stage]["training"] |= precision | {"steps": STEPS, "log_every": 1, "validate_every": STEPS, "batch_size": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     command_line("prepare", folder / "config.yaml", "--workers", 1)
     train("autoencoder", folder / "config.yaml")
@@ -432,7 +435,7 @@ def test_fsdp2_on_one_process(tiny, tmp_path, device, record_property):
     assert done.returncode == 0, done.stderr[-4000:]
     losses = [[row["loss"] for row in read_metrics(f / "diffusion-training/metrics.jsonl")] for f in (tiny / "run", tmp_path)]
     record_property("loss_error", max(abs(b / a - 1) for a, b in zip(*losses)))
-    assert losses[1] == pytest.approx(losses[0], rel=0.01 if device.type == "cuda" else 1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=0.03 if device.type == "cuda" else 1e-4)  # bfloat16
 
 
 # Generation

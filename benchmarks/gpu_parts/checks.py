@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from gpu_parts.part import Part
 
+from gpu_parts.part import Part
 from ldm3d.environment import describe_environment
 
 TESTS = Path(__file__).parents[2] / "tests"

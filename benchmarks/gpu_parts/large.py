@@ -7,7 +7,6 @@ from gpu_parts.brains import FEW, TINY, draw
 from gpu_parts.part import Part
 from gpu_parts.speed import LARGE
 from gpu_parts.training import encode_all, fit, make_data, pictures, write_config
-
 from ldm3d.config.read import load_config
 
 SUBJECTS = 48  # phantoms
@@ -28,13 +27,13 @@ def work(part: Part, work: Path, data: Path | None) -> None:
     path = write_config(LARGE, work / "brain-1mm", data, SMALLER if part.dry else LOUDER)
     config = load_config(path)
     for name, call in (
-        ("data", lambda: make_data(config, 20 if part.dry else SUBJECTS)),
-        ("autoencoder", fit(part, "autoencoder", path, 20 if part.dry else 100)),
+        ("data", lambda: make_data(config, *((14, 1) if part.dry else (SUBJECTS,)))),
+        ("autoencoder", fit(part, "autoencoder", path, 60 if part.dry else 100)),
         ("encode", partial(encode_all, path)),
-        ("diffusion", fit(part, "diffusion", path, 20 if part.dry else 70)),
+        ("diffusion", fit(part, "diffusion", path, 60 if part.dry else 70)),
     ):
         if part.do(name, call) is None:
             return
     for group in (1, 2) if part.dry else (8, 32, 1, 16):
         part.do(f"volumes in groups of {group}", partial(draw, config, group), needs=0 if part.dry else 15)
-    part.do("pictures", partial(pictures, part, config, 6), needs=0 if part.dry else 15)
+    part.do("pictures", partial(pictures, part, config, 2 if part.dry else 6), needs=0 if part.dry else 15)

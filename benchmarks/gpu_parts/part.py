@@ -68,7 +68,14 @@ class Part:
         self.folder, self.dry, self.end = folder, dry, time.monotonic() + seconds
         self.path = folder / f"part-{number}-{title}.json"
         where = where or machine(dry)
-        self.state: dict[str, Any] = {"part": number, "title": title, "machine": where, "items": {}, "failed": {}, "running": None}
+        self.state: dict[str, Any] = {
+            "part": number,
+            "title": title,
+            "machine": where,
+            "items": {},
+            "failed": {},
+            "running": None,
+        }
         if self.path.is_file():
             self._go_on(json.loads(self.path.read_text()), retry)
         self.state |= {"left_out": {}, "complete": False}

@@ -10,10 +10,10 @@ import attention
 import full_size
 import memory
 import torch
-from gpu_parts.part import Part
 from protocol import timed, wait
 from torch.autograd import DeviceType
 
+from gpu_parts.part import Part
 from ldm3d.config.read import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,7 +33,9 @@ def work(part: Part, work: Path, data: Path | None) -> None:
         if cuda:
             torch.cuda.empty_cache()
 
-    def timing(name: str, side: str = "ldm3d", of: Path = large, on: list[int] = shape, needs: float = 15, **task: Any) -> None:
+    def timing(
+        name: str, side: str = "ldm3d", of: Path = large, on: list[int] = shape, needs: float = 15, **task: Any
+    ) -> None:
         title = ", ".join([of.stem, name, side, *(f"{key} {value}" for key, value in task.items() if key != "of_rate")])
         repeats = 1 if part.dry or side == "monai" else 3
         call = partial(full_size.perform, name, side, list(on), repeats, quick=part.dry, path=of, **task)
@@ -85,8 +87,7 @@ def profile(part: Part, path: Path, shape: list[int], stage: str, batch: int) ->
         wait()
     events, cuda = profiler.key_averages(), torch.cuda.is_available()
     by = "self_device_time_total" if cuda else "self_cpu_time_total"
-    column = "self_cuda_time_total" if cuda else by
-    (part.folder / f"profile-{stage}.txt").write_text(events.table(column, row_limit=PROFILED_ROWS, max_name_column_width=90))
+    (part.folder / f"profile-{stage}.txt").write_text(events.table(by, row_limit=PROFILED_ROWS, max_name_column_width=90))
     device = DeviceType.CUDA if cuda else DeviceType.CPU
     kernels = sorted((e for e in events if e.device_type == device), key=lambda e: -getattr(e, by))
     milliseconds = {e.key[:120]: getattr(e, by) / 1000 / PROFILED_STEPS for e in kernels}

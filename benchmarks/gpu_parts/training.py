@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from gpu_parts.part import OutOfTime, Part
 
+from gpu_parts.part import OutOfTime, Part
 from ldm3d import figures
 from ldm3d.cli.data import encode
 from ldm3d.config.read import load_config
@@ -28,7 +28,7 @@ from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.training.metrics import read_metrics
 
 MEASURED_STEPS, FEW_STEPS = 60, 3  # before the number of steps is chosen
-SHARE = 0.85  # of the time that is left, by these steps: checkpoints, validations and a preview take some, too
+SHARE = 0.8  # of the time that is left, by these steps: checkpoints, validations and a preview take some, too
 
 
 @dataclass
@@ -73,13 +73,13 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def make_data(config: Config, subjects: int) -> dict[str, Any]:
-    """Phantoms on the config's grid, unless the data is there; and what is prepared of it."""
+def make_data(config: Config, subjects: int, workers: int | None = None) -> dict[str, Any]:
+    """Phantoms on the config's grid, unless the data is there; and what is prepared of it, by so many processes."""
     folder = Path(config.data.bids)
     if not (folder / "participants.tsv").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
-        write_dataset(folder, subjects, config.data.grid.shape, spacing_mm=config.data.grid.spacing_mm[0])
-    done = prepare(config)
+        write_dataset(folder, subjects, config.data.grid.shape, spacing_mm=config.data.grid.spacing_mm[0], workers=workers)
+    done = prepare(config, workers=workers)
     return {"scans": len(done.table), "failed": len(done.failed), "splits": done.table["split"].value_counts().to_dict()}
 
 
@@ -95,20 +95,21 @@ def fit(part: Part, stage: str, config: Path, seconds: float) -> Callable[[], di
         if planned not in part.items:
             probe = train(stage, config, Clock(end=end, most=FEW_STEPS if part.dry else MEASURED_STEPS))
             asked = getattr(load_config(config), stage).training.steps
-            fitting = probe["steps"] + int(SHARE * max(0, end - time.monotonic()) * probe["steps_per_second"])
+            left = end - time.monotonic() - probe["seconds_before"]
+            fitting = probe["steps"] + max(1, int(SHARE * left * probe["steps_per_second"]))
             part.add(planned, {"steps": asked if probe["finished"] else min(asked, fitting), "asked": asked, **probe})
         steps = part.items[planned]["steps"]
         done = train(stage, config, Clock(end=end), f"training.steps={steps}")
         folder = getattr(load_config(config), f"{stage}_run")
         if not done["finished"]:
             raise OutOfTime(f"stopped after step {read_metrics(folder / 'metrics.jsonl')[-1]['step']} of {steps}")
-        for name in ("curves.png", f"preview-{steps:08d}.png"):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, part.folder / f"part-{part.state['part']}-{stage}-{name}")
+        for name, source in (("curves", folder / "curves.png"), ("preview", folder / f"preview-{steps:08d}.png")):
+            if source.is_file():
+                shutil.copy(source, part.folder / f"part-{part.state['part']}-{stage}-{name}.png")
         values: dict[str, float] = {}
         for row in read_metrics(folder / "metrics.jsonl"):
             values |= row
-        return {"of_steps": part.items[planned]["asked"], **done, "last": values}
+        return {"of_steps": part.items[planned]["asked"], **done, "skipped_steps": values.get("skipped_steps"), "last": values}
 
     return run
 
@@ -121,7 +122,7 @@ def train(stage: str, config: Path, clock: Clock, *settings: str) -> dict[str, A
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    finished = True
+    finished, started = True, time.monotonic()
     try:
         importlib.import_module(f"ldm3d.training.{stage}").train(load_config(config, settings, stage), clock)
     except SystemExit as done:
@@ -129,6 +130,7 @@ def train(stage: str, config: Path, clock: Clock, *settings: str) -> dict[str, A
             raise
         finished = False
     found = {"finished": finished, "steps": len(clock.moments), "steps_per_second": clock.steps_per_second()}
+    found["seconds_before"] = clock.moments[0] - started if clock.moments else 0.0  # the first step
     return found | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
 
 
