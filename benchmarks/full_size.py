@@ -85,7 +85,7 @@ def main() -> None:
                 found = {"not_measured": "needs a GPU"}
             else:
                 found = in_own_process(__file__, {**task, **common}, *limits)
-            rows.append({**task, "part": part, "shape": shape, **found})
+            rows.append({**task, "call": task["part"], "part": part, "shape": shape, **found})
             print(line(rows[-1]), flush=True)
             write("full-size", rows)
     print(*ratios(rows), sep="\n")
@@ -113,7 +113,7 @@ def tasks(part: str) -> list[dict]:
 
 def line(row: dict) -> str:
     variant = " ".join(f"{key} {row[key]}" for key in ("batch", "compiled") if key in row)
-    start = f"{row['part']:>17} {row['side']:>6} {variant:>18}"
+    start = f"{row['call']:>17} {row['side']:>6} {variant:>18}"
     if "not_measured" in row:
         return f"{start} not measured: {row['not_measured']}"
     text = f"{start} {row['median']:9.2f} {row['min']:8.2f} {row['max']:8.2f} {row['repeats']:4} {row['weights_gb']:10.2f}"

@@ -133,7 +133,7 @@ def test_brains(tmp_path):
 
 def test_large(tmp_path):
     """The one that `make test` runs: data, both trainings and generation, as part 3 has them too."""
-    items = dry(4, tmp_path, "--here", "200")
+    items = dry(4, tmp_path, "--here", "300")
     for stage in ("autoencoder", "diffusion"):
         assert items[f"steps of the {stage}"]["steps_per_second"] > 0
         assert items[stage]["skipped_steps"] == 0 and items[stage]["last"]["step"] == items[f"steps of the {stage}"]["steps"]

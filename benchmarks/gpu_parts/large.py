@@ -28,9 +28,9 @@ def work(part: Part, work: Path, data: Path | None) -> None:
     config = load_config(path)
     for name, call in (
         ("data", lambda: make_data(config, *((14, 1) if part.dry else (SUBJECTS,)))),
-        ("autoencoder", fit(part, "autoencoder", path, 60 if part.dry else 100)),
+        ("autoencoder", fit(part, "autoencoder", path, 150 if part.dry else 100)),
         ("encode", partial(encode_all, path)),
-        ("diffusion", fit(part, "diffusion", path, 60 if part.dry else 70)),
+        ("diffusion", fit(part, "diffusion", path, 150 if part.dry else 70)),
     ):
         if part.do(name, call) is None:
             return

@@ -74,7 +74,7 @@ class Muon(Optimizer):
         return torch._foreach_add(found, torch._foreach_mul([local_shard(p) for p in parameters], group["weight_decay"]))
 
     def _adam_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
-        """Kingma & Ba 2015, algorithm 1; an operation on all parameters at once, as launches of kernels take most of its time."""
+        """Kingma & Ba 2015, algorithm 1; each operation on all parameters at once, as launching kernels takes most time."""
         for parameter in parameters:
             if "step" not in self.state[parameter]:
                 self.state[parameter]["step"] = torch.zeros((), device=parameter.device)

@@ -1,7 +1,8 @@
 """Parameters that are sharded over processes (FSDP2): how they are cut into shards, and gathered again.
 
-`gather`, `local_shard`, `from_local` and `shard_like` return what they are given where nothing is sharded. `gather` is a collective: every
-process has to call it. PyTorch's module of sharded tensors takes seconds to import, so only the function that needs it does.
+`gather`, `local_shard`, `from_local` and `shard_like` return what they are given where nothing is sharded. `gather` is a
+collective: every process has to call it. PyTorch's module of sharded tensors takes seconds to import, so only functions that
+need it do.
 """
 
 import os
