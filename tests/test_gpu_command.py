@@ -1,5 +1,6 @@
 """`make gpu`: what a part does with its time, and every part with tiny sizes on this machine."""
 
+import argparse
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_end_to_end import another_run
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "benchmarks/gpu.py")]
@@ -93,6 +95,28 @@ def test_without_a_gpu_it_says_what_can_be_done():
     assert done.returncode == 1 and "make gpu DRY=1" in done.stderr
 
 
+@pytest.mark.parametrize("number, first", [(2, "matrix rate"), (3, "data"), (4, "data")])
+def test_a_part_without_time_leaves_out_all(parts, tmp_path, number, first):
+    gpu = importlib.import_module("gpu")
+    out = tmp_path / "results"
+    gpu.work(argparse.Namespace(part=[number], out=out, data=None, here=0.0, dry=True, leave_failed=False))
+    found = json.loads((out / f"part-{number}-{gpu.TITLES[number]}.json").read_text())
+    assert next(iter(found["left_out"])) == first
+    assert (found["items"], found["failed"], found["complete"]) == ({}, {}, False)
+
+
+def test_a_training_takes_as_many_steps_as_fit(parts, experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    training = importlib.import_module("gpu_parts.training")
+    config, part = another_run(experiment, tmp_path, "diffusion"), parts.Part(3, "brains", tmp_path, 600, True, where=WHERE)
+    stopped = part.do("diffusion", training.fit(part, "diffusion", config, -1))
+    planned = part.items["steps of the diffusion"]
+    assert stopped is None and "stopped after step" in part.state["left_out"]["diffusion"]
+    assert (planned["measured"], planned["steps"], planned["asked"]) == (1, 2, 8)  # no time, so one more
+    assert part.do("diffusion", training.fit(part, "diffusion", config, 600))["last"]["step"] == 2  # as it was planned
+    assert (tmp_path / "part-3-diffusion-preview.png").is_file()
+
+
 def dry(number: int, folder: Path, *options: str) -> dict:
     """A part with tiny sizes; its results."""
     out = folder / "results"
@@ -131,12 +155,13 @@ def test_brains(tmp_path):
     assert (tmp_path / "results/evaluation/metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_large(tmp_path):
-    """The one that `make test` runs: data, both trainings and generation, as part 3 has them too."""
     items = dry(4, tmp_path, "--here", "300")
     for stage in ("autoencoder", "diffusion"):
-        assert items[f"steps of the {stage}"]["steps_per_second"] > 0
-        assert items[stage]["skipped_steps"] == 0 and items[stage]["last"]["step"] == items[f"steps of the {stage}"]["steps"]
+        planned = items[f"steps of the {stage}"]
+        assert planned["measured"] < planned["steps"] <= planned["asked"] and planned["steps_per_second"] > 0
+        assert items[stage]["skipped_steps"] == 0 and items[stage]["last"]["step"] == planned["steps"]
     assert items["pictures"]["volumes"] == 2
     pictures = "real", "reconstructed", "generated", "autoencoder-preview", "diffusion-curves"
     assert {f"part-4-{name}.png" for name in pictures} <= {path.name for path in (tmp_path / "results").iterdir()}

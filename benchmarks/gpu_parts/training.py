@@ -97,7 +97,8 @@ def fit(part: Part, stage: str, config: Path, seconds: float) -> Callable[[], di
             asked = getattr(load_config(config), stage).training.steps
             left = end - time.monotonic() - probe["seconds_before"]
             fitting = probe["steps"] + max(1, int(SHARE * left * probe["steps_per_second"]))
-            part.add(planned, {"steps": asked if probe["finished"] else min(asked, fitting), "asked": asked, **probe})
+            steps = asked if probe["finished"] else min(asked, fitting)
+            part.add(planned, {**probe, "measured": probe["steps"], "steps": steps, "asked": asked})
         steps = part.items[planned]["steps"]
         done = train(stage, config, Clock(end=end), f"training.steps={steps}")
         folder = getattr(load_config(config), f"{stage}_run")
