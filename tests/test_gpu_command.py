@@ -109,11 +109,14 @@ def test_a_training_takes_as_many_steps_as_fit(parts, experiment, tmp_path, monk
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     training = importlib.import_module("gpu_parts.training")
     config, part = another_run(experiment, tmp_path, "diffusion"), parts.Part(3, "brains", tmp_path, 600, True, where=WHERE)
-    stopped = part.do("diffusion", training.fit(part, "diffusion", config, -1))
-    planned = part.items["steps of the diffusion"]
-    assert stopped is None and "stopped after step" in part.state["left_out"]["diffusion"]
+    found, planned = part.do("diffusion", training.fit(part, "diffusion", config, -1)), part.items["steps of the diffusion"]
     assert (planned["measured"], planned["steps"], planned["asked"]) == (1, 2, 8)  # no time, so one more
-    assert part.do("diffusion", training.fit(part, "diffusion", config, 600))["last"]["step"] == 2  # as it was planned
+    assert found["last"]["step"] == 2 and found["skipped_steps"] == 0
+    del part.items["diffusion"]
+    planned["steps"] = 8  # a later start, with too little time
+    assert part.do("diffusion", training.fit(part, "diffusion", config, -1)) is None
+    assert "1 more steps of 8" in part.state["left_out"]["diffusion"]
+    assert part.do("diffusion", training.fit(part, "diffusion", config, 600))["last"]["step"] == 8
     assert (tmp_path / "part-3-diffusion-preview.png").is_file()
 
 

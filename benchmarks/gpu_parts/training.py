@@ -103,7 +103,7 @@ def fit(part: Part, stage: str, config: Path, seconds: float) -> Callable[[], di
         done = train(stage, config, Clock(end=end), f"training.steps={steps}")
         folder = getattr(load_config(config), f"{stage}_run")
         if not done["finished"]:
-            raise OutOfTime(f"stopped after step {read_metrics(folder / 'metrics.jsonl')[-1]['step']} of {steps}")
+            raise OutOfTime(f"{done['steps']} more steps of {steps} were done; a checkpoint has them")
         for name, source in (("curves", folder / "curves.png"), ("preview", folder / f"preview-{steps:08d}.png")):
             if source.is_file():
                 shutil.copy(source, part.folder / f"part-{part.state['part']}-{stage}-{name}.png")
