@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old-cpu test-long torture bench lint clean
+.PHONY: demo test test-old-cpu test-long torture bench gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -43,6 +43,15 @@ bench: $(VENV)/installed
 	if [ -d $(MODEL) ]; then $(BIN)/python benchmarks/sampling.py $(MODEL) --quick --volumes 16; \
 	else echo "sampling: skipped, there is no model in $(MODEL); run make demo first, or give MODEL=FOLDER"; fi
 	$(BIN)/python benchmarks/plots.py
+
+# What a GPU can show, in 25 minutes: PART=2 for one part, DRY=1 with tiny sizes on any machine, DATA= a BIDS folder, OUT= a
+# folder for the results. Installs nothing: PYTHON may be any with the packages, or with their folder on PYTHONPATH; if it is
+# not given, that of the virtual environment where there is one
+OUT ?= gpu-results
+GPU_PYTHON = $(if $(filter file default undefined,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)" \
+		$(if $(PART),--part $(PART)) $(if $(DRY),--dry) $(if $(DATA),--data "$(DATA)")
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix ldm3d tests benchmarks

@@ -14,10 +14,12 @@ process that outgrows --limit-gb or --limit-seconds is ended, and its row says "
 
 Parts: step (one U-Net call), sample, decode, encode, generate (a volume, request to array), train-autoencoder and
 train-diffusion (one step of batch 1 each; MONAI's without the perceptual and adversarial losses of its bundle); with a GPU
-also batches (volumes a second), compiled (torch.compile for ldm3d's sampling) and utilisation (of ldm3d's stage-2 training).
+also batches (volumes a second), compiled (torch.compile for ldm3d's sampling) and utilisation (of ldm3d's trainings and
+sampling).
 """
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -83,7 +85,7 @@ def main() -> None:
                 found = {"not_measured": "needs a GPU"}
             else:
                 found = in_own_process(__file__, {**task, **common}, *limits)
-            rows.append({**task, "part": part, "shape": shape, **found})
+            rows.append({**task, "call": task["part"], "part": part, "shape": shape, **found})
             print(line(rows[-1]), flush=True)
             write("full-size", rows)
     print(*ratios(rows), sep="\n")
@@ -98,13 +100,20 @@ def tasks(part: str) -> list[dict]:
     if part == "compiled":
         return [{"part": "sample", "side": "ldm3d", "compiled": how} for how in ("no", "whole", "blocks")]
     if part == "utilisation":
-        return [{"part": part, "side": "ldm3d", "batch": n} for n in (4, 16, 64)]
+        calls = [
+            ("train-diffusion", 4),
+            ("train-diffusion", 16),
+            ("train-diffusion", 64),
+            ("train-autoencoder", 8),
+            ("sample", 8),
+        ]
+        return [{"part": call, "side": "ldm3d", "batch": n, "of_rate": True} for call, n in calls]
     return [{"part": part, "side": side} for side in sides]
 
 
 def line(row: dict) -> str:
     variant = " ".join(f"{key} {row[key]}" for key in ("batch", "compiled") if key in row)
-    start = f"{row['part']:>17} {row['side']:>6} {variant:>18}"
+    start = f"{row['call']:>17} {row['side']:>6} {variant:>18}"
     if "not_measured" in row:
         return f"{start} not measured: {row['not_measured']}"
     text = f"{start} {row['median']:9.2f} {row['min']:8.2f} {row['max']:8.2f} {row['repeats']:4} {row['weights_gb']:10.2f}"
@@ -139,14 +148,27 @@ def ratios(rows: list[dict]) -> list[str]:
     return lines
 
 
-def perform(part: str, side: str, shape: list[int], repeats: int, quick: bool, batch: int = 1, compiled: str = "no") -> dict:
-    """Measure one part of one side, in a process of its own."""
+def perform(
+    part: str,
+    side: str,
+    shape: list[int],
+    repeats: int,
+    quick: bool,
+    batch: int = 1,
+    compiled: str = "no",
+    of_rate: bool = False,
+    path: Path = CONFIG,
+) -> dict:
+    """Measure one part of one side; `of_rate`: as a share of the rate of matrix products; `path`: the config of our side."""
     torch.manual_seed(0)
-    config = load_config(CONFIG)
+    if device().type == "cuda":  # as ldm3d's training and generation set them
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = part.startswith("train")
+    config = load_config(path)
     chosen = Ours(config, tuple(shape), quick, batch, compiled) if side == "ldm3d" else Monai(tuple(shape), quick, batch)
-    if part == "utilisation":
-        return utilisation(chosen, repeats)
     call = getattr(chosen, part.replace("-", "_"))()
+    if of_rate:
+        return utilisation(chosen, call, repeats)
     found = measure(call, repeats, ENOUGH_SECONDS)
     found["weights_gb"] = sum(p.numel() * p.element_size() for n in chosen.networks for p in n.parameters()) / GB
     if part in ("sample", "generate") and chosen.steps < chosen.all_steps:
@@ -160,18 +182,25 @@ def perform(part: str, side: str, shape: list[int], repeats: int, quick: bool, b
     return found
 
 
-def utilisation(side: "Ours", repeats: int) -> dict:
-    """A stage-2 training step's FLOP/s as a share of what large matrix products reach on the same machine."""
-    call = side.train_diffusion()
+def utilisation(side: "Side", call: Callable[[], object], repeats: int) -> dict:
+    """A call's FLOP/s as a share of what large matrix products reach on the same machine."""
     with FlopCounterMode(display=False) as counter:
         call()
     found = measure(call, repeats, ENOUGH_SECONDS)
-    n = 8192 if device().type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device(), dtype=half()) for _ in range(2))
-    rate = 2 * n**3 / min(timed(lambda: a @ b) for _ in range(10))
+    rate = matmul_rate()
     reached = counter.get_total_flops() / found["median"]
     weights = sum(p.numel() * p.element_size() for network in side.networks for p in network.parameters()) / GB
-    return {**found, "weights_gb": weights, "matmul_tflops": rate / 1e12, "of_matmul_rate": reached / rate}
+    shares = {"tflop": counter.get_total_flops() / 1e12, "matmul_tflops": rate / 1e12, "of_matmul_rate": reached / rate}
+    return {**found, "weights_gb": weights, **shares}
+
+
+@functools.cache
+def matmul_rate(n: int | None = None) -> float:
+    """FLOP/s of a product of large matrices (n, n) in the precision that is fast here; the best of ten."""
+    n = n or (8192 if device().type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device(), dtype=half()) for _ in range(2))
+    a @ b  # the first call chooses a kernel
+    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(10))
 
 
 def half() -> torch.dtype:
@@ -190,6 +219,8 @@ class Side:
         quick: generation in QUICK_STEPS steps.
         batch: volumes at a time.
     """
+
+    factor = 8  # voxels to a latent, along an axis
 
     def __init__(self, shape: tuple[int, ...], quick: bool, batch: int):
         self.shape, self.batch = shape, batch
@@ -216,7 +247,7 @@ class Side:
         return torch.rand(self.batch, 1, *self.shape, device=device())
 
     def latent(self, channels: int) -> Tensor:
-        return torch.randn(self.batch, channels, *(n // 8 for n in self.shape), device=device())
+        return torch.randn(self.batch, channels, *(n // self.factor for n in self.shape), device=device())
 
     @staticmethod
     def train(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -237,6 +268,7 @@ class Ours(Side):
         self.config = config.model_copy(update={"data": config.data.model_copy(update={"grid": grid})})
         self.process = make_process(**config.diffusion.process.model_dump(exclude_none=True))
         self.all_steps, self.compiled = config.generation.steps, compiled
+        self.factor = config.autoencoder.network.downsampling
         super().__init__(shape, quick, batch)
 
     def calls(self, steps: int) -> int:
@@ -267,7 +299,7 @@ class Ours(Side):
         grid = Grid.centred(self.config.data.grid.shape, self.config.data.grid.spacing_mm)
         sampling = Sampling(**self.config.generation.model_dump()).replace(steps=self.steps)
         target = self.config.diffusion.target
-        pipeline = Pipeline(autoencoder, unet, schema, grid, self.process, target, sampling, threads=None)
+        pipeline = Pipeline(autoencoder, unet, schema, grid, self.process, target, sampling, group=self.batch, threads=None)
         request = {c.name: (c.range or c.categories)[0] for c in schema}
         return pipeline, pipeline.parse([request] * self.batch)
 

@@ -67,12 +67,25 @@ def main() -> None:
     where = own_device()
     pipeline = Pipeline.from_pretrained(arguments.model, where, dtype(arguments.precision, where))
     pipeline.threads = None  # all
-    settings = make_settings(pipeline, QUICK_CALLS if arguments.quick else CALLS)
     count = arguments.volumes or (32 if arguments.quick else 96)
-    requests = draw_requests(pipeline, count)
-    asked = np.array([row[ASKED] for row in requests])
-    print(f"{arguments.model}: {count} volumes a setting, guidance {pipeline.sampling.guidance:g}, {arguments.dtype}")
+    print(f"{arguments.model}: {count} volumes a setting, guidance {pipeline.sampling.guidance:g}, {arguments.precision}")
 
+    rows = compare(pipeline, count, QUICK_CALLS if arguments.quick else CALLS)
+    for row in rows:
+        row |= {"volumes": count, "model": arguments.model.name}
+    print(write("sampling", rows))
+
+
+def compare(pipeline: Pipeline, count: int, all_calls: tuple[int, ...], converged: int = 100, chain: int = 1000) -> list[dict]:
+    """A row of figures for each sampler and number of steps, and for each scale of guidance at the knee.
+
+    Args:
+        count: volumes of each.
+        all_calls: of the denoiser, at most.
+        converged, chain: steps of the references, Heun's and DDPM's.
+    """
+    settings, requests = make_settings(pipeline, all_calls, converged, chain), draw_requests(pipeline, count)
+    asked = np.array([row[ASKED] for row in requests])
     run(pipeline, settings, requests)
     rows = judge(settings, asked)
     best = knee(rows)
@@ -80,7 +93,7 @@ def main() -> None:
     table(rows)
     print(f"null of the distance (95 %): {rows[0]['distance_null']:.3f}")
     by_name = {(row["sampler"], row["steps"]): row for row in rows}
-    for name in (BASELINE, ("ddpm", 1000)):
+    for name in (BASELINE, ("ddpm", chain)):
         ratio = by_name[name]["seconds"] / best["seconds"]
         print(f"{name[0]} with {name[1]} steps takes {ratio:.1f} times as long as the knee")
     print(f"recommended: generation: {{sampler: {best['sampler']}, steps: {best['steps']}}} ({best['calls']} denoiser calls)")
@@ -89,22 +102,19 @@ def main() -> None:
     chosen = pipeline.sampling.replace(sampler=best["sampler"], steps=best["steps"])
     guided = [Setting("guidance", chosen.replace(guidance=scale), best["calls"]) for scale in GUIDANCE]
     run(pipeline, guided, requests)
-    sweep = judge_guidance(guided, asked)
-    for row in rows + sweep:
-        row |= {"volumes": count, "model": arguments.model.name}
-    print(write("sampling", rows + sweep))
+    return rows + judge_guidance(guided, asked)
 
 
-def make_settings(pipeline: Pipeline, all_calls: tuple[int, ...]) -> list[Setting]:
-    """The converged reference and DDPM-1000 first, then every sampler with up to each number of denoiser calls."""
-    pairs = [("heun", 100), ("ddpm", 1000), BASELINE]
+def make_settings(pipeline: Pipeline, all_calls: tuple[int, ...], converged: int, chain: int) -> list[Setting]:
+    """The converged reference and DDPM's first, then every sampler with up to each number of denoiser calls."""
+    pairs = [("heun", converged), ("ddpm", chain), BASELINE]
     for sampler in ("ddpm", "ddim", "euler", "heun", "dpmpp-2m", "unipc"):
         steps = {(calls + 1) // 2 if sampler == "heun" else calls for calls in all_calls}
         pairs += [(sampler, n) for n in sorted(steps)]
     settings = []
     for sampler, steps in pairs:
         # Other noise for the sample that the rest is compared with as a distribution
-        seed = pipeline.sampling.seed + (sampler == "ddpm" and steps == 1000)
+        seed = pipeline.sampling.seed + (sampler == "ddpm" and steps == chain)
         sampling = pipeline.sampling.replace(sampler=sampler, steps=steps, seed=seed)
         settings.append(Setting(sampler, sampling, denoiser_calls(sampler, steps, pipeline.process)))
     return settings
@@ -135,7 +145,7 @@ def run(pipeline: Pipeline, settings: list[Setting], requests: list[dict]) -> No
 
             setting.seconds.append(timed(generate) / len(batch))
             setting.latents.append(z[0].cpu())
-            setting.features += [extract([volume], extractor) for volume in volumes]
+            setting.features += [extract([volume], extractor, pipeline.device) for volume in volumes]
             setting.measured += [apply_measure(measure_volumes, volume, pipeline.grid.spacing_mm)[ASKED] for volume in volumes]
         print(f"{start + len(batch)} of {len(requests)} volumes of {len(settings)} settings", flush=True)
 

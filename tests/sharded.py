@@ -26,7 +26,7 @@ from ldm3d.models.blocks import ResBlock
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet
 from ldm3d.models.unet import UNet
 from ldm3d.preemption import Stop
-from ldm3d.training import checkpoint
+from ldm3d.training import checkpoint, task
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import make_optimizer
 from ldm3d.training.parallel import start_accelerator
@@ -157,6 +157,20 @@ def a_step_of_each_network(folder: Path) -> dict[str, list[str]]:
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     return spread
+
+
+def train_spread(config: str, device: str) -> None:
+    """Stage 2 on one process of its own, spread over it, from the environment of configs/accelerate/fsdp.yaml."""
+    os.environ.update(environment())
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        dist.init_process_group("gloo")
+        spread_over_cpus()
+    spread = []
+    distribute_one = task.distribute
+    task.distribute = lambda *arguments: spread.append(distribute_one(*arguments)) or spread[-1]
+    train("diffusion", Path(config))
+    assert all(isinstance(p, DTensor) for module, _ in spread for p in module.parameters())
 
 
 def main(folder: Path, config: Path, stage_1: Path) -> None:

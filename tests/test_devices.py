@@ -8,17 +8,27 @@ from test_end_to_end import another_run
 from torture.generation import make_pipeline
 
 from ldm3d import devices, pipeline
+from ldm3d.config.sections import TrainingConfig
+from ldm3d.covariates import drop_covariates
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
+from ldm3d.diffusion.denoiser import call_network
+from ldm3d.diffusion.objective import make_objective
+from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.errors import InputError
 from ldm3d.generation import run, sampling
 from ldm3d.generation import series as series_format
 from ldm3d.generation.series import SERIES
+from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import ChannelNorm, normalise_channels
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import CovariateTokens, UNet, double_last_planes, pad_to_even
 from ldm3d.processes import own_device
+from ldm3d.training.ema import EMA
+from ldm3d.training.losses import kl_divergence
 from ldm3d.training.metrics import read_metrics
+from ldm3d.training.optimizer import make_optimizer
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 ROWS = [{"age": 20.0 + 5 * i, "sex": "FM"[i % 2]} for i in range(3)]
 
 
@@ -261,3 +271,44 @@ def _counting(compile, compiled: list[str]):
         return compile(module, **options)
 
     return count
+
+
+# Where the host waits, and what is left on the CPU: tensors without data say both
+
+
+@pytest.mark.parametrize("kind", ["flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vdm"])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_training_step_asks_for_no_value(kind, name):
+    """On the meta device, a value that the host asks for, and a tensor that is elsewhere, are errors."""
+    net, autoencoder = UNet(2, 2, [0, 2], [8, 16], 1, [False, True], 8, 8).to(META), Autoencoder(2, 4, (4, 8), 1).to(META)
+    average, training = EMA(net, 0.9), TrainingConfig(steps=4, batch_size=2, learning_rate=1e-2, optimizer=name)
+    weight, times = "none" if kind == "vdm" else "min-snr", {"kind": "logit-normal", "location": 0.0, "scale": 1.0}
+    objective = make_objective({"kind": kind}, "v", weight, times)
+    if objective.schedule is not None:
+        objective.schedule.to(META)
+    x, u = torch.randn(2, 2, 5, 4, 4, device=META), torch.rand(2, device=META)
+    context = drop_covariates(torch.ones(2, 2, 2, device=META), torch.rand(2, 4, device=META), 0.3)
+    volume = torch.rand(2, 1, 16, 16, 16, device=META)
+
+    def predict(z, time):
+        return call_network(net, z, time, Conditions(context))
+
+    again, moments = autoencoder(volume, torch.randn(2, 2, 4, 4, 4, device=META))
+    loss = objective.losses(predict, x, torch.randn_like(x), u).mean() + (again - volume).square().mean()
+    (loss + kl_divergence(moments)).backward()
+    for network in (net, autoencoder):
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer = make_optimizer(network, training)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        if name == "muon":  # PyTorch's fused AdamW has no kernel for tensors without data
+            optimizer.step()
+    average.update(net, 0)
+    with pytest.raises(RuntimeError, match="meta"):
+        norm.item()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_asks_for_no_value(sampler):
+    model = make_pipeline(channels=16).to(META)
+    rows = model.parse(ROWS)
+    assert model.latents(rows, model.sampling.replace(sampler=sampler, steps=3), range(3)).is_meta

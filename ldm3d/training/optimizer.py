@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ldm3d.config.sections import TrainingConfig
-from ldm3d.training.sharding import gather, shard_like
+from ldm3d.training.sharding import from_local, gather, local_shard, shard_like
 
 
 class Muon(Optimizer):
@@ -36,48 +36,69 @@ class Muon(Optimizer):
     def step(self, closure=None):
         loss = closure() if closure is not None else None
         skip = getattr(self, "found_inf", None)
-        taken = 1.0 if skip is None else 1.0 - skip
+        taken, bad = (1.0, None) if skip is None else (1.0 - skip, skip > 0)
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [p.grad if skip is None else torch.where(skip > 0, 0.0, p.grad) for p in moved]  # 0 * NaN is NaN
-            updates = self._orthogonal_updates if group["orthogonal"] else self._adam_updates
-            for parameter, update in zip(moved, updates(moved, gradients, taken, group)):
-                parameter.add_(update * taken, alpha=-group["lr"])
+            if not moved:
+                continue
+            gradients = [local_shard(p.grad) for p in moved]
+            if bad is not None:  # 0 * NaN is NaN
+                gradients = [torch.where(bad, 0.0, gradient) for gradient in gradients]
+            updates = (self._orthogonal_updates if group["orthogonal"] else self._adam_updates)(moved, gradients, taken, group)
+            torch._foreach_mul_(updates, taken)
+            torch._foreach_add_([local_shard(p) for p in moved], updates, alpha=-group["lr"])
         return loss
+
+    def _states(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """This process's shards of a state of each parameter, which begins at zero."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [local_shard(self.state[parameter][name]) for parameter in parameters]
 
     def _orthogonal_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
         """Matrices of one shape are orthogonalised together."""
+        momenta = self._states(parameters, "momentum")
+        follow(momenta, gradients, taken * (1 - group["momentum"]))
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         together: dict[tuple[int, ...], dict[int, Tensor]] = {}
-        for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].add_(taken * (1 - group["momentum"]) * (gradient - state["momentum"]))
-            matrix = gather(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
+        for i, (parameter, local) in enumerate(zip(parameters, ahead)):
+            matrix = gather(from_local(local, parameter)).flatten(1)
             together.setdefault(matrix.shape, {})[i] = matrix
-        updates = {}
+        updates: dict[int, Tensor] = {}
         for shape, matrices in together.items():
             size = 0.2 * math.sqrt(max(shape))
             orthogonal = size * orthogonalise(torch.stack(list(matrices.values())))  # (matrices, rows, columns)
             updates |= dict(zip(matrices, orthogonal))
-        decay = group["weight_decay"]
-        return [shard_like(updates[i].view(p.shape), p) + decay * p for i, p in enumerate(parameters)]
+        found = [local_shard(shard_like(updates[i].view(p.shape), p)) for i, p in enumerate(parameters)]
+        return torch._foreach_add(found, torch._foreach_mul([local_shard(p) for p in parameters], group["weight_decay"]))
 
     def _adam_updates(self, parameters: list[Tensor], gradients: list[Tensor], taken, group: dict) -> list[Tensor]:
-        """Kingma & Ba 2015, algorithm 1."""
-        return [self._adam_update(p, gradient, taken, group) for p, gradient in zip(parameters, gradients)]
+        """Kingma & Ba 2015, algorithm 1; each operation on all parameters at once, as launching kernels takes most time."""
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        steps, (beta1, beta2) = [self.state[parameter]["step"] for parameter in parameters], group["betas"]
+        means, squares = self._states(parameters, "mean"), self._states(parameters, "square")
+        torch._foreach_add_(steps, taken)
+        follow(means, gradients, taken * (1 - beta1))
+        follow(squares, torch._foreach_mul(gradients, gradients), taken * (1 - beta2))
+        # A run's first step may be one that is skipped: not 0 / 0
+        counted = torch._foreach_clamp_min(steps, 1)
+        # 1 - beta^step without the cancellation of float32
+        corrections = [
+            torch._foreach_neg(torch._foreach_expm1(torch._foreach_mul(counted, math.log(beta)))) for beta in (beta1, beta2)
+        ]
+        deviations = torch._foreach_sqrt(torch._foreach_div(squares, corrections[1]))
+        torch._foreach_add_(deviations, group["eps"])
+        return torch._foreach_div(torch._foreach_div(means, corrections[0]), deviations)
 
-    def _adam_update(self, parameter: Tensor, gradient: Tensor, taken, group: dict) -> Tensor:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += taken
-        state["mean"].add_(taken * (1 - beta1) * (gradient - state["mean"]))
-        state["square"].add_(taken * (1 - beta2) * (gradient.square() - state["square"]))
-        # 1 - beta^step without the cancellation of float32; a run's first step may be one that is skipped: not 0 / 0
-        correction1, correction2 = (-torch.expm1(state["step"].clamp_min(1) * math.log(beta)) for beta in (beta1, beta2))
-        return state["mean"] / correction1 / ((state["square"] / correction2).sqrt() + group["eps"])
+
+def follow(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
+    """Move each average to its value, by a part of the way."""
+    changes = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(changes, weight)
+    torch._foreach_add_(averages, changes)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:

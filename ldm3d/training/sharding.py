@@ -1,7 +1,8 @@
 """Parameters that are sharded over processes (FSDP2): how they are cut into shards, and gathered again.
 
-`gather`, `local_shard` and `shard_like` return what they are given where nothing is sharded. `gather` is a collective: every
-process has to call it. PyTorch's module of sharded tensors takes seconds to import, so only the function that needs it does.
+`gather`, `local_shard`, `from_local` and `shard_like` return what they are given where nothing is sharded. `gather` is a
+collective: every process has to call it. PyTorch's module of sharded tensors takes seconds to import, so only functions that
+need it do.
 """
 
 import os
@@ -30,6 +31,16 @@ def gather(tensor: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard of it, without a copy."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def from_local(shard: Tensor, reference: Tensor) -> Tensor:
+    """A tensor sharded as `reference` is, of this process's shard; the shard itself where nothing is sharded."""
+    if not is_sharded(reference):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    size = {"shape": reference.shape, "stride": reference.stride()}
+    return DTensor.from_local(shard, reference.device_mesh, reference.placements, run_check=False, **size)
 
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
