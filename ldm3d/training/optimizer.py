@@ -80,7 +80,7 @@ class Muon(Optimizer):
                 self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
         steps, (beta1, beta2) = [self.state[parameter]["step"] for parameter in parameters], group["betas"]
         means, squares = self._states(parameters, "mean"), self._states(parameters, "square")
-        torch._foreach_add_(steps, taken)
+        torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         follow(means, gradients, taken * (1 - beta1))
         follow(squares, torch._foreach_mul(gradients, gradients), taken * (1 - beta2))
         # A run's first step may be one that is skipped: not 0 / 0
