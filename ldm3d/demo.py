@@ -34,7 +34,7 @@ SHIPPED, DRAWN = "generate with a shipped model", 3
 
 
 def run_demo(out: Path, config_path: Path) -> None:
-    """Write everything below `out`; an interrupted demo goes on where it stopped."""
+    """Write everything below `out`; an interrupted demo continues where it stopped."""
     data, output = out / "data", out / "run"
     overrides = ["--set", f"data.bids={data}", "--set", f"output={output}"]
     config = load_config(config_path, overrides[1::2])
@@ -167,7 +167,7 @@ def _step(title: str, *command) -> None:
     if stopped:
         while _exists(process.pid):  # a launcher ends at once, its training after the checkpoint
             time.sleep(0.1)
-        print(f"stopped by {stopped[0]}; the same command goes on", flush=True)
+        print(f"stopped by {stopped[0]}; run the same command to continue", flush=True)
         raise SystemExit(REQUEUE)
     if code:
         raise SystemExit(code)

@@ -70,7 +70,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             message = f"{error.strerror}: {error.filename or 'while writing'}"
             if error.errno in FULL:
-                message += "; free some space and run the same command again, it goes on where it stopped"
+                message += "; free some space and run the same command again, it continues where it stopped"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 

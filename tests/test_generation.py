@@ -294,7 +294,7 @@ def test_sigterm_ends_the_command_with_the_code_for_requeueing(model, tmp_path, 
     sender.join()
     assert stopped.value.code == REQUEUE == 75
     said = capsys.readouterr().out
-    assert "stopped by SIGTERM" in said and "the same command goes on from there" in said
+    assert "stopped by SIGTERM" in said and "run the same command to continue from there" in said
     volumes = list(out.glob("sub-*/anat/*.nii.gz"))
     assert len(volumes) == len(list(out.glob("sub-*/anat/*.json"))) < 20_000
     assert not (out / ".unfinished").exists()

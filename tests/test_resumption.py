@@ -43,7 +43,7 @@ def test_stopped_after_any_step_it_ends_with_the_same_bits(experiment, tmp_path,
         with pytest.raises(SystemExit) as done:
             train_here(stage, config, stop=Stop("SIGUSR1"))
         assert done.value.code == REQUEUE
-        assert f"SIGUSR1 after step {step}; the same command goes on" in capsys.readouterr().out
+        assert f"SIGUSR1 after step {step}; run the same command to continue" in capsys.readouterr().out
         assert (tmp_path / f"{stage}-training/checkpoints/step-{step:08d}").is_dir()
     train_here(stage, config)
     end_alike(experiment, tmp_path, stage)
@@ -95,7 +95,7 @@ def test_who_ends_the_demo_ends_its_steps():
         "demo._step('wait', 'timeit', '-n', '1', '-r', '1', waiting)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == REQUEUE and "stopped by SIGTERM; the same command goes on" in done.stdout
+    assert done.returncode == REQUEUE and "stopped by SIGTERM; run the same command to continue" in done.stdout
     (number,) = (int(line) for line in done.stdout.splitlines() if line.isdigit())
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)

@@ -35,4 +35,4 @@ def of_part(state: dict) -> list[str]:
         if state[key]:
             lines += ["", f"{heading}:", ""]
             lines += [f"- {name}: {reason.strip().splitlines()[-1]}" for name, reason in state[key].items()]
-    return [*lines, "", "Complete." if state["complete"] else "Not complete: the same command goes on."]
+    return [*lines, "", "Complete." if state["complete"] else "Not complete: run the same command to continue."]

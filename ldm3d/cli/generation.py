@@ -36,8 +36,9 @@ def generate(
     Request the model's covariates by name: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Others
     are left open.
 
-    The same command goes on where it was stopped or killed. Several processes share the work: torchrun --nproc_per_node 4 -m
-    ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a signal, start it again.
+    Run again, the same command continues where it was stopped or killed. Several processes share the work: torchrun
+    --nproc_per_node 4 -m ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a
+    signal, run it again.
     """
     from ldm3d.privacy.guard import Guard
     from ldm3d.processes import which_process
@@ -87,7 +88,7 @@ def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, 
         tally = generate(pipeline, out, rows, sampling, batch_size, processes, check, show, resume, stop, guard)
         if stop.asked:
             bar.close()
-            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: the same command goes on from there"
+            there = f"stopped by {stop.signal}, {tally.missing} volumes missing: run the same command to continue from there"
             print(f"{who}{tally}; {there}", flush=True)
             raise SystemExit(REQUEUE)
     if tally.missing:

@@ -3,7 +3,7 @@
     accelerate launch -m ldm3d.training.autoencoder CONFIG [--set key=value ...]
 
 Reads prepared volumes, writes OUTPUT/autoencoder-training (checkpoints, metrics.jsonl, previews, TensorBoard) and, at the
-end, OUTPUT/autoencoder with the latents' statistics in it. Started again with the same command it goes on.
+end, OUTPUT/autoencoder with the latents' statistics in it. Started again with the same command, it continues.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class AutoencoderTask(VolumeTask):
             "seed": config.seed,
         }
 
-    def begin(self) -> None:
+    def begin(self, stop: Stop) -> None:
         """Fit the linear path to some volumes on the main process, with the cores of all, and broadcast it.
 
         So one process and several start from the same bits.
@@ -76,7 +76,7 @@ class AutoencoderTask(VolumeTask):
             print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
             steps, threads = self.config.autoencoder.linear_path_steps, torch.get_num_threads()
             torch.set_num_threads(cores())
-            train_linear_path(main.network, self.volumes(chosen), steps, self.config.seed, self.accelerator.autocast)
+            train_linear_path(main.network, self.volumes(chosen), steps, self.config.seed, self.accelerator.autocast, stop)
             torch.set_num_threads(threads)
         broadcast_weights(main.network)
         load_weights(main.average.network, main.network.state_dict(), "the linear path")

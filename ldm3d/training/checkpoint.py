@@ -114,7 +114,7 @@ def save_checkpoint(
             raise
         shutil.rmtree(partial)
         raise InputError(
-            f"cannot write {partial}: {error}; free some space and run the same command again: it goes on from the "
+            f"cannot write {partial}: {error}; free some space and run the same command again: it continues from the "
             "checkpoint before, which is untouched"
         ) from None
     shutil.rmtree(folder, ignore_errors=True)

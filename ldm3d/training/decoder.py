@@ -4,7 +4,7 @@
 
 Reads prepared volumes and OUTPUT/autoencoder. The encoder stays as it is, so latents and U-Nets trained on them stay valid.
 Writes OUTPUT/decoder-training and, at the end, OUTPUT/decoder, an autoencoder of the same latents. It replaces the autoencoder
-of OUTPUT/model if that exists; otherwise stage 2 uses it. Started again with the same command it goes on.
+of OUTPUT/model if that exists; otherwise stage 2 uses it. Started again with the same command, it continues.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
     accelerate launch -m ldm3d.training.diffusion CONFIG [--set key=value ...]
 
 Reads OUTPUT/autoencoder and OUTPUT/latents, writes OUTPUT/diffusion-training (checkpoints, metrics.jsonl, previews,
-TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command it goes on.
+TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the same command, it continues.
 """
 
 import functools
@@ -174,7 +174,10 @@ class DiffusionTask(Task):
             return None
         training, held_out = (
             torch.cat(
-                [self.normalised(torch.from_numpy(self.moments[i][None]).to(self.accelerator.device)).cpu() for i in rows]
+                [
+                    self.normalised(torch.from_numpy(np.array(self.moments[i])[None]).to(self.accelerator.device)).cpu()
+                    for i in rows
+                ]
             )
             for rows in (evenly(self.split["train"], count), evenly(self.split["validation"], HELD_OUT))
         )

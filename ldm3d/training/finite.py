@@ -49,10 +49,11 @@ class FiniteSteps:
             which = f"the last, step {last}, read the subjects {', '.join(self.subjects(last - 1))}"
             if skipped > self.limit:
                 raise InputError(
-                    f"the loss was NaN or infinite at {skipped} steps, more than training.max_skipped_steps {self.limit}; "
-                    f"{which}. Look at their scans, lower training.learning_rate, or use mixed_precision bf16 or no"
+                    f"the loss or its gradient was NaN or infinite at {skipped} steps, more than training.max_skipped_steps "
+                    f"{self.limit}; {which}. Look at their scans, lower training.learning_rate, or set "
+                    "training.mixed_precision to no"
                 )
-            announce(self.accelerator, f"{skipped} step(s) skipped: the loss is NaN or infinite; {which}")
+            announce(self.accelerator, f"{skipped} step(s) skipped: the loss or its gradient is NaN or infinite; {which}")
         return skipped
 
     def state(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The start of stage 1: the autoencoder's linear path is trained alone, before any network."""
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm3d.models.autoencoder import Autoencoder
+from ldm3d.preemption import Stop
 from ldm3d.randomness import generator
 from ldm3d.training.optimizer import Muon
 
@@ -27,6 +29,7 @@ def train_linear_path(
     steps: int,
     seed: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    stop: Stop = Stop(),  # noqa: B008 (of a caller that handles no signals)
 ) -> None:
     """Fit the linear path in closed form, then train it alone: analysis and synthesis, least squares over the volumes.
 
@@ -40,6 +43,7 @@ def train_linear_path(
         steps: of the training; 0 leaves the closed form.
         seed: of the batches.
         autocast: the precision to train in.
+        stop: when it asks for it, training ends early and the path is unfinished.
     """
     analysis, synthesis = network.analysis, network.synthesis
     volumes = volumes.to(analysis.weight.device)
@@ -49,7 +53,10 @@ def train_linear_path(
         {"params": [analysis.bias, synthesis.bias], "orthogonal": False},
     ]
     optimizer = Muon(groups, LEARNING_RATE)
-    for step in tqdm(range(steps), desc="linear path", unit="step", disable=None):  # None: no bar in a log file
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds between two updates of the bar: a log file needs few
+    for step in tqdm(range(steps), desc="linear path", unit="step", mininterval=every):
+        if stop.asked:
+            return
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         chosen = torch.randint(len(volumes), (BATCH,), generator=generator(seed, "linear path", step))

@@ -124,7 +124,7 @@ def asked_to_stop(stop: Stop, accelerator: Accelerator, communicate: bool) -> bo
 
 
 def exit_for_requeue(stop: Stop, run: Path, step: int, accelerator: Accelerator) -> NoReturn:
-    """End the program with exit code `REQUEUE`; the checkpoint of `step` is written."""
-    announce(accelerator, f"{run}: {stop.signal or 'a signal'} after step {step}; the same command goes on from there")
+    """End the program with exit code `REQUEUE`; the checkpoint of `step` is written, unless it is 0."""
+    announce(accelerator, f"{run}: {stop.signal or 'a signal'} after step {step}; run the same command to continue from there")
     accelerator.end_training()
     raise SystemExit(REQUEUE)

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from ldm3d.config.sections import TrainingConfig
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
+from ldm3d.preemption import Stop
+from ldm3d.training.convolutions import mend_convolutions
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.sharding import distribute
@@ -45,6 +47,7 @@ class Trained:
     stepper: Any = field(init=False)
 
     def __post_init__(self):
+        mend_convolutions(self.network)
         self.module, self.stepper = self.network, self.optimizer
 
     @classmethod
@@ -87,8 +90,8 @@ class Task:
     takes_other_scans: bool = False
     settled: int = 0
 
-    def begin(self) -> None:
-        """Called before the first step of a run that starts without a checkpoint."""
+    def begin(self, stop: Stop) -> None:
+        """Called before the first step of a run that starts without a checkpoint; ends early when a stop is asked for."""
 
     def subjects(self, step: int) -> list[str]:
         """The subjects that all processes together read in a step, for messages."""

@@ -121,7 +121,7 @@ def _signals(folder: Path, config: Path) -> Outcome:
         wait_for(process, lambda run=run: step_of(run) >= 5)
         send(process, number)
         output, _ = process.communicate()
-        problems = [] if "the same command goes on from there" in output else ["no word of it"]
+        problems = [] if "run the same command to continue from there" in output else ["no word of it"]
         if processes == 1 and process.returncode != REQUEUE:  # torchrun turns any code into 1
             problems.append(f"exit code {process.returncode}")
         finish(train(stage, config, again, processes=processes))
