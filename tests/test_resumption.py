@@ -21,6 +21,7 @@ from torture.runs import send, wait_for
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.errors import InputError
 from ldm3d.preemption import REQUEUE, Stop, preemption
+from ldm3d.training import parallel
 from ldm3d.training.finite import FiniteSteps
 from ldm3d.training.metrics import Metrics, read_metrics
 
@@ -37,16 +38,33 @@ def end_alike(experiment, folder, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stopped_after_any_step_it_ends_with_the_same_bits(experiment, tmp_path, train_here, stage, capsys):
+def test_stopped_after_any_step_it_ends_with_the_same_bits(experiment, tmp_path, train_here, stage, capsys, monkeypatch):
     config = another_run(experiment, tmp_path, stage)
+
+    def asked(stop, *_, **__):
+        stop.signal = "SIGUSR1"
+        return True
+
     for step in (1, 2):  # neither is one where a checkpoint was due
-        with pytest.raises(SystemExit) as done:
-            train_here(stage, config, stop=Stop("SIGUSR1"))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as done:
+            patch.setattr(parallel, "asked_to_stop", asked)
+            train_here(stage, config, stop=Stop())
         assert done.value.code == REQUEUE
         assert f"SIGUSR1 after step {step}; run the same command to continue" in capsys.readouterr().out
         assert (tmp_path / f"{stage}-training/checkpoints/step-{step:08d}").is_dir()
     train_here(stage, config)
     end_alike(experiment, tmp_path, stage)
+
+
+def test_stopped_during_the_linear_path_it_ends_with_the_same_bits(experiment, tmp_path, train_here, capsys):
+    config = another_run(experiment, tmp_path, "autoencoder")
+    with pytest.raises(SystemExit) as done:
+        train_here("autoencoder", config, stop=Stop("SIGTERM"))
+    assert done.value.code == REQUEUE
+    assert "SIGTERM after step 0; run the same command to continue" in capsys.readouterr().out
+    assert not list((tmp_path / "autoencoder-training").glob("checkpoints/step-*"))
+    train_here("autoencoder", config)
+    end_alike(experiment, tmp_path, "autoencoder")
 
 
 def test_killed_while_it_writes_a_checkpoint_it_ends_with_the_same_bits(experiment, tmp_path, train_here):
