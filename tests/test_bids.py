@@ -237,7 +237,7 @@ def test_bad_table(text, settings, message, tmp_path):
 
 def test_table_that_is_no_text(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"PK\x03\x04\xff\xfe\x00")
-    with pytest.raises(InputError, match="no text in UTF-8"):
+    with pytest.raises(InputError, match="not text in UTF-8"):
         read_scans(DataConfig(table=tmp_path / "t.csv", grid=GRID), [])
     with pytest.raises(InputError, match="no table"):
         read_scans(DataConfig(table=tmp_path / "u.csv", grid=GRID), [])

@@ -177,7 +177,10 @@ def test_what_is_not_used_is_written_as_before(load):
         ("{name: x, kind: categorical, categories: [F, F]}", "'F' is there twice"),
         ("{name: x, kind: categorical, categories: {F: [2], M: [1, 2]}}", "'2' stands for 'F' and 'M'; list it once"),
         ("{name: x, kind: categorical, categories: {F: [m], M: []}}", "'m' stands for 'M' and 'F'"),
-        ("{name: x, kind: categorical, categories: [no, mild]}", "false is no text: YAML reads yes, no, on and off so"),
+        (
+            "{name: x, kind: categorical, categories: [no, mild]}",
+            "false is not text: YAML reads yes, no, on and off as true and false",
+        ),
         ("{name: x, kind: categorical, categories: [n/a, mild]}", "'n/a' is how tables write a missing value"),
         ("{name: x, kind: categorical, categories: [[F], M]}", r"\['F'\] is neither text nor a number"),
         ("{name: x, kind: categorical, categories: [F, M], missing: [M, 9]}", "'M' is a category and stands for a missing"),

@@ -280,7 +280,7 @@ def test_patterns_of_a_layout_file_are_not_taken(tmp_path):
         (b"id,note\n1,a\0b\n", r"line 2: 'a\\x00b' holds"),
         (b"id,note\n1," + b"x" * 200_000, r"no regular table: field larger than field limit .*line 2"),
         (b"id,note\n1\n2,3,4\n", "Expected 2 fields in line 3, saw 3"),
-        ("id,note\n1,x\n".encode("utf-16"), "no text in UTF-8"),
+        ("id,note\n1,x\n".encode("utf-16"), "not text in UTF-8"),
     ],
 )
 def test_tables_that_are_none(content, message, tmp_path):

@@ -58,7 +58,7 @@ def read_table(path: Path) -> pd.DataFrame:
                     column.append(cell)
                 lines.append(reader.line_num)
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8; save it as CSV (UTF-8)") from None
+        raise InputError(f"{path} is not text in UTF-8; save it as CSV (UTF-8)") from None
     except csv.Error as error:
         raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
     except MemoryError:

@@ -11,8 +11,8 @@ LIGHTS = {WITHIN: GREEN, BEYOND: RED, CLOSER: AMBER, FEW: GREY}
 TEXT = (
     "Metrics of two sets of volumes: generated against held-out volumes, and the same held-out volumes after the "
     "autoencoder. If reconstructions are beyond the margin too, look at the autoencoder first, otherwise at the diffusion "
-    "model. Each figure has its 95% interval; below it, its difference from real against real with a 90% interval, and the "
-    "numbers of volumes. The last column has the 95% interval between two sets of real volumes of the same size, and the "
+    "model. Each figure has its 95% interval; below it, its excess over real against real with a 90% interval, and n, the "
+    "numbers of real and other volumes. The last column has the 95% interval between two sets of real volumes of the same size, and the "
     "equivalence margin."
 )
 NOTE = (
@@ -54,11 +54,11 @@ def _cells(finding: Finding | None) -> tuple[str, str]:
     """A figure with its interval, excess and numbers, and its verdict."""
     if finding is None:
         return "not measured", ""
-    numbers = f"{finding.real} + {finding.synthetic}"
+    numbers = f"n = {finding.real} + {finding.synthetic}"
     if finding.needed:
         numbers += f"\nabout {finding.needed} needed"
     figure = f"{finding.value:.3g}\n({finding.low:.3g} to {finding.high:.3g})"
-    excess = f"{finding.excess:+.3g}\n({finding.excess_low:+.3g} to {finding.excess_high:+.3g})"
+    excess = f"excess {finding.excess:+.3g}\n({finding.excess_low:+.3g} to {finding.excess_high:+.3g})"
     return f"{figure}\n{excess}\n{numbers}", finding.verdict
 
 

@@ -20,7 +20,7 @@ NOTE = (
     f"larger; for distances {ERROR_TOLERANCE:.0%} of the distance. Small gap (amber): significant, and within the "
     "tolerance. No gap (green): not significant, and within the tolerance. Too few to tell (grey): a gap beyond the "
     "tolerance cannot be excluded. The light at the top is green if no row has a gap, and reconstruction, autoencoder and "
-    "generated are certain to have none; shares and distances can show a gap, but hardly ever its absence."
+    "generated are certain to have none; shares and distances can show a gap, but hardly ever prove that there is none."
 )
 
 
