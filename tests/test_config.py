@@ -179,7 +179,7 @@ def test_what_is_not_used_is_written_as_before(load):
         ("{name: x, kind: categorical, categories: {F: [m], M: []}}", "'m' stands for 'M' and 'F'"),
         (
             "{name: x, kind: categorical, categories: [no, mild]}",
-            "false is not text: YAML reads yes, no, on and off as true and false",
+            "false is not text: YAML reads yes, no, on, off so",
         ),
         ("{name: x, kind: categorical, categories: [n/a, mild]}", "'n/a' is how tables write a missing value"),
         ("{name: x, kind: categorical, categories: [[F], M]}", r"\['F'\] is neither text nor a number"),

@@ -63,9 +63,7 @@ def _texts(values: Any) -> Any:
     words = list(values) if isinstance(values, list | tuple | dict) else [values]
     for word in words:
         if isinstance(word, bool):
-            raise ValueError(
-                f"{str(word).lower()} is not text: YAML reads yes, no, on and off as true and false; put the word in quotes"
-            )
+            raise ValueError(f"{str(word).lower()} is not text: YAML reads yes, no, on, off so; put the word in quotes")
         if not isinstance(word, str | int | float):
             raise ValueError(f"{shown(word)} is neither text nor a number")
     texts = tuple(str(word) for word in words)

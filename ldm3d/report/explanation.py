@@ -63,7 +63,8 @@ def sections(pipeline: Pipeline, found: Explanation, pictures: Mapping[str, str]
     columns = ["change", "brighter (ml)", "darker (ml)", "any size (ml)", "largest mean change", "at (mm, RAS+)", "smallest p"]
     text = (
         f"Volumes were generated for {asked} with {found.seeds} seeds, and with the same noise for every changed request. "
-        "The maps show the mean change (after minus before), in units of the intensity range. Outlined, and counted as brighter and "
+        "The maps show the mean change (after minus before), in units of the intensity range. Outlined, and counted as "
+        "brighter and "
         f"darker, are voxels where it is {NOTABLE:g} or more and differs from 0 by a sign-flip test over the seeds; the "
         f"next column counts smaller changes, too. The family-wise error of a map is {FAMILY_WISE_ERROR:.0%}, and the "
         f"smallest p that {found.seeds} seeds can give is {smallest_p(found.seeds):.2g}. A map shows how this model "

@@ -12,7 +12,8 @@ TEXT = (
     "Metrics of two sets of volumes: generated against held-out volumes, and the same held-out volumes after the "
     "autoencoder. If reconstructions are beyond the margin too, look at the autoencoder first, otherwise at the diffusion "
     "model. Each figure has its 95% interval; below it, its excess over real against real with a 90% interval, and n, the "
-    "numbers of real and other volumes. The last column has the 95% interval between two sets of real volumes of the same size, and the "
+    "numbers of real and other volumes. The last column has the 95% interval between two sets of real volumes of the same "
+    "size, and the "
     "equivalence margin."
 )
 NOTE = (
