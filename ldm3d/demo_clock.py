@@ -63,8 +63,8 @@ class Clock:
 
 
 def minutes(seconds: float) -> str:
-    """In words, to the half minute."""
-    halves = max(1, round(seconds / 30))
+    """In words, to the half minute; long times to the minute."""
+    halves = max(1, round(seconds / 30)) if seconds < 1200 else 2 * round(seconds / 60)
     return f"{halves / 2:g} minute{'' if halves == 2 else 's'}"
 
 
