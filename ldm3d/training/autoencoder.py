@@ -62,13 +62,14 @@ class AutoencoderTask(VolumeTask):
             "seed": config.seed,
         }
 
-    def begin(self, stop: Stop) -> None:
+    def begin(self, stop: Stop) -> bool:
         """Fit the linear path to some volumes on the main process, with the cores of all, and broadcast it.
 
         So one process and several start from the same bits.
         """
+        finished = True
         if not self.config.autoencoder.network.linear_path:
-            return
+            return finished
         main, keys = self.trained[MAIN], self.keys["train"]
         if self.accelerator.is_main_process:
             count = volumes_for(self.config.data.grid.shape)
@@ -76,10 +77,12 @@ class AutoencoderTask(VolumeTask):
             print(f"fitting the linear path to {len(chosen)} volumes", flush=True)
             steps, threads = self.config.autoencoder.linear_path_steps, torch.get_num_threads()
             torch.set_num_threads(cores())
-            train_linear_path(main.network, self.volumes(chosen), steps, self.config.seed, self.accelerator.autocast, stop)
+            volumes, autocast = self.volumes(chosen), self.accelerator.autocast
+            finished = train_linear_path(main.network, volumes, steps, self.config.seed, autocast, stop)
             torch.set_num_threads(threads)
         broadcast_weights(main.network)
         load_weights(main.average.network, main.network.state_dict(), "the linear path")
+        return finished
 
     def reconstruct(self, network: LatentSpace, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         with self.accelerator.autocast():

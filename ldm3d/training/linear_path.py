@@ -30,7 +30,7 @@ def train_linear_path(
     seed: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     stop: Stop = Stop(),  # noqa: B008 (of a caller that handles no signals)
-) -> None:
+) -> bool:
     """Fit the linear path in closed form, then train it alone: analysis and synthesis, least squares over the volumes.
 
     Principal components are the best code of a block by itself. Where blocks are decoded from their neighbours' latents, too,
@@ -44,6 +44,9 @@ def train_linear_path(
         seed: of the batches.
         autocast: the precision to train in.
         stop: when it asks for it, training ends early and the path is unfinished.
+
+    Returns:
+        Whether it was finished.
     """
     analysis, synthesis = network.analysis, network.synthesis
     volumes = volumes.to(analysis.weight.device)
@@ -55,8 +58,8 @@ def train_linear_path(
     optimizer = Muon(groups, LEARNING_RATE)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds between two updates of the bar: a log file needs few
     for step in tqdm(range(steps), desc="linear path", unit="step", mininterval=every):
-        if stop.asked:
-            return
+        if stop.signal:
+            return False
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         chosen = torch.randint(len(volumes), (BATCH,), generator=generator(seed, "linear path", step))
@@ -66,3 +69,4 @@ def train_linear_path(
         (again.float() - batch).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    return True

@@ -40,10 +40,8 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
     restored = checkpoint.restore(run, newest, task.networks(), task.settings)
     tensors, state = restored or ({}, {"step": 0, "best": None, "skipped_steps": 0})
     parallel.record_scans(run, task.scans, accelerator, begun=restored is not None, go_on=task.takes_other_scans)
-    if restored is None:
-        task.begin(stop)
-        if parallel.broadcast_from_main(stop.asked):
-            parallel.exit_for_requeue(stop, run, 0, accelerator)
+    if restored is None and not parallel.broadcast_from_main(task.begin(stop)):
+        parallel.exit_for_requeue(stop, run, 0, accelerator)
     for each in task.trained.values():
         each.distribute(accelerator)
     if restored:

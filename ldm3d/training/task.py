@@ -90,8 +90,9 @@ class Task:
     takes_other_scans: bool = False
     settled: int = 0
 
-    def begin(self, stop: Stop) -> None:
-        """Called before the first step of a run that starts without a checkpoint; ends early when a stop is asked for."""
+    def begin(self, stop: Stop) -> bool:
+        """Called before the first step of a run that starts without a checkpoint; False if a stop has cut it short."""
+        return True
 
     def subjects(self, step: int) -> list[str]:
         """The subjects that all processes together read in a step, for messages."""
