@@ -30,7 +30,7 @@ def test_lights_go_by_the_interval(goal, light):
 
 
 def test_goals_in_words():
-    assert Goal("a", 1, low=0.9).wanted == "at least 0.9" and Goal("a", 1, high=5, unit="%").wanted == "at most 5 %"
+    assert Goal("a", 1, low=0.9).wanted == "at least 0.9" and Goal("a", 1, high=5, unit="%").wanted == "at most 5%"
     assert found(Goal("a", 31.234, unit="dB", interval=(30.1, 32.25))) == "31.23 dB (30.10 to 32.25)"
     assert found(Goal("a", math.nan)) == "none" and found(Goal("a", 1234.5)) == "1,234" and found(Goal("a", 2)) == "2"
 

@@ -55,10 +55,10 @@ class Goal:
         if np.isinf(self.low) and np.isinf(self.high):
             return ""
         if np.isinf(self.high):
-            return f"at least {self.low:.3g} {self.unit}".strip()
+            return f"at least {with_unit(f'{self.low:.3g}', self.unit)}"
         if np.isinf(self.low):
-            return f"at most {self.high:.3g} {self.unit}".strip()
-        return f"{self.low:.3g} to {self.high:.3g} {self.unit}".strip()
+            return f"at most {with_unit(f'{self.high:.3g}', self.unit)}"
+        return with_unit(f"{self.low:.3g} to {self.high:.3g}", self.unit)
 
     @property
     def verdict(self) -> tuple[str, str]:
@@ -136,11 +136,16 @@ def write_page(
     return folder / PAGE
 
 
+def with_unit(value: str, unit: str) -> str:
+    """ "5 ml", "5%", and "5" without a unit."""
+    return f"{value}{unit}" if unit in ("", "%") else f"{value} {unit}"
+
+
 def found(goal: Goal) -> str:
     """The value with unit and interval, in words."""
     if not math.isfinite(goal.found):
         return "none"
-    value = f"{number(goal.found)} {goal.unit}".strip()
+    value = with_unit(number(goal.found), goal.unit)
     return f"{value} ({number(goal.interval[0])} to {number(goal.interval[1])})" if goal.interval else value
 
 
