@@ -38,20 +38,20 @@ class Preconditioning:
 
     def input(self, z: Tensor, t: float | Tensor) -> Tensor:
         """What the network sees of z at time t, like z."""
-        return z / self._radius(z, t)[0] if self.scales else z
+        return z / self._coefficients(z, t)[0] if self.scales else z
 
     def target_of(self, x: Tensor, e: Tensor, t: float | Tensor) -> Tensor:
         """What the network has to predict; with scales a e - b x / s."""
         if not self.scales:
             return self.process.target(self.target, x, e, t)
-        _, a, b, s = self._radius(x, t)
+        _, a, b, s = self._coefficients(x, t)
         return a * e - b * x / s
 
     def to_data(self, output: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
         """The expected clean latent, from the network's output for z at time t; with scales s (a z / r - b output)."""
         if not self.scales:
             return self.process.to_data(self.target, output, z, t)
-        r, a, b, s = self._radius(z, t)
+        r, a, b, s = self._coefficients(z, t)
         return s * (a * z / r - b * output)
 
     def loss(self, weight: str, t: Tensor, squared_error: Tensor) -> Tensor:
@@ -62,14 +62,15 @@ class Preconditioning:
         """
         if not self.scales:
             return self.process.loss_weight(weight, self.target, t) * squared_error.flatten(1).mean(dim=1)
-        _, a, b, _ = self._radius(squared_error, t)
+        _, a, b, _ = self._coefficients(squared_error, t)
         weights = {"none": torch.ones_like(a), "noise": a**2, "min-snr": (a / b).square().clamp(max=5.0) * b**2}
         return (weights[weight] * squared_error).flatten(1).mean(dim=1)
 
-    def _radius(self, like: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _coefficients(self, like: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """r, a, b and s, each (N or 1, C, 1, 1, 1), of the type of `like`."""
         t = as_double(t).to(like.device).reshape(-1, 1)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         s = torch.tensor(self.scales, dtype=t.dtype, device=like.device)
         r = (alpha**2 * s**2 + sigma**2).sqrt()
-        return tuple(v.to(like.dtype)[:, :, None, None, None] for v in (r, alpha * s / r, sigma / r, s[None]))  # type: ignore[return-value]
+        r, a, b, s = (v.to(like.dtype)[:, :, None, None, None] for v in (r, alpha * s / r, sigma / r, s[None]))
+        return r, a, b, s
