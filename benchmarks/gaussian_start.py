@@ -17,9 +17,8 @@ from torch import Tensor
 from ldm3d import figures
 from ldm3d.config.read import load_config
 from ldm3d.data.latents import read_latents
-from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.denoiser import Denoiser, in_turn
 from ldm3d.diffusion.gaussian import fit_gaussian
-from ldm3d.diffusion.process import Process
 from ldm3d.diffusion.samplers import sample
 from ldm3d.experiment import latents_origin
 from ldm3d.models.unet import cut_to
@@ -60,11 +59,6 @@ def main() -> None:
 def mean_of(moments: np.ndarray, pipeline: Pipeline) -> Tensor:
     """The mean of a scan's posterior, (1, c, x, y, z)."""
     return pipeline.autoencoder.sample(torch.from_numpy(np.array(moments)[None]).to(pipeline.device)).cpu()
-
-
-def in_turn(first: Denoiser, then: Denoiser, until: float, process: Process) -> Denoiser:
-    """`first` while sigma / alpha is above `until`, `then` below it."""
-    return lambda z, t: first(z, t) if process.sigma(t) > until * process.alpha(t) else then(z, t)
 
 
 @torch.inference_mode()

@@ -21,12 +21,14 @@ from ldm3d.errors import InputError, choose, shown
 from ldm3d.files import write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
-from ldm3d.models.pretrained import read_json
+from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.models.unet import LatentUNet
+from ldm3d.start import GaussianStart
 
 DESCRIPTION = "pipeline.json"
 PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales")  # that it describes
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
+START = "start"  # folder of what sampling starts with
 NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
@@ -86,6 +88,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         "sampling": parts["sampling"].to_dict(),
         **{name: parts[name] for name in ("skull_stripped", "suffix", "crop")},
         **({"scales": parts["scales"]} if parts["scales"] else {}),
+        **({"starts": True} if parts["starts"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
@@ -108,6 +111,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "suffix": TypeAdapter(Suffix).validate_python(values.get("suffix", "T1w")),  # older folders lack it
             "crop": TypeAdapter(Crop).validate_python(values.get("crop", NO_CROP)),
             "scales": TypeAdapter(Scales).validate_python(values.get("scales", ())),
+            "starts": bool(values.get("starts", False)),
         }
     except ValidationError as error:
         first = error.errors()[0]
@@ -140,14 +144,24 @@ def summary(pipeline: Any) -> str:
             f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
             *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(pipeline.schema)),
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
-            f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}",
+            f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}"
+            + (f"; a Gaussian starts, until sigma / alpha is {pipeline.start.until:g}" if pipeline.start else ""),
             f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
             f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
         ]
     )
 
 
-def check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, parts: Mapping[str, Any]) -> None:
+def hash_of_model(folder: Path) -> str:
+    """`weights_hash` of a pipeline folder."""
+    return weights_hash(
+        *(folder / name for name in ("autoencoder", "unet", START) if name != START or (folder / name).is_dir())
+    )
+
+
+def check_parts(
+    folder: Path, autoencoder: LatentSpace, unet: LatentUNet, start: GaussianStart | None, parts: Mapping[str, Any]
+) -> None:
     """Raise InputError unless networks, covariates, Grid and scales of a folder, see `read_description`, belong together."""
     channels, factor = autoencoder.latent_channels, autoencoder.downsampling
     schema, grid, scales = parts["schema"], parts["grid"], parts["scales"]
@@ -165,6 +179,12 @@ def check_parts(folder: Path, autoencoder: LatentSpace, unet: LatentUNet, parts:
         raise InputError(
             f"{folder}: the U-Net was made for covariates with {unet.arguments['num_categories']} categories, {DESCRIPTION} "
             f"lists {schema.num_categories}; they are of different models"
+        )
+    latent = channels, *unet.padded_shape([n // factor for n in grid.shape])
+    if start is not None and (start.shape, list(start.num_categories)) != (latent, schema.num_categories):
+        raise InputError(
+            f"{folder}: {START} is of latents {start.shape} and covariates with {list(start.num_categories)} categories, the "
+            f"networks are of {latent} and {schema.num_categories}; they are of different models"
         )
     if any(n % factor for n in grid.shape):
         raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

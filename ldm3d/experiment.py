@@ -18,7 +18,7 @@ from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
-from ldm3d.description import DESCRIPTION, ROUNDED_FROM, read_description
+from ldm3d.description import DESCRIPTION, ROUNDED_FROM, hash_of_model, read_description
 from ldm3d.errors import InputError, shown, some
 from ldm3d.files import write_atomic
 from ldm3d.geometry import Grid
@@ -85,7 +85,7 @@ def save_experiment(config: Config, model: Path) -> None:
     seen = frozenset.union(train, *(stage.validation for stage in known))
     values = {
         "format": FORMAT,
-        "model": weights_hash(model / "autoencoder", model / "unet"),
+        "model": hash_of_model(model),
         "base": str(Path.cwd()),
         "config": config.model_dump(mode="json", exclude_unset=True),
         "train": sorted(train),
@@ -112,7 +112,7 @@ def find_experiment(model: Path, given: str | Path | None = None) -> Experiment:
     if str(given) == NONE:
         return Experiment(_config_of(model))
     paths = [Path(given)] if given else [model.resolve().parent / EXPERIMENT, model / EXPERIMENT]
-    names = [weights_hash(model / "autoencoder", model / "unet"), read_json(model / DESCRIPTION).get(ROUNDED_FROM)]
+    names = [hash_of_model(model), read_json(model / DESCRIPTION).get(ROUNDED_FROM)]
     names = [name for name in names if name]
     for path in paths:
         if path.is_file():

@@ -2,12 +2,14 @@
 
 FOLDER/pipeline.json        Grid, covariates with their fitted normalisation, process, defaults, versions
 FOLDER/autoencoder, unet    config.json and model.safetensors each
+FOLDER/start                the same, where sampling starts with a Gaussian
 """
 
 import copy
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,20 @@ import ldm3d
 from ldm3d import precision
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
-from ldm3d.description import DESCRIPTION, NO_CROP, PARTS, Sampling, check_parts, read_description, summary, write_description
+from ldm3d.description import (
+    DESCRIPTION,
+    NO_CROP,
+    PARTS,
+    START,
+    Sampling,
+    check_parts,
+    hash_of_model,
+    read_description,
+    summary,
+    write_description,
+)
 from ldm3d.devices import check_convolutions, described
-from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser
+from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser, in_turn
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
@@ -33,9 +46,9 @@ from ldm3d.geometry import Grid
 from ldm3d.memory import PlannedDecoder
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
-from ldm3d.models.pretrained import weights_hash
 from ldm3d.models.unet import LatentUNet, cut_to
 from ldm3d.shipped import model_folder
+from ldm3d.start import GaussianStart
 
 
 class Pipeline:
@@ -52,6 +65,7 @@ class Pipeline:
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
         scales: of the latent channels, see `ldm3d.diffusion.preconditioning`; none where all have variance 1.
+        start: denoises at high noise, in place of the U-Net; None where the U-Net was trained at every level of noise.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -78,11 +92,12 @@ class Pipeline:
         threads: int | None = 1,
         suffix: str = "T1w",
         scales: Sequence[float] = (),
+        start: GaussianStart | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
         self.autoencoder, self.unet = autoencoder.requires_grad_(False), unet.requires_grad_(False)
-        self.schema, self.grid = schema, grid
+        self.start, self.schema, self.grid = start, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
         self.crop = tuple(tuple(planes) for planes in crop)
@@ -144,7 +159,9 @@ class Pipeline:
         return summary(self)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """Move both networks."""
+        """Move the networks; what starts sampling stays in float32."""
+        if self.start is not None:
+            self.start.to(device=device)
         self.autoencoder.to(device=device, dtype=dtype)
         self.unet.to(device=device, dtype=dtype)
         return self
@@ -168,9 +185,14 @@ class Pipeline:
         folder = Path(folder)
         self.autoencoder.save_pretrained(folder / "autoencoder", dtype)
         self.unet.save_pretrained(folder / "unet", dtype)
-        saved = weights_hash(folder / "autoencoder", folder / "unet")
+        if self.start is not None:
+            self.start.save_pretrained(folder / START, dtype)
+        else:
+            shutil.rmtree(folder / START, ignore_errors=True)  # an earlier model's
+        saved = hash_of_model(folder)
         rounded_from = self.model_hash if dtype and self.model_hash not in (saved, "unsaved") else None
-        write_description(folder / DESCRIPTION, {name: getattr(self, name) for name in PARTS}, rounded_from)
+        parts = {name: getattr(self, name) for name in PARTS} | {"starts": self.start is not None}
+        write_description(folder / DESCRIPTION, parts, rounded_from)
         if dtype is None:
             self.model_hash = saved
 
@@ -196,8 +218,9 @@ class Pipeline:
         autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
         unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
         check_convolutions(torch.device(device), dtype)
-        check_parts(folder, autoencoder, unet, parts)
-        return cls(autoencoder, unet, model_hash=weights_hash(folder / "autoencoder", folder / "unet"), **parts)
+        start = GaussianStart.from_pretrained(folder / START, device, torch.float32) if parts.pop("starts") else None
+        check_parts(folder, autoencoder, unet, start, parts)
+        return cls(autoencoder, unet, start=start, model_hash=hash_of_model(folder), **parts)
 
     def __call__(
         self,
@@ -319,7 +342,10 @@ class Pipeline:
         denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales)
         if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
             guidance = 1.0
-        return classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
+        guided = classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
+        if self.start is None:
+            return guided
+        return in_turn(self.start.denoiser(asked.covariates, self.process), guided, self.start.until, self.process)
 
     def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor:
         """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers in the series."""

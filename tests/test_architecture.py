@@ -66,6 +66,7 @@ LAYERS = (
     ("errors",),
     ("files", "geometry", "covariates", "randomness", "precision", "preemption", "processes", "devices", "statistics"),
     ("config", "models", "diffusion"),
+    ("start",),
     ("data", "memory", "description"),
     ("seen", "metrics", "environment", "figures", "shipped"),
     ("experiment", "generation"),

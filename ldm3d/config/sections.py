@@ -133,6 +133,13 @@ class TimeSamplingConfig(Section):
     scale: Annotated[float, Field(gt=0)] = 1.0
 
 
+class StartConfig(Section):
+    """The Gaussian of the training latents that denoises at high noise (`ldm3d.start`)."""
+
+    components: Positive = 96  # principal components of the latents, fewer than four fifths of the training scans
+    until: Annotated[float, Field(gt=0, lt=100)] = 1.0  # sigma / alpha from which on the network denoises
+
+
 class DiffusionConfig(Section):
     """Stage 2."""
 
@@ -141,6 +148,8 @@ class DiffusionConfig(Section):
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr", "noise"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
+    # A Gaussian denoises at high noise, the network below it; None: the network alone
+    start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
     network: UNetNetwork
     training: TrainingConfig
 
@@ -152,7 +161,7 @@ class DiffusionConfig(Section):
     def _vdm_trains_on_the_bound(self) -> Self:
         if self.process.kind != "vdm":
             return self
-        conflicts = []
+        conflicts = ["start: leave it out, a schedule that is learned begins with pure noise"] if self.start else []
         if self.time_sampling.kind != "uniform":
             conflicts.append(f"time_sampling.kind {self.time_sampling.kind}: set it to uniform, the schedule places the times")
         if self.loss_weight != "none":

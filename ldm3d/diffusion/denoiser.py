@@ -52,6 +52,11 @@ class NetworkDenoiser:
         return lambda z, t: self(z, t, conditions)
 
 
+def in_turn(first: Denoiser, then: Denoiser, until: float, process: Process) -> Denoiser:
+    """`first` while sigma / alpha is above `until`, `then` from there on."""
+    return lambda z, t: first(z, t) if process.sigma(t) > until * process.alpha(t) else then(z, t)
+
+
 def call_network(network: nn.Module, z: Tensor, network_time: float | Tensor, conditions: Any) -> Tensor:
     """The prediction of a network for z, in float32; its times are in thousandths.
 

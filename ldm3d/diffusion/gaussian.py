@@ -1,7 +1,8 @@
-"""The best denoiser for Gaussian data, in closed form: a ruler for networks, and samples without a network.
+"""The best denoiser for Gaussian data, in closed form: a ruler for networks, and the coarse part of sampling.
 
-Legend: x clean latent, e noise, z = alpha x + sigma e, all (N, C, X, Y, Z); m mean, U (D, k) orthonormal directions with
-variances V, R a variance for each channel: x ~ N(m, U V U' + R). D = C X Y Z.
+Legend: x clean latent, e noise, z = alpha x + sigma e, all (N, C, X, Y, Z); m mean, U (D, k) directions with variances V,
+R a variance for each channel: x ~ N(m, U V U' + R). D = C X Y Z. With features f (p,) of the covariates and slopes B (D, p):
+x ~ N(m + B f, U V U' + R), where the features are Gaussian, too, so that missing ones are integrated out.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,16 @@ from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 
+RIDGE = 1e-3  # in units of a feature's variance
+
 
 @dataclass(frozen=True)
 class Gaussian:
     """N(m, U V U' + R), from few samples of many dimensions (probabilistic principal components, Tipping & Bishop 1999).
 
     Attributes:
-        mean: m, (C, X, Y, Z).
-        directions: U, (k, C, X, Y, Z), orthonormal.
+        mean: m, (C, X, Y, Z); or (N, C, X, Y, Z), one for each row of a batch.
+        directions: U, (k, C, X, Y, Z).
         variances: V, (k,), beyond R.
         rest: R, (C,): variance of each channel in all other directions.
     """
@@ -97,6 +100,123 @@ def fit_gaussian(x: Tensor, components: int, folds: int = 5) -> Gaussian:
     directions = directions.reshape(components, *x.shape[1:])
     of_rest = torch.einsum("kcxyz,c->k", directions.square(), rest)
     return Gaussian(*(v.float() for v in (mean, directions, (along / count - of_rest).clamp_min(0), rest)))
+
+
+@dataclass(frozen=True)
+class ConditionalGaussian:
+    """N(m + B f, U V U' + R) with f ~ N(a, A).
+
+    Attributes:
+        residual: N(m, U V U' + R).
+        slopes: B, (p, C, X, Y, Z).
+        centre: a, (p,).
+        covariance: A, (p, p).
+    """
+
+    residual: Gaussian
+    slopes: Tensor
+    centre: Tensor
+    covariance: Tensor
+
+    def given(self, features: Tensor, known: Tensor) -> Gaussian:
+        """The distribution of x given some of the features, with a mean for each row.
+
+        Args:
+            features: f, (N, p); whatever stands where a feature is missing.
+            known: (p,), which features are given; the same ones in every row.
+        """
+        features, missing = features.to(self.centre), ~known
+        if missing.any():
+            weights, left = _regression(self.covariance, known)
+            expected = self.centre[missing] + (features[:, known] - self.centre[known]) @ weights
+            features = features.index_copy(1, missing.nonzero()[:, 0], expected)
+            values, vectors = torch.linalg.eigh(left)
+            spread = torch.einsum("pk,pcxyz->kcxyz", vectors * values.clamp_min(0).sqrt(), self.slopes[missing])
+            directions = torch.cat([self.residual.directions, spread])
+            variances = torch.cat([self.residual.variances, values.new_ones(len(values))])
+        else:
+            directions, variances = self.residual.directions, self.residual.variances
+        mean = self.residual.mean + torch.einsum("np,pcxyz->ncxyz", features, self.slopes)
+        return Gaussian(mean, directions, variances, self.residual.rest)
+
+    def denoiser(self, features: Tensor, known: Tensor, process: Process) -> Denoiser:
+        """(z, t) -> E[x | z, known features]; features and known (N, p), a row for each of the batch.
+
+        Rows with the same features known are one Gaussian. Each is asked for the whole batch, so that a row's last bits do
+        not depend on the others.
+        """
+        patterns, which = torch.unique(known.bool(), dim=0, return_inverse=True)
+        denoisers = [self.given(features, pattern).denoiser(process) for pattern in patterns]
+
+        def denoise(z: Tensor, t: float) -> Tensor:
+            x = denoisers[0](z, t)
+            for number, other in enumerate(denoisers[1:], start=1):
+                x = torch.where((which == number)[:, None, None, None, None], other(z, t), x)
+            return x
+
+        return denoise
+
+
+def fit_conditional(x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = 5) -> ConditionalGaussian:
+    """Fit the features' own Gaussian, then x to them by least squares, then `fit_gaussian` to what is left.
+
+    A missing feature has the value that the others lead to expect.
+
+    Args:
+        x: (N, C, X, Y, Z).
+        features: (N, p), of unit scale.
+        known: (N, p), which of them are given.
+        components, folds: see `fit_gaussian`.
+
+    Raises:
+        InputError: too few samples.
+    """
+    x, known = x.double(), known.bool()
+    centre, covariance = fit_incomplete(features, known)
+    filled = _filled(features.double(), known, centre, covariance)[0] - centre
+    # A little ridge: features may be too many, or follow from each other
+    gram = filled.T @ filled + RIDGE * len(x) * torch.eye(filled.shape[1], dtype=x.dtype)
+    slopes = torch.linalg.solve(gram, filled.T @ (x - x.mean(dim=0)).flatten(1)).reshape(-1, *x.shape[1:])
+    at_zero = torch.einsum("np,pcxyz->ncxyz", filled + centre, slopes)
+    residual = fit_gaussian(x - at_zero, components, folds)
+    return ConditionalGaussian(residual, *(v.float() for v in (slopes, centre, covariance)))
+
+
+def fit_incomplete(values: Tensor, known: Tensor, rounds: int = 100) -> tuple[Tensor, Tensor]:
+    """Mean (p,) and covariance (p, p) of Gaussian rows (N, p) of which some entries are missing, by expectation maximisation
+    (Little & Rubin 2002, section 11.2)."""
+    values, known = values.double(), known.bool()
+    count = known.sum(dim=0).clamp_min(1)
+    centre = torch.where(known, values, 0).sum(dim=0) / count
+    spread = torch.where(known, (values - centre).square(), 0).sum(dim=0) / count
+    covariance = torch.diag(spread + RIDGE)
+    for _ in range(rounds if not known.all() else 1):
+        filled, left = _filled(values, known, centre, covariance)
+        centre = filled.mean(dim=0)
+        rows = filled - centre
+        covariance = (rows.T @ rows + left) / len(values) + RIDGE * torch.eye(len(centre), dtype=values.dtype)
+    return centre, covariance
+
+
+def _filled(values: Tensor, known: Tensor, centre: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with the expected values where there are none, and the sum of the covariances of what was missing, (p, p)."""
+    filled, total = values.clone(), torch.zeros_like(covariance)
+    patterns, which = torch.unique(known, dim=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        rows, missing = (which == number).nonzero()[:, 0], ~pattern
+        if missing.any():
+            weights, left = _regression(covariance, pattern)
+            expected = centre[missing] + (values[rows][:, pattern] - centre[pattern]) @ weights
+            filled[rows[:, None], missing.nonzero()[:, 0]] = expected
+            total[missing.nonzero(), missing.nonzero()[:, 0]] += len(rows) * left
+    return filled, total
+
+
+def _regression(covariance: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the known features for the missing ones, (known, missing), and the covariance that is left of these."""
+    among, across = covariance[known][:, known], covariance[known][:, ~known]
+    weights = torch.linalg.solve(among, across)
+    return weights, covariance[~known][:, ~known] - across.T @ weights
 
 
 def _principal_components(x: Tensor, components: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ldm3d.diffusion.preconditioning import Preconditioning
-from ldm3d.diffusion.process import Process, times_from_quantiles
+from ldm3d.diffusion.process import Process, quantile_of_time, time_of_ratio, times_from_quantiles
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.diffusion.vdm import VDMSchedule, vdm_losses
 
@@ -46,6 +46,7 @@ class Denoising:
         times: "uniform" or "logit-normal", see `times_from_quantiles`.
         location, scale: of logit-normal times.
         scales: of the channels, see `Preconditioning`.
+        until: times are drawn from this distribution below `until`; 1 for all of it.
     """
 
     schedule = None
@@ -59,13 +60,16 @@ class Denoising:
         location: float = 0.0,
         scale: float = 1.0,
         scales: Sequence[float] = (),
+        until: float = 1.0,
     ):
         self.process, self.weight = process, weight
         self.preconditioning = Preconditioning(process, target, scales)
         self.times, self.location, self.scale = times, location, scale
+        self.share = quantile_of_time(times, until, location, scale)
 
     def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor) -> Tensor:
-        t = times_from_quantiles(self.times, u.clamp(MARGIN, 1 - MARGIN), self.location, self.scale)
+        u = (u * self.share).clamp(MARGIN, 1 - MARGIN)
+        t = times_from_quantiles(self.times, u, self.location, self.scale)
         z = self.preconditioning.input(self.process.add_noise(x, e, t), t)
         error = predict(z, self.process.network_time(t)) - self.preconditioning.target_of(x, e, t)
         return self.preconditioning.loss(self.weight, t, error.square())
@@ -96,9 +100,12 @@ def make_objective(
     loss_weight: str,
     time_sampling: Mapping[str, Any],
     scales: Sequence[float] = (),
+    start: Mapping[str, Any] | None = None,
 ) -> Objective:
     """What a U-Net is trained on, by the keys of the config; a vdm's gamma is still a straight line."""
     if process["kind"] == "vdm":
         return VDMObjective(VDMSchedule(**{end: process[end] for end in ("gamma_min", "gamma_max") if end in process}), target)
     times, location, scale = (time_sampling[name] for name in ("kind", "location", "scale"))
-    return Denoising(make_process(**process), target, loss_weight, times, location, scale, scales)
+    of_config = make_process(**process)
+    until = time_of_ratio(of_config, start["until"]) if start else 1.0
+    return Denoising(of_config, target, loss_weight, times, location, scale, scales, until)

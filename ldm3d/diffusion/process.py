@@ -196,6 +196,19 @@ def times_from_quantiles(kind: str, u: Tensor, location: float = 0.0, scale: flo
     return u if kind == "uniform" else of_type(u, torch.sigmoid(location + scale * torch.special.ndtri(as_double(u))))
 
 
+def quantile_of_time(kind: str, t: float, location: float = 0.0, scale: float = 1.0) -> float:
+    """The share of the training times that are below t, in [0, 1]: the inverse of `times_from_quantiles`."""
+    choose("time sampling", kind, TIME_SAMPLING)
+    if kind == "uniform" or t >= 1:
+        return float(t)
+    return torch.special.ndtr((as_double(t).logit() - location) / scale).item()
+
+
+def time_of_ratio(process: Process, ratio: float) -> float:
+    """The time at which sigma / alpha is `ratio` (> 0)."""
+    return process.t_of_lam(-math.log(ratio))
+
+
 def as_double(t: float | Tensor) -> Tensor:
     """t as a float64 tensor."""
     if not isinstance(t, Tensor):

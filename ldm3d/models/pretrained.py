@@ -34,6 +34,7 @@ MODULES = {
     "MonaiAutoencoder": "ldm3d.models.monai",
     "MonaiUNet": "ldm3d.models.monai",
     "SegmentationUNet": "ldm3d.models.segmentation",
+    "GaussianStart": "ldm3d.start",
 }
 
 

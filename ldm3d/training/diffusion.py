@@ -8,7 +8,7 @@ TensorBoard) and, at the end, the pipeline OUTPUT/model. Started again with the 
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
-from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network
+from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
@@ -37,6 +37,7 @@ from ldm3d.models.unet import LatentUNet, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
 from ldm3d.randomness import generator
+from ldm3d.start import GaussianStart
 from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
 from ldm3d.training.loop import fit
@@ -158,30 +159,47 @@ class DiffusionTask(Task):
             return {}
         rows = evenly(self.split["validation"], HELD_OUT)
         context, device = self.contexts[rows].to(self.accelerator.device), self.accelerator.device
-        model = NetworkDenoiser(average, self.objective.process, self.config.diffusion.target, self.scales)
+        process = self.objective.process
+        model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales).given(Conditions(context))
+        if self.start is not None:
+            model = in_turn(self.start.denoiser(context, process), model, self.start.until, process)
 
         def denoise(z: Tensor, t: float) -> Tensor:
             with self.accelerator.autocast():
-                return model(z.to(device), t, Conditions(context)).cpu()
+                return model(z.to(device), t).cpu()
 
         return self.ruler.compare(denoise)
 
     @functools.cached_property
     def ruler(self) -> GaussianRuler | None:
         """Fitted at the first validation; the means of the posteriors, as `score` takes them."""
-        count = few_enough(len(self.split["train"]), math.prod(self.padded) * self.autoencoder.latent_channels)
-        if not count or self.objective.schedule is not None:  # a learned schedule moves
+        if not self.for_gaussian or self.objective.schedule is not None:  # a learned schedule moves
             return None
-        training, held_out = (
-            torch.cat(
-                [
-                    self.normalised(torch.from_numpy(np.array(self.moments[i])[None]).to(self.accelerator.device)).cpu()
-                    for i in rows
-                ]
-            )
-            for rows in (evenly(self.split["train"], count), evenly(self.split["validation"], HELD_OUT))
+        held_out = evenly(self.split["validation"], HELD_OUT)
+        return GaussianRuler(self.means(self.for_gaussian), self.means(held_out), self.objective.process)
+
+    @functools.cached_property
+    def start(self) -> GaussianStart | None:
+        """Where sampling starts, if the config asks for it; fitted when it is first needed."""
+        settings = self.config.diffusion.start
+        if settings is None:
+            return None
+        rows = self.for_gaussian or self.split["train"]
+        fitted = GaussianStart.fit(
+            self.means(rows), self.contexts[rows], self.schema.num_categories, settings.components, settings.until
         )
-        return GaussianRuler(training, held_out, self.objective.process)
+        return fitted.to(self.accelerator.device)
+
+    @functools.cached_property
+    def for_gaussian(self) -> list[int]:
+        """The training latents that Gaussians are fitted to; none where there are too few, or each is too large."""
+        count = few_enough(len(self.split["train"]), math.prod(self.padded) * self.autoencoder.latent_channels)
+        return evenly(self.split["train"], count) if count else []
+
+    def means(self, rows: Sequence[int]) -> Tensor:
+        """The latents of some scans, (N, c, *padded), on the CPU: the means of their posteriors."""
+        latents = (torch.from_numpy(np.array(self.moments[i])[None]).to(self.accelerator.device) for i in rows)
+        return torch.cat([self.normalised(moments).cpu() for moments in latents])
 
     def preview(self, average: LatentUNet, path: Path) -> None:
         draw_sweep(self.pipeline(average), path, self.accelerator)
@@ -201,7 +219,7 @@ class DiffusionTask(Task):
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
         grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
-        facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales}
+        facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales, "start": self.start}
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
 
 

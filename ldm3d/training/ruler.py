@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ldm3d.diffusion.denoiser import Denoiser
 from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian
-from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.process import Process, time_of_ratio
 from ldm3d.randomness import generator
 
 LEVELS = (0.05, 0.2, 0.5, 1.0, 3.0)  # sigma / alpha
 COMPONENTS, FOLDS = 96, 5
-FEWEST, MOST = 20, 400  # latents that a Gaussian is fitted to
+FEWEST, MOST = 20, 1000  # latents that a Gaussian is fitted to
 MAX_VALUES = 50_000_000  # numbers in them
 HELD_OUT = 16  # latents that errors are measured on
 
@@ -31,7 +31,7 @@ class GaussianRuler:
     def __init__(self, training: Tensor, held_out: Tensor, process: Process):
         self.held_out, self.process = held_out.float().cpu(), process
         self.noise = torch.stack([torch.randn(x.shape, generator=generator("ruler", i)) for i, x in enumerate(self.held_out)])
-        self.times = [process.t_of_lam(-torch.tensor(level, dtype=torch.float64).log()).item() for level in LEVELS]
+        self.times = [time_of_ratio(process, level) for level in LEVELS]
         self.variance = training.float().var(dim=(0, 2, 3, 4))
         components = min(COMPONENTS, len(training) - -(-len(training) // FOLDS) - 1)
         self.gaussian: Gaussian = fit_gaussian(training, components, FOLDS)
