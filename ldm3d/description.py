@@ -26,12 +26,15 @@ from ldm3d.models.unet import LatentUNet
 from ldm3d.start import GaussianStart
 
 DESCRIPTION = "pipeline.json"
-PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales")  # that it describes
+# What it describes
+PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising")
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
 NO_CROP = ((0, 0), (0, 0), (0, 0))
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
+# sigma / alpha -> errors of the model and of the best Gaussian
+Denoising = Annotated[dict[str, tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(max_length=100)]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
 
@@ -89,6 +92,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **{name: parts[name] for name in ("skull_stripped", "suffix", "crop")},
         **({"scales": parts["scales"]} if parts["scales"] else {}),
         **({"starts": True} if parts["starts"] else {}),
+        **({"denoising": parts["denoising"]} if parts["denoising"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
@@ -112,6 +116,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "crop": TypeAdapter(Crop).validate_python(values.get("crop", NO_CROP)),
             "scales": TypeAdapter(Scales).validate_python(values.get("scales", ())),
             "starts": bool(values.get("starts", False)),
+            "denoising": TypeAdapter(Denoising).validate_python(values.get("denoising", {})),
         }
     except ValidationError as error:
         first = error.errors()[0]

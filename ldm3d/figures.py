@@ -114,9 +114,20 @@ def scatter(
 
 
 def lines(
-    x: Sequence[float], series: dict[str, NDArray], x_label: str, y_label: str, title: str, limit: float | None = None
+    x: Sequence[float],
+    series: dict[str, NDArray],
+    x_label: str,
+    y_label: str,
+    title: str,
+    limit: float | None = None,
+    log: bool = False,
 ) -> Figure:
-    """Several curves over x; every series is (len(x), repeats), drawn as its mean with its range. A dashed line at `limit`."""
+    """Several curves over x; every series is (len(x), repeats), drawn as its mean with its range.
+
+    Args:
+        limit: of a dashed horizontal line.
+        log: logarithmic axes.
+    """
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axis = figure.subplots()
     colours = [ACCENT, INK, MUTED, "#2a7f62"]
@@ -126,6 +137,8 @@ def lines(
         axis.fill_between(x, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
     if limit is not None:
         axis.axhline(limit, color=INK, linewidth=1, linestyle="--")
+    if log:
+        axis.set(xscale="log", yscale="log")
     axis.set_title(title, fontsize=9, color=INK)
     if len(series) > 1:
         axis.legend(fontsize=7, frameon=False)

@@ -66,6 +66,8 @@ class Pipeline:
         suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
         scales: of the latent channels, see `ldm3d.diffusion.preconditioning`; none where all have variance 1.
         start: denoises at high noise, in place of the U-Net; None where the U-Net was trained at every level of noise.
+        denoising: sigma / alpha -> (error of the model, of the best Gaussian) on validation latents, relative to their
+            variance; what is known of it from training.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -93,6 +95,7 @@ class Pipeline:
         suffix: str = "T1w",
         scales: Sequence[float] = (),
         start: GaussianStart | None = None,
+        denoising: Mapping[str, tuple[float, float]] | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
@@ -100,6 +103,7 @@ class Pipeline:
         self.start, self.schema, self.grid = start, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
+        self.denoising = dict(denoising or {})
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False

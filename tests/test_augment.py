@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from ldm3d.data import augment
 from ldm3d.data.augment import paint, vary
-from ldm3d.data.labels import as_classes
+from ldm3d.data.labels import shares_on_grid
+from ldm3d.geometry import resample
 from ldm3d.rulers.segmenter import dice, train_segmenter
 
 SHAPE = (20, 22, 20)
@@ -27,11 +28,17 @@ def label_map(i: int = 0):
     return labels.astype(np.int32)
 
 
+def painted_with_labels(seed: int):
+    """A painted volume, and the labels of the nearest voxels, both (1, *SHAPE)."""
+    volume, placed = paint(label_map(), FINE, COARSE, SHAPE, np.random.default_rng(seed))
+    return volume, resample(label_map(), FINE, placed, SHAPE, "nearest")
+
+
 def test_labels_lie_on_what_was_painted_wherever_the_grid_was_moved(monkeypatch):
     monkeypatch.setattr(augment, "DEVIATION", 0.0)
     places = set()
     for seed in range(6):
-        volume, labels = paint(label_map(), FINE, COARSE, SHAPE, np.random.default_rng(seed))
+        volume, labels = painted_with_labels(seed)
         assert volume.shape == labels.shape == (1, *SHAPE) and volume.dtype == np.float32
         assert volume.min() >= 0 and volume.max() <= 1 and (volume[labels == 0] < 0.1).mean() > 0.8
         for group in ((2,), (4, 43)):  # away from borders a tissue has one intensity, both sides of a structure too
@@ -46,7 +53,7 @@ def test_labels_lie_on_what_was_painted_wherever_the_grid_was_moved(monkeypatch)
 def test_contrasts_are_of_all_kinds():
     brighter = 0
     for seed in range(30):
-        volume, labels = paint(label_map(), FINE, COARSE, SHAPE, np.random.default_rng(seed))
+        volume, labels = painted_with_labels(seed)
         brighter += volume[np.isin(labels, (4, 43))].mean() > volume[labels == 2].mean()
     assert 8 <= brighter <= 22
 
@@ -80,13 +87,14 @@ def test_a_segmenter_trained_on_painted_volumes_reads_a_contrast_that_no_scan_ha
 
     def load(i: int, inverted: bool = False):
         labels = maps[i][:, ::2, ::2, ::2]
+        shares = shares_on_grid(labels, COARSE, COARSE, SHAPE, GROUPS)
         means = np.zeros(44)
         means[[2, 4, 43, 24]] = (0.4, 0.9, 0.9, 0.15) if inverted else (0.9, 0.35, 0.35, 0.15)
-        return means[labels].astype(np.float32), as_classes(labels, GROUPS)
+        return means[labels].astype(np.float32), shares
 
     def painted(i: int, random: np.random.Generator):
-        volume, labels = paint(maps[i], FINE, COARSE, SHAPE, random)
-        return volume, as_classes(labels, GROUPS)
+        volume, placed = paint(maps[i], FINE, COARSE, SHAPE, random)
+        return volume, shares_on_grid(maps[i], FINE, placed, SHAPE, GROUPS)
 
     own, other = (train_segmenter(load, 9, GROUPS, steps=300, paint=each) for each in (None, painted))
     on_inverted = [np.mean(dice(network, lambda i: load(i, True), (9, 10, 11))["core"]) for network in (own, other)]

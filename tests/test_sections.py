@@ -12,6 +12,7 @@ from ldm3d.evaluation.support import OutsideTraining, outside_training
 from ldm3d.report.sections.evaluation import lights, sections
 from ldm3d.report.sections.fidelity import fidelity_table
 from ldm3d.report.sections.regression import categories_lights
+from ldm3d.report.sections.training import denoising_section
 from ldm3d.rulers.categories import count_hits
 from ldm3d.statistics.agreement import compare
 from ldm3d.statistics.equivalence import Finding
@@ -198,3 +199,12 @@ def test_categories_are_judged_by_what_is_told_on_real_people():
         return goal.verdict[0]
 
     assert [light(90, 95), light(90, 60), light(90, 82), light(52, 95)] == ["green", "red", "amber", "grey"]
+
+
+def test_denoising_says_at_which_levels_the_gaussian_is_better():
+    pictures = {"denoising": "data:,"}
+    behind = denoising_section({"0.05": (0.002, 0.004), "3": (0.57, 0.38)}, pictures)
+    assert "At 3 it is worse than the Gaussian: longer training would help." in behind.text
+    assert [row[-1] for row in behind.table["rows"]] == ["yes", "no"]
+    ahead = denoising_section({"0.05": (0.002, 0.004), "3": (0.31, 0.38)}, pictures)
+    assert "better than the Gaussian at every level" in ahead.text

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import command_line
 
-from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups, parse_totals
+from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_groups, parse_totals, shares_on_grid
 from ldm3d.errors import InputError
 from ldm3d.experiment import scans_by_use
 from ldm3d.models.segmentation import SegmentationUNet
@@ -19,13 +19,14 @@ GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
 
 
 def ball(i: int, shape=(16, 16, 16)):
-    """A dark ball within a bright shell, of another size in each volume; classes 1 and 2."""
+    """A dark ball within a bright shell, of another size in each volume; volume and shares."""
     rng = np.random.default_rng(i)
     centre = np.array(shape) / 2 + rng.uniform(-1, 1, 3)
     distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(np.ix_(*(np.arange(n) for n in shape)), centre)))[None]
     radius = rng.uniform(2.5, 4.5)
     classes = np.where(distance < radius, 1, np.where(distance < radius + 2, 2, 0)).astype(np.uint8)
-    return (np.array([0.1, 0.4, 0.9])[classes] + 0.03 * rng.standard_normal(classes.shape)).astype(np.float32), classes
+    volume = (np.array([0.1, 0.4, 0.9])[classes] + 0.03 * rng.standard_normal(classes.shape)).astype(np.float32)
+    return volume, np.eye(3, dtype=np.float32)[classes[0]].transpose(3, 0, 1, 2)
 
 
 def test_segmenter_measures_what_it_was_trained_on(tmp_path):
@@ -36,10 +37,10 @@ def test_segmenter_measures_what_it_was_trained_on(tmp_path):
     again, first = Segmenter.from_pretrained(tmp_path), Segmenter(network)
     found, true = [], []
     for i in range(100, 110):
-        volume, classes = ball(i)
+        volume, shares = ball(i)
         found.append(apply_measure(again, volume, (2, 2, 5))["ball_ml"])
         assert found[-1] == pytest.approx(apply_measure(first, volume, (2, 2, 5))["ball_ml"])
-        true.append((classes == 1).sum() * 0.02)
+        true.append(shares[1].sum() * 0.02)
     assert np.corrcoef(found, true)[0, 1] > 0.95 and abs(np.mean(found) / np.mean(true) - 1) < 0.1
 
 
@@ -70,8 +71,12 @@ def test_any_shape_goes_through():
 
 
 def test_labels_that_are_nowhere_and_no_scans():
+    def one_more(i: int):
+        volume, shares = ball(i)
+        return volume, np.concatenate([shares, 0 * shares[:1]])
+
     with pytest.raises(InputError, match=r"gone_ml: labels \[9\]"):
-        train_segmenter(ball, 3, {**GROUPS, "gone_ml": [9]})
+        train_segmenter(one_more, 3, {**GROUPS, "gone_ml": [9]})
     with pytest.raises(InputError, match="no scan"):
         train_segmenter(ball, 0, GROUPS)
 
@@ -145,9 +150,10 @@ def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmente
     config, trained, _ = scans_by_use(experiment / "run/model", experiment / "data", tmp_path)
     counted, maps = [], LabelMaps(labels)
     for key, subject in zip(trained["key"], trained["subject"]):
-        volume, classes = load_labels(config, key, maps.one(subject), groups)
-        counted.append((classes == 1).sum() * 7.5**3 / 1000)
-        assert volume[classes == 2].mean() > 2 * volume[classes == 0].mean()
+        volume, shares = load_labels(config, key, maps.one(subject), groups)
+        np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
+        counted.append(shares[1].sum() * 7.5**3 / 1000)
+        assert volume[0][shares[2] > 0.9].mean() > 2 * volume[0][shares[0] > 0.9].mean()
     true = trained["ventricular_volume_ml"]
     assert np.mean(counted) == pytest.approx(true.mean(), rel=0.1) and np.corrcoef(counted, true)[0, 1] > 0.85
     options = [f"--volume={name}={','.join(map(str, group))}" for name, group in groups.items()]
@@ -158,3 +164,36 @@ def test_label_maps_lie_on_the_grid_of_their_scans_and_evaluate_takes_a_segmente
     command_line("evaluate", model, "--data", data, *arguments)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert {row["covariate"] for row in metrics["fidelity"]} == {"ventricular_volume_ml"}
+
+
+def test_shares_of_voxels_keep_volumes_where_one_label_would_not():
+    """A sheet a third of a voxel wide: no voxel is mostly sheet, but its volume is there."""
+    labels = np.zeros((1, 30, 30, 30), np.int32)
+    labels[:, 10] = 4
+    shares = shares_on_grid(labels, np.eye(4), np.diag([3.0, 3, 3, 1]), (10, 10, 10), {"sheet": [4]})
+    assert shares.shape == (2, 10, 10, 10) and shares[1].max() < 0.5
+    assert shares[1, :, 2:8, 2:8].sum() * 27 == pytest.approx(18 * 18, rel=0.1)
+    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-6)
+
+
+def test_half_of_a_voxel_counts_as_half():
+    class Half(torch.nn.Module):
+        groups, totals = {"half_ml": [1]}, {}
+        weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return torch.zeros(1, 2, *x.shape[2:])
+
+    assert Segmenter(Half())(np.zeros((4, 4, 4)), (10, 10, 10)) == {"half_ml": pytest.approx(32.0)}
+
+
+def test_an_older_segmenter_without_a_finest_level_is_read(tmp_path):
+    network = SegmentationUNet(GROUPS, (4, 8))
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["arguments"]["finest"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Segmenter.from_pretrained(tmp_path)(ball(0)[0][0], (2, 2, 5)).keys() == GROUPS.keys()
+    with_finest = SegmentationUNet(GROUPS, (4, 8), finest=4)
+    assert with_finest(torch.rand(1, 1, 17, 18, 20)).shape == (1, 3, 17, 18, 20)
+    assert with_finest.features(torch.rand(1, 1, 17, 18, 20)).shape == (1, 8 + 3 * 27 + 8)

@@ -168,8 +168,10 @@ def test_the_start_denoises_above_and_the_network_below(pipeline):
 def test_a_pipeline_keeps_its_start_and_what_it_draws(pipeline, tmp_path):
     sampling = pipeline.sampling.replace(steps=3)
     requests = pipeline.parse([{}] * 3)
+    pipeline.denoising = {"0.2": (0.02, 0.05)}
     pipeline.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
+    assert again.denoising == {"0.2": (0.02, 0.05)}
     assert "Gaussian starts, until sigma / alpha is 1" in repr(again)
     drawn = list(pipeline.volumes(requests, sampling))
     np.testing.assert_array_equal(drawn, list(again.volumes(requests, sampling)))

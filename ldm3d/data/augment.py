@@ -57,7 +57,7 @@ def paint(
         grid_affine, shape: of the grid; rotated, scaled and shifted a little, as `random` says.
 
     Returns:
-        The volume, float32 in [0, 1], and the labels of the nearest voxels, both (1, *shape).
+        The volume (1, *shape), float32 in [0, 1], and the affine of the place that was drawn.
     """
     labels = np.maximum(labels, 0)
     count = int(labels.max()) + 1
@@ -71,7 +71,7 @@ def paint(
     placed = _moved(grid_affine, shape, random)
     volume = resample(painted, affine, placed, shape)
     brightest = np.percentile(volume[volume > 0.02], 99.8) if (volume > 0.02).any() else 1.0
-    return (volume / np.float32(brightest)).clip(0, 1), resample(labels, affine, placed, shape, "nearest")
+    return (volume / np.float32(brightest)).clip(0, 1), placed
 
 
 def _moved(grid_affine: NDArray, shape: tuple[int, ...], random: np.random.Generator) -> NDArray:

@@ -80,32 +80,30 @@ def _stem(subject: str, session: str) -> str:
     return f"sub-{subject}_ses-{session}" if session else f"sub-{subject}"
 
 
-def load_labels(config: Config, key: str, path: Path, classes: Mapping[str, Sequence[int]]) -> tuple[NDArray, NDArray]:
-    """A prepared volume and its label map on the same grid, as classes.
+def load_labels(config: Config, key: str, path: Path, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray, NDArray]:
+    """A prepared volume and its label map on the same grid, as shares of each voxel.
 
-    Labels are of the nearest voxel, which preserves volumes on average; the majority label would lose thin horns.
+    Shares preserve volumes, and thin horns are not lost, as they would be with one label a voxel.
 
     Args:
         config, key: of the prepared scan.
         path: of its label map, in the scan's space at any resolution.
-        classes: group -> labels; class k + 1 is the k-th, 0 all else.
+        groups: name -> labels.
 
     Returns:
-        Volume float32 in [0, 1] and classes uint8, both (1, X, Y, Z).
+        Volume (1, X, Y, Z) and shares (1 + groups, X, Y, Z), see `shares_on_grid`, both float32 in [0, 1].
     """
     volume, info = load_prepared(config, key), load_info(config, key)
-    labels, affine = read_labels(path)
-    placed = resample(labels, affine, np.array(info["grid_affine"]), volume.shape[1:], "nearest")
-    return volume, as_classes(placed, classes)
+    return volume, shares_on_grid(*read_labels(path), np.array(info["grid_affine"]), volume.shape[1:], groups)
 
 
 def paint_labels(
-    config: Config, key: str, path: Path, classes: Mapping[str, Sequence[int]], random: np.random.Generator
+    config: Config, key: str, path: Path, groups: Mapping[str, Sequence[int]], random: np.random.Generator
 ) -> tuple[NDArray, NDArray]:
     """As `load_labels`, but the volume is painted from the label map: `ldm3d.data.augment.paint`."""
-    info, (labels, affine) = load_info(config, key), read_labels(path)
-    volume, placed = paint(labels, affine, np.array(info["grid_affine"]), config.data.grid.shape, random)
-    return volume, as_classes(placed, classes)
+    info, (labels, affine), shape = load_info(config, key), read_labels(path), config.data.grid.shape
+    volume, placed = paint(labels, affine, np.array(info["grid_affine"]), shape, random)
+    return volume, shares_on_grid(labels, affine, placed, shape, groups)
 
 
 def read_labels(path: Path) -> tuple[NDArray, NDArray]:
@@ -114,12 +112,20 @@ def read_labels(path: Path) -> tuple[NDArray, NDArray]:
     return np.rint(labels).astype(np.int32), affine
 
 
-def as_classes(labels: NDArray, groups: Mapping[str, Sequence[int]]) -> NDArray:
-    """Labels to classes, uint8: k + 1 where a label is of the k-th group, 0 elsewhere."""
-    found = np.zeros(labels.shape, np.uint8)
-    for k, group in enumerate(groups.values()):
-        found[np.isin(labels, list(group))] = k + 1
-    return found
+def shares_on_grid(
+    labels: NDArray, affine: NDArray, grid_affine: NDArray, shape: Sequence[int], groups: Mapping[str, Sequence[int]]
+) -> NDArray:
+    """How much of each voxel of a grid each group of labels fills, (1 + groups, X, Y, Z) float32; first what none does.
+
+    Args:
+        labels: (1, X', Y', Z').
+        affine, grid_affine: (4, 4), of the labels and of the grid, to mm.
+        shape: of the grid.
+        groups: name -> labels.
+    """
+    masks = (np.isin(labels, list(group)).astype(np.float32) for group in groups.values())
+    filled = np.concatenate([resample(mask, affine, grid_affine, shape) for mask in masks])
+    return np.concatenate([(1 - filled.sum(axis=0, keepdims=True)).clip(0, 1), filled])
 
 
 def count_volumes(labels: NDArray, spacing_mm: Sequence[float], groups: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -20,8 +20,9 @@ class SegmentationUNet(Pretrained):
 
     Args:
         groups: name -> its labels in the label maps. Class k + 1 is the k-th group, 0 the rest.
-        channels: of each level; the first convolution halves the sides, so that no wide layer works at full resolution.
+        channels: of each level; the first convolution halves the sides, unless there is a `finest` level above it.
         totals: name -> groups that make it up, such as brain_volume_ml of grey and white matter; None for none.
+        finest: channels of one more level, at full resolution; 0 for none.
 
     Raises:
         InputError: a total of groups that are not there, or with the name of one.
@@ -32,6 +33,7 @@ class SegmentationUNet(Pretrained):
         groups: Mapping[str, Sequence[int]],
         channels: Sequence[int] = CHANNELS,
         totals: Mapping[str, Sequence[str]] | None = None,
+        finest: int = 0,
     ):
         super().__init__()
         self.groups = {name: [int(label) for label in labels] for name, labels in groups.items()}
@@ -41,6 +43,8 @@ class SegmentationUNet(Pretrained):
                 raise InputError(f"{name}={'+'.join(parts)}: a total adds up groups, which are {', '.join(self.groups)}")
         self.factor = 2 ** (len(channels) - 1)
         strides = (2,) * (len(channels) - 1)
+        if finest:
+            channels, strides = (finest, *channels), (1, *strides)
         self.network = UNet(3, 1, len(self.groups) + 1, channels, strides, num_res_units=1, norm="instance")
 
     def forward(self, volumes: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 import ldm3d
 from ldm3d import figures
 from ldm3d.covariates import describe
@@ -16,6 +18,7 @@ from ldm3d.report.sections import anatomy
 from ldm3d.report.sections import audit as privacy
 from ldm3d.report.sections.evaluation import lights, sections
 from ldm3d.report.sections.fidelity import fidelity_table
+from ldm3d.report.sections.training import denoising_section
 
 FIDELITY = "fidelity.tsv"
 
@@ -42,6 +45,8 @@ def write_report(
     pictures = save_pictures(folder, draw(pipeline, evaluation))
     fidelity_table(evaluation).to_csv(folder / FIDELITY, sep="\t", index=False)
     parts, goals = sections(evaluation, pipeline.schema, pictures), [*goals, *lights(evaluation)]
+    if pipeline.denoising:
+        parts.append(denoising_section(pipeline.denoising, pictures))
     metrics, made = evaluation.to_dict(), provenance(pipeline, sampling)
     if audit:
         drawn = {name: figures.to_data_uri(figure) for name, figure in privacy.draw(pipeline, audit).items()}
@@ -94,6 +99,11 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
     if evaluation.likelihood is not None:
         bound = evaluation.likelihood["bound"].to_numpy()
         found["likelihood"] = figures.histogram(bound, "nats per latent dimension", "bound of held-out volumes")
+    if pipeline.denoising:
+        levels = [float(level) for level in pipeline.denoising]
+        own, best = np.array(list(pipeline.denoising.values())).T
+        errors = {"this model": own, "best Gaussian": best}
+        found["denoising"] = figures.lines(levels, errors, "sigma / alpha", "error / variance", "denoising error", log=True)
     return found | anatomy.draw(evaluation.anatomy)
 
 

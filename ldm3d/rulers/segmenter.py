@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from monai.losses import DiceCELoss
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm3d.data.augment import vary
@@ -22,8 +23,10 @@ from ldm3d.randomness import generator
 from ldm3d.shipped import segmenter_folder
 
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
+FINEST = 8  # channels at full resolution: where voxels are coarse, tissues are one voxel wide
 
-Load = Callable[[int], tuple[NDArray, NDArray]]  # number -> volume (1, X, Y, Z) in [0, 1], its classes (1, X, Y, Z)
+# number -> volume (1, X, Y, Z) in [0, 1], and shares of its voxels (1 + groups, X, Y, Z), see `ldm3d.data.labels`
+Load = Callable[[int], tuple[NDArray, NDArray]]
 Paint = Callable[[int, np.random.Generator], tuple[NDArray, NDArray]]  # the same, painted from the scan's label map
 
 
@@ -50,15 +53,23 @@ class Segmenter:
     @torch.inference_mode()
     def classes(self, volume: NDArray) -> NDArray:
         """Volume (1, X, Y, Z) or (X, Y, Z) in [0, 1] -> the most probable class of each voxel, (X, Y, Z) uint8."""
+        return self._logits(volume).argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+    def _logits(self, volume: NDArray) -> Tensor:
+        """(1 + groups, X, Y, Z)."""
         device = next(self.network.parameters()).device
         x = torch.from_numpy(np.ascontiguousarray(volume, np.float32)).to(device).view(1, 1, *volume.shape[-3:])
-        return self.network(x)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        return self.network(x)[0]
 
+    @torch.inference_mode()
     def __call__(self, volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, float]:
-        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: voxels of the most probable class, and totals of them."""
-        counts = np.bincount(self.classes(volume).ravel(), minlength=1 + len(self.names))
+        """Volume (X, Y, Z) in [0, 1] -> {quantity: ml}: the sum of each class's probability, and totals of them.
+
+        The network learns the shares of tissues in a voxel, so a voxel that is half ventricle counts as half.
+        """
+        filled = self._logits(volume).softmax(dim=0).flatten(1).double().sum(dim=1).tolist()
         voxel_ml = float(np.prod(spacing_mm)) / 1000
-        found = {name: int(count) * voxel_ml for name, count in zip(self.names, counts[1:])}
+        found = {name: share * voxel_ml for name, share in zip(self.names, filled[1:])}
         return found | {name: sum(found[part] for part in parts) for name, parts in self.network.totals.items()}
 
 
@@ -76,13 +87,13 @@ def train_segmenter(
     """Train on scans 0 to `count` - 1.
 
     Args:
-        load: number of a scan -> volume and classes, both (1, X, Y, Z), of one shape for all.
+        load: number of a scan -> volume and shares, see `Load`, of one shape for all.
         count: of scans.
         groups: see `SegmentationUNet`.
         steps: of AdamW, with batches of `BATCH`; the learning rate falls to 0 by half a cosine.
         seed: of weights, order and augmentation.
         device: where to train.
-        paint: of every second volume: number of a scan and random numbers -> volume and classes; None for none.
+        paint: of every second volume: number of a scan and random numbers -> volume and shares; None for none.
         channels, totals: see `SegmentationUNet`.
 
     Raises:
@@ -92,19 +103,19 @@ def train_segmenter(
         raise InputError("no scan to train on; give scans with label maps")
     loaded = [load(i) for i in range(min(count, 8))]
     for k, (name, labels) in enumerate(groups.items()):
-        if not any((classes == k + 1).any() for _, classes in loaded):
+        if not any(shares[k + 1].any() for _, shares in loaded):
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups, channels, totals).to(device).train()
+        network = SegmentationUNet(groups, channels, totals, FINEST).to(device).train()
 
     def example(number: int) -> tuple[NDArray, NDArray]:
         random = np.random.default_rng(generator("segmenter", seed, number).initial_seed())
         scan = int(random.integers(count))
-        volume, classes = paint(scan, random) if paint and number % 2 else load(scan)
-        return vary(volume, random), classes
+        volume, shares = paint(scan, random) if paint and number % 2 else load(scan)
+        return vary(volume, random), shares
 
-    loss_function = DiceCELoss(softmax=True, to_onehot_y=True)
+    loss_function = DiceCELoss(softmax=True)
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with ThreadPoolExecutor(1) as ahead:  # the next volumes are read and painted meanwhile
@@ -112,8 +123,9 @@ def train_segmenter(
         for step in tqdm(range(steps), desc="segmenter", unit="step"):
             pairs = [coming.popleft().result() for _ in range(BATCH)]
             coming += [ahead.submit(example, (step + 2) * BATCH + i) for i in range(BATCH)]
-            x, classes = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))  # (N, 1, X, Y, Z)
-            loss = loss_function(network(x), classes)
+            # (N, 1, X, Y, Z), (N, 1 + groups, X, Y, Z)
+            x, shares = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))
+            loss = loss_function(network(x), shares)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -123,13 +135,14 @@ def train_segmenter(
 
 
 def dice(network: SegmentationUNet, load: Load, numbers: Sequence[int]) -> dict[str, list[float]]:
-    """Overlap of each group with the label map (Dice 1945), scan by scan; NaN where both are empty."""
+    """Overlap of each group with the label map (Dice 1945), by the class with most of a voxel; NaN where both are empty."""
     found: dict[str, list[float]] = {name: [] for name in network.groups}
     device = next(network.parameters()).device
     with torch.inference_mode():
         for i in numbers:
-            volume, classes = load(i)
-            predicted = network(torch.from_numpy(volume).float().to(device)[None]).argmax(dim=1).cpu().numpy()
+            volume, shares = load(i)
+            predicted = network(torch.from_numpy(volume).float().to(device)[None])[0].argmax(dim=0).cpu().numpy()
+            classes = shares.argmax(axis=0)
             for k, name in enumerate(network.groups):
                 a, b = predicted == k + 1, classes == k + 1
                 total = a.sum() + b.sum()

@@ -42,7 +42,7 @@ from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
-from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_words
+from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_pairs, in_words
 from ldm3d.training.scales import deviations
 from ldm3d.training.task import MAIN, Task, Trained, batches_of
 
@@ -208,10 +208,12 @@ class DiffusionTask(Task):
         if self.accelerator.is_main_process:
             pipeline = self.pipeline(average)
             pipeline.autoencoder = best_decoder(self.config, self.autoencoder)
+            errors = self.beside_gaussian(average) if self.split["validation"] else {}
+            pipeline.denoising = in_pairs(errors)
             pipeline.save_pretrained(self.config.model_folder)
             save_experiment(self.config, self.config.model_folder)
             print(f"model written to {self.config.model_folder} ({which})")
-            if self.split["validation"] and (errors := self.beside_gaussian(average)):
+            if errors:
                 print(in_words(errors))
 
     def pipeline(self, unet: LatentUNet) -> Pipeline:

@@ -49,10 +49,10 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         # accelerate launch sets one thread a process by default
         torch.set_num_threads(cores_each())
     set_seed(seed)
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
     announce(
         accelerator,
-        f"{run}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"precision {precision}, batch {training.batch_size}",
+        f"{run}: {processes} on {accelerator.device.type}, precision {precision}, batch {training.batch_size}",
     )
     return accelerator
 

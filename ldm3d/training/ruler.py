@@ -61,8 +61,13 @@ def few_enough(count: int, values: int) -> int:
     return most if most >= FEWEST else 0
 
 
+def in_pairs(errors: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """sigma / alpha -> (error of the network, of the Gaussian), from `GaussianRuler.compare`; {} from none."""
+    names = [(f"{level:g}", f"denoising_error_{level:g}", f"gaussian_error_{level:g}") for level in LEVELS]
+    return {level: (errors[own], errors[best]) for level, own, best in names} if errors else {}
+
+
 def in_words(errors: dict[str, float]) -> str:
     """One line for the terminal."""
-    pairs = [(level, errors[f"denoising_error_{level:g}"], errors[f"gaussian_error_{level:g}"]) for level in LEVELS]
-    listed = ", ".join(f"{own:.3f} ({best:.3f}) at {level:g}" for level, own, best in pairs)
+    listed = ", ".join(f"{own:.3f} ({best:.3f}) at {level}" for level, (own, best) in in_pairs(errors).items())
     return f"denoising error of the network (of the best Gaussian), by sigma / alpha: {listed}"

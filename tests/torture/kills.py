@@ -51,7 +51,7 @@ def run(kills: int = 20, seed: int = 0) -> list[Outcome]:
                 _kill_once(rng, launch, again / f"{stage}-training")
             finish(train(stage, config, again, precision, processes))
             lost = differences(whole, again, stage)
-            what = f"kill -9, {stage}, {processes} process(es), {PRECISIONS[precision]}"
+            what = f"kill -9, {stage}, {processes} process{'es' if processes > 1 else ''}, {PRECISIONS[precision]}"
             found.append(Outcome(what, share, share if lost else 0, time.monotonic() - started, "; ".join(lost)))
         found += [_signals(folder, config), _damaged(folder, config)]
     return found
