@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
+from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
 from ldm3d.description import DESCRIPTION, ROUNDED_FROM, read_description
 from ldm3d.errors import InputError, shown, some
 from ldm3d.files import write_atomic
-from ldm3d.geometry import Grid
+from ldm3d.geometry import FOREGROUND, Grid
 from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.processes import ALONE, Processes
 from ldm3d.seen import Seen, seen_by
@@ -166,8 +167,7 @@ def scans_by_use(
     own = known.file is not None and known.data == data.resolve()
     config, scans = _prepared(known, data, work, root, own, processes)
     if known.by_file:
-        grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
-        before = settings_of(grid, config.data.percentiles, version=1)
+        before = settings_of(grid_of(config.data.grid), config.data.percentiles, version=1)
         names = pd.Series([file_key(Path(path), before) for path in scans["path"]], dtype=object)
     else:
         names = scans["key"].map(scan_of)
@@ -263,6 +263,13 @@ def _read_experiment(path: Path, values: dict[str, Any], names: Sequence[str]) -
         raise InputError(f"{path} is damaged or of another version: {shown(error)}") from None
 
 
+def _place_of(grid: Grid) -> dict[str, Any]:
+    """Where a model's grid lies, as keys of the config's."""
+    if grid.place == FOREGROUND:
+        return {}
+    return {"place": grid.place, "origin_mm": grid.centre_mm.tolist()}
+
+
 def _config_of(model: Path) -> Config:
     """A config for preparing scans, with the model's covariates as columns; nothing is trained by it."""
     parts = read_description(model / DESCRIPTION)
@@ -274,7 +281,7 @@ def _config_of(model: Path) -> Config:
         "output": "not-given",
         "data": {
             "table": "not-given.csv",
-            "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm)},
+            "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm), **_place_of(grid)},
             "skull_stripped": parts["skull_stripped"],
             "suffix": parts["suffix"],
             "splits": {"validation": 0, "test": 0},

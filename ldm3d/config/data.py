@@ -24,11 +24,21 @@ RESERVED_NAMES = frozenset(
 )
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class GridConfig(Section):
-    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`."""
+    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`.
+
+    `origin_mm` are the world coordinates (RAS+) of the centre of a grid whose `place` is "world".
+    """
 
     shape: tuple[Positive, Positive, Positive]
     spacing_mm: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    place: Annotated[Literal["foreground", "world"], Field(exclude_if=lambda place: place == "foreground")] = "foreground"
+    origin_mm: Annotated[tuple[float, float, float] | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -41,6 +51,12 @@ class GridConfig(Section):
     def _fits_memory(self) -> Self:
         if math.prod(self.shape) > MAX_VOXELS:
             raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
+        return self
+
+    @model_validator(mode="after")
+    def _origin_belongs(self) -> Self:
+        if self.origin_mm and self.place != "world":
+            raise ValueError("origin_mm is where a grid with `place: world` lies; add that, or drop origin_mm")
         return self
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ldm3d.data.nifti import files_of, in_ras_order
 from ldm3d.errors import InputError
-from ldm3d.geometry import Grid
+from ldm3d.geometry import WORLD, Grid
 
 KEY = re.compile(r"[0-9a-f]{20}-[0-9a-f]{8}")
 
@@ -30,7 +30,8 @@ def scan_of(key: str) -> str:
 
 def settings_of(grid: Grid, percentiles: tuple[float, float], version: int) -> dict[str, Any]:
     """The settings that determine a prepared volume, together with the scan."""
-    return {"version": version, "grid": [grid.shape, grid.spacing_mm], "percentiles": percentiles}
+    place = [grid.affine.round(4).tolist()] if grid.place == WORLD else []  # else it follows from the scan
+    return {"version": version, "grid": [grid.shape, grid.spacing_mm, *place], "percentiles": percentiles}
 
 
 def volume_key(volume: NDArray, affine: NDArray, settings: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.oddities import people_of, warn_of_oddities, who
-from ldm3d.data.placing import BLOCK_MM, to_grid
+from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
@@ -82,7 +82,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     kept = _kept_splits(config, processes)
     scans = read_scans(config.data, config.covariates)
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
-    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    grid = grid_of(config.data.grid)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
     arguments = [(path, *shared) for path in processes.share(scans["path"])]
     results: list[dict] = [{}] * len(arguments)
@@ -117,7 +117,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     splits = assign_splits(people.values(), config.data.splits, kept)
     splits = {subject: splits[person] for subject, person in people.items()}
     table.insert(4, "split", table["subject"].map(splits))
-    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm))
+    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm), grid.place)
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))

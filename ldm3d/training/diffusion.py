@@ -22,6 +22,7 @@ from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
+from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network
@@ -29,7 +30,6 @@ from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
-from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import make_network
@@ -199,7 +199,7 @@ class DiffusionTask(Task):
     def pipeline(self, unet: LatentUNet) -> Pipeline:
         """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
-        grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
+        grid, sampling = grid_of(data.grid), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
         facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales}
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
