@@ -193,7 +193,14 @@ def _prepared(
     if own and root is None and config.data.root:
         root = known.base / config.data.root
     source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
-    data_of = config.data.model_copy(update={**source, "root": root, "participants": None})
+    elsewhere = {name: getattr(config.data, name) for name in ("participants", "derivatives", "sessions")}
+    elsewhere = {name: known.base / path if own and path else None for name, path in elsewhere.items()}
+    mask = config.data.mask and dict(config.data.mask)  # other data have masks of their own; a table's scans are stripped
+    if mask and own and "root" in mask:
+        mask["root"] = str(known.base / mask["root"])
+    elif mask:
+        mask = {name: value for name, value in mask.items() if name != "root"} if data.is_dir() else None
+    data_of = config.data.model_copy(update={**source, **elsewhere, "root": root, "mask": mask})
     config = config.model_copy(update={"data": data_of, "output": work})
     prepare(config, processes=processes)
     return config, read_scan_table(config)

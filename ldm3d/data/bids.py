@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
-from ldm3d.data.inside import check_inside, root_of
+from ldm3d.data.inside import check_inside, dataset_of, root_of
 from ldm3d.data.participants import cells_of, label
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import check_column, check_unique, read_table
@@ -36,11 +35,11 @@ class _Scans:
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
     """Every scan with its covariates.
 
-    BIDS: scans are files of `data.suffix`, derivatives aside, one a session (`ldm3d.data.selection`); their covariates come
-    from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an
-    age differs between sessions). Table: one row a scan. Identifiers may have the prefixes "sub-" and "ses-" or not, and may
-    have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range
-    counts as missing, with a warning.
+    BIDS: scans are files of `data.suffix`, one a session (`ldm3d.data.selection`), of the dataset, or of `data.derivatives`
+    instead. Their covariates come from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv
+    where that has the column too (an age differs between sessions). Table: one row a scan. Identifiers may have the prefixes
+    "sub-" and "ses-" or not, and may have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a
+    number beyond its covariate's range counts as missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -65,8 +64,7 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
 
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
-    root = Path(os.path.abspath(data.bids))
-    files = _find_files(root, data.suffix, root_of(data), data.filter)
+    files = _find_files(data)
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
@@ -92,10 +90,12 @@ def _check_folders(dataset: Path, root: Path) -> None:
                     raise InputError(f"{path} links to a folder that holds it; remove the link")
 
 
-def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(subject, session, path) of every scan of a BIDS dataset; nothing outside of `root` is read."""
+def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
+    """(subject, session, path) of every scan of a BIDS dataset, or of its derivatives; nothing outside of its root is read."""
+    dataset, root, suffix = dataset_of(data), root_of(data), data.suffix
+    setting = "data.derivatives" if data.derivatives else "data.bids"
     if not dataset.is_dir():
-        raise InputError(f"no folder {dataset} (data.bids)")
+        raise InputError(f"no folder {dataset} ({setting})")
     _check_folders(dataset, root)
     check_inside(dataset / "dataset_description.json", root)
     logging.getLogger("bids").setLevel(logging.ERROR)
@@ -112,9 +112,9 @@ def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any
     if not named:
         raise InputError(
             f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
-            "check data.bids and data.suffix"
+            f"check {setting} and data.suffix"
         )
-    chosen = choose_scans([Candidate.of(*each) for each in named], wanted, suffix)
+    chosen = choose_scans([Candidate.of(*each) for each in named], data.filter, suffix)
     return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
 

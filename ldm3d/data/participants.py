@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ldm3d.config.data import DataConfig
 from ldm3d.covariates import is_missing
-from ldm3d.data.inside import check_inside, root_of
+from ldm3d.data.inside import check_inside, tables_root_of
 from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import InputError, some
 from ldm3d.files import checked_name
@@ -118,12 +118,11 @@ def cells_of(
 
 def _participants(data: DataConfig, scans: Sequence[Scan]) -> _Table | None:
     """The table of participants with the rows of the scans' subjects; None if there is none."""
-    root = Path(os.path.abspath(data.bids))
-    path = Path(os.path.abspath(data.participants or root / "participants.tsv"))
+    path = Path(os.path.abspath(data.participants or data.bids / "participants.tsv"))
     if not data.participants and not os.path.lexists(path):
         return None
     if not data.participants:  # one that the config names may lie anywhere
-        check_inside(path, root_of(data))
+        check_inside(path, tables_root_of(data))
     frame = read_table(path)
     check_column(path, frame, data.subject_column, "data.subject_column")
     subjects = [label(cell) for cell in frame[data.subject_column]]
@@ -197,10 +196,13 @@ def _known(table: _Table, scans: Sequence[Scan], data: DataConfig) -> list[Scan]
 def _sessions(data: DataConfig, subject: str, visits: Collection[str]) -> _Table | None:
     """sub-XX_sessions.tsv; None if there is none."""
     name = f"sub-{checked_name(subject, 'subject')}"
-    path = Path(os.path.abspath(data.bids)) / name / f"{name}_sessions.tsv"
-    if not path.is_file():
+    folder = Path(os.path.abspath(data.sessions or data.bids))
+    paths = [folder / name / f"{name}_sessions.tsv", folder / f"{name}_sessions.tsv"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return None
-    check_inside(path, root_of(data))
+    if not data.sessions:  # a folder that the config names may lie anywhere
+        check_inside(path, tables_root_of(data))
     frame = read_table(path)
     check_column(path, frame, data.session_column, "data.session_column")
     sessions = [label(cell) for cell in frame[data.session_column]]

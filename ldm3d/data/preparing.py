@@ -34,7 +34,8 @@ from tqdm import tqdm
 from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
 from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
+from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
+from ldm3d.data.masks import apply_mask, find_masks, mask_root
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.oddities import people_of, warn_of_oddities, who
 from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
@@ -84,7 +85,9 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     grid = grid_of(config.data.grid)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
-    arguments = [(path, *shared) for path in processes.share(scans["path"])]
+    masks = find_masks(config.data, scans["path"]) if config.data.mask else [None] * len(scans)
+    shared = (mask_root(config.data), *shared)
+    arguments = [(*each, *shared) for each in processes.share([*zip(scans["path"], masks)])]
     results: list[dict] = [{}] * len(arguments)
     with tqdm(total=len(arguments), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
         for i, result in _run(arguments, min(workers or cores_each(), len(arguments))):
@@ -178,12 +181,24 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(table.encode()).hexdigest()[:16]
 
 
-def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: tuple[float, float]) -> dict[str, Any]:
+def _prepare_scan(
+    path: str,
+    mask: Path | InputError | None,
+    masks_root: Path,
+    root: Path,
+    folder: Path,
+    grid: Grid,
+    percentiles: tuple[float, float],
+) -> dict[str, Any]:
     """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
     try:
         check_inside(path, root)  # before a byte of it is read
+        if isinstance(mask, InputError):
+            raise mask
+        if mask:
+            check_inside(mask, masks_root)
         settings = settings_of(grid, percentiles, VERSION)
-        known = folder / f"{file_key(Path(path), settings)}.key"
+        known = folder / f"{file_key(Path(path), settings, mask)}.key"
         key = _read_key(known)
         info = _read_info(folder, key)
         cached = info is not None
@@ -191,11 +206,13 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 volume, affine = read_volume(path)
-                key = volume_key(volume, affine, settings)
+                scan, kept = _masked(volume, affine, mask) if mask else (volume, None)
+                key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
-                volume, info = (None, info) if cached else to_grid(volume, affine, grid, percentiles)
+                volume, info = (None, info) if cached else to_grid(scan, affine, grid, percentiles)
             if not cached:
+                info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]
                 buffer = io.BytesIO()
                 np.save(buffer, volume.astype(np.float16))
@@ -211,6 +228,15 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise  # no scan's fault; going on would only blame all the others too
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _masked(volume: NDArray, affine: NDArray, path: Path) -> tuple[NDArray, NDArray]:
+    """See `apply_mask`."""
+    mask = read_volume(path)
+    try:
+        return apply_mask(volume, affine, *mask)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _read_key(path: Path) -> str | None:
