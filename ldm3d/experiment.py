@@ -195,6 +195,8 @@ def _prepared(
     source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
     elsewhere = {name: getattr(config.data, name) for name in ("participants", "derivatives", "sessions")}
     elsewhere = {name: known.base / path if own and path else None for name, path in elsewhere.items()}
+    tables = [str(known.base / pattern) for pattern in config.data.covariates_tables] if own else []
+    elsewhere["covariates_tables"] = tuple(tables)
     mask = config.data.mask and dict(config.data.mask)  # other data have masks of their own; a table's scans are stripped
     if mask and own and "root" in mask:
         mask["root"] = str(known.base / mask["root"])

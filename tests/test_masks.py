@@ -134,7 +134,7 @@ def test_which_mask_is_a_scan_s(dataset, tmp_path):
 def test_masks_may_lie_in_a_folder_of_their_own(dataset, tmp_path):
     config = dataset("data.derivatives=null", f"data.mask={{desc: brain, root: {tmp_path}/prep}}")
     done = prepare(config, workers=1)
-    assert (done.prepared, len(done.failed)) == (4, 0) and "/bids/" in done.table["path"][0]
+    assert (len(done.table), len(done.failed)) == (4, 0) and "/bids/" in done.table["path"][0]
     assert "/prep/" in load_info(config, done.table["key"][0])["mask"]
 
 

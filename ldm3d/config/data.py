@@ -66,6 +66,8 @@ class SplitConfig(Section):
     validation: Fraction = 0.1
     test: Fraction = 0.1
     seed: Annotated[int, Field(ge=0)] = 0  # not the experiment's, so that repeats with other seeds share the split
+    # Covariates (categories, ages in years) or columns whose values the splits share alike: [sex, age, site]
+    stratify: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
 
     @model_validator(mode="after")
     def _leaves_training(self) -> Self:
@@ -118,10 +120,16 @@ class DataConfig(Section):
     session_column: str = "session_id"
     participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
     sessions: Annotated[Path | None, Field(exclude_if=_is_none)] = None  # folder of sub-XX_sessions.tsv, if not `bids`
+    # Further CSV, TSV or XLSX tables, or globs of them, joined on subject and session (ldm3d.data.layouts)
+    covariates_tables: Annotated[tuple[str, ...], Field(exclude_if=lambda tables: not tables)] = ()
     missing: Codes | None = None  # codes of a missing value in any column; a covariate's own list replaces them
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
+    split_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # train, validation or test; empty: by the rule
+    group_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # of families or sites, which share a split
+    # What an epoch of training has once: every scan, or one scan of every subject, each in turn
+    sample: Annotated[Literal["by-scan", "by-subject"], Field(exclude_if=lambda kind: kind == "by-scan")] = "by-scan"
 
     @model_validator(mode="before")
     @classmethod

@@ -33,7 +33,8 @@ def find_masks(data: DataConfig, paths: Sequence[str]) -> list[Path | InputError
     """The mask of each scan; an InputError, not raised, in the place of one that is not there or not the only one.
 
     A mask belongs to a scan of its subject, session, space and run. Where its name has further entities that the scan's name
-    has too, they are the same, unless `data.mask` names them. Of several, the one that shares most entities is taken.
+    has too, they are the same, unless `data.mask` names them. Of several, the one that shares most entities is taken,
+    and of these the one with fewest others.
 
     Args:
         data: with `mask`.
@@ -78,9 +79,9 @@ def _one(path: str, known: Mapping[str, Sequence[Named]], asked: set[str], root:
         free = asked | {"desc", "res"}  # of the mask itself, not of its scan
         same = all(mask.get(entity, "") == scan.get(entity, "") for entity in _SAME if entity not in asked)
         if same and "task" not in mask and all(mask[e] == scan[e] for e in mask.keys() & scan.keys() - free):
-            found.append((sum(scan.get(entity) == value for entity, value in mask.items()), file))
-    most = max((count for count, _ in found), default=0)
-    best = [file for count, file in found if count == most]
+            shared = sum(scan.get(entity) == value for entity, value in mask.items())
+            found.append(((shared, -len(mask)), file))
+    best = [file for fit, file in found if fit == max(found)[0]]
     if len(best) == 1:
         return best[0]
     if best:

@@ -4,28 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import sparse
-from scipy.sparse import csgraph
 
 from ldm3d.geometry import FOREGROUND, WORLD
 
 HEAD_MM = (40, 350)  # sides of the foreground: from a premature newborn's brain to an adult's head with neck and shoulders
-
-
-def people_of(table: pd.DataFrame) -> dict[str, str]:
-    """Subject -> the first by name of all subjects with which it shares scans, directly or through others; mostly itself.
-
-    Args:
-        table: a row a scan, with subject and key.
-    """
-    (subject, subjects), (key, keys) = (pd.factorize(table[name], sort=True) for name in ("subject", "key"))
-    size = len(subjects) + len(keys)
-    links = sparse.coo_matrix((np.ones(len(table)), (subject, len(subjects) + key)), (size, size))
-    _, part = csgraph.connected_components(links, directed=False)
-    first: dict[int, str] = {}
-    return {name: first.setdefault(part[i], name) for i, name in enumerate(subjects)}
 
 
 def warn_of_oddities(

@@ -37,9 +37,9 @@ from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
 from ldm3d.data.masks import apply_mask, find_masks, mask_root
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.oddities import people_of, warn_of_oddities, who
+from ldm3d.data.oddities import warn_of_oddities, who
+from ldm3d.data.people import kept_splits, split_columns, split_subjects
 from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
-from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
@@ -116,9 +116,8 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     good = [result for result in results if "reason" not in result]
     table = scans[~bad].reset_index(drop=True)
     table.insert(3, "key", [result["key"] for result in good])
-    people = people_of(table)
-    splits = assign_splits(people.values(), config.data.splits, kept)
-    splits = {subject: splits[person] for subject, person in people.items()}
+    splits = split_subjects(table, config.data, config.covariates, kept)
+    table = table.drop(columns=[*split_columns(config.data, config.covariates)])
     table.insert(4, "split", table["subject"].map(splits))
     warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm), grid.place)
     if processes.is_main:
@@ -294,7 +293,7 @@ def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[s
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the prepared folder depends on, by its name in the config."""
-    data = config.data.model_dump(mode="json")
+    data = config.data.model_dump(mode="json", exclude={"sample"})  # which concerns training alone
     settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
@@ -311,7 +310,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
-    """The splits that a prepared folder has already: they stay, by whatever rule they were made, until data.splits changes."""
+    """See `ldm3d.data.people.kept_splits`."""
     folder = config.prepared_folder
     before, now = _read_settings(folder), _settings(config)
     if processes.is_main and before and before.get("version") != VERSION:
@@ -319,17 +318,7 @@ def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
             f"{folder} was prepared by another version of ldm3d: all scans are prepared anew, and older volumes stay there. "
             "Stage 1 goes on with them; what stage 2 has begun has to be ended with that version, or begun anew"
         )
-    if not (folder / "splits.tsv").is_file() or before.get("data.splits") != now["data.splits"]:
-        return {}
-    table = read_table(folder / "splits.tsv")
-    if not {"subject", "split"} <= set(table) or not set(table["split"]) <= {TRAIN, VALIDATION, TEST}:
-        raise InputError(f"{folder / 'splits.tsv'} is damaged; restore it, or delete it to split all subjects anew")
-    kept = dict(zip(table["subject"], table["split"]))
-    by_rule = assign_splits(kept, config.data.splits)
-    moved = sum(by_rule[subject] != split for subject, split in kept.items())
-    if processes.is_main and moved:
-        print(
-            f"{moved} of {len(kept)} subjects keep the split of {folder / 'splits.tsv'}, though the rule would now give them "
-            "another: what is trained already has seen them so. To split anew, delete that file and train both stages again"
-        )
+    kept, message = kept_splits(folder, before, now, config.data)
+    if processes.is_main and message:
+        print(message)
     return kept

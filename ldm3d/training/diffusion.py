@@ -43,7 +43,7 @@ from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_words
 from ldm3d.training.scales import deviations
-from ldm3d.training.task import MAIN, Task, Trained, batches_of
+from ldm3d.training.task import MAIN, Task, Trained, batches_of, sampling_of
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, unless the config sets it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
@@ -100,9 +100,11 @@ class DiffusionTask(Task):
             "covariates": checkpoint.as_json(self.schema.to_dict()),
             "latents": origin,
             "seed": config.seed,
+            **sampling_of(config),
         }
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
-        self.batches = batches_of(samples, training, config.seed, accelerator)
+        subjects = [scans["subject"].iloc[i] for i in self.split["train"]]
+        self.batches = batches_of(samples, training, config, accelerator, subjects)
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
