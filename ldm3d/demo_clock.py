@@ -13,10 +13,10 @@ import torch
 from ldm3d.config.sections import Config
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.phantoms import make_phantom
+from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import prepare
 from ldm3d.description import Sampling
 from ldm3d.diffusion.schedules import make_process
-from ldm3d.geometry import Grid
 from ldm3d.metrics.features import RandomFeatures, extract
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
@@ -186,7 +186,7 @@ def _training_seconds(config: Config) -> tuple[float, float, float, float]:
 
 def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, float]:
     """Seconds to generate a volume with all threads and with one, to reconstruct one, and to measure one."""
-    device, grid = own_device(), Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    device, grid = own_device(), grid_of(config.data.grid)
     autoencoder = make_network("Autoencoder", **config.autoencoder.network.model_dump()).eval()
     unet, process = make_unet(config, autoencoder.latent_channels).eval(), make_process("flow")
     sampling = Sampling(**config.generation.model_dump())

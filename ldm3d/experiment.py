@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
 from ldm3d.data.keys import file_key, scan_of, settings_of
+from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
 from ldm3d.description import DESCRIPTION, ROUNDED_FROM, hash_of_model, read_description
 from ldm3d.errors import InputError, shown, some
 from ldm3d.files import write_atomic
-from ldm3d.geometry import Grid
+from ldm3d.geometry import FOREGROUND, Grid
 from ldm3d.models.pretrained import read_json, weights_hash
 from ldm3d.processes import ALONE, Processes
 from ldm3d.seen import Seen, seen_by
@@ -166,8 +167,7 @@ def scans_by_use(
     own = known.file is not None and known.data == data.resolve()
     config, scans = _prepared(known, data, work, root, own, processes)
     if known.by_file:
-        grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
-        before = settings_of(grid, config.data.percentiles, version=1)
+        before = settings_of(grid_of(config.data.grid), config.data.percentiles, version=1)
         names = pd.Series([file_key(Path(path), before) for path in scans["path"]], dtype=object)
     else:
         names = scans["key"].map(scan_of)
@@ -193,7 +193,16 @@ def _prepared(
     if own and root is None and config.data.root:
         root = known.base / config.data.root
     source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
-    data_of = config.data.model_copy(update={**source, "root": root, "participants": None})
+    elsewhere = {name: getattr(config.data, name) for name in ("participants", "derivatives", "sessions")}
+    elsewhere = {name: known.base / path if own and path else None for name, path in elsewhere.items()}
+    tables = [str(known.base / pattern) for pattern in config.data.covariates_tables] if own else []
+    elsewhere["covariates_tables"] = tuple(tables)
+    mask = config.data.mask and dict(config.data.mask)  # other data have masks of their own; a table's scans are stripped
+    if mask and own and "root" in mask:
+        mask["root"] = str(known.base / mask["root"])
+    elif mask:
+        mask = {name: value for name, value in mask.items() if name != "root"} if data.is_dir() else None
+    data_of = config.data.model_copy(update={**source, **elsewhere, "root": root, "mask": mask})
     config = config.model_copy(update={"data": data_of, "output": work})
     prepare(config, processes=processes)
     return config, read_scan_table(config)
@@ -263,6 +272,13 @@ def _read_experiment(path: Path, values: dict[str, Any], names: Sequence[str]) -
         raise InputError(f"{path} is damaged or of another version: {shown(error)}") from None
 
 
+def _place_of(grid: Grid) -> dict[str, Any]:
+    """Where a model's grid lies, as keys of the config's."""
+    if grid.place == FOREGROUND:
+        return {}
+    return {"place": grid.place, "origin_mm": grid.centre_mm.tolist()}
+
+
 def _config_of(model: Path) -> Config:
     """A config for preparing scans, with the model's covariates as columns; nothing is trained by it."""
     parts = read_description(model / DESCRIPTION)
@@ -274,7 +290,7 @@ def _config_of(model: Path) -> Config:
         "output": "not-given",
         "data": {
             "table": "not-given.csv",
-            "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm)},
+            "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm), **_place_of(grid)},
             "skull_stripped": parts["skull_stripped"],
             "suffix": parts["suffix"],
             "splits": {"validation": 0, "test": 0},

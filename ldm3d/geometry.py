@@ -21,6 +21,10 @@ from scipy import ndimage
 # rounding of float32 affines in NIfTI headers, far below anything visible.
 _ALIGNED = 1e-3
 
+PLACES = FOREGROUND, WORLD = "foreground", "world"  # of a Grid
+# Middle of the brain in MNI space. With an even number of voxels of 1 mm, those of the Grid are those of the templates
+MNI_CENTRE_MM = (0.5, -17.5, 7.5)
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -29,47 +33,66 @@ class Grid:
     Args:
         shape: voxels to the right, to the front and to the top.
         spacing_mm: side lengths of a voxel in the same order.
-        affine: (4, 4) voxel to RAS+ mm, for volumes that come from no scan.
+        affine: (4, 4) voxel to RAS+ mm. With `place` "world" all volumes lie there; else those that come from no scan do.
+        place: where a scan gets the Grid: "world", always at `affine`, which keeps a registration; "foreground", centred
+            on the scan's own foreground, along the scan's axes.
     """
 
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     affine: NDArray
+    place: str = FOREGROUND
 
     def __post_init__(self) -> None:
         shape, spacing = tuple(int(n) for n in self.shape), tuple(float(s) for s in self.spacing_mm)
         if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or not all(0 < s < math.inf for s in spacing):
             raise ValueError(f"a grid has 3 sides of at least 1 voxel and 3 spacings > 0 mm, got {shape}, {spacing}")
+        if self.place not in PLACES:
+            raise ValueError(f"place is {self.place!r}; use {' or '.join(PLACES)}")
         affine = np.array(self.affine, dtype=np.float64).reshape(4, 4)
         affine.flags.writeable = False  # many volumes share this array
         for name, value in (("shape", shape), ("spacing_mm", spacing), ("affine", affine)):
             object.__setattr__(self, name, value)
 
     @classmethod
-    def centred(cls, shape: Sequence[int], spacing_mm: Sequence[float]) -> "Grid":
-        """The grid along the axes of RAS+ whose centre is at world (0, 0, 0)."""
+    def centred(
+        cls,
+        shape: Sequence[int],
+        spacing_mm: Sequence[float],
+        centre_mm: Sequence[float] = (0, 0, 0),
+        place: str = FOREGROUND,
+    ) -> "Grid":
+        """The grid along the axes of RAS+ whose centre is at these world coordinates."""
         affine = np.diag([*spacing_mm, 1.0])
-        affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-        return cls(tuple(shape), tuple(spacing_mm), affine)
+        affine[:3, 3] = np.array(centre_mm) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+        return cls(tuple(shape), tuple(spacing_mm), affine, place)
 
     @property
     def voxel_ml(self) -> float:
         """Volume of one voxel in millilitres."""
         return math.prod(self.spacing_mm) / 1000
 
+    @property
+    def centre_mm(self) -> NDArray:
+        """World coordinates of the centre, (3,)."""
+        return (self.affine @ [*((np.array(self.shape) - 1) / 2), 1])[:3]
+
     def cropped(self, crop: Sequence[Sequence[int]]) -> "Grid":
         """The grid without (before, after) planes of each axis; the remaining voxels keep their positions."""
         before = [first for first, _ in crop]
         affine = self.affine.copy()
         affine[:, 3] = self.affine @ [*before, 1]
-        return Grid(tuple(n - sum(planes) for n, planes in zip(self.shape, crop)), self.spacing_mm, affine)
+        return Grid(tuple(n - sum(planes) for n, planes in zip(self.shape, crop)), self.spacing_mm, affine, self.place)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "spacing_mm": list(self.spacing_mm), "affine": self.affine.tolist()}
+        values = {"shape": list(self.shape), "spacing_mm": list(self.spacing_mm), "affine": self.affine.tolist()}
+        # Without the default, as in models and series that were made before there was another
+        return values if self.place == FOREGROUND else {**values, "place": self.place}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Grid":
-        return cls(tuple(values["shape"]), tuple(values["spacing_mm"]), np.array(values["affine"]))
+        affine, place = np.array(values["affine"]), values.get("place", FOREGROUND)
+        return cls(tuple(values["shape"]), tuple(values["spacing_mm"]), affine, place)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grid) and self.to_dict() == other.to_dict()

@@ -13,7 +13,8 @@ from scipy import ndimage
 from ldm3d.config.read import load_config
 from ldm3d.data import preparing as preprocess
 from ldm3d.data.nifti import read_volume, write_volume
-from ldm3d.data.oddities import people_of, warn_of_oddities
+from ldm3d.data.oddities import warn_of_oddities
+from ldm3d.data.people import people_of
 from ldm3d.data.placing import restore, to_grid
 from ldm3d.data.preparing import fingerprint, load_info, load_prepared, prepare, read_scan_table
 from ldm3d.errors import InputError

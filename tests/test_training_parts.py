@@ -34,8 +34,8 @@ def read(sample, rng):
     return {"sample": torch.tensor(sample), "noise": torch.randn(3, generator=rng)}
 
 
-def batches(num_samples=7, batch_size=12, accumulation=1, seed=5, rank=0, world=1):
-    return TrainingBatches(read, num_samples, batch_size, accumulation, seed, rank, world)
+def batches(num_samples=7, batch_size=12, accumulation=1, seed=5, rank=0, world=1, subjects=None):
+    return TrainingBatches(read, num_samples, batch_size, accumulation, seed, rank, world, subjects)
 
 
 def joined(parts):
@@ -67,6 +67,30 @@ def test_resumed_run_reads_what_an_uninterrupted_one_reads():
 def test_items_do_not_depend_on_what_was_read_before():
     forwards, backwards = batches(), batches()
     assert equal([forwards[step] for step in range(5)][1], [backwards[step] for step in reversed(range(5))][3])
+
+
+VISITS = "aaaaaabbc"  # of three people, one with six
+
+
+@pytest.mark.parametrize("world, accumulation", [(1, 1), (3, 1), (2, 3)])
+def test_by_subject_a_batch_follows_from_seed_and_step_alone(world, accumulation):
+    """On any number of processes, in any number of parts, and in a run that is resumed at step 2."""
+    whole = list(batches(9, subjects=VISITS).loader(0, 4, 0, False))
+    parts = [batches(9, accumulation=accumulation, rank=rank, world=world, subjects=VISITS) for rank in range(world)]
+    for step in (2, 3):
+        micro = range(step * accumulation, (step + 1) * accumulation)
+        assert equal(whole[step], joined([part[m] for m in micro for part in parts]))
+    assert not equal(whole[2], batches(9)[2])
+
+
+def test_by_subject_everybody_counts_once_and_visits_take_turns():
+    several = batches(9, 6, subjects=VISITS)
+    epochs = torch.cat([several[step]["sample"] for step in range(30)]).view(-1, 3).tolist()
+    assert all(sorted(VISITS[sample] for sample in epoch) == ["a", "b", "c"] for epoch in epochs)
+    counts = torch.bincount(torch.tensor(epochs).flatten()).tolist()
+    assert counts == [10] * 6 + [30] * 2 + [60]  # 60 epochs
+    assert len({tuple(VISITS[sample] for sample in epoch) for epoch in epochs}) == 6  # in every order
+    assert several.samples(7) == several[7]["sample"].tolist()  # as messages name them
 
 
 @pytest.mark.parametrize("num_samples, batch_size", [(7, 3), (5, 12), (4, 4)])

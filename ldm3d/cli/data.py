@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ldm3d.cli.options import ConfigPath, Device, Override, Precision, app
+from ldm3d.errors import InputError
 
 
 @app.command()
@@ -50,6 +51,50 @@ def prepare(
         tested = done.table.loc[done.table["split"] == "test", "subject"].nunique()
         if settings.data.splits.test and tested < MIN_TEST_SUBJECTS:
             print(f"{tested} subjects are held out for the test, too few to evaluate a model: raise data.splits.test now")
+
+
+@app.command()
+def measure(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="Table to write (.tsv).")],
+    override: Override = [],  # noqa: B006
+    measure: Annotated[
+        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
+    ] = "ldm3d.rulers.volumetry:measure_volumes",
+    labels: Annotated[Path | None, typer.Option(help="Instead, a folder with a label map of each scan.")] = None,
+    volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and its labels.")] = [],  # noqa: B006
+    total: Annotated[list[str], typer.Option(metavar="NAME=GROUP+GROUP", help="A sum of such quantities.")] = [],  # noqa: B006
+    pattern: Annotated[str | None, typer.Option(help="Which label map, if a scan has several: glob of name or path.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure every prepared scan; the table goes into data.covariates_tables, so that age and sex are enough to begin."""
+    from ldm3d.config.read import load_config
+    from ldm3d.data.labels import LabelMaps, parse_groups, parse_totals
+    from ldm3d.data.tables import write_table
+    from ldm3d.processes import cores_each, own_device
+    from ldm3d.rulers.table import count_label_maps, measure_scans
+
+    settings = load_config(config, override)
+    if out.suffix != ".tsv":
+        raise InputError(f"{out} must end in .tsv: tabs separate its columns")
+    if (labels is None) != (not volume):
+        raise InputError("--labels FOLDER goes with at least one --volume NAME=LABEL,LABEL, and the other way round")
+    if labels:
+        if not labels.is_dir():
+            raise InputError(f"no folder {labels} (--labels)")
+        table = count_label_maps(settings, LabelMaps(labels, pattern), parse_groups(volume), parse_totals(total))
+    else:
+        table = measure_scans(settings, measure, workers or cores_each(), device or own_device())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_table(out, table)
+    names = [name for name in table if name not in (settings.data.subject_column, settings.data.session_column)]
+    failed = int(table[names].isna().any(axis=1).sum())
+    print(
+        f"{len(table)} rows with {', '.join(names)} written to {out}"
+        + (f"; {failed} of them have a missing value" if failed else "")
+        + f". To train with them, add data.covariates_tables: [{out}] and each as a covariate, and run `ldm3d prepare` again"
+    )
 
 
 @app.command()

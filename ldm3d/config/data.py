@@ -24,11 +24,21 @@ RESERVED_NAMES = frozenset(
 )
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class GridConfig(Section):
-    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`."""
+    """The grid that every volume is brought to: `shape` voxels (right, anterior, superior) of `spacing_mm`.
+
+    `origin_mm` are the world coordinates (RAS+) of the centre of a grid whose `place` is "world".
+    """
 
     shape: tuple[Positive, Positive, Positive]
     spacing_mm: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    place: Annotated[Literal["foreground", "world"], Field(exclude_if=lambda place: place == "foreground")] = "foreground"
+    origin_mm: Annotated[tuple[float, float, float] | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +53,12 @@ class GridConfig(Section):
             raise ValueError(f"shape {self.shape} has {math.prod(self.shape):,} voxels; at most {MAX_VOXELS:,} are worked on")
         return self
 
+    @model_validator(mode="after")
+    def _origin_belongs(self) -> Self:
+        if self.origin_mm and self.place != "world":
+            raise ValueError("origin_mm is where a grid with `place: world` lies; add that, or drop origin_mm")
+        return self
+
 
 class SplitConfig(Section):
     """Share of the subjects held out; the rest trains."""
@@ -50,6 +66,8 @@ class SplitConfig(Section):
     validation: Fraction = 0.1
     test: Fraction = 0.1
     seed: Annotated[int, Field(ge=0)] = 0  # not the experiment's, so that repeats with other seeds share the split
+    # Covariates (categories, ages in years) or columns whose values the splits share alike: [sex, age, site]
+    stratify: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
 
     @model_validator(mode="after")
     def _leaves_training(self) -> Self:
@@ -92,20 +110,43 @@ class DataConfig(Section):
     suffix: Suffix = "T1w"
     # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null: without; a list: one scan for each
     filter: dict[str, Any] = Field(default_factory=dict)
+    # A BIDS derivative of `bids`, which scans and masks are then taken from; `bids` still gives the tables
+    derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
+    # Of each scan, by its entities and suffix: {desc: brain, suffix: mask}; `root`: the folder of the masks, if it is another
+    mask: Annotated[dict[str, Any] | None, Field(exclude_if=_is_none)] = None
     skull_stripped: bool = False  # whether the scans are; BIDS requires it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"
     session_column: str = "session_id"
     participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
+    sessions: Annotated[Path | None, Field(exclude_if=_is_none)] = None  # folder of sub-XX_sessions.tsv, if not `bids`
+    # Further CSV, TSV or XLSX tables, or globs of them, joined on subject and session (ldm3d.data.layouts)
+    covariates_tables: Annotated[tuple[str, ...], Field(exclude_if=lambda tables: not tables)] = ()
     missing: Codes | None = None  # codes of a missing value in any column; a covariate's own list replaces them
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
+    split_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # train, validation or test; empty: by the rule
+    group_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # of families or sites, which share a split
+    # What an epoch of training has once: every scan, or one scan of every subject, each in turn
+    sample: Annotated[Literal["by-scan", "by-subject"], Field(exclude_if=lambda kind: kind == "by-scan")] = "by-scan"
 
-    @field_validator("filter")
+    @model_validator(mode="before")
     @classmethod
-    def _entities(cls, wanted: dict[str, Any]) -> dict[str, Any]:
-        for entity, value in wanted.items():
+    def _brain_mask_strips(cls, values: Any) -> Any:
+        """A mask of the brain makes scans skull-stripped, unless the config says otherwise."""
+        if isinstance(values, dict) and isinstance(values.get("mask"), dict) and values["mask"].get("desc") == "brain":
+            return {"skull_stripped": True, **values}
+        return values
+
+    @field_validator("filter", "mask")
+    @classmethod
+    def _entities(cls, wanted: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        for entity, value in (wanted or {}).items():
+            if entity in ("suffix", "root") and info.field_name == "mask":
+                if not isinstance(value, str) or not value:
+                    raise ValueError(f"{entity} is {shown(value)}; give text")
+                continue
             if entity not in ENTITIES:
                 close = {"acquisition": "acq", "session": "ses"}.get(entity) or nearest(entity, ENTITIES)
                 hint = f"did you mean {close!r}?" if close else f"use {', '.join(ENTITIES)}"
@@ -120,8 +161,12 @@ class DataConfig(Section):
     def _one_source(self) -> Self:
         if (self.bids is None) == (self.table is None):
             raise ValueError("give either `bids: FOLDER` or `table: FILE.csv`")
-        if self.participants and not self.bids:
-            raise ValueError("`participants` goes with `bids`; a `table` has the covariates itself")
+        for name in ("participants", "sessions", "derivatives", "mask"):
+            if getattr(self, name) and not self.bids:
+                instead = "; a `table` has the covariates itself" if name in ("participants", "sessions") else ""
+                raise ValueError(f"`{name}` goes with `bids`{instead}")
+        if self.mask is not None and not self.mask.keys() - {"root"}:
+            raise ValueError("mask is empty; say which files are masks, such as {desc: brain, suffix: mask}")
         if self.percentiles[0] >= self.percentiles[1]:
             raise ValueError(f"percentiles {self.percentiles} must rise")
         return self

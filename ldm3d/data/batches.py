@@ -29,6 +29,8 @@ class TrainingBatches(Dataset):
     Args:
         read: (sample, generator) -> tensors of one sample by name; every random number comes from the generator.
         num_samples: samples in the training split. Each epoch is one permutation of them; a batch may span two epochs.
+        subjects: of each sample; then each epoch is one permutation of the subjects, and a subject's samples take turns from
+            epoch to epoch. None: every sample counts on its own.
         batch_size: global, over all processes and accumulated parts.
         accumulation: parts of a batch.
         seed: of order and random numbers.
@@ -47,6 +49,7 @@ class TrainingBatches(Dataset):
         seed: int,
         rank: int = 0,
         world: int = 1,
+        subjects: Sequence[str] | None = None,
     ):
         if batch_size % (accumulation * world):
             raise InputError(
@@ -55,6 +58,12 @@ class TrainingBatches(Dataset):
             )
         self.read, self.num_samples, self.batch_size = read, num_samples, batch_size
         self.accumulation, self.seed, self.rank, self.world = accumulation, seed, rank, world
+        self._turns: list[list[int]] = [[sample] for sample in range(num_samples)]  # samples that take turns
+        if subjects is not None:
+            of: dict[str, list[int]] = {}
+            for sample, subject in enumerate(subjects):
+                of.setdefault(subject, []).append(sample)
+            self._turns = list(of.values())
         self._epoch, self._order = -1, None
 
     def __getitem__(self, micro: int) -> dict[str, Tensor]:
@@ -79,12 +88,14 @@ class TrainingBatches(Dataset):
 
     def _sample(self, position: int) -> int:
         """The sample at a position in the endless sequence of epochs."""
-        epoch, index = divmod(position, self.num_samples)
+        epoch, index = divmod(position, len(self._turns))
         if epoch != self._epoch:
             # A position of two numbers, where those of steps have three: no generator is used twice
-            order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+            order = torch.randperm(len(self._turns), generator=generator(self.seed, epoch))
             self._epoch, self._order = epoch, order
-        return int(self._order[index])
+        turn = int(self._order[index])
+        samples = self._turns[turn]
+        return samples[(epoch + turn) % len(samples)]  # not all subjects begin with their first visit
 
     def loader(self, first_step: int, last_step: int, workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
         """Batches of steps first_step to last_step - 1, read ahead by `workers` processes."""

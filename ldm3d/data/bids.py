@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
-from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.participants import cells_of, label
+from ldm3d.data.inside import check_inside, dataset_of, root_of
+from ldm3d.data.joined import read_joined
+from ldm3d.data.layouts import label_of
+from ldm3d.data.participants import cells_of, look_up, purpose_of
+from ldm3d.data.people import split_columns
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
@@ -36,23 +38,27 @@ class _Scans:
 def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.DataFrame:
     """Every scan with its covariates.
 
-    BIDS: scans are files of `data.suffix`, derivatives aside, one a session (`ldm3d.data.selection`); their covariates come
-    from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an
-    age differs between sessions). Table: one row a scan. Identifiers may have the prefixes "sub-" and "ses-" or not, and may
-    have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range
-    counts as missing, with a warning.
+    BIDS: scans are files of `data.suffix`, one a session (`ldm3d.data.selection`), of the dataset, or of `data.derivatives`
+    instead. Their covariates come from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv
+    where that has the column too (an age differs between sessions). Table: one row a scan. Identifiers may have the prefixes
+    "sub-" and "ses-" or not, and may have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a
+    number beyond its covariate's range counts as missing, with a warning.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
-        if there is none), path (absolute), and a column for every covariate: float with NaN, or category with None.
+        if there is none), path (absolute), a column for every covariate: float with NaN, or category with None; and the cells
+        of `split_columns`, as they are.
 
     Raises:
         InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; numbers
             that look like codes of a missing value (-9999), unless the config calls them values or missing; paths that lead
             out of `data.root` (by default the dataset, or the table's folder), links followed.
     """
-    columns = {c.name: c.column or c.name for c in covariates}
-    scans = _scans_of_bids(data, columns) if data.bids else _scans_of_table(data, columns)
+    extra = split_columns(data, covariates)
+    columns = {c.name: c.column or c.name for c in covariates} | extra
+    scans = (_scans_of_bids if data.bids else _scans_of_table)(
+        data, columns, dict.fromkeys(extra, "") | {c.name: c.unit for c in covariates}
+    )
     values = read_cells(scans.cells, covariates, data.missing, scans.where)
     warn_of_constant_ages(scans.subject, scans.session, values, covariates)
     keys = list(zip(scans.subject, scans.session, scans.path))
@@ -61,16 +67,17 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     for covariate in covariates:
         kind = float if covariate.kind == "continuous" else object
         frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
+    for name in extra:
+        frame[name] = pd.Series([scans.cells[name][i] for i in order], dtype=object)
     return frame
 
 
-def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
-    root = Path(os.path.abspath(data.bids))
-    files = _find_files(root, data.suffix, root_of(data), data.filter)
+def _scans_of_bids(data: DataConfig, columns: Mapping[str, str], units: Mapping[str, str]) -> _Scans:
+    files = _find_files(data)
     if not columns:
         return _Scans(*map(list, zip(*files)), {}, lambda i, name: files[i][2])
 
-    files, cells, locations = cells_of(data, files, columns)
+    files, cells, locations = cells_of(data, files, columns, units)
 
     def where(i: int, name: str) -> str:
         return f"{locations[name][i]} (sub-{files[i][0]}), column {columns[name]!r}"
@@ -92,10 +99,12 @@ def _check_folders(dataset: Path, root: Path) -> None:
                     raise InputError(f"{path} links to a folder that holds it; remove the link")
 
 
-def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(subject, session, path) of every scan of a BIDS dataset; nothing outside of `root` is read."""
+def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
+    """(subject, session, path) of every scan of a BIDS dataset, or of its derivatives; nothing outside of its root is read."""
+    dataset, root, suffix = dataset_of(data), root_of(data), data.suffix
+    setting = "data.derivatives" if data.derivatives else "data.bids"
     if not dataset.is_dir():
-        raise InputError(f"no folder {dataset} (data.bids)")
+        raise InputError(f"no folder {dataset} ({setting})")
     _check_folders(dataset, root)
     check_inside(dataset / "dataset_description.json", root)
     logging.getLogger("bids").setLevel(logging.ERROR)
@@ -112,27 +121,28 @@ def _find_files(dataset: Path, suffix: str, root: Path, wanted: Mapping[str, Any
     if not named:
         raise InputError(
             f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
-            "check data.bids and data.suffix"
+            f"check {setting} and data.suffix"
         )
-    chosen = choose_scans([Candidate.of(*each) for each in named], wanted, suffix)
+    chosen = choose_scans([Candidate.of(*each) for each in named], data.filter, suffix)
     return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
 
-def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
+def _scans_of_table(data: DataConfig, columns: Mapping[str, str], units: Mapping[str, str]) -> _Scans:
     path = Path(os.path.abspath(data.table))
     table = read_table(path)
     check_column(path, table, data.subject_column, "data.subject_column")
     check_column(path, table, data.path_column, "data.path_column")
-    for name, column in columns.items():
-        check_column(path, table, column, f"covariate {name}")
+    if not data.covariates_tables:
+        for name, column in columns.items():
+            check_column(path, table, column, purpose_of(name))
     if "session_column" in data.model_fields_set:
         check_column(path, table, data.session_column, "data.session_column")
     has_sessions = data.session_column in table
     if table.empty:
         raise InputError(f"{path} has a header but no rows")
 
-    subjects = [label(cell) for cell in table[data.subject_column]]
-    sessions = [label(cell) for cell in table[data.session_column]] if has_sessions else [""] * len(table)
+    subjects = [label_of(cell) for cell in table[data.subject_column]]
+    sessions = [label_of(cell) for cell in table[data.session_column]] if has_sessions else [""] * len(table)
     if not all(subjects):
         line = table.index[subjects.index("")]
         raise InputError(f"{path} line {line}: {data.subject_column!r} is empty; every scan needs its subject")
@@ -163,10 +173,24 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
             "that holds all scans; relative paths start there"
         )
 
-    def where(i: int, name: str) -> str:
-        return f"{path.name} line {table.index[i]} ({who[i]}), column {columns[name]!r}"
+    given = {name: table[column].tolist() for name, column in columns.items() if column in table}
+    lacking = {name: column for name, column in columns.items() if name not in given}
+    locations: dict[str, list[str]] = {}
+    if data.covariates_tables:
+        scans = list(zip(subjects, sessions, files))
+        further = read_joined(data, scans)
+        for name, column in lacking.items():
+            if not any(column in each.columns for each in further):
+                purpose = f"{purpose_of(name)}; nor has {some(each.path.name for each in further)}"
+                check_column(path, table, column, purpose)
+        joined, locations = look_up(scans, lacking, units, {}, further)
+        given |= joined
 
-    return _Scans(subjects, sessions, files, {name: table[column].tolist() for name, column in columns.items()}, where)
+    def where(i: int, name: str) -> str:
+        line = locations[name][i] if name in locations else f"{path.name} line {table.index[i]}"
+        return f"{line} ({who[i]}), column {columns[name]!r}"
+
+    return _Scans(subjects, sessions, files, given, where)
 
 
 def _is_alias(file: str, root: str) -> bool:

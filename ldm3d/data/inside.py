@@ -8,9 +8,19 @@ from ldm3d.data.nifti import files_of
 from ldm3d.errors import InputError
 
 
+def dataset_of(data: DataConfig) -> Path:
+    """The folder in which scans are sought: the derivatives where they are given, else the dataset, or the table's folder."""
+    return Path(os.path.abspath(data.derivatives or data.bids or data.table.parent))
+
+
 def root_of(data: DataConfig) -> Path:
-    """The folder that every file of a dataset lies below."""
-    return Path(os.path.abspath(data.root or data.bids or data.table.parent))
+    """The folder that every scan lies below."""
+    return Path(os.path.abspath(data.root)) if data.root else dataset_of(data)
+
+
+def tables_root_of(data: DataConfig) -> Path:
+    """The folder that the tables of a BIDS dataset lie below."""
+    return Path(os.path.abspath(data.root or data.bids))
 
 
 def check_inside(path: Path | str, root: Path) -> None:

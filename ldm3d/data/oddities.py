@@ -4,40 +4,29 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import sparse
-from scipy.sparse import csgraph
+
+from ldm3d.geometry import FOREGROUND, WORLD
 
 HEAD_MM = (40, 350)  # sides of the foreground: from a premature newborn's brain to an adult's head with neck and shoulders
 
 
-def people_of(table: pd.DataFrame) -> dict[str, str]:
-    """Subject -> the first by name of all subjects with which it shares scans, directly or through others; mostly itself.
-
-    Args:
-        table: a row a scan, with subject and key.
-    """
-    (subject, subjects), (key, keys) = (pd.factorize(table[name], sort=True) for name in ("subject", "key"))
-    size = len(subjects) + len(keys)
-    links = sparse.coo_matrix((np.ones(len(table)), (subject, len(subjects) + key)), (size, size))
-    _, part = csgraph.connected_components(links, directed=False)
-    first: dict[int, str] = {}
-    return {name: first.setdefault(part[i], name) for i, name in enumerate(subjects)}
-
-
-def warn_of_oddities(table: pd.DataFrame, results: Sequence[Mapping[str, Any]], tolerance_mm: float) -> None:
+def warn_of_oddities(
+    table: pd.DataFrame, results: Sequence[Mapping[str, Any]], tolerance_mm: float, place: str = FOREGROUND
+) -> None:
     """One warning for each kind of oddity.
 
     Args:
         table: a row a scan, with subject, session, path and key.
         results: of each row cut_mm, extent_mm, around_zero as in `ldm3d.data.placing.to_grid`, and notes on reading it.
         tolerance_mm: how much foreground may be cut off without a warning.
+        place: of the Grid.
     """
     rows = [*table.itertuples()]
     cut = sorted([(result["cut_mm"], who(row)) for row, result in zip(rows, results)], reverse=True)
     _warn(
-        "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape)",
+        "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape"
+        + (", or move data.grid.origin_mm: are they registered to its space?)" if place == WORLD else ")"),
         [f"{name}: {mm:g} mm" for mm, name in cut if mm > tolerance_mm],
     )
     _warn("scans were read with a guess", [note for result in results for note in result["notes"]])

@@ -7,17 +7,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ldm3d.config.data import GridConfig
 from ldm3d.errors import InputError
-from ldm3d.geometry import Grid, align_grid, resample, spacing_of
+from ldm3d.geometry import MNI_CENTRE_MM, WORLD, Grid, align_grid, resample, spacing_of
 
 BLOCK_MM = 2.0  # edge of the blocks in which the foreground is looked for: noise averages out, and a box needs no more
 _FOREGROUND = 0.1  # of the robust range of intensities, as in BET (Smith 2002, section 2.1)
 
 
+def grid_of(config: GridConfig) -> Grid:
+    """The Grid of a config; its centre is at `origin_mm` where its place is "world", else at world (0, 0, 0)."""
+    centre = (config.origin_mm or MNI_CENTRE_MM) if config.place == WORLD else (0, 0, 0)
+    return Grid.centred(config.shape, config.spacing_mm, centre, config.place)
+
+
 def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[float, float]) -> tuple[NDArray, dict[str, Any]]:
     """One scan on the Grid with intensities in [0, 1].
 
-    The Grid is centred on the foreground's box. A head that is higher than the Grid loses its neck, not its crown.
+    A Grid whose place is "foreground" is centred on the foreground's box, along the axes of the scan. A head that is higher
+    than the Grid loses its neck, not its crown. One whose place is "world" lies at its own affine, whatever the scan.
+
     The lower percentile is taken over all voxels of the placed Grid and becomes 0, so the background does. The upper
     one is taken over the foreground alone and becomes 1: over all voxels it would depend on how much of the Grid a
     brain fills, and small brains would come out in another brightness than large ones. What lies beyond is clipped.
@@ -35,16 +44,22 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
         whether intensities reach well below 0, as those of a standardised scan do.
 
     Raises:
-        InputError: both percentiles are the same intensity.
+        InputError: both percentiles are the same intensity; nothing of the foreground is on a Grid that lies in the world.
     """
     affine = np.asarray(affine, dtype=np.float64)
     volume, background, threshold = _level_background(volume)
     (scan,) = volume
-    first, last = box = _foreground_box(scan, background + threshold, affine)
-    placed, cut_mm = _place_on_foreground(box, scan.shape, affine, grid)
+    blocks = _foreground_blocks(scan, background + threshold, affine)
+    first, last = blocks[:, 0].min(axis=0), blocks[:, 1].max(axis=0)
+    if grid.place == WORLD:
+        placed, cut_mm = grid.affine, _outside_mm(blocks, affine, grid)
+    else:
+        placed, cut_mm = _place_on_foreground((first, last), scan.shape, affine, grid)
     # `resample` is 0 outside of the scan; after this subtraction so is the background
     on_grid = resample(volume - background, affine, placed, grid.shape)
     foreground = on_grid[on_grid > threshold]
+    if grid.place == WORLD and not foreground.size:
+        raise InputError(_not_there(blocks, affine, grid))
     low = float(np.percentile(on_grid, percentiles[0]))
     high = float(np.percentile(foreground, percentiles[1])) if foreground.size else low
     if not high > low:
@@ -101,19 +116,18 @@ def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
     return np.maximum(volume, np.float32(background)), float(background), float(_FOREGROUND * (brightest - background))
 
 
-def _foreground_box(scan: NDArray, threshold: float, affine: NDArray) -> tuple[NDArray, NDArray]:
-    """First and last voxel of the largest connected part brighter than `threshold`, (3,) each; to within BLOCK_MM."""
+def _foreground_blocks(scan: NDArray, threshold: float, affine: NDArray) -> NDArray:
+    """The largest connected part brighter than `threshold` as blocks of BLOCK_MM: (blocks, 2, 3), first and last voxel."""
     block = np.clip(np.round(BLOCK_MM / spacing_of(affine)).astype(int), 1, scan.shape)
     padded = np.pad(scan, [(0, -n % b) for n, b in zip(scan.shape, block)], mode="edge")
     n = np.array(padded.shape) // block
     means = padded.reshape(n[0], block[0], n[1], block[1], n[2], block[2]).mean((1, 3, 5))
     parts, count = ndimage.label(means > threshold)
     if not count:  # nothing but scattered bright voxels; then all of it
-        return np.zeros(3), np.array(scan.shape) - 1.0
-    largest = np.bincount(parts.ravel())[1:].argmax()
-    slices = ndimage.find_objects(parts)[largest]
-    first, stop = np.array([[s.start, s.stop] for s in slices]).T * block
-    return first.astype(float), np.minimum(stop, scan.shape) - 1.0
+        return np.array([[(0, 0, 0), scan.shape]]) - [[[0.0], [1.0]]]
+    largest = np.bincount(parts.ravel())[1:].argmax() + 1
+    first = np.argwhere(parts == largest) * block
+    return np.stack([first, np.minimum(first + block, scan.shape) - 1], axis=1).astype(float)
 
 
 def _place_on_foreground(
@@ -131,3 +145,21 @@ def _place_on_foreground(
         corners[:, 2] -= np.ceil(above)
     out = np.maximum(-corners.min(0), corners.max(0) - grid.shape).clip(0) * grid.spacing_mm
     return placed, float(out.max())
+
+
+def _outside_mm(blocks: NDArray, affine: NDArray, grid: Grid) -> float:
+    """How many mm of the foreground's blocks stick out of a Grid that lies at its own affine, on the worst side."""
+    to_grid = np.linalg.solve(grid.affine, affine)
+    middles = blocks.mean(axis=1) @ to_grid[:3, :3].T + to_grid[:3, 3] + 0.5  # from the Grid's own faces
+    half = (np.diff(blocks, axis=1)[:, 0] + 1) / 2 @ np.abs(to_grid[:3, :3]).T
+    out = np.maximum(-(middles - half).min(0), (middles + half).max(0) - grid.shape).clip(0) * grid.spacing_mm
+    return float(out.max())
+
+
+def _not_there(blocks: NDArray, affine: NDArray, grid: Grid) -> str:
+    middle = affine[:3, :3] @ (blocks[:, 0].min(axis=0) + blocks[:, 1].max(axis=0)) / 2 + affine[:3, 3]
+    there, here = (", ".join(f"{mm:.0f}" for mm in centre) for centre in (middle, grid.centre_mm))
+    return (
+        f"nothing of its foreground, whose middle is at ({there}) mm in world space, lies on the grid around ({here}) mm; "
+        "register it to the space of the grid, move data.grid.origin_mm, or set data.grid.place: foreground"
+    )

@@ -34,11 +34,12 @@ from tqdm import tqdm
 from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
 from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
+from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
+from ldm3d.data.masks import apply_mask, find_masks, mask_root
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.oddities import people_of, warn_of_oddities, who
-from ldm3d.data.placing import BLOCK_MM, to_grid
-from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
+from ldm3d.data.oddities import warn_of_oddities, who
+from ldm3d.data.people import kept_splits, split_columns, split_subjects
+from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
@@ -82,9 +83,11 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     kept = _kept_splits(config, processes)
     scans = read_scans(config.data, config.covariates)
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
-    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    grid = grid_of(config.data.grid)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
-    arguments = [(path, *shared) for path in processes.share(scans["path"])]
+    masks = find_masks(config.data, scans["path"]) if config.data.mask else [None] * len(scans)
+    shared = (mask_root(config.data), *shared)
+    arguments = [(*each, *shared) for each in processes.share([*zip(scans["path"], masks)])]
     results: list[dict] = [{}] * len(arguments)
     with tqdm(total=len(arguments), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
         for i, result in _run(arguments, min(workers or cores_each(), len(arguments))):
@@ -113,11 +116,10 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     good = [result for result in results if "reason" not in result]
     table = scans[~bad].reset_index(drop=True)
     table.insert(3, "key", [result["key"] for result in good])
-    people = people_of(table)
-    splits = assign_splits(people.values(), config.data.splits, kept)
-    splits = {subject: splits[person] for subject, person in people.items()}
+    splits = split_subjects(table, config.data, config.covariates, kept)
+    table = table.drop(columns=[*split_columns(config.data, config.covariates)])
     table.insert(4, "split", table["subject"].map(splits))
-    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm))
+    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm), grid.place)
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
@@ -178,12 +180,24 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(table.encode()).hexdigest()[:16]
 
 
-def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: tuple[float, float]) -> dict[str, Any]:
+def _prepare_scan(
+    path: str,
+    mask: Path | InputError | None,
+    masks_root: Path,
+    root: Path,
+    folder: Path,
+    grid: Grid,
+    percentiles: tuple[float, float],
+) -> dict[str, Any]:
     """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
     try:
         check_inside(path, root)  # before a byte of it is read
+        if isinstance(mask, InputError):
+            raise mask
+        if mask:
+            check_inside(mask, masks_root)
         settings = settings_of(grid, percentiles, VERSION)
-        known = folder / f"{file_key(Path(path), settings)}.key"
+        known = folder / f"{file_key(Path(path), settings, mask)}.key"
         key = _read_key(known)
         info = _read_info(folder, key)
         cached = info is not None
@@ -191,11 +205,13 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 volume, affine = read_volume(path)
-                key = volume_key(volume, affine, settings)
+                scan, kept = _masked(volume, affine, mask) if mask else (volume, None)
+                key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
-                volume, info = (None, info) if cached else to_grid(volume, affine, grid, percentiles)
+                volume, info = (None, info) if cached else to_grid(scan, affine, grid, percentiles)
             if not cached:
+                info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]
                 buffer = io.BytesIO()
                 np.save(buffer, volume.astype(np.float16))
@@ -211,6 +227,15 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise  # no scan's fault; going on would only blame all the others too
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _masked(volume: NDArray, affine: NDArray, path: Path) -> tuple[NDArray, NDArray]:
+    """See `apply_mask`."""
+    mask = read_volume(path)
+    try:
+        return apply_mask(volume, affine, *mask)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _read_key(path: Path) -> str | None:
@@ -268,7 +293,7 @@ def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[s
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the prepared folder depends on, by its name in the config."""
-    data = config.data.model_dump(mode="json")
+    data = config.data.model_dump(mode="json", exclude={"sample"})  # which concerns training alone
     settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
@@ -285,7 +310,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
-    """The splits that a prepared folder has already: they stay, by whatever rule they were made, until data.splits changes."""
+    """See `ldm3d.data.people.kept_splits`."""
     folder = config.prepared_folder
     before, now = _read_settings(folder), _settings(config)
     if processes.is_main and before and before.get("version") != VERSION:
@@ -293,17 +318,7 @@ def _kept_splits(config: Config, processes: Processes) -> dict[str, str]:
             f"{folder} was prepared by another version of ldm3d: all scans are prepared anew, and older volumes stay there. "
             "Stage 1 goes on with them; what stage 2 has begun has to be ended with that version, or begun anew"
         )
-    if not (folder / "splits.tsv").is_file() or before.get("data.splits") != now["data.splits"]:
-        return {}
-    table = read_table(folder / "splits.tsv")
-    if not {"subject", "split"} <= set(table) or not set(table["split"]) <= {TRAIN, VALIDATION, TEST}:
-        raise InputError(f"{folder / 'splits.tsv'} is damaged; restore it, or delete it to split all subjects anew")
-    kept = dict(zip(table["subject"], table["split"]))
-    by_rule = assign_splits(kept, config.data.splits)
-    moved = sum(by_rule[subject] != split for subject, split in kept.items())
-    if processes.is_main and moved:
-        print(
-            f"{moved} of {len(kept)} subjects keep the split of {folder / 'splits.tsv'}, though the rule would now give them "
-            "another: what is trained already has seen them so. To split anew, delete that file and train both stages again"
-        )
+    kept, message = kept_splits(folder, before, now, config.data)
+    if processes.is_main and message:
+        print(message)
     return kept

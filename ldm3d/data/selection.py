@@ -52,7 +52,7 @@ class Candidate:
     @classmethod
     def of(cls, path: str, entities: Mapping[str, Any]) -> "Candidate":
         """From a path and what PyBIDS reads off it."""
-        found = {name: _text(entities[_LONG.get(name, name)]) for name in ENTITIES if _LONG.get(name, name) in entities}
+        found = {name: as_text(entities[_LONG.get(name, name)]) for name in ENTITIES if _LONG.get(name, name) in entities}
         return cls(str(entities["subject"]), str(entities.get("session", "")), path, found)
 
     def has(self, entity: str) -> str:
@@ -71,7 +71,7 @@ def choose_scans(candidates: Sequence[Candidate], wanted: Mapping[str, Any], suf
     Raises:
         InputError: no file matches the filter.
     """
-    asked = {entity: _values(value) for entity, value in wanted.items()}
+    asked = {entity: values_of(value) for entity, value in wanted.items()}
     kept = [c for c in candidates if all(c.entities.get(entity, "") in values for entity, values in asked.items())]
     if not kept:
         described = ", ".join(f"{entity}: {' or '.join(value or 'null' for value in asked[entity])}" for entity in asked)
@@ -172,12 +172,12 @@ def _inventory(candidates: Sequence[Candidate]) -> str:
     return "; ".join(found) or "no entity but their subject"
 
 
-def _values(value: Any) -> tuple[str, ...]:
+def values_of(value: Any) -> tuple[str, ...]:
     """The values that a filter allows for one entity, "" for without."""
-    return tuple("" if each is None else _text(each) for each in (value if isinstance(value, list | tuple) else (value,)))
+    return tuple("" if each is None else as_text(each) for each in (value if isinstance(value, list | tuple) else (value,)))
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """An entity's value; leading zeros of a number do not count."""
     text = str(value)
     return str(int(text)) if text.isdecimal() else text

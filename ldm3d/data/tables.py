@@ -4,7 +4,9 @@ import collections
 import csv
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +15,7 @@ from ldm3d.errors import InputError, nearest, shown, some
 from ldm3d.files import write_atomic
 
 MAX_TABLE_BYTES = 2**30
+_WORKBOOKS = (".xlsx", ".xlsm")
 _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spreadsheet; a lone + or - is a value
 
 
@@ -25,13 +28,14 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or TSV as strings, "" where a cell is empty; the index is the line in the file.
+    """A CSV, TSV or XLSX as strings, "" where a cell is empty; the index is the line in the file.
 
-    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Columns
-    with neither name nor cells, which spreadsheets may append, are dropped.
+    Tabs separate the columns of a .tsv; otherwise comma, semicolon or tab, whichever its first line has most of. Of a
+    workbook, the first sheet is read. Columns with neither name nor cells, which spreadsheets may append, are dropped.
 
     Raises:
-        InputError: missing, too large, empty, no text, or rows of different lengths; control characters.
+        InputError: missing, too large, empty, no text, or rows of different lengths; control characters; a workbook that
+            cannot be read.
     """
     if not path.is_file():
         raise InputError(f"no table {path}")
@@ -39,28 +43,23 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(
             f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest"
         )
+    columns: list[list[str]] = []
+    lines = []
     try:
-        # Excel starts CSV files with a byte order mark. Not by pandas, which takes a millisecond for each column
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.readline(2**16)
-            file.seek(0)
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
-            columns, lines = [], []
-            for row in reader:
-                if not "".join(row).strip():
-                    continue
-                columns = columns or [[] for _ in row]
-                if len(row) != len(columns):
-                    if any(row[len(columns) :]):
-                        raise csv.Error(f"Expected {len(columns)} fields in line {reader.line_num}, saw {len(row)}")
-                    row = [*row, *[""] * len(columns)]
-                for column, cell in zip(columns, row):  # by columns: a million lists would slow the garbage collector
-                    column.append(cell)
-                lines.append(reader.line_num)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text in UTF-8; save it as CSV (UTF-8)") from None
-    except csv.Error as error:
-        raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
+        for line, row in _rows_of_workbook(path) if path.suffix.lower() in _WORKBOOKS else _rows_of_text(path):
+            if not "".join(row).strip():
+                continue
+            columns = columns or [[] for _ in row]
+            if len(row) != len(columns):
+                if any(row[len(columns) :]):
+                    raise InputError(
+                        f"{path} is no regular table: Expected {len(columns)} fields in line {line}, saw {len(row)} "
+                        f"(line {line})"
+                    )
+                row = [*row, *[""] * len(columns)]
+            for column, cell in zip(columns, row):  # by columns: a million lists would slow the garbage collector
+                column.append(cell)
+            lines.append(line)
     except MemoryError:
         raise InputError(f"{path} is larger than this machine's memory; keep the columns of interest") from None
     if not lines:
@@ -72,6 +71,53 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} has several columns {shown(twice[0])}; rename all but one")
     kept = {name: column[1:] for name, column in zip(names, columns) if name or any(column)}
     return pd.DataFrame(kept, index=lines[1:], dtype=object)
+
+
+def _rows_of_text(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of a CSV or TSV."""
+    try:
+        # Excel starts CSV files with a byte order mark. Not by pandas, which takes a millisecond for each column
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline(2**16)
+            file.seek(0)
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
+            for row in reader:
+                yield reader.line_num, row
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; save it as CSV (UTF-8)") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is no regular table: {error} (line {reader.line_num})") from None
+
+
+def _rows_of_workbook(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(row, cells) of the first sheet of an Excel workbook; formulas as the values that were saved with them."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(part.file_size for part in packed.infolist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as a workbook ({error}); save it anew as .xlsx, or as CSV") from None
+    if size > MAX_TABLE_BYTES:
+        raise InputError(f"{path} unpacks to {size:,} bytes; at most {MAX_TABLE_BYTES:,}: keep the columns of interest")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of styles and extensions that say nothing of values
+            frame = pd.read_excel(path, header=None, dtype=object, keep_default_na=False, na_filter=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken workbook sets off whatever in the libraries that read it
+        raise InputError(
+            f"{path} cannot be read as a workbook ({' '.join(str(error).split())[:200]}); save it anew as .xlsx, or as CSV"
+        ) from None
+    for line, row in enumerate(frame.itertuples(index=False, name=None), 1):
+        yield line, [_cell_text(cell) for cell in row]
+
+
+def _cell_text(cell: object) -> str:
+    """A cell of a workbook as text: 72 for 72.0, which is how a spreadsheet shows it; a date as 2024-05-31."""
+    if isinstance(cell, float):
+        return "" if cell != cell else f"{cell:.15g}"
+    text = "" if cell is None else str(cell)
+    return text.removesuffix(" 00:00:00")
 
 
 def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:

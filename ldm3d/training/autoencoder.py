@@ -26,7 +26,7 @@ from ldm3d.training.linear_path import train_linear_path, volumes_for
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import broadcast_weights, start_accelerator
 from ldm3d.training.scales import voxel_scales
-from ldm3d.training.task import MAIN
+from ldm3d.training.task import MAIN, sampling_of
 from ldm3d.training.volumes import VolumeTask
 
 SCALED_VOLUMES = 8  # that the scales of the channels are measured on
@@ -60,6 +60,7 @@ class AutoencoderTask(VolumeTask):
             "autoencoder": config.autoencoder.model_dump(mode="json"),
             "grid": config.data.grid.model_dump(mode="json"),
             "seed": config.seed,
+            **sampling_of(config),
         }
 
     def begin(self, stop: Stop) -> bool:

@@ -26,6 +26,7 @@ from ldm3d.seen import record_export
 from ldm3d.training import command
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
+from ldm3d.training.task import sampling_of
 from ldm3d.training.volumes import VolumeTask
 
 ORIGIN = "origin.txt"  # in OUTPUT/decoder: the hash of the autoencoder whose encoder it has
@@ -81,6 +82,7 @@ class DecoderTask(VolumeTask):
             "decoder": config.decoder.model_dump(mode="json"),
             "autoencoder": weights_hash(config.autoencoder_folder),
             "seed": config.seed,
+            **sampling_of(config),
         }
 
     def reconstruct(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, None]:

@@ -22,6 +22,7 @@ from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
+from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
@@ -29,7 +30,6 @@ from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
-from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import make_network
@@ -44,7 +44,7 @@ from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_pairs, in_words
 from ldm3d.training.scales import deviations
-from ldm3d.training.task import MAIN, Task, Trained, batches_of
+from ldm3d.training.task import MAIN, Task, Trained, batches_of, sampling_of
 
 SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, unless the config sets it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
@@ -101,9 +101,11 @@ class DiffusionTask(Task):
             "covariates": checkpoint.as_json(self.schema.to_dict()),
             "latents": origin,
             "seed": config.seed,
+            **sampling_of(config),
         }
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
-        self.batches = batches_of(samples, training, config.seed, accelerator)
+        subjects = [scans["subject"].iloc[i] for i in self.split["train"]]
+        self.batches = batches_of(samples, training, config, accelerator, subjects)
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
@@ -219,7 +221,7 @@ class DiffusionTask(Task):
     def pipeline(self, unet: LatentUNet) -> Pipeline:
         """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
-        grid, sampling = Grid.centred(data.grid.shape, data.grid.spacing_mm), Sampling(**self.config.generation.model_dump())
+        grid, sampling = grid_of(data.grid), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
         facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales, "start": self.start}
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)

@@ -1,7 +1,7 @@
 """What differs between trainings. The loop that they share is `ldm3d.training.loop.fit`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.sections import Config, TrainingConfig
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.preemption import Stop
@@ -143,8 +143,19 @@ class Task:
 
 
 def batches_of(
-    samples: VolumeSamples | LatentSamples, training: TrainingConfig, seed: int, accelerator: Accelerator
+    samples: VolumeSamples | LatentSamples,
+    training: TrainingConfig,
+    config: Config,
+    accelerator: Accelerator,
+    subjects: Sequence[str],
 ) -> TrainingBatches:
-    """This process's part of every batch of a run."""
+    """This process's part of every batch of a run; `subjects` of the samples count where `data.sample` says so."""
     processes = accelerator.process_index, accelerator.num_processes
-    return TrainingBatches(samples, len(samples), training.batch_size, training.accumulation, seed, *processes)
+    taking_turns = subjects if config.data.sample == "by-subject" else None
+    sizes = len(samples), training.batch_size, training.accumulation
+    return TrainingBatches(samples, *sizes, config.seed, *processes, subjects=taking_turns)
+
+
+def sampling_of(config: Config) -> dict[str, str]:
+    """What a run compares of `data.sample`, on which the order of batches depends; {} for the default, as in older runs."""
+    return {} if config.data.sample == "by-scan" else {"sample": config.data.sample}
