@@ -76,7 +76,12 @@ def error(load, tmp_path):
 # Shipped files
 
 
-LATENTS = {"brain-1mm": (8, 20, 28, 20), "brains-4.5mm": (16, 10, 12, 10), "brains-3mm": (8, 14, 18, 14), "toy": (4, 10, 12, 10)}
+LATENTS = {
+    "brain-1mm": (8, 20, 28, 20),
+    "brains-4.5mm": (16, 10, 12, 10),
+    "brains-3mm": (8, 14, 18, 14),
+    "toy": (4, 10, 12, 10),
+}
 
 
 def test_every_shipped_config_is_tested():
