@@ -24,6 +24,9 @@ RESERVED_NAMES = frozenset(
 )
 
 
+MNI152 = "mni152"
+
+
 def _is_none(value: Any) -> bool:
     return value is None
 
@@ -58,6 +61,13 @@ class GridConfig(Section):
         if self.origin_mm and self.place != "world":
             raise ValueError("origin_mm is where a grid with `place: world` lies; add that, or drop origin_mm")
         return self
+
+
+class RegistrationConfig(Section):
+    """How scans are brought into the space of a template (`ldm3d.data.registration`)."""
+
+    to: str = MNI152  # or the path of a template, stripped as the scans are
+    kind: Literal["rigid", "affine"] = "rigid"  # affine changes the size of brains
 
 
 class SplitConfig(Section):
@@ -114,6 +124,8 @@ class DataConfig(Section):
     derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
     # Of each scan, by its entities and suffix: {desc: brain, suffix: mask}; `root`: the folder of the masks, if it is another
     mask: Annotated[dict[str, Any] | None, Field(exclude_if=_is_none)] = None
+    # Into the space of a template, before a scan is placed; None: as it lies
+    registration: Annotated[RegistrationConfig | None, Field(exclude_if=_is_none)] = None
     skull_stripped: bool = False  # whether the scans are; BIDS requires it of generated volumes
     path_column: str = "path"
     subject_column: str = "participant_id"

@@ -31,7 +31,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ldm3d.config.data import RegistrationConfig
 from ldm3d.config.sections import Config
+from ldm3d.data import registration
 from ldm3d.data.bids import read_scans
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
@@ -86,7 +88,9 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     grid = grid_of(config.data.grid)
     shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
     masks = find_masks(config.data, scans["path"]) if config.data.mask else [None] * len(scans)
-    shared = (mask_root(config.data), *shared)
+    shared = (mask_root(config.data), *shared, config.data.registration, config.data.skull_stripped)
+    if config.data.registration:  # once, and not for each scan, if it cannot be done
+        registration.settings_of(config.data.registration, config.data.skull_stripped)
     arguments = [(*each, *shared) for each in processes.share([*zip(scans["path"], masks)])]
     results: list[dict] = [{}] * len(arguments)
     with tqdm(total=len(arguments), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
@@ -188,6 +192,8 @@ def _prepare_scan(
     folder: Path,
     grid: Grid,
     percentiles: tuple[float, float],
+    register: RegistrationConfig | None,
+    stripped: bool,
 ) -> dict[str, Any]:
     """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
     try:
@@ -197,6 +203,8 @@ def _prepare_scan(
         if mask:
             check_inside(mask, masks_root)
         settings = settings_of(grid, percentiles, VERSION)
+        if register:
+            settings["register"] = registration.settings_of(register, stripped)
         known = folder / f"{file_key(Path(path), settings, mask)}.key"
         key = _read_key(known)
         info = _read_info(folder, key)
@@ -209,7 +217,7 @@ def _prepare_scan(
                 key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
-                volume, info = (None, info) if cached else to_grid(scan, affine, grid, percentiles)
+                volume, info = (None, info) if cached else _placed(scan, affine, grid, percentiles, register, stripped)
             if not cached:
                 info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]
@@ -227,6 +235,27 @@ def _prepare_scan(
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise  # no scan's fault; going on would only blame all the others too
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _placed(
+    scan: NDArray,
+    affine: NDArray,
+    grid: Grid,
+    percentiles: tuple[float, float],
+    register: RegistrationConfig | None,
+    stripped: bool,
+) -> tuple[NDArray, dict[str, Any]]:
+    """See `to_grid`; of a scan that is registered first, if it is to be."""
+    if register is None:
+        return to_grid(scan, affine, grid, percentiles)
+    found = registration.register(scan, affine, register, stripped)
+    if found.correlation < registration.POOR:
+        warnings.warn(
+            f"correlates with the template by {found.correlation:.2f} only, so its registration is doubtful: look at it",
+            stacklevel=1,
+        )
+    volume, info = to_grid(scan, found.matrix @ affine, grid, percentiles)
+    return volume, found.in_scan_space(info)
 
 
 def _masked(volume: NDArray, affine: NDArray, path: Path) -> tuple[NDArray, NDArray]:
