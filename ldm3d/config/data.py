@@ -98,9 +98,18 @@ class DataConfig(Section):
     session_column: str = "session_id"
     participants: Path | None = None  # table of covariates for `bids`, if it is not the dataset's own participants.tsv
     missing: Codes | None = None  # codes of a missing value in any column; a covariate's own list replaces them
+    # Scans that are left out: a list of subjects and paths, or the column of the table that says who
+    exclude: str | Codes | None = None
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _column_or_list(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str | list | tuple):
+            raise ValueError(f"{shown(value)} is no list of subjects and paths, nor the name of a column; write [{value}]")
+        return (value or None) if isinstance(value, str) or not value else _texts(value)  # an empty list is none
 
     @field_validator("filter")
     @classmethod

@@ -1,9 +1,10 @@
 """The scans of a BIDS dataset, or of any CSV or TSV, with their subjects, sessions and covariates."""
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pandas as pd
 
 from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.covariates import as_name
+from ldm3d.data import exclusion
 from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
 from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.participants import cells_of, label
+from ldm3d.data.participants import cells_of, label, purpose
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import check_column, check_unique, read_table
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
@@ -40,7 +43,7 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv where that has the column too (an
     age differs between sessions). Table: one row a scan. Identifiers may have the prefixes "sub-" and "ses-" or not, and may
     have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a number beyond its covariate's range
-    counts as missing, with a warning.
+    counts as missing, with a warning. Scans that `data.exclude` names are left out, whatever their cells are.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -49,10 +52,14 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     Raises:
         InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; numbers
             that look like codes of a missing value (-9999), unless the config calls them values or missing; paths that lead
-            out of `data.root` (by default the dataset, or the table's folder), links followed.
+            out of `data.root` (by default the dataset, or the table's folder), links followed; an unclear `data.exclude`.
     """
     columns = {c.name: c.column or c.name for c in covariates}
+    if isinstance(data.exclude, str):
+        columns[exclusion.COLUMN] = data.exclude
     scans = _scans_of_bids(data, columns) if data.bids else _scans_of_table(data, columns)
+    if data.exclude:
+        scans = _without_excluded(data, scans)
     values = read_cells(scans.cells, covariates, data.missing, scans.where)
     warn_of_constant_ages(scans.subject, scans.session, values, covariates)
     keys = list(zip(scans.subject, scans.session, scans.path))
@@ -62,6 +69,53 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
         kind = float if covariate.kind == "continuous" else object
         frame[covariate.name] = pd.Series([values[covariate.name][i] for i in order], dtype=kind)
     return frame
+
+
+def read_columns(data: DataConfig, scans: pd.DataFrame, wanted: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+    """Cells, as text, of columns that are no covariates and need not be there.
+
+    Args:
+        data: what `read_scans` has read without an error.
+        scans: its result.
+        wanted: names that the header of the column may have, in the form of `as_name`.
+
+    Returns:
+        By the key of `wanted` a cell for each scan, "" for none; without columns that the table does not have.
+    """
+    path = data.table or data.participants or data.bids / "participants.tsv"
+    header = list(read_table(path)) if path.is_file() else []
+    found = {key: [column for column in header if as_name(column) in names] for key, names in wanted.items()}
+    columns = {key: names[0] for key, names in found.items() if names}
+    if not columns:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said already, when scans were read
+        if data.bids:
+            files, cells, _ = cells_of(data, [*zip(scans["subject"], scans["session"], scans["path"])], columns)
+            paths = [path for *_, path in files]
+        else:
+            table = _scans_of_table(data, columns)
+            paths, cells = table.path, table.cells
+    row = {path: i for i, path in enumerate(paths)}
+    return {key: [cells[key][row[path]] if path in row else "" for path in scans["path"]] for key in columns}
+
+
+def _without_excluded(data: DataConfig, scans: _Scans) -> _Scans:
+    """The scans that `data.exclude` leaves in; one message says how many it leaves out."""
+    if isinstance(data.exclude, str):
+        where = functools.partial(scans.where, name=exclusion.COLUMN)
+        out = exclusion.marked(scans.cells[exclusion.COLUMN], data.exclude, where)
+    else:
+        out = exclusion.named(data.exclude, scans.subject, scans.path, root_of(data))
+    kept = [i for i, is_out in enumerate(out) if not is_out]
+    names = some(f"sub-{s}" + (f" ses-{v}" if v else "") for s, v, is_out in zip(scans.subject, scans.session, out) if is_out)
+    if not kept:
+        raise InputError(f"data.exclude leaves out all {len(out)} scans ({names}); leave some in")
+    if len(kept) < len(out):
+        warnings.warn(f"data.exclude leaves out {len(out) - len(kept)} of {len(out)} scans ({names})", stacklevel=3)
+    subject, session, path = ([each[i] for i in kept] for each in (scans.subject, scans.session, scans.path))
+    cells = {name: [each[i] for i in kept] for name, each in scans.cells.items() if name != exclusion.COLUMN}
+    return _Scans(subject, session, path, cells, lambda i, name: scans.where(kept[i], name))
 
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
@@ -124,7 +178,7 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str]) -> _Scans:
     check_column(path, table, data.subject_column, "data.subject_column")
     check_column(path, table, data.path_column, "data.path_column")
     for name, column in columns.items():
-        check_column(path, table, column, f"covariate {name}")
+        check_column(path, table, column, purpose(name))
     if "session_column" in data.model_fields_set:
         check_column(path, table, data.session_column, "data.session_column")
     has_sessions = data.session_column in table

@@ -47,6 +47,11 @@ def _without_zeros(labels: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
+def purpose(name: str) -> str:
+    """What a column is for, in messages: a covariate, unless it stands for a setting (`data.exclude`)."""
+    return name if "." in name else f"covariate {name}"
+
+
 @dataclass(frozen=True)
 class _Table:
     """A table, with the subject and session of its rows.
@@ -217,7 +222,7 @@ def _check_columns(data: DataConfig, table: _Table | None, sessions: Sequence[_T
     lacking = {name: column for name, column in columns.items() if column not in in_sessions}
     if table:
         for name, column in lacking.items():
-            check_column(table.path, table.columns, column, f"covariate {name}")
+            check_column(table.path, table.columns, column, purpose(name))
     elif lacking:
         wanted = some(lacking.values(), 10)
         raise InputError(
