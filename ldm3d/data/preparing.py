@@ -1,7 +1,7 @@
 """Scans as they come -> volumes on the experiment's Grid, float in [0, 1]; and the way back.
 
 Below `config.prepared_folder`:
-    volumes/<key>.npy   float16 (C, X, Y, Z); <key>.json what the way back needs, and what was odd
+    volumes/<key>.npy   float16 (C, X, Y, Z); <key>.json what the way back needs, and what was odd; <key>.npz how it looks
             <file>.key  the key of a file by its bytes, so that one that is as it was need not be unpacked
     scans.tsv           subject, session, path, key, split and the covariates of every scan that could be prepared
     splits.tsv          the split of every subject
@@ -12,6 +12,7 @@ A key is a hash of the scan's voxels and of the settings that shape the volume (
 twice and nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -38,6 +39,7 @@ from ldm3d.data.keys import KEY, file_key, settings_of, volume_key
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.oddities import people_of, warn_of_oddities, who
 from ldm3d.data.placing import BLOCK_MM, to_grid
+from ldm3d.data.quality import look_at, read_look, write_look
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
@@ -49,6 +51,7 @@ VERSION = 2  # raise it when the numbers that this file makes change: every volu
 
 _TOLD = ("cut_mm", "extent_mm", "around_zero", "notes")  # of a scan's `info`, what all scans together are judged by
 _SHOWN = 20  # failed scans that are named on the terminal; failed.tsv has them all
+_DAMAGED = (OSError, ValueError, EOFError)  # what NumPy raises for a file that is none of its own
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -57,6 +60,8 @@ class Prepared:
     """What `prepare` did."""
 
     table: pd.DataFrame  # as in scans.tsv
+    told: list[dict[str, Any]]  # of each of its rows: cut_mm, extent_mm, around_zero, notes
+    warnings: list[str]  # of what is odd among all scans
     prepared: int  # scans made anew
     cached: int  # scans that were there already
     failed: pd.DataFrame  # subject, session, path, reason
@@ -117,14 +122,19 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     splits = assign_splits(people.values(), config.data.splits, kept)
     splits = {subject: splits[person] for subject, person in people.items()}
     table.insert(4, "split", table["subject"].map(splits))
-    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm))
+    odd = warn_of_oddities(table, good, tolerated_mm(grid))
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
         write_atomic(folder / "settings.json", json.dumps(_settings(config), indent=2))
     processes.wait()
     cached = sum(result["cached"] for result in good)
-    return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
+    return Prepared(table, good, odd, len(good) - cached, cached, failed, time.monotonic() - started)
+
+
+def tolerated_mm(grid: Grid) -> float:
+    """Millimetres of foreground that a Grid may cut off without a warning: it is not known any better."""
+    return max(BLOCK_MM, *grid.spacing_mm)
 
 
 def read_scan_table(config: Config) -> pd.DataFrame:
@@ -157,10 +167,14 @@ def load_prepared(config: Config, key: str) -> NDArray:
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
-        volume = np.load(path).astype(np.float32)
-        return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
-    except (OSError, ValueError, EOFError) as error:
+        return _read_volume(path)
+    except _DAMAGED as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run `ldm3d prepare` with this config again") from None
+
+
+def load_look(config: Config, key: str) -> dict[str, NDArray] | None:
+    """What `ldm3d.data.quality.look_at` found in a key's volume; None if the volume cannot be read."""
+    return read_look(config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.npz")
 
 
 def load_info(config: Config, key: str) -> dict[str, Any]:
@@ -169,6 +183,11 @@ def load_info(config: Config, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_volume(path: Path) -> NDArray:
+    volume = np.load(path).astype(np.float32)
+    return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
 
 
 def fingerprint(config: Config) -> str:
@@ -197,11 +216,18 @@ def _prepare_scan(path: str, root: Path, folder: Path, grid: Grid, percentiles: 
                 volume, info = (None, info) if cached else to_grid(volume, affine, grid, percentiles)
             if not cached:
                 info["notes"] = [str(warning.message) for warning in caught]
-                buffer = io.BytesIO()
-                np.save(buffer, volume.astype(np.float16))
+                buffer, stored = io.BytesIO(), volume.astype(np.float16)
+                np.save(buffer, stored)
                 write_atomic(folder / f"{key}.npy", buffer.getvalue())
+                write_look(folder / f"{key}.npz", look_at(stored, grid.spacing_mm))
                 write_atomic(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
             write_atomic(known, key)
+        if cached and read_look(folder / f"{key}.npz") is None:  # of an earlier version, or damaged
+            volume = None
+            with contextlib.suppress(*_DAMAGED):  # whoever loads it for more than a look says so
+                volume = _read_volume(folder / f"{key}.npy")
+            if volume is not None:
+                write_look(folder / f"{key}.npz", look_at(volume, grid.spacing_mm))
         return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}}
     except InputError as error:
         return {"reason": str(error)}
