@@ -6,7 +6,7 @@ Volumes are (C, X, Y, Z) in [0, 1], RAS+; their first channel is drawn.
 import base64
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,25 @@ def lines(
     return figure
 
 
+def profiles(x: NDArray, series: Mapping[str, NDArray], x_label: str, y_label: str) -> Figure:
+    """A thin line over x (M,) for each series (M,), at most ten."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for k, (name, values) in enumerate(series.items()):
+        axis.plot(x, values, linewidth=1.3, label=name, color=INK if len(series) == 1 else f"C{k}")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_ylim(bottom=0)
+    _plain(axis, x_label, y_label)
+    return figure
+
+
 def histogram(values: NDArray, label: str, title: str) -> Figure:
     """Histogram of values (N,), with their mean."""
     figure = Figure(figsize=(3.8, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.hist(values, bins=min(30, max(5, round(len(values) ** 0.5) * 2)), color=INK, alpha=0.75)
     axis.axvline(np.mean(values), color=ACCENT, linewidth=1.2, linestyle="--")
+    axis.locator_params(axis="x", nbins=5)
     axis.set_title(title, fontsize=9, color=INK)
     _plain(axis, label, "volumes")
     return figure

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,20 +71,20 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     return frame
 
 
-def read_columns(data: DataConfig, scans: pd.DataFrame, wanted: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+def read_columns(data: DataConfig, scans: pd.DataFrame, wanted: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """Cells, as text, of columns that are no covariates and need not be there.
 
     Args:
         data: what `read_scans` has read without an error.
         scans: its result.
-        wanted: names that the header of the column may have, in the form of `as_name`.
+        wanted: names that the header of the column may have, in the form of `as_name`, the first that is there.
 
     Returns:
         By the key of `wanted` a cell for each scan, "" for none; without columns that the table does not have.
     """
     path = data.table or data.participants or data.bids / "participants.tsv"
     header = list(read_table(path)) if path.is_file() else []
-    found = {key: [column for column in header if as_name(column) in names] for key, names in wanted.items()}
+    found = {key: [c for name in names for c in header if as_name(c) == name] for key, names in wanted.items()}
     columns = {key: names[0] for key, names in found.items() if names}
     if not columns:
         return {}

@@ -132,6 +132,12 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     return Prepared(table, good, odd, len(good) - cached, cached, failed, time.monotonic() - started)
 
 
+def try_out(config: Config, paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """What preparing some scans into another folder comes to: of each `reason`, or cut_mm and notes among others."""
+    grid = Grid.centred(config.data.grid.shape, config.data.grid.spacing_mm)
+    return [_prepare_scan(path, root_of(config.data), folder, grid, config.data.percentiles) for path in paths]
+
+
 def tolerated_mm(grid: Grid) -> float:
     """Millimetres of foreground that a Grid may cut off without a warning: it is not known any better."""
     return max(BLOCK_MM, *grid.spacing_mm)

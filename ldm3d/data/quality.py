@@ -24,6 +24,7 @@ FOREGROUND = 0.1
 MEASURES = ("snr", "cnr", "efc", "foreground")
 ODD = 3.5  # robust deviations from which a scan is called odd (Iglewicz & Hoaglin 1993)
 BINS = 50  # of the histogram that is kept
+LOOK_BYTES = 16_000  # of a file of `write_look`, about
 
 _FINE_BINS = 4096  # of the histogram from which the measures follow: a pass over the voxels for all of them
 _SIDE = 16  # blocks along a side of the coarse volume, at most
@@ -87,7 +88,7 @@ def _noise(x: NDArray) -> float:
 
 
 def _parts(values: NDArray, counts: NDArray) -> tuple[float, float]:
-    """Means above and below the threshold that parts a histogram with the largest variance between both (Otsu 1979, eq. 18)."""
+    """Means above and below the threshold with the largest variance between both parts of a histogram (Otsu 1979, eq. 18)."""
     below, total = np.cumsum(counts)[:-1], counts.sum()
     sums = np.cumsum(counts * values)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -160,7 +161,7 @@ def distances(coarse: NDArray) -> NDArray:
 def deviations(measures: pd.DataFrame) -> pd.DataFrame:
     """How many robust standard deviations (1.4826 MAD) each value lies from the median of its column.
 
-    Logarithms are compared for ratios and distances. A distance below the median is no deviation, and a value that could not
+    Of ratios to noise, logarithms are compared. A distance below the median is no deviation, and a value that could not
     be measured is infinitely far.
 
     Args:
@@ -170,7 +171,7 @@ def deviations(measures: pd.DataFrame) -> pd.DataFrame:
     for name in measures:
         x = measures[name].to_numpy(float)
         known = np.isfinite(x)
-        if name in ("snr", "cnr", "distance"):
+        if name in ("snr", "cnr"):
             x = np.log(np.maximum(x, 1e-6))
         off = x - np.median(x[known]) if known.any() else x
         size = np.abs(off[known])
