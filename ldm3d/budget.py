@@ -22,6 +22,7 @@ from ldm3d.training.losses import kl_divergence
 FLOAT = 4  # bytes
 COPIES = {"adamw": 4, "muon": 3}  # of the weights, in memory and in a checkpoint: themselves, their average, the optimiser's
 CHECKPOINTS = 3  # the last two, and the best or the one that is being written
+KERNELS = 120_000_000  # bytes of PyTorch's kernels, which the first steps load; measured on a CPU
 INFO_BYTES, PAGE_BYTES = 2000, 6000  # of a scan, beside its volume
 
 
@@ -31,7 +32,7 @@ class Budget:
 
     Attributes:
         stage_1, stage_2: memory of a process of each training at its peak, without `process`.
-        process: memory of Python, PyTorch and what else is loaded, on the CPU.
+        process: memory of PyTorch's kernels and, on a CPU, of Python and all libraries.
         disk: bytes of each part of OUTPUT at the end.
     """
 
@@ -78,7 +79,7 @@ def estimate(config: Config, scans: int, device: torch.device) -> Budget:
     return Budget(
         COPIES[one.training.optimizer] * own + max(_peak(reconstruct, device), fitted),
         COPIES[two.training.optimizer] * unet_own + own + max(_peak(denoise, device), preview),
-        psutil.Process().memory_info().rss if device.type == "cpu" else 0,
+        KERNELS + (psutil.Process().memory_info().rss if device.type == "cpu" else 0),
         {
             "prepared": scans * (volume // 2 + LOOK_BYTES + INFO_BYTES + PAGE_BYTES),
             "autoencoder-training": CHECKPOINTS * COPIES[one.training.optimizer] * own,

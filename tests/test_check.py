@@ -10,7 +10,7 @@ import yaml
 from conftest import SHAPE, command_line, tiny_settings
 
 from ldm3d import check as checking
-from ldm3d.budget import estimate
+from ldm3d.budget import KERNELS, estimate
 from ldm3d.check import Findings, check, duration, size
 from ldm3d.config.read import load_config
 from ldm3d.data.phantom_dataset import write_dataset
@@ -82,10 +82,6 @@ def test_the_command_ends_in_ready_or_in_what_to_do(config, fails, capsys):
         (["data.suffix=T2w"], "no scan found"),
         (["data.exclude=['99']"], "data.exclude: '99'"),
         (["covariates=[{name: sex, kind: categorical, categories: [X, Y]}]"], "not one of X, Y"),
-        (
-            ["data.percentiles=[99.9, 100]", "data.grid.shape=[4, 4, 4]", "autoencoder.network.downsampling=4"],
-            "cannot be prepared",
-        ),
     ],
 )
 def test_what_would_stop_the_run_is_to_do(config, settings, expected):
@@ -99,7 +95,7 @@ def test_scans_that_cannot_be_prepared(config, monkeypatch, bad, stops):
     monkeypatch.setattr(checking, "try_out", lambda config, paths, folder: tried)
     result = found(config)
     text = f"{bad} of 3 scans that were tried cannot be prepared: sub-0001: it is cut short"
-    assert [item.startswith(text) for item in (result.todo if stops else result.odd)][:1] == [True]
+    assert any(item.startswith(text) for item in (result.todo if stops else result.odd))
     assert any("cuts off foreground" in item for item in result.odd) is ("a guess" in result.odd) is not stops
 
 
@@ -180,7 +176,8 @@ def test_memory_is_what_steps_take(config, tmp_path):
     done = subprocess.run(
         [sys.executable, tmp_path / "step.py", config, *settings], capture_output=True, text=True, check=True
     )
-    assert 1 / 1.6 < estimate(load_config(config, settings), 12, CPU).stage_1 / int(done.stdout) < 1.6
+    expected = estimate(load_config(config, settings), 12, CPU).stage_1 + KERNELS
+    assert 1 / 1.6 < expected / int(done.stdout) < 1.6
 
 
 def test_memory_grows_with_the_batch_and_falls_with_accumulation(config):
