@@ -192,8 +192,13 @@ def _disk(config: Config, budget: Budget, found: Findings) -> None:
 def _times(config: Config, scans: pd.DataFrame, scan_seconds: float, found: Findings) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
-    units = training_seconds(config, REPEATS)
-    torch.set_num_threads(threads)
+    try:
+        units = training_seconds(config, REPEATS)
+    except torch.OutOfMemoryError as error:  # of a GPU; on a CPU the estimate of the memory stands before it
+        found.todo.append(f"a step of a training runs out of memory ({str(error).splitlines()[0]}): lower its batch_size")
+        return
+    finally:
+        torch.set_num_threads(threads)
     counts = scans["split"].value_counts()
     # Forward alone takes a third of a step at most
     again = units[1] / config.autoencoder.training.batch_size

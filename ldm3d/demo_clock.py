@@ -141,6 +141,8 @@ def seconds_of(work: Callable[[], object]) -> float:
     """Seconds that one call takes."""
     start = time.perf_counter()
     work()
+    if torch.cuda.is_initialized():  # which returns before the GPU has finished
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -193,7 +195,8 @@ def training_seconds(config: Config, repeats: int = 5) -> tuple[float, float, fl
     unet = make_unet(config, latent[0]).to(device)
     unet_optimizer = make_optimizer(unet, config.diffusion.training)
     size = config.diffusion.training.batch_size
-    z, times = torch.randn(size, *latent, device=device), torch.full((size,), 500.0, device=device)
+    padded = latent[0], *unet.padded_shape(latent[1:])
+    z, times = torch.randn(size, *padded, device=device), torch.full((size,), 500.0, device=device)
 
     def step_2() -> None:
         with autocast:

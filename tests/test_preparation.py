@@ -150,6 +150,14 @@ def test_sites_have_histograms_of_their_own(config):
         assert density.sum() * 0.9 / len(density) == pytest.approx(1)
 
 
+def test_a_table_that_no_covariate_needs_stops_nothing(config):
+    """A row twice, which is an error where a covariate is read from it."""
+    table = config.parent / "data/participants.tsv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[-1] + "\n")
+    page, names = prepared(config, "covariates=[]")
+    assert len(names) == SUBJECTS and "of all scans; the table has no column that names a site" in page
+
+
 def test_table_1_of_known_people():
     table = pd.DataFrame(
         {

@@ -81,8 +81,13 @@ def read_columns(data: DataConfig, scans: pd.DataFrame, wanted: Mapping[str, Ite
 
     Returns:
         By the key of `wanted` a cell for each scan, "" for none; without columns that the table does not have.
+
+    Raises:
+        InputError: the table cannot be used, which only shows here where no covariate is read from it.
     """
     path = data.table or data.participants or data.bids / "participants.tsv"
+    if not (data.table or data.participants):
+        check_inside(path, root_of(data))
     header = list(read_table(path)) if path.is_file() else []
     found = {key: [c for name in names for c in header if as_name(c) == name] for key, names in wanted.items()}
     columns = {key: names[0] for key, names in found.items() if names}

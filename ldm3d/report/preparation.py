@@ -27,6 +27,7 @@ from ldm3d.data.preparing import Prepared, load_look, tolerated_mm
 from ldm3d.data.quality import BINS, FOREGROUND, MEASURES, ODD, deviations, distances
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION
 from ldm3d.data.tables import write_table
+from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
 from ldm3d.report.page import Section, command, now, write_page
 
@@ -157,7 +158,11 @@ def extra_columns(config: Config, table: pd.DataFrame) -> dict[str, list[Any]]:
     covariates = {key: [name for name in names if name in table] for key, names in COLUMNS.items()}
     found = {key: table[names[0]].tolist() for key, names in covariates.items() if names}
     wanted = {key: names for key, names in COLUMNS.items() if key not in found}
-    for key, cells in read_columns(config.data, table, wanted).items():
+    try:
+        columns = read_columns(config.data, table, wanted)
+    except InputError:  # a table that no covariate needs: the page goes without it
+        return found
+    for key, cells in columns.items():
         found[key] = [_number(cell) if key == "age" else None if is_missing(cell) else cell for cell in cells]
     return found
 
@@ -238,7 +243,7 @@ def _cut_section(done: Prepared, tolerance_mm: float) -> Section:
 
 def _intensities(looks: Sequence[Mapping[str, NDArray] | None], sites: Sequence[Any] | None) -> Section:
     """The mean histogram of the foreground of each site; the smallest of many sites together."""
-    labels = pd.Series([str(site) for site in sites] if sites else ["all scans"] * len(looks))
+    labels = pd.Series(["no site" if pd.isna(site) else str(site) for site in sites] if sites else ["all scans"] * len(looks))
     counts = labels.value_counts()
     if len(counts) > MOST_SITES:
         labels = labels.where(labels.isin(counts.index[: MOST_SITES - 1]), "others")
