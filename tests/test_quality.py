@@ -129,10 +129,13 @@ def test_sound_volumes_are_not_far(looks):
 
 
 def test_deviations_of_known_numbers():
-    values = pd.DataFrame({"efc": [1.0, 2, 3, 4, 100], "distance": [1.0, 1, 1, 1, np.nan], "snr": [1.0, 10, 100, 1000, 10000]})
+    """Near ones are not odd; what could not be measured is; most alike leave the mean deviation, 0.8, to compare with."""
+    columns = {"efc": [1.0, 2, 3, 4, 100], "distance": [1.0, 2, 3, 4, np.nan], "foreground": [1.0, 1, 1, 1, 5]}
+    values = pd.DataFrame({**columns, "snr": [1.0, 10, 100, 1000, 10000]})
     found = deviations(values)
     np.testing.assert_allclose(found["efc"], (values["efc"] - 3) / 1.4826)
-    assert list(found["distance"]) == [0, 0, 0, 0, np.inf]
+    np.testing.assert_allclose(found["distance"], [0, 0, 0.5 / 1.4826, 1.5 / 1.4826, np.inf])
+    np.testing.assert_allclose(found["foreground"], [0, 0, 0, 0, 4 / (1.2533 * 0.8)])
     np.testing.assert_allclose(found["snr"], np.arange(-2, 3) / 1.4826)
 
 
