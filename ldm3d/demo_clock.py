@@ -81,22 +81,44 @@ def expected_seconds(config: Config, subjects: int, held_out: int, generated: in
     phantom, scan = _data_seconds(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
-    linear, step_1, step_2, encode = _training_seconds(config)
+    units = training_seconds(config)
     volume, again, measured = _evaluation_seconds(config)
     torch.set_num_threads(threads)
-    one, two = config.autoencoder, config.diffusion
     share = config.data.splits
-    scored = min(MAX_VALIDATION, round(subjects * share.validation)) * -(-one.training.steps // one.training.validate_every)
-    trained = round(subjects * (1 - share.validation - share.test))
-    stage_1 = one.linear_path_steps * linear + one.training.steps * step_1 + 2 * scored * again + trained * encode
+    validated, trained = round(subjects * share.validation), round(subjects * (1 - share.validation - share.test))
+    stages = stage_seconds(config, subjects, trained, validated, units, again)
     return {
         "toy brains": start + subjects * phantom,
         "prepare": start + subjects * scan,
-        "train the autoencoder": launch + stage_1,
-        "encode": start + subjects * encode,
-        "train the diffusion model": launch + two.training.steps * step_2,
+        "train the autoencoder": launch + stages["train the autoencoder"],
+        "encode": start + stages["encode"],
+        "train the diffusion model": launch + stages["train the diffusion model"],
         "generate a sweep": start + drawn * volume[1],
         "evaluate": STATISTICS * unit + held_out * (again + 2 * measured) + (generated + swept) * (volume[0] + measured),
+    }
+
+
+def stage_seconds(
+    config: Config, scans: int, trained: int, validated: int, units: tuple[float, float, float, float], again: float
+) -> dict[str, float]:
+    """Seconds of both trainings and of encoding, without the start of their processes.
+
+    Args:
+        config: of the experiment.
+        scans, trained, validated: how many there are in all, and in which split.
+        units: of `training_seconds`.
+        again: seconds to reconstruct a volume.
+    """
+    linear, step_1, step_2, encode = units
+    one, two = config.autoencoder, config.diffusion
+    scored = min(MAX_VALIDATION, validated) * -(-one.training.steps // one.training.validate_every)
+    return {
+        "train the autoencoder": one.linear_path_steps * linear
+        + one.training.steps * step_1
+        + 2 * scored * again
+        + trained * encode,
+        "encode": scans * encode,
+        "train the diffusion model": two.training.steps * step_2,
     }
 
 
@@ -119,6 +141,8 @@ def seconds_of(work: Callable[[], object]) -> float:
     """Seconds that one call takes."""
     start = time.perf_counter()
     work()
+    if torch.cuda.is_initialized():  # which returns before the GPU has finished
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -140,8 +164,8 @@ def _data_seconds(config: Config) -> tuple[float, float]:
     return phantom / cores(), scan / cores()
 
 
-def _training_seconds(config: Config) -> tuple[float, float, float, float]:
-    """Seconds of a step of the linear path, of stage 1 and of stage 2, and of encoding one scan."""
+def training_seconds(config: Config, repeats: int = 5) -> tuple[float, float, float, float]:
+    """Seconds of a step of the linear path (0 without one), of stage 1 and of stage 2, and of encoding one scan."""
     device = own_device()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
     network, training = config.autoencoder.network, config.autoencoder.training
@@ -171,7 +195,8 @@ def _training_seconds(config: Config) -> tuple[float, float, float, float]:
     unet = make_unet(config, latent[0]).to(device)
     unet_optimizer = make_optimizer(unet, config.diffusion.training)
     size = config.diffusion.training.batch_size
-    z, times = torch.randn(size, *latent, device=device), torch.full((size,), 500.0, device=device)
+    padded = latent[0], *unet.padded_shape(latent[1:])
+    z, times = torch.randn(size, *padded, device=device), torch.full((size,), 500.0, device=device)
 
     def step_2() -> None:
         with autocast:
@@ -180,8 +205,9 @@ def _training_seconds(config: Config) -> tuple[float, float, float, float]:
         unet_optimizer.step()
         unet_optimizer.zero_grad()
 
-    found = [shortest_seconds_of(work) for work in (linear_step, step_1, step_2)]
-    return *found, shortest_seconds_of(encode) / training.batch_size
+    linear = shortest_seconds_of(linear_step, repeats) if network.linear_path else 0.0
+    found = [shortest_seconds_of(work, repeats) for work in (step_1, step_2, encode)]
+    return linear, found[0], found[1], found[2] / training.batch_size
 
 
 def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, float]:

@@ -1,13 +1,12 @@
 """Pictures: slices of volumes, curves and scatter plots. The one user of matplotlib.
 
-Volumes are (C, X, Y, Z) in [0, 1], RAS+; their first channel is drawn. Slices are in neurological orientation: the patient's
-left on the left, front and top up.
+Volumes are (C, X, Y, Z) in [0, 1], RAS+; their first channel is drawn.
 """
 
 import base64
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ldm3d.geometry import slices
+
 INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
-
-
-def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
-    """Middle axial, coronal and sagittal slice side by side, as one image (rows, columns) in true proportions."""
-    volume = volume[0]
-    x, y, z = (n // 2 for n in volume.shape)
-    sx, sy, sz = spacing_mm
-    # The sagittal slice is a little off the middle, where only the fissure would be
-    planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
-    fine = min(spacing_mm)
-    images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
-    height = max(image.shape[0] for image in images)
-    padded = []
-    for image in images:
-        missing = height - image.shape[0]
-        padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
-    return np.concatenate(padded, axis=1)
-
-
-def _stretch(plane: NDArray, across: float, up: float) -> NDArray:
-    """Nearest-neighbour stretch of a plane to square pixels."""
-    rows = (np.arange(round(plane.shape[0] * across)) / across).astype(int)
-    columns = (np.arange(round(plane.shape[1] * up)) / up).astype(int)
-    return plane[rows][:, columns]
 
 
 def mosaic(
@@ -146,12 +123,25 @@ def lines(
     return figure
 
 
+def profiles(x: NDArray, series: Mapping[str, NDArray], x_label: str, y_label: str) -> Figure:
+    """A thin line over x (M,) for each series (M,), at most ten."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for k, (name, values) in enumerate(series.items()):
+        axis.plot(x, values, linewidth=1.3, label=name, color=INK if len(series) == 1 else f"C{k}")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_ylim(bottom=0)
+    _plain(axis, x_label, y_label)
+    return figure
+
+
 def histogram(values: NDArray, label: str, title: str) -> Figure:
     """Histogram of values (N,), with their mean."""
     figure = Figure(figsize=(3.8, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.hist(values, bins=min(30, max(5, round(len(values) ** 0.5) * 2)), color=INK, alpha=0.75)
     axis.axvline(np.mean(values), color=ACCENT, linewidth=1.2, linestyle="--")
+    axis.locator_params(axis="x", nbins=5)
     axis.set_title(title, fontsize=9, color=INK)
     _plain(axis, label, "volumes")
     return figure

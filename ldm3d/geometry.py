@@ -206,3 +206,31 @@ def _closest_axes(directions: NDArray) -> tuple[NDArray, NDArray]:
     """Which column runs along which row's axis: (columns in the order of the rows, their signs)."""
     axes = max(itertools.permutations(range(3)), key=lambda p: sum(abs(directions[i, p[i]]) for i in range(3)))
     return np.array(axes), np.array([1.0 if directions[i, a] >= 0 else -1.0 for i, a in enumerate(axes)])
+
+
+def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
+    """Middle axial, coronal and sagittal slice of a volume (C, X, Y, Z) side by side, as one image (rows, columns).
+
+    In true proportions, of the first channel, and in neurological orientation: the patient's left on the left, front and top
+    up.
+    """
+    volume = volume[0]
+    x, y, z = (n // 2 for n in volume.shape)
+    sx, sy, sz = spacing_mm
+    # The sagittal slice is a little off the middle, where only the fissure would be
+    planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
+    fine = min(spacing_mm)
+    images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
+    height = max(image.shape[0] for image in images)
+    padded = []
+    for image in images:
+        missing = height - image.shape[0]
+        padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
+    return np.concatenate(padded, axis=1)
+
+
+def _stretch(plane: NDArray, across: float, up: float) -> NDArray:
+    """Nearest-neighbour stretch of a plane to square pixels."""
+    rows = (np.arange(round(plane.shape[0] * across)) / across).astype(int)
+    columns = (np.arange(round(plane.shape[1] * up)) / up).astype(int)
+    return plane[rows][:, columns]

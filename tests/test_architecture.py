@@ -75,8 +75,8 @@ LAYERS = (
     ("evaluation", "training", "export"),
     ("privacy",),
     ("report",),
-    ("demo_clock",),
-    ("demo",),
+    ("budget", "demo_clock"),
+    ("check", "demo"),
     ("cli",),
 )
 # Torch and numbers alone, and no other room beside errors: networks know no config, diffusion no network

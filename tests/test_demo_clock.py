@@ -50,7 +50,7 @@ def test_the_estimate_is_the_sum_of_what_each_part_repeats(monkeypatch):
     config = load_config(TOY)
     monkeypatch.setattr(demo_clock, "seconds_of", lambda work: 5.0)
     monkeypatch.setattr(demo_clock, "_data_seconds", lambda config: (0.1, 0.2))
-    monkeypatch.setattr(demo_clock, "_training_seconds", lambda config: (0.01, 1.0, 0.5, 0.02))
+    monkeypatch.setattr(demo_clock, "training_seconds", lambda config: (0.01, 1.0, 0.5, 0.02))
     monkeypatch.setattr(demo_clock, "_evaluation_seconds", lambda config: ((1.0, 2.0), 0.5, 0.25))
     found = expected_seconds(config, 100, 10, 20, 30, 4)
     start, launch = 5.0 * demo_clock.START, 5.0 * demo_clock.LAUNCH

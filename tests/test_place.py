@@ -142,7 +142,7 @@ def test_a_dataset_is_prepared_in_the_world(dataset):  # noqa: F811
 
 def test_cut_off_scans_in_the_world_are_asked_about(dataset):  # noqa: F811
     config = dataset("data.grid.place=world", "data.grid.origin_mm=[43, 35, 29]")
-    with pytest.warns(UserWarning, match=r"6 scans lose foreground .*or move data.grid.origin_mm: are they registered"):
+    with pytest.warns(UserWarning, match=r"6 scans lose foreground .*or move data.grid.origin_mm if scans are registered"):
         prepare(config, workers=1)
 
 

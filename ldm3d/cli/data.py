@@ -1,4 +1,4 @@
-"""Commands before and between the trainings: phantoms, prepared scans, latents."""
+"""Commands before and between the trainings: phantoms, a check, prepared scans, latents."""
 
 import functools
 from pathlib import Path
@@ -25,7 +25,20 @@ def phantoms(
     print(f"{subjects} phantoms written to {folder}")
 
 
-MIN_TEST_SUBJECTS = 10  # with fewer, intervals are too wide and subgroups are not analysed
+@app.command()
+def check(
+    config: ConfigPath,
+    override: Override = [],  # noqa: B006 (typer reads it, and it is never changed)
+    times: Annotated[bool, typer.Option(help="Time a few steps of both trainings.")] = True,
+) -> None:
+    """Look before anything runs: scans, columns, memory, disk, time, and what to do first. Exit code 0: ready."""
+    from ldm3d.check import check
+    from ldm3d.config.read import load_config
+
+    found = check(load_config(config, override), times)
+    print(found.text())
+    if found.todo:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -38,15 +51,18 @@ def prepare(
     """Bring every scan to the config's grid; only new and changed ones."""
     from ldm3d.config.read import load_config
     from ldm3d.data.preparing import prepare
+    from ldm3d.data.splits import MIN_TEST_SUBJECTS
     from ldm3d.processes import started_processes
+    from ldm3d.report.preparation import write_preparation
 
     settings, processes = load_config(config, override), started_processes()
     done = prepare(settings, workers=workers, strict=strict, processes=processes)
     splits = ", ".join(f"{count} {split}" for split, count in done.table["split"].value_counts().items())
     if processes.is_main:
+        page = write_preparation(settings, done)
         print(
             f"{done.prepared} scans prepared, {done.cached} unchanged, {len(done.failed)} failed in {done.seconds:.0f} s; "
-            f"{splits}; written to {settings.prepared_folder}"
+            f"{splits}; written to {settings.prepared_folder}\nlook at every scan, the oddest first: {page}"
         )
         tested = done.table.loc[done.table["split"] == "test", "subject"].nunique()
         if settings.data.splits.test and tested < MIN_TEST_SUBJECTS:

@@ -135,6 +135,8 @@ class DataConfig(Section):
     # Further CSV, TSV or XLSX tables, or globs of them, joined on subject and session (ldm3d.data.layouts)
     covariates_tables: Annotated[tuple[str, ...], Field(exclude_if=lambda tables: not tables)] = ()
     missing: Codes | None = None  # codes of a missing value in any column; a covariate's own list replaces them
+    # Scans that are left out: a list of subjects and paths, or the column of the table that says who
+    exclude: Annotated[str | Codes | None, Field(exclude_if=_is_none)] = None
     grid: GridConfig
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.0, 99.8)
     splits: SplitConfig = SplitConfig()
@@ -142,6 +144,13 @@ class DataConfig(Section):
     group_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # of families or sites, which share a split
     # What an epoch of training has once: every scan, or one scan of every subject, each in turn
     sample: Annotated[Literal["by-scan", "by-subject"], Field(exclude_if=lambda kind: kind == "by-scan")] = "by-scan"
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _column_or_list(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str | list | tuple):
+            raise ValueError(f"{shown(value)} is no list of subjects and paths, nor the name of a column; write [{value}]")
+        return (value or None) if isinstance(value, str) or not value else _texts(value)  # an empty list is none
 
     @model_validator(mode="before")
     @classmethod

@@ -1,17 +1,20 @@
 """The scans of a BIDS dataset, or of any CSV or TSV, with their subjects, sessions and covariates."""
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.covariates import as_name
+from ldm3d.data import exclusion
 from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
-from ldm3d.data.inside import check_inside, dataset_of, root_of
+from ldm3d.data.inside import check_inside, dataset_of, root_of, tables_root_of
 from ldm3d.data.joined import read_joined
 from ldm3d.data.layouts import label_of
 from ldm3d.data.participants import cells_of, look_up, purpose_of
@@ -42,7 +45,8 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     instead. Their covariates come from participants.tsv, a row a subject or a session, and from sub-XX/sub-XX_sessions.tsv
     where that has the column too (an age differs between sessions). Table: one row a scan. Identifiers may have the prefixes
     "sub-" and "ses-" or not, and may have lost leading zeros. 89+, 35-40 and 26,9 are read as 89, 37.5 and 26.9, and a
-    number beyond its covariate's range counts as missing, with a warning.
+    number beyond its covariate's range counts as missing, with a warning. Scans that `data.exclude` names are left out,
+    whatever their cells are.
 
     Returns:
         One row a scan in the order of (subject, session, path): subject and session (labels without prefix, session ""
@@ -52,13 +56,16 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     Raises:
         InputError: dataset, table, column or every scan missing; duplicate rows; cells that hold no valid value; numbers
             that look like codes of a missing value (-9999), unless the config calls them values or missing; paths that lead
-            out of `data.root` (by default the dataset, or the table's folder), links followed.
+            out of `data.root` (by default the dataset, or the table's folder), links followed; an unclear `data.exclude`.
     """
     extra = split_columns(data, covariates)
     columns = {c.name: c.column or c.name for c in covariates} | extra
-    scans = (_scans_of_bids if data.bids else _scans_of_table)(
-        data, columns, dict.fromkeys(extra, "") | {c.name: c.unit for c in covariates}
-    )
+    if isinstance(data.exclude, str):
+        columns[exclusion.COLUMN] = data.exclude
+    units = dict.fromkeys(columns, "") | {c.name: c.unit for c in covariates}
+    scans = (_scans_of_bids if data.bids else _scans_of_table)(data, columns, units)
+    if data.exclude:
+        scans = _without_excluded(data, scans)
     values = read_cells(scans.cells, covariates, data.missing, scans.where)
     warn_of_constant_ages(scans.subject, scans.session, values, covariates)
     keys = list(zip(scans.subject, scans.session, scans.path))
@@ -70,6 +77,61 @@ def read_scans(data: DataConfig, covariates: Sequence[CovariateConfig]) -> pd.Da
     for name in extra:
         frame[name] = pd.Series([scans.cells[name][i] for i in order], dtype=object)
     return frame
+
+
+def read_columns(data: DataConfig, scans: pd.DataFrame, wanted: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Cells, as text, of columns that are no covariates and need not be there.
+
+    Args:
+        data: what `read_scans` has read without an error.
+        scans: its result.
+        wanted: names that the header of the column may have, in the form of `as_name`, the first that is there.
+
+    Returns:
+        By the key of `wanted` a cell for each scan, "" for none; without columns that no table has.
+
+    Raises:
+        InputError: a table cannot be used, which only shows here where no covariate is read from it.
+    """
+    path = data.table or data.participants or data.bids / "participants.tsv"
+    if not (data.table or data.participants):
+        check_inside(path, tables_root_of(data))
+    files = [*zip(scans["subject"], scans["session"], scans["path"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said already, when scans were read
+        header = list(read_table(path)) if path.is_file() else []
+        header += [column for each in read_joined(data, files) for column in each.columns]
+        found = {key: [c for name in names for c in header if as_name(c) == name] for key, names in wanted.items()}
+        columns = {key: names[0] for key, names in found.items() if names}
+        if not columns:
+            return {}
+        units = dict.fromkeys(columns, "")
+        if data.bids:
+            files, cells, _ = cells_of(data, files, columns, units)
+            paths = [path for *_, path in files]
+        else:
+            table = _scans_of_table(data, columns, units)
+            paths, cells = table.path, table.cells
+    row = {path: i for i, path in enumerate(paths)}
+    return {key: [cells[key][row[path]] if path in row else "" for path in scans["path"]] for key in columns}
+
+
+def _without_excluded(data: DataConfig, scans: _Scans) -> _Scans:
+    """The scans that `data.exclude` leaves in; one message says how many it leaves out."""
+    if isinstance(data.exclude, str):
+        where = functools.partial(scans.where, name=exclusion.COLUMN)
+        out = exclusion.marked(scans.cells[exclusion.COLUMN], data.exclude, where)
+    else:
+        out = exclusion.named(data.exclude, scans.subject, scans.path, root_of(data))
+    kept = [i for i, is_out in enumerate(out) if not is_out]
+    names = some(f"sub-{s}" + (f" ses-{v}" if v else "") for s, v, is_out in zip(scans.subject, scans.session, out) if is_out)
+    if not kept:
+        raise InputError(f"data.exclude leaves out all {len(out)} scans ({names}); leave some in")
+    if len(kept) < len(out):
+        warnings.warn(f"data.exclude leaves out {len(out) - len(kept)} of {len(out)} scans ({names})", stacklevel=3)
+    subject, session, path = ([each[i] for i in kept] for each in (scans.subject, scans.session, scans.path))
+    cells = {name: [each[i] for i in kept] for name, each in scans.cells.items() if name != exclusion.COLUMN}
+    return _Scans(subject, session, path, cells, lambda i, name: scans.where(kept[i], name))
 
 
 def _scans_of_bids(data: DataConfig, columns: Mapping[str, str], units: Mapping[str, str]) -> _Scans:

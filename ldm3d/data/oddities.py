@@ -13,8 +13,8 @@ HEAD_MM = (40, 350)  # sides of the foreground: from a premature newborn's brain
 
 def warn_of_oddities(
     table: pd.DataFrame, results: Sequence[Mapping[str, Any]], tolerance_mm: float, place: str = FOREGROUND
-) -> None:
-    """One warning for each kind of oddity.
+) -> list[str]:
+    """One warning for each kind of oddity; returns them, too.
 
     Args:
         table: a row a scan, with subject, session, path and key.
@@ -24,31 +24,42 @@ def warn_of_oddities(
     """
     rows = [*table.itertuples()]
     cut = sorted([(result["cut_mm"], who(row)) for row, result in zip(rows, results)], reverse=True)
-    _warn(
-        "scans lose foreground that the Grid does not hold (if it is more than the neck, enlarge data.grid.shape"
-        + (", or move data.grid.origin_mm: are they registered to its space?)" if place == WORLD else ")"),
-        [f"{name}: {mm:g} mm" for mm, name in cut if mm > tolerance_mm],
-    )
-    _warn("scans were read with a guess", [note for result in results for note in result["notes"]])
-    # No error: animals and phantoms have other sizes, which cannot be told from wrong voxel sizes
-    _warn(
-        f"scans have the size of no human head ({HEAD_MM[0]} to {HEAD_MM[1]} mm on each side of the foreground); are their "
-        "voxel sizes right?",
-        [
-            f"{who(row)}: {' x '.join(f'{side:.0f}' for side in sides)} mm"
-            for row, sides in zip(rows, (result["extent_mm"] for result in results))
-            if not HEAD_MM[0] <= min(sides) <= max(sides) <= HEAD_MM[1]
-        ],
-    )
-    _warn_of_mixed(
-        *([who(row) for row, result in zip(rows, results) if result["around_zero"] is is_so] for is_so in (True, False))
-    )
     twins = [
         f"{', '.join(map(who, group.itertuples()))}: {', '.join(group['path'].unique())}"
         for _, group in table.groupby("key")
         if group["subject"].nunique() > 1
     ]
-    _warn("scans are of several subjects each, which therefore share a split (one person under two names?)", twins)
+    kinds = {
+        f"scans lose foreground that the Grid does not hold (if it is more than the neck, {cut_remedy(place)})": [
+            f"{name}: {mm:g} mm" for mm, name in cut if mm > tolerance_mm
+        ],
+        "scans were read with a guess": [note for result in results for note in result["notes"]],
+        # No error: animals and phantoms have other sizes, which cannot be told from wrong voxel sizes
+        f"scans have the size of no human head ({HEAD_MM[0]} to {HEAD_MM[1]} mm on each side of the foreground); are their "
+        "voxel sizes right?": [
+            f"{who(row)}: {' x '.join(f'{side:.0f}' for side in sides)} mm"
+            for row, sides in zip(rows, (result["extent_mm"] for result in results))
+            if not HEAD_MM[0] <= min(sides) <= max(sides) <= HEAD_MM[1]
+        ],
+        **_mixed(
+            *([who(row) for row, result in zip(rows, results) if result["around_zero"] is is_so] for is_so in (True, False))
+        ),
+        "scans are of several subjects each, which therefore share a split (one person under two names?)": twins,
+    }
+    messages = [
+        f"{len(scans)} {what}:\n  " + "\n  ".join(scans[:5]) + (f"\n  and {len(scans) - 5} more" if len(scans) > 5 else "")
+        for what, scans in kinds.items()
+        if scans
+    ]
+    for message in messages:
+        warnings.warn(message, stacklevel=3)
+    return messages
+
+
+def cut_remedy(place: str) -> str:
+    """What to do about a Grid of a place that cuts off more than the neck."""
+    moved = ", or move data.grid.origin_mm if scans are registered to its space" if place == WORLD else ""
+    return f"enlarge data.grid.shape{moved}"
 
 
 def who(row: Any) -> str:
@@ -56,17 +67,11 @@ def who(row: Any) -> str:
     return f"sub-{row.subject}" + (f" ses-{row.session}" if row.session else "")
 
 
-def _warn_of_mixed(standardised: Sequence[str], raw: Sequence[str]) -> None:
-    """List the rarer kind if a dataset has both; all standardised is as good as all raw."""
+def _mixed(standardised: Sequence[str], raw: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The rarer kind if a dataset has both; all standardised is as good as all raw."""
     if not standardised or not raw:
-        return
+        return {}
     what, fewer = "no intensities below 0", raw
     if len(standardised) <= len(raw):
         what, fewer = "intensities around 0, as standardised scans have", standardised
-    _warn(f"scans have {what}, unlike the others, so their contrast differs; give all raw, or all standardised", fewer)
-
-
-def _warn(what: str, scans: Sequence[str]) -> None:
-    if scans:
-        more = f"\n  and {len(scans) - 5} more" if len(scans) > 5 else ""
-        warnings.warn(f"{len(scans)} {what}:\n  " + "\n  ".join(scans[:5]) + more, stacklevel=4)
+    return {f"scans have {what}, unlike the others, so their contrast differs; give all raw, or all standardised": fewer}

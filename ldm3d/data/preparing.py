@@ -1,7 +1,7 @@
 """Scans as they come -> volumes on the experiment's Grid, float in [0, 1]; and the way back.
 
 Below `config.prepared_folder`:
-    volumes/<key>.npy   float16 (C, X, Y, Z); <key>.json what the way back needs, and what was odd
+    volumes/<key>.npy   float16 (C, X, Y, Z); <key>.json what the way back needs, and what was odd; <key>.npz how it looks
             <file>.key  the key of a file by its bytes, so that one that is as it was need not be unpacked
     scans.tsv           subject, session, path, key, split and the covariates of every scan that could be prepared
     splits.tsv          the split of every subject
@@ -12,6 +12,7 @@ A key is a hash of the scan's voxels and of the settings that shape the volume (
 twice and nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -42,6 +43,7 @@ from ldm3d.data.nifti import read_volume
 from ldm3d.data.oddities import warn_of_oddities, who
 from ldm3d.data.people import kept_splits, split_columns, split_subjects
 from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
+from ldm3d.data.quality import look_at, read_look, write_look
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
@@ -52,6 +54,7 @@ VERSION = 2  # raise it when the numbers that this file makes change: every volu
 
 _TOLD = ("cut_mm", "extent_mm", "around_zero", "notes")  # of a scan's `info`, what all scans together are judged by
 _SHOWN = 20  # failed scans that are named on the terminal; failed.tsv has them all
+_DAMAGED = (OSError, ValueError, EOFError)  # what NumPy raises for a file that is none of its own
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -60,6 +63,8 @@ class Prepared:
     """What `prepare` did."""
 
     table: pd.DataFrame  # as in scans.tsv
+    told: list[dict[str, Any]]  # of each of its rows: cut_mm, extent_mm, around_zero, notes; correlation if it was registered
+    warnings: list[str]  # of what is odd among all scans
     prepared: int  # scans made anew
     cached: int  # scans that were there already
     failed: pd.DataFrame  # subject, session, path, reason
@@ -86,12 +91,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     scans = read_scans(config.data, config.covariates)
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     grid = grid_of(config.data.grid)
-    shared = (root_of(config.data), folder / "volumes", grid, config.data.percentiles)
-    masks = find_masks(config.data, scans["path"]) if config.data.mask else [None] * len(scans)
-    shared = (mask_root(config.data), *shared, config.data.registration, config.data.skull_stripped)
-    if config.data.registration:  # once, and not for each scan, if it cannot be done
-        registration.settings_of(config.data.registration, config.data.skull_stripped)
-    arguments = [(*each, *shared) for each in processes.share([*zip(scans["path"], masks)])]
+    arguments = processes.share(_work(config, scans["path"], folder / "volumes"))
     results: list[dict] = [{}] * len(arguments)
     with tqdm(total=len(arguments), desc="prepare", unit="scan", disable=None) as bar:  # None: no bar in a log file
         for i, result in _run(arguments, min(workers or cores_each(), len(arguments))):
@@ -123,14 +123,28 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     splits = split_subjects(table, config.data, config.covariates, kept)
     table = table.drop(columns=[*split_columns(config.data, config.covariates)])
     table.insert(4, "split", table["subject"].map(splits))
-    warn_of_oddities(table, good, max(BLOCK_MM, *grid.spacing_mm), grid.place)
+    odd = warn_of_oddities(table, good, tolerated_mm(grid), grid.place)
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
         write_atomic(folder / "settings.json", json.dumps(_settings(config), indent=2))
     processes.wait()
     cached = sum(result["cached"] for result in good)
-    return Prepared(table, len(good) - cached, cached, failed, time.monotonic() - started)
+    return Prepared(table, good, odd, len(good) - cached, cached, failed, time.monotonic() - started)
+
+
+def try_out(config: Config, paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """What preparing some scans into another folder comes to: of each `reason`, or cut_mm and notes among others.
+
+    Raises:
+        InputError: no scan has a mask, or none can be registered.
+    """
+    return [_prepare_scan(*each) for each in _work(config, paths, folder)]
+
+
+def tolerated_mm(grid: Grid) -> float:
+    """Millimetres of foreground that a Grid may cut off without a warning: it is not known any better."""
+    return max(BLOCK_MM, *grid.spacing_mm)
 
 
 def read_scan_table(config: Config) -> pd.DataFrame:
@@ -163,10 +177,14 @@ def load_prepared(config: Config, key: str) -> NDArray:
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
-        volume = np.load(path).astype(np.float32)
-        return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
-    except (OSError, ValueError, EOFError) as error:
+        return _read_volume(path)
+    except _DAMAGED as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run `ldm3d prepare` with this config again") from None
+
+
+def load_look(config: Config, key: str) -> dict[str, NDArray] | None:
+    """What `ldm3d.data.quality.look_at` found in a key's volume; None if the volume cannot be read."""
+    return read_look(config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}.npz")
 
 
 def load_info(config: Config, key: str) -> dict[str, Any]:
@@ -177,11 +195,26 @@ def load_info(config: Config, key: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _read_volume(path: Path) -> NDArray:
+    volume = np.load(path).astype(np.float32)
+    return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
+
+
 def fingerprint(config: Config) -> str:
     """16 hex digits that change with any prepared volume, covariate, subject or split, but not with where files lie."""
     table = read_scan_table(config).drop(columns="path")
     table = table.sort_values(["subject", "session", "key"]).to_csv(index=False, lineterminator="\n")
     return hashlib.sha256(table.encode()).hexdigest()[:16]
+
+
+def _work(config: Config, paths: Sequence[str], folder: Path) -> list[tuple]:
+    """The arguments of `_prepare_scan` for each scan."""
+    data = config.data
+    if data.registration:  # once, and not for each scan, if it cannot be done
+        registration.settings_of(data.registration, data.skull_stripped)
+    masks = find_masks(data, paths) if data.mask else [None] * len(paths)
+    shared = (root_of(data), folder, grid_of(data.grid), data.percentiles, data.registration, data.skull_stripped)
+    return [(path, mask, mask_root(data), *shared) for path, mask in zip(paths, masks)]
 
 
 def _prepare_scan(
@@ -195,7 +228,7 @@ def _prepare_scan(
     register: RegistrationConfig | None,
     stripped: bool,
 ) -> dict[str, Any]:
-    """One scan, in whatever process: key, cached, cut_mm and notes; or the reason why not."""
+    """One scan, in whatever process: key, cached and what `Prepared` tells of it; or the reason why not."""
     try:
         check_inside(path, root)  # before a byte of it is read
         if isinstance(mask, InputError):
@@ -221,12 +254,20 @@ def _prepare_scan(
             if not cached:
                 info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]
-                buffer = io.BytesIO()
-                np.save(buffer, volume.astype(np.float16))
+                buffer, stored = io.BytesIO(), volume.astype(np.float16)
+                np.save(buffer, stored)
                 write_atomic(folder / f"{key}.npy", buffer.getvalue())
+                write_look(folder / f"{key}.npz", look_at(stored, grid.spacing_mm))
                 write_atomic(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
             write_atomic(known, key)
-        return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}}
+        if cached and read_look(folder / f"{key}.npz") is None:  # of an earlier version, or damaged
+            volume = None
+            with contextlib.suppress(*_DAMAGED):  # whoever loads it for more than a look says so
+                volume = _read_volume(folder / f"{key}.npy")
+            if volume is not None:
+                write_look(folder / f"{key}.npz", look_at(volume, grid.spacing_mm))
+        registered = {"correlation": info["registration"]["correlation"]} if register else {}
+        return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}, **registered}
     except InputError as error:
         return {"reason": str(error)}
     except MemoryError:

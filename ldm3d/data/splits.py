@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from ldm3d.config.data import SplitConfig
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+MIN_TEST_SUBJECTS = 10  # with fewer, intervals are too wide and subgroups are not analysed
 
 
 def assign_splits(

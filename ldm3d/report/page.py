@@ -1,7 +1,7 @@
 """A self-contained HTML page: lights at the top, sections of text, tables and pictures, and how it was made.
 
 It is independent of models and evaluations, whose sections are in `ldm3d.report.sections`. Opening the page fetches nothing:
-pictures are data: URIs, and there are no scripts.
+pictures are data: URIs, and there are no scripts (but a few lines in `preparation.html`, which works without them).
 """
 
 import datetime
@@ -19,7 +19,7 @@ import numpy as np
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.files import checked_name
+from ldm3d.files import checked_name, write_atomic
 
 PAGE, METRICS = "report.html", "metrics.json"
 GREEN, AMBER, RED, GREY = "green", "amber", "red", "grey"
@@ -109,7 +109,13 @@ class Section:
 
 
 def write_page(
-    folder: Path, title: str, sections: Sequence[Section], provenance: dict[str, str], goals: Sequence[Goal] = ()
+    folder: Path,
+    title: str,
+    sections: Sequence[Section],
+    provenance: dict[str, str],
+    goals: Sequence[Goal] = (),
+    template: str = PAGE,
+    **more: Any,
 ) -> Path:
     """Write FOLDER/report.html.
 
@@ -119,20 +125,22 @@ def write_page(
         sections: in their order.
         provenance: how it was made, name -> text, for the table at the end; `made`, a date, is shown at the top too.
         goals: lights of the summary at the top; none leaves it out.
+        template: in ldm3d/report, an extension of report.html; `more` is what it shows beside.
 
     Returns:
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d.report", ""), autoescape=True)
-    page = environment.get_template(PAGE).render(
+    page = environment.get_template(template).render(
         title=title,
         subtitle=f"ldm3d {ldm3d.__version__}, {provenance.get('made', '')[:10]}".rstrip(", "),
         goals=[{**goal.to_dict(), "found": found(goal)} for goal in goals],
         sections=sections,
         provenance=provenance,
+        **more,
     )
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_atomic(folder / PAGE, page)
     return folder / PAGE
 
 
