@@ -202,7 +202,9 @@ def _prepared(
         mask["root"] = str(known.base / mask["root"])
     elif mask:
         mask = {name: value for name, value in mask.items() if name != "root"} if data.is_dir() else None
-    data_of = config.data.model_copy(update={**source, **elsewhere, "root": root, "mask": mask})
+    # Who is held out follows from what the model has seen, whatever columns the training's splits came from
+    rule = {"split_column": None, "group_column": None, "splits": config.data.splits.model_copy(update={"stratify": ()})}
+    data_of = config.data.model_copy(update={**source, **elsewhere, **rule, "root": root, "mask": mask})
     config = config.model_copy(update={"data": data_of, "output": work})
     prepare(config, processes=processes)
     return config, read_scan_table(config)
