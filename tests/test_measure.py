@@ -9,7 +9,10 @@ from test_preprocess import AFFINE, dataset, head, scan_path  # noqa: F401 (a fi
 from ldm3d.data.nifti import write_volume
 from ldm3d.data.preparing import prepare, read_scan_table
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # phantoms have the size of no head, and one age at two visits
+pytestmark = [  # of phantoms
+    pytest.mark.filterwarnings("ignore:.* the size of no human head"),
+    pytest.mark.filterwarnings("ignore:.* is the same at all visits"),
+]
 
 
 def brightness(volume, spacing_mm):
