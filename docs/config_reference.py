@@ -26,7 +26,8 @@ All keys of an experiment's YAML file. This page is generated from the code (`py
 - Relative paths start at the current directory.
 - An unknown key is an error, and the message names the nearest valid key.
 - `--set key=value` overrides any key on the command line, for example `--set diffusion.training.steps=500`.
-- Configs that work are in [`configs/`](../configs): `age-and-sex.yaml`, `brains-3mm.yaml`, `brain-1mm.yaml` and `toy.yaml`.
+- Configs that work are in [`configs/`](../configs): `age-and-sex.yaml`, `brains-3mm.yaml`, `brain-1mm.yaml`
+  and `toy.yaml`.
 """
 
 
