@@ -197,12 +197,15 @@ def _prepared(
     elsewhere = {name: known.base / path if own and path else None for name, path in elsewhere.items()}
     tables = [str(known.base / pattern) for pattern in config.data.covariates_tables] if own else []
     elsewhere["covariates_tables"] = tuple(tables)
+    elsewhere["exclude"] = config.data.exclude if own else None  # which names scans, or a column, of the training's data
     mask = config.data.mask and dict(config.data.mask)  # other data have masks of their own; a table's scans are stripped
     if mask and own and "root" in mask:
         mask["root"] = str(known.base / mask["root"])
     elif mask:
         mask = {name: value for name, value in mask.items() if name != "root"} if data.is_dir() else None
-    data_of = config.data.model_copy(update={**source, **elsewhere, "root": root, "mask": mask})
+    # Who is held out follows from what the model has seen, whatever columns the training's splits came from
+    rule = {"split_column": None, "group_column": None, "splits": config.data.splits.model_copy(update={"stratify": ()})}
+    data_of = config.data.model_copy(update={**source, **elsewhere, **rule, "root": root, "mask": mask})
     config = config.model_copy(update={"data": data_of, "output": work})
     prepare(config, processes=processes)
     return config, read_scan_table(config)

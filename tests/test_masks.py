@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from test_preprocess import AFFINE, CONFIG, SHAPE, head
 
+from ldm3d import experiment
 from ldm3d.config.read import load_config
 from ldm3d.data.masks import apply_mask, find_masks
 from ldm3d.data.nifti import write_volume
 from ldm3d.data.placing import restore
 from ldm3d.data.preparing import fingerprint, load_info, load_prepared, prepare, read_scan_table
 from ldm3d.errors import InputError
+from ldm3d.processes import ALONE
 
 WHOLE = head(radii=(13, 15, 12))  # a head around the brain
 
@@ -165,3 +167,24 @@ def test_masks_outside_of_the_dataset_are_not_read(dataset, tmp_path):
     mask.symlink_to(tmp_path / "secret.nii.gz")
     (reason,) = prepare(dataset(), workers=1).failed["reason"]
     assert "outside of" in reason
+
+
+def test_evaluation_finds_derivatives_and_masks_of_its_own_data_and_the_masks_of_others(dataset, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(experiment, "prepare", lambda config, processes: asked.update(data=config.data))
+    monkeypatch.setattr(experiment, "read_scan_table", lambda config: None)
+    settings = "data.derivatives=prep", "data.mask={desc: brain, root: masks}", "data.covariates_tables=[t.csv]"
+    trained = dataset(*settings, "data.exclude=qc")
+    known = experiment.Experiment(trained, base=tmp_path)
+
+    def data_of(data, own):
+        experiment._prepared(known, data, tmp_path / "work", None, own, ALONE)
+        return asked["data"]
+
+    own = data_of(tmp_path / "bids", own=True)
+    assert own.derivatives == tmp_path / "prep" and own.mask == {"desc": "brain", "root": str(tmp_path / "masks")}
+    assert own.covariates_tables == (str(tmp_path / "t.csv"),) and own.exclude == "qc"
+    other = data_of(tmp_path / "prep", own=False)
+    assert (other.derivatives, other.mask, other.covariates_tables, other.exclude) == (None, {"desc": "brain"}, (), None)
+    (tmp_path / "others.csv").touch()
+    assert data_of(tmp_path / "others.csv", own=False).mask is None  # taken as they are
