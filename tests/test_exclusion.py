@@ -6,6 +6,7 @@ import pytest
 from test_bids import AGE, SEX, anat, bids, table
 
 from ldm3d.data.bids import read_columns, read_scans
+from ldm3d.data.people import GROUP
 from ldm3d.errors import InputError
 
 FILES = [anat("01"), anat("002"), anat("03", "a"), anat("03", "b"), anat("10")]
@@ -90,3 +91,24 @@ def test_columns_that_need_not_be_there(tmp_path):
     assert read_columns(data, scans, {"site": {"site"}}) == {}
     data = table(tmp_path, "participant_id,path,Scanner ID\n2,y.nii,B\n1,x.nii,A\n")
     assert read_columns(data, read_scans(data, []), {"site": {"scanner_id"}}) == {"site": ["A", "B"]}
+
+
+def test_a_joined_table_marks_who_is_left_out_and_columns_of_splits_follow(tmp_path):
+    (tmp_path / "joined.csv").write_text("participant_id,QC,age,Scanner\n01,0,61,A\n002,1,x,B\n03,0,63,C\n10,exclude,64,D\n")
+    rows = "participant_id\tfamily\n01\tf1\n002\tf2\n03\tf3\n10\tf4\n"
+    settings = {"covariates_tables": (str(tmp_path / "joined.csv"),), "group_column": "family", "exclude": "QC"}
+    data = bids(tmp_path, FILES, rows).model_copy(update=settings)
+    with pytest.warns(UserWarning, match="data.exclude leaves out 2 of 5 scans .sub-002, sub-10"):
+        scans = read_scans(data, [AGE])
+    assert scans["subject"].tolist() == ["01", "03", "03"] and scans["age_years"].tolist() == [61, 63, 63]
+    assert scans[GROUP].tolist() == ["f1", "f3", "f3"] and not {"data.exclude", "QC"} & set(scans)
+    found = read_columns(data, scans, {"site": ["site", "scanner"], "family": ["family"], "sex": ["sex"]})
+    assert found == {"site": ["A", "C", "C"], "family": ["f1", "f3", "f3"]}
+
+
+def test_columns_of_tables_that_are_joined_with_a_table_of_scans(tmp_path):
+    (tmp_path / "joined.csv").write_text("participant_id,site,drop\n1,Oslo,0\n2,Turku,1\n3,Turku,0\n")
+    text = "participant_id,path,age\n1,x.nii,50\n2,y.nii,60\n3,z.nii,70\n"
+    data = table(tmp_path, text, covariates_tables=(str(tmp_path / "joined.csv"),), exclude="drop")
+    assert left(data) == ["1", "3"]
+    assert read_columns(data, read_scans(data, [AGE]), {"site": ["site"]}) == {"site": ["Oslo", "Turku"]}

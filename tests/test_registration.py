@@ -106,6 +106,8 @@ def test_prepared_scans_lie_on_the_template_and_find_their_way_back(dataset):
     command_line("prepare", dataset / "config.yaml", "--workers", 1)
     config = load_config(dataset / "config.yaml")
     target, _ = head()
+    page = (config.prepared_folder / "report.html").read_text()
+    assert "Registration to the template" in page and "0 of 12 are below 0.6" in page
     for row in read_scan_table(config).itertuples():
         prepared, info = load_prepared(config, row.key), load_info(config, row.key)
         assert np.corrcoef(prepared.ravel(), target.ravel())[0, 1] > 0.97
