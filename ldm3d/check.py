@@ -19,6 +19,7 @@ from ldm3d.budget import Budget, estimate
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
 from ldm3d.data.bids import read_scans
+from ldm3d.data.masks import find_masks
 from ldm3d.data.oddities import cut_remedy, who
 from ldm3d.data.people import split_columns, split_subjects
 from ldm3d.data.placing import grid_of
@@ -56,7 +57,7 @@ class Findings:
             try:
                 yield
             except InputError as error:
-                self.todo.append(str(error))
+                self.todo += [str(error)] * (str(error) not in self.todo)
         self.odd += [str(each.message) for each in caught if each.category is UserWarning]
 
     def text(self) -> str:
@@ -109,6 +110,10 @@ def _scans(config: Config, found: Findings) -> pd.DataFrame | None:
     if missing := [row for row in scans.itertuples() if not Path(row.path).is_file()]:
         message = f"{len(missing)} of {len(scans)} scans are no files ({some(map(who, missing))}): {missing[0].path}"
         (found.todo if len(missing) == len(scans) else found.odd).append(f"{message}; fetch them, or correct the paths")
+    with found.collecting():
+        masks = find_masks(config.data, scans["path"]) if config.data.mask else []
+        if lacking := [mask for mask in masks if isinstance(mask, InputError)]:
+            found.odd.append(f"{len(lacking)} of {len(scans)} scans have not the one mask that they need: {lacking[0]}")
     lines = [_column(covariate, scans[covariate.name], found) for covariate in config.schema()]
     found.said["covariates"] = lines or ["none: an unconditional model"]
     with found.collecting():

@@ -89,6 +89,18 @@ def test_what_would_stop_the_run_is_to_do(config, settings, expected):
     assert any(expected in item for item in result.todo), result.text()
 
 
+def test_masks_and_columns_of_splits_are_looked_at(config):
+    result = found(config, "data.mask={desc: brain}", "data.split_column=fold")
+    assert len(result.todo) == 1 and "no column 'fold' (data.split_column)" in result.todo[0]
+    (todo,) = found(config, "data.mask={desc: brain}").todo
+    assert "no mask in" in todo
+    mask = config.parent / "masks/sub-0001/anat/sub-0001_desc-brain_mask.nii.gz"
+    mask.parent.mkdir(parents=True)
+    mask.touch()
+    result = found(config, "data.mask={desc: brain}", f"data.mask.root={config.parent / 'masks'}")
+    assert any(item.startswith("11 of 12 scans have not the one mask that they need: ") for item in result.odd)
+
+
 @pytest.mark.parametrize("bad, stops", [(3, True), (1, False)])
 def test_scans_that_cannot_be_prepared(config, monkeypatch, bad, stops):
     tried = [{"reason": "it is cut short"}] * bad + [{"cut_mm": 20.0, "notes": ["a guess"]}] * (3 - bad)
