@@ -74,27 +74,31 @@ def register(volume: NDArray, affine: NDArray, config: RegistrationConfig, strip
         fixed, moving, itk.Similarity3DTransform(), itk.CenteredTransformInitializerFilter.MOMENTS
     )
     try:
-        coarse = [_optimised(itk, fixed, moving, _turned(itk, centred, degrees), (2,), (8.0,)) for degrees in _STARTS_DEGREES]
+        coarse = [
+            _optimised(itk, fixed, moving, _turned(itk, centred, degrees), 40, (2,), (8.0,)) for degrees in _STARTS_DEGREES
+        ]
         _, start = min(coarse, key=lambda found: found[0])
         if config.kind == "affine":
             kind.SetCenter(start.GetCenter())
             kind.SetMatrix(start.GetMatrix())
             kind.SetTranslation(start.GetTranslation())
             start = kind
-        metric, found = _optimised(itk, fixed, moving, start, (2, 1), (6.0, 2.0))
+        metric, found = _optimised(itk, fixed, moving, start, 100, (2, 1), (6.0, 2.0))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"it could not be registered to {config.to} ({reason}); look at the scan") from None
     return Registered(_as_matrix(found, config.kind), -float(metric))
 
 
-def _optimised(itk: Any, fixed: Any, moving: Any, start: Any, shrink: tuple[int, ...], smooth_mm: tuple[float, ...]):
-    """(metric, transform) from a start: correlation by gradient descent, from coarse to fine."""
+def _optimised(
+    itk: Any, fixed: Any, moving: Any, start: Any, steps: int, shrink: tuple[int, ...], smooth_mm: tuple[float, ...]
+) -> tuple[float, Any]:
+    """(metric, transform) from a start: correlation by gradient descent in at most `steps` a level, coarse to fine."""
     method = itk.ImageRegistrationMethod()
     method.SetMetricAsCorrelation()
     method.SetInterpolator(itk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0, minStep=1e-4, numberOfIterations=120, relaxationFactor=0.6, gradientMagnitudeTolerance=1e-6
+        learningRate=2.0, minStep=1e-4, numberOfIterations=steps, relaxationFactor=0.6, gradientMagnitudeTolerance=1e-6
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel(shrink)
