@@ -179,7 +179,10 @@ def test_shares_of_voxels_keep_volumes_where_one_label_would_not():
 def test_half_of_a_voxel_counts_as_half():
     class Half(torch.nn.Module):
         groups, totals = {"half_ml": [1]}, {}
-        weight = torch.nn.Parameter(torch.zeros(1))
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x):
             return torch.zeros(1, 2, *x.shape[2:])

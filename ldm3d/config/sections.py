@@ -136,7 +136,7 @@ class TimeSamplingConfig(Section):
 class StartConfig(Section):
     """The Gaussian of the training latents that denoises at high noise (`ldm3d.start`)."""
 
-    components: Positive = 96  # principal components of the latents, fewer than four fifths of the training scans
+    components: Positive = 96  # principal components of the latents; fewer where there are too few scans
     until: Annotated[float, Field(gt=0, lt=100)] = 1.0  # sigma / alpha from which on the network denoises
 
 

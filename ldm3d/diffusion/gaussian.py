@@ -64,6 +64,11 @@ class Gaussian:
         return self.mean + along + noise.to(self.mean) * self.rest.sqrt()[:, None, None, None]
 
 
+def most_components(count: int, folds: int = 5) -> int:
+    """How many components `fit_gaussian` can find in `count` samples: fewer than those of all folds but one."""
+    return max(count - -(-count // max(folds, 2)) - 1, 0)
+
+
 def fit_gaussian(x: Tensor, components: int, folds: int = 5) -> Gaussian:
     """Mean and principal components of data; variances from data that the components were not computed from.
 
@@ -83,7 +88,7 @@ def fit_gaussian(x: Tensor, components: int, folds: int = 5) -> Gaussian:
     if folds < 2 or count - -(-count // folds) <= components:
         raise InputError(
             f"{components} components of {count} samples in {folds} folds: a fold's others must be more than the components; "
-            f"ask for at most {max(count - -(-count // max(folds, 2)) - 1, 0)}"
+            f"ask for at most {most_components(count, folds)}"
         )
     x = x.double()
     fold = torch.arange(count) % folds

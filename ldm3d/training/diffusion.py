@@ -26,6 +26,7 @@ from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
+from ldm3d.diffusion.gaussian import most_components
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
@@ -187,8 +188,9 @@ class DiffusionTask(Task):
         if settings is None:
             return None
         rows = self.for_gaussian or self.split["train"]
+        components = min(settings.components, most_components(len(rows)))
         fitted = GaussianStart.fit(
-            self.means(rows), self.contexts[rows], self.schema.num_categories, settings.components, settings.until
+            self.means(rows), self.contexts[rows], self.schema.num_categories, components, settings.until
         )
         return fitted.to(self.accelerator.device)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm3d.diffusion.denoiser import Denoiser
-from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian
+from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian, most_components
 from ldm3d.diffusion.process import Process, time_of_ratio
 from ldm3d.randomness import generator
 
@@ -33,7 +33,7 @@ class GaussianRuler:
         self.noise = torch.stack([torch.randn(x.shape, generator=generator("ruler", i)) for i, x in enumerate(self.held_out)])
         self.times = [time_of_ratio(process, level) for level in LEVELS]
         self.variance = training.float().var(dim=(0, 2, 3, 4))
-        components = min(COMPONENTS, len(training) - -(-len(training) // FOLDS) - 1)
+        components = min(COMPONENTS, most_components(len(training), FOLDS))
         self.gaussian: Gaussian = fit_gaussian(training, components, FOLDS)
         self.best = self._errors(self.gaussian.denoiser(process))
 
