@@ -25,6 +25,7 @@ from ldm3d.config.yaml import parse_yaml
 from ldm3d.data import bids, preparing
 from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.one_scan import prepare_scan
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
@@ -430,12 +431,12 @@ def test_no_pickle_is_loaded(model):
 
 
 def short_of_memory(path, *arguments):
-    """As `_prepare_scan`, where 300 MB are left; or killed, as the kernel does it where none is."""
+    """As `prepare_scan`, where 300 MB are left; or killed, as the kernel does it where none is."""
     if path.endswith("killer.nii"):
         os.kill(os.getpid(), signal.SIGKILL)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20, -1))
-    return preparing._prepare_scan(path, *arguments)
+    return prepare_scan(path, *arguments)
 
 
 @pytest.mark.slow  # worker processes start several times
@@ -445,7 +446,7 @@ def test_memory_bombs_in_workers_are_named(tmp_path, monkeypatch):
     (folder / "bomb.nii").write_bytes(nifti("single", "u1", fields={"dim": [3, 512, 512, 500, 1, 1, 1, 1]})[0])
     os.truncate(folder / "bomb.nii", 352 + 512 * 512 * 500)  # a file of holes
     _table(folder, "a.nii", "bomb.nii", "killer.nii")
-    monkeypatch.setattr(preparing, "_prepare_scan", short_of_memory)
+    monkeypatch.setattr(preparing, "prepare_scan", short_of_memory)
     done = preparing.prepare(load_config(folder / "config.yaml"), workers=2)
     assert list(done.table["subject"]) == ["s0"] and list(done.failed["subject"]) == ["s1", "s2"]
     assert "more than there is" in done.failed["reason"].iloc[0]

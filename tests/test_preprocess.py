@@ -278,7 +278,7 @@ def test_unexpected_failure_is_named_too(dataset, monkeypatch):
     def fail(volume, *_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(preprocess, "to_grid", fail)
+    monkeypatch.setattr("ldm3d.data.one_scan.to_grid", fail)
     with pytest.raises(InputError, match="unexpected ZeroDivisionError: a bug"):
         prepare(dataset(), workers=1)
 
@@ -287,7 +287,7 @@ def test_full_disk_stops_the_run(dataset, monkeypatch):
     def fail(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(preprocess, "write_atomic", fail)
+    monkeypatch.setattr("ldm3d.data.one_scan.write_atomic", fail)
     with pytest.raises(OSError, match="No space left"):
         prepare(dataset(), workers=1)
 
@@ -300,7 +300,7 @@ def die_over_even_numbers(number, *_):
 
 
 def test_dying_workers_are_found_out(monkeypatch):
-    monkeypatch.setattr(preprocess, "_prepare_scan", die_over_even_numbers)
+    monkeypatch.setattr(preprocess, "prepare_scan", die_over_even_numbers)
     results = dict(preprocess._run([(i,) for i in range(1, 6)], workers=2))
     assert sorted(results) == [0, 1, 2, 3, 4]
     assert [i for i in results if "its worker process died" in results[i].get("reason", "")] == [1, 3]

@@ -12,14 +12,10 @@ A key is a hash of the scan's voxels and of the settings that shape the volume (
 twice and nothing stale is ever taken for current. Volumes of older settings stay until the user deletes the folder.
 """
 
-import contextlib
-import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,35 +23,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm3d.config.data import RegistrationConfig
 from ldm3d.config.sections import Config
 from ldm3d.data import registration
 from ldm3d.data.bids import read_scans
-from ldm3d.data.inside import check_inside, root_of
-from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
-from ldm3d.data.masks import apply_mask, find_masks, mask_root
-from ldm3d.data.nifti import read_volume
+from ldm3d.data.inside import root_of
+from ldm3d.data.masks import find_masks, mask_root
 from ldm3d.data.oddities import warn_of_oddities, who
+from ldm3d.data.one_scan import DAMAGED, VERSION, prepare_scan, read_stored
 from ldm3d.data.people import kept_splits, split_columns, split_subjects
-from ldm3d.data.placing import BLOCK_MM, grid_of, to_grid
-from ldm3d.data.quality import look_at, read_look, write_look
+from ldm3d.data.placing import BLOCK_MM, grid_of
+from ldm3d.data.quality import read_look
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
 from ldm3d.geometry import Grid
 from ldm3d.processes import ALONE, Processes, cores_each
 
-VERSION = 2  # raise it when the numbers that this file makes change: every volume is then prepared again
-
-_TOLD = ("cut_mm", "extent_mm", "around_zero", "notes")  # of a scan's `info`, what all scans together are judged by
 _SHOWN = 20  # failed scans that are named on the terminal; failed.tsv has them all
-_DAMAGED = (OSError, ValueError, EOFError)  # what NumPy raises for a file that is none of its own
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -139,7 +127,7 @@ def try_out(config: Config, paths: Sequence[str], folder: Path) -> list[dict[str
     Raises:
         InputError: no scan has a mask, or none can be registered.
     """
-    return [_prepare_scan(*each) for each in _work(config, paths, folder)]
+    return [prepare_scan(*each) for each in _work(config, paths, folder)]
 
 
 def tolerated_mm(grid: Grid) -> float:
@@ -177,8 +165,8 @@ def load_prepared(config: Config, key: str) -> NDArray:
     if not path.is_file():
         raise InputError(f"no prepared volume {path}; run `ldm3d prepare` with this config")
     try:
-        return _read_volume(path)
-    except _DAMAGED as error:
+        return read_stored(path)
+    except DAMAGED as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run `ldm3d prepare` with this config again") from None
 
 
@@ -195,11 +183,6 @@ def load_info(config: Config, key: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _read_volume(path: Path) -> NDArray:
-    volume = np.load(path).astype(np.float32)
-    return volume.reshape(-1, *volume.shape[-3:])  # what earlier versions prepared is (X, Y, Z)
-
-
 def fingerprint(config: Config) -> str:
     """16 hex digits that change with any prepared volume, covariate, subject or split, but not with where files lie."""
     table = read_scan_table(config).drop(columns="path")
@@ -208,7 +191,7 @@ def fingerprint(config: Config) -> str:
 
 
 def _work(config: Config, paths: Sequence[str], folder: Path) -> list[tuple]:
-    """The arguments of `_prepare_scan` for each scan."""
+    """The arguments of `prepare_scan` for each scan."""
     data = config.data
     if data.registration:  # once, and not for each scan, if it cannot be done
         registration.settings_of(data.registration, data.skull_stripped)
@@ -217,131 +200,20 @@ def _work(config: Config, paths: Sequence[str], folder: Path) -> list[tuple]:
     return [(path, mask, mask_root(data), *shared) for path, mask in zip(paths, masks)]
 
 
-def _prepare_scan(
-    path: str,
-    mask: Path | InputError | None,
-    masks_root: Path,
-    root: Path,
-    folder: Path,
-    grid: Grid,
-    percentiles: tuple[float, float],
-    register: RegistrationConfig | None,
-    stripped: bool,
-) -> dict[str, Any]:
-    """One scan, in whatever process: key, cached and what `Prepared` tells of it; or the reason why not."""
-    try:
-        check_inside(path, root)  # before a byte of it is read
-        if isinstance(mask, InputError):
-            raise mask
-        if mask:
-            check_inside(mask, masks_root)
-        settings = settings_of(grid, percentiles, VERSION)
-        if register:
-            settings["register"] = registration.settings_of(register, stripped)
-        known = folder / f"{file_key(Path(path), settings, mask)}.key"
-        key = _read_key(known)
-        info = _read_info(folder, key)
-        cached = info is not None
-        if not cached:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                volume, affine = read_volume(path)
-                scan, kept = _masked(volume, affine, mask) if mask else (volume, None)
-                key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
-                info = _read_info(folder, key)  # the same voxels in another file
-                cached = info is not None
-                volume, info = (None, info) if cached else _placed(scan, affine, grid, percentiles, register, stripped)
-            if not cached:
-                info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
-                info["notes"] = [str(warning.message) for warning in caught]
-                buffer, stored = io.BytesIO(), volume.astype(np.float16)
-                np.save(buffer, stored)
-                write_atomic(folder / f"{key}.npy", buffer.getvalue())
-                write_look(folder / f"{key}.npz", look_at(stored, grid.spacing_mm))
-                write_atomic(folder / f"{key}.json", json.dumps(info))  # last: it says that the volume is there
-            write_atomic(known, key)
-        if cached and read_look(folder / f"{key}.npz") is None:  # of an earlier version, or damaged
-            volume = None
-            with contextlib.suppress(*_DAMAGED):  # whoever loads it for more than a look says so
-                volume = _read_volume(folder / f"{key}.npy")
-            if volume is not None:
-                write_look(folder / f"{key}.npz", look_at(volume, grid.spacing_mm))
-        registered = {"correlation": info["registration"]["correlation"]} if register else {}
-        return {"key": key, "cached": cached, **{name: info[name] for name in _TOLD}, **registered}
-    except InputError as error:
-        return {"reason": str(error)}
-    except MemoryError:
-        return {"reason": f"{path}: takes more memory than there is; try it alone, with workers=1"}
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise  # no scan's fault; going on would only blame all the others too
-        return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
-
-
-def _placed(
-    scan: NDArray,
-    affine: NDArray,
-    grid: Grid,
-    percentiles: tuple[float, float],
-    register: RegistrationConfig | None,
-    stripped: bool,
-) -> tuple[NDArray, dict[str, Any]]:
-    """See `to_grid`; of a scan that is registered first, if it is to be."""
-    if register is None:
-        return to_grid(scan, affine, grid, percentiles)
-    found = registration.register(scan, affine, register, stripped)
-    if found.correlation < registration.POOR:
-        warnings.warn(
-            f"correlates with the template by {found.correlation:.2f} only, so its registration is doubtful: look at it",
-            stacklevel=1,
-        )
-    volume, info = to_grid(scan, found.matrix @ affine, grid, percentiles)
-    return volume, found.in_scan_space(info)
-
-
-def _masked(volume: NDArray, affine: NDArray, path: Path) -> tuple[NDArray, NDArray]:
-    """See `apply_mask`."""
-    mask = read_volume(path)
-    try:
-        return apply_mask(volume, affine, *mask)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _read_key(path: Path) -> str | None:
-    """The key of a file that was prepared; None if it was not."""
-    try:
-        key = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, ValueError):
-        return None
-    return key if KEY.fullmatch(key) else None
-
-
-def _read_info(folder: Path, key: str | None) -> dict[str, Any] | None:
-    """What stands beside a prepared volume; None if it is not there or damaged, and then the scan is prepared again."""
-    if key is None or not (folder / f"{key}.npy").is_file():
-        return None
-    try:
-        info = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        return info if info.keys() >= {*_TOLD} else None
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
-        return None
-
-
 def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(i, _prepare_scan(*arguments[i])) for all i, as they get done.
+    """(i, prepare_scan(*arguments[i])) for all i, as they get done.
 
     A scan that kills its worker (memory, a crash in a library) takes the whole pool with it. The rest is then tried
     again with half as many workers; if a single one dies, it is known which scan did it.
     """
     if workers == 1:
-        yield from ((i, _prepare_scan(*each)) for i, each in enumerate(arguments))
+        yield from ((i, prepare_scan(*each)) for i, each in enumerate(arguments))
         return
     waiting, now = dict(enumerate(arguments)), workers
     while waiting:
         pool = ProcessPoolExecutor(min(now, len(waiting)), multiprocessing.get_context("spawn"))
         try:
-            futures = {pool.submit(_prepare_scan, *each): i for i, each in waiting.items()}
+            futures = {pool.submit(prepare_scan, *each): i for i, each in waiting.items()}
             for future in as_completed(futures):
                 if not isinstance(future.exception(), BrokenProcessPool):
                     yield futures[future], future.result()
