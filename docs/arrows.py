@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "ldm3d"
 PAGE, BEGIN, END = HERE / "architecture.md", "<!-- arrows: made by docs/arrows.py -->\n", "<!-- end of arrows -->"
-LEFT_OUT = {"errors", "__init__", "__main__"}
+LEFT_OUT = {"errors", "__init__", "__main__", "applied"}  # the last: methods of the pipeline, which look up applications
 
 
 def room(module: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 import ldm3d
-from ldm3d.config.data import MAX_VOXELS, Suffix
+from ldm3d.config.data import MAX_VOXELS, DataConfig, RegistrationConfig, Suffix
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
@@ -27,7 +27,10 @@ from ldm3d.start import GaussianStart
 
 DESCRIPTION = "pipeline.json"
 # What it describes
-PARTS = ("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising")
+PARTS = (
+    *("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising"),
+    "preparation",
+)
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
 NO_CROP = ((0, 0), (0, 0), (0, 0))
@@ -35,6 +38,7 @@ MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made fro
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 # sigma / alpha -> errors of the model and of the best Gaussian
 Denoising = Annotated[dict[str, tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(max_length=100)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
 
@@ -79,6 +83,31 @@ class Sampling:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How the scans of the training were brought to the Grid, as any other scan for the model has to be.
+
+    Args:
+        percentiles: of its intensities, which become 0 and 1, see `ldm3d.data.placing.to_grid`.
+        registration: to which template, and how; None: placed as it lay. A template of the user's is a file's name here.
+    """
+
+    percentiles: tuple[Percentile, Percentile] = (0.0, 99.8)
+    registration: RegistrationConfig | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (no field)
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Preparation":
+        """That of a config's data; without the folder of a template, for a model folder can be published."""
+        to = data.registration and data.registration.model_copy(update={"to": Path(data.registration.to).name})
+        return cls(data.percentiles, to)
+
+    def to_dict(self) -> dict[str, Any]:
+        to = self.registration
+        return {"percentiles": self.percentiles, **({"registration": {"to": to.to, "kind": to.kind}} if to else {})}
+
+
 def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | None = None) -> None:
     """Write `PARTS` of a pipeline as pipeline.json; with the hash of the weights before they were rounded, if they were."""
     description = {
@@ -93,6 +122,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **({"scales": parts["scales"]} if parts["scales"] else {}),
         **({"starts": True} if parts["starts"] else {}),
         **({"denoising": parts["denoising"]} if parts["denoising"] else {}),
+        **({"preparation": parts["preparation"].to_dict()} if parts["preparation"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
@@ -117,6 +147,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "scales": TypeAdapter(Scales).validate_python(values.get("scales", ())),
             "starts": bool(values.get("starts", False)),
             "denoising": TypeAdapter(Denoising).validate_python(values.get("denoising", {})),
+            "preparation": TypeAdapter(Preparation | None).validate_python(values.get("preparation")),
         }
     except ValidationError as error:
         first = error.errors()[0]

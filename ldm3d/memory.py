@@ -5,6 +5,7 @@ which works for any network, ours or MONAI's.
 """
 
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.recomputing import decode_recomputed
 from ldm3d.models.streaming import chunk_bytes_of, decode_streamed
 
 MODES = ("auto", "whole", "streamed")
@@ -25,6 +27,7 @@ SAFETY = 1.1  # of an estimate
 # glibc takes blocks up to 32 MiB from its heap, which fragments: the holes measure 0.6 to 0.8 of the bytes in use
 HEAP_BLOCK, HOLES = 32 * 2**20, 0.8
 SMALL = 2**29  # half a GiB, the memory of PyTorch itself
+KEPT = 2**26  # a decode that takes less keeps all that its gradients need, some ten to twenty times as much
 NOT_STREAMED = "this decoder cannot be streamed"
 UNLIMITED = 2**60  # in cgroup v1, a limit above this means none
 
@@ -132,11 +135,18 @@ class PlannedDecoder:
     def decode(self, autoencoder: LatentSpace, z: Tensor, mode: str) -> Tensor:
         """Latents in their own scale to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; `mode` as in `plan_decode`.
 
+        Where gradients are asked for, the decode is whole, and a large one keeps little of what they need: see
+        `ldm3d.models.recomputing`.
+
         Raises:
             InputError: a whole decode runs out of a GPU's memory, and `mode` is not "auto".
         """
+        if z.requires_grad:
+            whole = self.plan(autoencoder, z.shape, z.dtype, z.device, "whole").estimated_bytes
+            decode = autoencoder.decode if whole < KEPT else functools.partial(decode_recomputed, autoencoder)
+            return decode(z).float().clamp(0, 1)
         plan = self.plan(autoencoder, z.shape, z.dtype, z.device, mode)
-        if plan.mode == "whole" or z.requires_grad:
+        if plan.mode == "whole":
             try:
                 return autoencoder.decode(z).float().clamp(0, 1)
             except torch.OutOfMemoryError as error:

@@ -6,10 +6,7 @@ FOLDER/start                the same, where sampling starts with a Gaussian
 """
 
 import copy
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import ldm3d
-from ldm3d import precision
+from ldm3d.applied import Applied
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
-from ldm3d.description import (
-    DESCRIPTION,
-    NO_CROP,
-    PARTS,
-    START,
-    Sampling,
-    check_parts,
-    hash_of_model,
-    read_description,
-    summary,
-    write_description,
-)
-from ldm3d.devices import check_convolutions, described
+from ldm3d.description import NO_CROP, Preparation, Sampling, summary
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser, in_turn
 from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
+from ldm3d.folder import read_folder, write_folder
+from ldm3d.generation.identity import computing_of, origin_of
 from ldm3d.generation.run import Result
 from ldm3d.generation.sampling import default_group_size, draw, sample_latents
 from ldm3d.generation.series import Origin, Series
@@ -47,12 +34,11 @@ from ldm3d.memory import PlannedDecoder
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import LatentUNet, cut_to
-from ldm3d.shipped import model_folder
 from ldm3d.start import GaussianStart
 
 
-class Pipeline:
-    """Autoencoder, U-Net and all that belongs to them.
+class Pipeline(Applied):
+    """Autoencoder, U-Net and all that belongs to them. What it does with a given scan: `ldm3d.applied`.
 
     Args:
         autoencoder, unet: networks in evaluation mode, on one device. Their weights are frozen: gradients pass through
@@ -68,6 +54,7 @@ class Pipeline:
         start: denoises at high noise, in place of the U-Net; None where the U-Net was trained at every level of noise.
         denoising: sigma / alpha -> (error of the model, of the best Gaussian) on validation latents, relative to their
             variance; what is known of it from training.
+        preparation: how the scans of the training were brought to the Grid; None where that is not known.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -96,6 +83,7 @@ class Pipeline:
         scales: Sequence[float] = (),
         start: GaussianStart | None = None,
         denoising: Mapping[str, tuple[float, float]] | None = None,
+        preparation: Preparation | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
@@ -103,7 +91,7 @@ class Pipeline:
         self.start, self.schema, self.grid = start, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
-        self.denoising = dict(denoising or {})
+        self.denoising, self.preparation = dict(denoising or {}), preparation
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
@@ -132,26 +120,13 @@ class Pipeline:
     def computing(self) -> dict[str, Any]:
         """What the last bits of a volume follow from beside weights and request."""
         shape = (1, *self.autoencoder.latent_shape(self.grid.shape))
-        return {
-            "device": described(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": (self.threads or torch.get_num_threads()) if self.device.type == "cpu" else None,
-            "group": self.group_size,
-            "decode": self._decoder.plan(self.autoencoder, shape, self.dtype, self.device, self.decode_mode).mode,
-            "compiled": self.compiled,
-            "torch": torch.__version__,
-        }
+        plan = self._decoder.plan(self.autoencoder, shape, self.dtype, self.device, self.decode_mode)
+        return computing_of(self, plan.mode)
 
     @property
     def origin(self) -> Origin:
         """What a folder of generated volumes has to say of this pipeline."""
-        parts = [self.schema.to_dict(), self.process.to_dict(), self.target, self.crop, self.grid.to_dict()]
-        parts += [self.suffix] if self.suffix != "T1w" else []  # as in series that were begun before there was another
-        parts += [self.scales] if self.scales else []
-        settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        names = self.mark, self.model_hash, settings
-        grid, either = self.output_grid, self.decode_mode == "auto"
-        return Origin(grid, self.schema, self.suffix, self.skull_stripped, *names, self.computing, either)
+        return origin_of(self)
 
     def decoding(self, mode: str) -> "Pipeline":
         """The same pipeline with this `decode_mode`."""
@@ -186,17 +161,7 @@ class Pipeline:
             folder: where.
             dtype: of the weights in the files, see `Pretrained.save_pretrained`; the pipeline itself does not change.
         """
-        folder = Path(folder)
-        self.autoencoder.save_pretrained(folder / "autoencoder", dtype)
-        self.unet.save_pretrained(folder / "unet", dtype)
-        if self.start is not None:
-            self.start.save_pretrained(folder / START, dtype)
-        else:
-            shutil.rmtree(folder / START, ignore_errors=True)  # an earlier model's
-        saved = hash_of_model(folder)
-        rounded_from = self.model_hash if dtype and self.model_hash not in (saved, "unsaved") else None
-        parts = {name: getattr(self, name) for name in PARTS} | {"starts": self.start is not None}
-        write_description(folder / DESCRIPTION, parts, rounded_from)
+        saved = write_folder(self, Path(folder), dtype)
         if dtype is None:
             self.model_hash = saved
 
@@ -215,16 +180,7 @@ class Pipeline:
         Raises:
             InputError: not such a folder, or a damaged one.
         """
-        folder = model_folder(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or precision.dtype("auto", device)
-        parts = read_description(folder / DESCRIPTION)
-        autoencoder = LatentSpace.from_pretrained(folder / "autoencoder", device, dtype)
-        unet = LatentUNet.from_pretrained(folder / "unet", device, dtype)
-        check_convolutions(torch.device(device), dtype)
-        start = GaussianStart.from_pretrained(folder / START, device, torch.float32) if parts.pop("starts") else None
-        check_parts(folder, autoencoder, unet, start, parts)
-        return cls(autoencoder, unet, start=start, model_hash=hash_of_model(folder), **parts)
+        return cls(**read_folder(folder, device, dtype))
 
     def __call__(
         self,

@@ -55,7 +55,7 @@ def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
     header, raw = (_read_mgh_header(path), None) if is_mgh else _read_header(path)
     data_path = files_of(path)[-1]
     shape, dtype = _check_header(path, header, data_path)
-    affine = _check_affine(path, header.get_affine() if is_mgh else _nifti_affine(path, header, raw))
+    affine = check_affine(path, header.get_affine() if is_mgh else _nifti_affine(path, header, raw))
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes inf, which is reported below
             # No memory map: a file that shrinks meanwhile would kill the process
@@ -68,13 +68,13 @@ def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
             f"({_one_line(error)}); copy or convert it again"
         ) from None
     if not np.isfinite(volume).all():
-        _fill_background(path, volume)
+        fill_background(path, volume)
     if volume.min() == volume.max():
         raise InputError(f"{path}: every voxel is {volume.flat[0]:g}; there is no image in it")
     return volume[None], affine
 
 
-def _fill_background(path: Path, volume: NDArray) -> None:
+def fill_background(path: Path, volume: NDArray) -> None:
     """Set NaN that reaches the faces of (X, Y, Z) to 0, in place; an InputError for any other, and where nothing is left."""
     nan = np.isnan(volume)
     parts, _ = ndimage.label(nan)
@@ -302,7 +302,7 @@ def _compare_forms(path: Path, header: nibabel.Nifti1Header, sform: NDArray, pix
         qform = None  # no rotation, and not what is used
     sides = np.linalg.norm(sform, axis=0)
     if not (np.isfinite(sides) & (sides > 0)).all() or (qform is not None and not np.isfinite(qform).all()):
-        return  # `_check_affine` judges the first; the second is not used
+        return  # `check_affine` judges the first; the second is not used
     said = []
     if (np.abs(pixdim / sides - 1) > _SAME_SIZE).any():
         said.append(f"voxels of {_numbers(sides)} mm by the sform, of {_numbers(pixdim)} mm by pixdim")
@@ -318,7 +318,7 @@ def _compare_forms(path: Path, header: nibabel.Nifti1Header, sform: NDArray, pix
         warnings.warn(f"{path}: {', and '.join(said)}; the sform is used, as nibabel does", stacklevel=5)
 
 
-def _check_affine(path: Path, affine: NDArray) -> NDArray:
+def check_affine(path: Path, affine: NDArray) -> NDArray:
     """The affine (4, 4), once it is known to map voxels to places."""
     affine = np.asarray(affine, dtype=np.float64)
     if not np.isfinite(affine).all():

@@ -17,7 +17,6 @@ from ldm3d.data.inside import check_inside
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
 from ldm3d.data.masks import apply_mask
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.placing import to_grid
 from ldm3d.data.quality import look_at, read_look, write_look
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
@@ -63,7 +62,7 @@ def prepare_scan(
                 key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
-                volume, info = (None, info) if cached else _placed(scan, affine, grid, percentiles, register, stripped)
+                volume, info = (None, info) if cached else registration.placed(scan, affine, grid, percentiles, register, stripped)
             if not cached:
                 info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]
@@ -89,27 +88,6 @@ def prepare_scan(
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise  # no scan's fault; going on would only blame all the others too
         return {"reason": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
-
-
-def _placed(
-    scan: NDArray,
-    affine: NDArray,
-    grid: Grid,
-    percentiles: tuple[float, float],
-    register: RegistrationConfig | None,
-    stripped: bool,
-) -> tuple[NDArray, dict[str, Any]]:
-    """See `to_grid`; of a scan that is registered first, if it is to be."""
-    if register is None:
-        return to_grid(scan, affine, grid, percentiles)
-    found = registration.register(scan, affine, register, stripped)
-    if found.correlation < registration.POOR:
-        warnings.warn(
-            f"correlates with the template by {found.correlation:.2f} only, so its registration is doubtful: look at it",
-            stacklevel=1,
-        )
-    volume, info = to_grid(scan, found.matrix @ affine, grid, percentiles)
-    return volume, found.in_scan_space(info)
 
 
 def _masked(volume: NDArray, affine: NDArray, path: Path) -> tuple[NDArray, NDArray]:

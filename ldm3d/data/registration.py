@@ -6,6 +6,7 @@ is found too, but left out of the result: brains keep their volumes, and a small
 
 import functools
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from ldm3d.config.data import MNI152, RegistrationConfig
 from ldm3d.data.nifti import read_volume
+from ldm3d.data.placing import to_grid
 from ldm3d.errors import InputError
-from ldm3d.geometry import resample
+from ldm3d.geometry import Grid, resample
 
 VERSION = 1  # raise it when the transforms that this file finds change
 WORKING_MM = 4.0  # voxels that are compared: a pose needs no more
@@ -88,6 +90,30 @@ def register(volume: NDArray, affine: NDArray, config: RegistrationConfig, strip
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"it could not be registered to {config.to} ({reason}); look at the scan") from None
     return Registered(_as_matrix(found, config.kind), -float(metric))
+
+
+def placed(
+    scan: NDArray,
+    affine: NDArray,
+    grid: Grid,
+    percentiles: tuple[float, float],
+    wanted: RegistrationConfig | None,
+    stripped: bool,
+) -> tuple[NDArray, dict[str, Any]]:
+    """See `ldm3d.data.placing.to_grid`; of a scan that is registered first, if `wanted` is not None.
+
+    A warning names a scan that correlates with the template by less than POOR.
+    """
+    if wanted is None:
+        return to_grid(scan, affine, grid, percentiles)
+    found = register(scan, affine, wanted, stripped)
+    if found.correlation < POOR:
+        warnings.warn(
+            f"correlates with the template by {found.correlation:.2f} only, so its registration is doubtful: look at it",
+            stacklevel=1,
+        )
+    volume, info = to_grid(scan, found.matrix @ affine, grid, percentiles)
+    return volume, found.in_scan_space(info)
 
 
 def _optimised(

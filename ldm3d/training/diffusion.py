@@ -24,7 +24,7 @@ from ldm3d.data.batches import evenly
 from ldm3d.data.latents import read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
-from ldm3d.description import Sampling
+from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
 from ldm3d.diffusion.gaussian import most_components
 from ldm3d.diffusion.objective import make_objective
@@ -226,6 +226,7 @@ class DiffusionTask(Task):
         grid, sampling = grid_of(data.grid), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
         facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales, "start": self.start}
+        facts["preparation"] = Preparation.of(data)
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
 
 

@@ -1,0 +1,16 @@
+"""What a pipeline does with a given scan, as its methods: each is a function of `ldm3d.applications`.
+
+Applications stand on the pipeline, so they are looked up when they are called.
+"""
+
+from typing import Any
+
+
+class Applied:
+    """The methods of `Pipeline` that take a scan."""
+
+    def encode(self, image: Any, **options: Any) -> Any:
+        """A scan on the model's Grid and as a latent, with the way back; see `ldm3d.applications.placed.place`."""
+        from ldm3d.applications.placed import place
+
+        return place(self, image, **options)
