@@ -31,7 +31,9 @@ def tiny_pipeline(grid: Grid | None = None, preparation: Preparation | None = No
     """Untrained, but for the autoencoder's linear path and a U-Net that says something."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(4, 4, [8, 8], blocks=1, in_channels=channels)
-    autoencoder.fit_linear_path(torch.from_numpy(np.stack([head(seed) for seed in range(4)]))[:, None].expand(-1, channels, -1, -1, -1))
+    autoencoder.fit_linear_path(
+        torch.from_numpy(np.stack([head(seed) for seed in range(4)]))[:, None].expand(-1, channels, -1, -1, -1)
+    )
     unet = UNet(4, 4, [0, 2], [8, 8], 1, [False, False], context_dim=4)
     for parameter in unet.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape)
@@ -57,7 +59,7 @@ def scan(affine: np.ndarray, shape=(40, 46, 38)) -> nibabel.Nifti1Image:
 def test_what_changes_nothing_gives_the_scan_back(name):
     image, pipe = scan(AFFINES[name]), tiny_pipeline()
     placed = pipe.encode(image)
-    assert placed.volume.shape == (1, 1, *SHAPE) and 0 <= placed.volume.min() and placed.volume.max() <= 1
+    assert placed.volume.shape == (1, 1, *SHAPE) and placed.volume.min() >= 0 and placed.volume.max() <= 1
     assert placed.z.shape == (1, 4, 5, 6, 5)
     returned = placed.image(pipe.decode(placed.z))
     given = image.get_fdata()
@@ -67,7 +69,7 @@ def test_what_changes_nothing_gives_the_scan_back(name):
 
 
 def test_a_change_comes_back_where_it_was_made_and_as_bright():
-    """Half a unit in [0, 1], on the Grid's voxels around one point in the world, is as much in the scan's intensities there."""
+    """Half a unit in [0, 1] around one point in the world is as much in the scan's intensities there."""
     affine = AFFINES["another order, mirrored"]
     pipe = tiny_pipeline()
     placed = pipe.encode(scan(affine))
@@ -133,7 +135,9 @@ def test_the_folder_remembers_how_scans_were_prepared(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     assert Pipeline.from_pretrained(tmp_path / "model").preparation is None
     (tmp_path / "model/pipeline.json").write_text(
-        (tmp_path / "model/pipeline.json").read_text().replace('"suffix"', '"preparation": {"percentiles": [0, 400]}, "suffix"')
+        (tmp_path / "model/pipeline.json")
+        .read_text()
+        .replace('"suffix"', '"preparation": {"percentiles": [0, 400]}, "suffix"')
     )
     with pytest.raises(InputError, match=r"preparation|percentiles"):
         Pipeline.from_pretrained(tmp_path / "model")

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ldm3d
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import ldm3d
 from ldm3d.config.data import MNI152, RegistrationConfig
 from ldm3d.data import registration
 from ldm3d.data.given import read_given

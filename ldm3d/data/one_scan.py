@@ -62,7 +62,8 @@ def prepare_scan(
                 key = volume_key(volume, affine, settings if kept is None else with_mask(settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
-                volume, info = (None, info) if cached else registration.placed(scan, affine, grid, percentiles, register, stripped)
+                if not cached:
+                    volume, info = registration.placed(scan, affine, grid, percentiles, register, stripped)
             if not cached:
                 info |= {"mask": str(mask), "mask_keeps": round(float(kept.mean()), 4)} if mask else {}
                 info["notes"] = [str(warning.message) for warning in caught]

@@ -33,6 +33,4 @@ def origin_of(pipeline: Any) -> Origin:
     settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     names = pipeline.mark, pipeline.model_hash, settings
     facts = pipeline.suffix, pipeline.skull_stripped
-    return Origin(
-        pipeline.output_grid, pipeline.schema, *facts, *names, pipeline.computing, pipeline.decode_mode == "auto"
-    )
+    return Origin(pipeline.output_grid, pipeline.schema, *facts, *names, pipeline.computing, pipeline.decode_mode == "auto")
