@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from ldm3d.data.augment import vary
 from ldm3d.errors import InputError
+from ldm3d.models.convolutions import mend_convolutions
 from ldm3d.models.segmentation import CHANNELS, SegmentationUNet
+from ldm3d.precision import bf16_is_fast
 from ldm3d.randomness import generator
 from ldm3d.shipped import segmenter_folder
 
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
-FINEST = 8  # channels at full resolution: where voxels are coarse, tissues are one voxel wide
 
 # number -> volume (1, X, Y, Z) in [0, 1], and shares of its voxels (1 + groups, X, Y, Z), see `ldm3d.data.labels`
 Load = Callable[[int], tuple[NDArray, NDArray]]
@@ -107,7 +108,9 @@ def train_segmenter(
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups, channels, totals, FINEST).to(device).train()
+        network = SegmentationUNet(groups, channels, totals).to(device).train()
+    mend_convolutions(network)
+    kind = torch.device(device).type
 
     def example(number: int) -> tuple[NDArray, NDArray]:
         random = np.random.default_rng(generator("segmenter", seed, number).initial_seed())
@@ -125,7 +128,9 @@ def train_segmenter(
             coming += [ahead.submit(example, (step + 2) * BATCH + i) for i in range(BATCH)]
             # (N, 1, X, Y, Z), (N, 1 + groups, X, Y, Z)
             x, shares = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))
-            loss = loss_function(network(x), shares)
+            with torch.autocast(kind, torch.bfloat16, enabled=bf16_is_fast(device)):
+                logits = network(x)
+            loss = loss_function(logits, shares)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from ldm3d.config.sections import Config, TrainingConfig
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
+from ldm3d.models.convolutions import mend_convolutions
 from ldm3d.preemption import Stop
-from ldm3d.training.convolutions import mend_convolutions
 from ldm3d.training.ema import EMA
 from ldm3d.training.optimizer import learning_rate, make_optimizer
 from ldm3d.training.sharding import distribute
