@@ -9,7 +9,7 @@ from conftest import tiny_settings
 
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
-from ldm3d.data.samples import LatentSamples, VolumeSamples
+from ldm3d.data.samples import LatentSamples, VolumeSamples, moved
 from ldm3d.randomness import generator
 
 
@@ -52,6 +52,35 @@ def test_volumes_travel_as_their_keys(axis, tmp_path):
         sample = each(1, generator(0))
         assert (sample["volume"] == 0.5).all() and sample["volume"].shape == (1, 24, 28, 24)
         assert sample["noise"].shape == (3, 6, 7, 6)
+
+
+def test_volumes_are_mirrored_and_shifted():
+    volume = torch.zeros(1, 24, 28, 24)
+    volume[0, 4, 9, 10] = 1  # to the left of the middle
+    found = set()
+    for seed in range(200):
+        (place,) = moved(volume, 4, generator(seed)).nonzero().tolist()
+        mirrored = place[1] > 12
+        found.add((mirrored, place[1] - (19 if mirrored else 4), place[2] - 9, place[3] - 10))
+    assert {place[0] for place in found} == {False, True}
+    for axis in (1, 2, 3):
+        assert {place[axis] for place in found} == set(range(-3, 4))
+    shifted = moved(torch.ones(1, 24, 28, 24), 4, generator(1))  # nothing comes back on the other side
+    assert shifted.shape == (1, 24, 28, 24) and set(shifted.unique().tolist()) == {0, 1}
+
+
+def test_volumes_move_only_where_the_config_says_so(tmp_path):
+    volume = np.random.default_rng(0).random((1, 24, 28, 24)).astype(np.float32)
+    for augment in (False, True):
+        settings = tiny_settings(tmp_path)
+        settings["autoencoder"]["augment"] = augment
+        config = Config.model_validate(settings)
+        (config.prepared_folder / "volumes").mkdir(parents=True, exist_ok=True)
+        np.save(config.prepared_folder / "volumes" / "k.npy", volume)
+        one, same, other = (VolumeSamples(config, ("k",), (3, 6, 7, 6))(0, generator(seed)) for seed in (1, 1, 2))
+        assert torch.equal(one["volume"], same["volume"]) and torch.equal(one["noise"], same["noise"])
+        assert torch.equal(one["volume"], torch.from_numpy(volume)) is not augment
+        assert torch.equal(one["volume"], other["volume"]) is not augment
 
 
 def test_evenly():

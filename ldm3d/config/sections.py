@@ -81,6 +81,8 @@ class AutoencoderConfig(Section):
     kl: Annotated[float, Field(ge=0)] = 1e-6
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    # Mirror training volumes at random, and shift them by less than a block of `downsampling` voxels
+    augment: Annotated[bool, Field(exclude_if=lambda augment: not augment)] = False
     changed_data: Literal["refuse", "go-on"] = "refuse"  # if a resumed run finds other scans than it has seen
     training: TrainingConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ldm3d.config.sections import Config
 from ldm3d.data.latents import MOMENTS
@@ -23,9 +23,23 @@ def load_volume(config: Config, key: str) -> Tensor:
     return torch.from_numpy(load_prepared(config, key))
 
 
+def moved(volume: Tensor, reach: int, rng: Generator) -> Tensor:
+    """A volume (C, X, Y, Z), mirrored from left to right or not, and shifted by less than `reach` voxels along each axis.
+
+    An autoencoder codes blocks of `reach` voxels. Shifted volumes cut the same anatomy into other blocks, so a small dataset
+    shows it many more of them. Zeros come in where a volume is shifted.
+    """
+    if torch.rand((), generator=rng) < 0.5:
+        volume = volume.flip(1)
+    shifts = torch.randint(1 - reach, reach, (3,), generator=rng).tolist()
+    return nn.functional.pad(volume, [side for shift in reversed(shifts) for side in (shift, -shift)])
+
+
 @dataclass(frozen=True)
 class VolumeSamples:
     """Prepared volumes: `volume` (C, X, Y, Z) and `noise` (c, x, y, z) for the posterior's sample.
+
+    Volumes are moved at random (`moved`) where the config says `autoencoder.augment`.
 
     Args:
         config: of the experiment.
@@ -41,7 +55,10 @@ class VolumeSamples:
         return len(self.keys)
 
     def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
-        return {"volume": load_volume(self.config, self.keys[sample]), "noise": torch.randn(self.latent_shape, generator=rng)}
+        volume, noise = load_volume(self.config, self.keys[sample]), torch.randn(self.latent_shape, generator=rng)
+        if self.config.autoencoder.augment:
+            volume = moved(volume, self.config.autoencoder.network.downsampling, rng)
+        return {"volume": volume, "noise": noise}
 
 
 class PerturbedSamples(VolumeSamples):
