@@ -190,7 +190,13 @@ def test_half_of_a_voxel_counts_as_half():
     assert Segmenter(Half())(np.zeros((4, 4, 4)), (10, 10, 10)) == {"half_ml": pytest.approx(32.0)}
 
 
-def test_features_have_a_known_number_of_parts():
+def test_an_older_segmenter_without_a_finest_level_is_read(tmp_path):
     network = SegmentationUNet(GROUPS, (4, 8))
-    assert network(torch.rand(1, 1, 17, 18, 20)).shape == (1, 3, 17, 18, 20)
-    assert network.features(torch.rand(1, 1, 17, 18, 20)).shape == (1, 8 + 3 * 27 + 8)
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["arguments"]["finest"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Segmenter.from_pretrained(tmp_path)(ball(0)[0][0], (2, 2, 5)).keys() == GROUPS.keys()
+    with_finest = SegmentationUNet(GROUPS, (4, 8), finest=4)
+    assert with_finest(torch.rand(1, 1, 17, 18, 20)).shape == (1, 3, 17, 18, 20)
+    assert with_finest.features(torch.rand(1, 1, 17, 18, 20)).shape == (1, 8 + 3 * 27 + 8)

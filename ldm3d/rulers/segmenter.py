@@ -25,6 +25,7 @@ from ldm3d.randomness import generator
 from ldm3d.shipped import segmenter_folder
 
 STEPS, BATCH, LEARNING_RATE = 300, 2, 3e-3  # of training
+FINEST = 8  # channels at full resolution: where voxels are coarse, tissues are one voxel wide
 
 # number -> volume (1, X, Y, Z) in [0, 1], and shares of its voxels (1 + groups, X, Y, Z), see `ldm3d.data.labels`
 Load = Callable[[int], tuple[NDArray, NDArray]]
@@ -108,7 +109,7 @@ def train_segmenter(
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups, channels, totals).to(device).train()
+        network = SegmentationUNet(groups, channels, totals, FINEST).to(device).train()
     mend_convolutions(network)
     kind = torch.device(device).type
 
@@ -130,7 +131,7 @@ def train_segmenter(
             x, shares = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*pairs))
             with torch.autocast(kind, torch.bfloat16, enabled=bf16_is_fast(device)):
                 logits = network(x)
-            loss = loss_function(logits, shares)
+            loss = loss_function(logits.float(), shares)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
