@@ -58,6 +58,36 @@ class Gaussian:
 
         return denoise
 
+    def covariance(self, v: Tensor) -> Tensor:
+        """(U V U' + R) v, like v (N, C, X, Y, Z)."""
+        scores = torch.einsum("kcxyz,ncxyz->nk", self.directions, v) * self.variances
+        return torch.einsum("nk,kcxyz->ncxyz", scores, self.directions) + self.rest[:, None, None, None] * v
+
+    def precision(self, v: Tensor) -> Tensor:
+        """(U V U' + R)^-1 v, like v, by Woodbury's identity; R above 0."""
+        weighed = v / self.rest[:, None, None, None]
+        inverse, root = self._inner(1 / self.rest), self.variances.sqrt()
+        scores = root * ((torch.einsum("kcxyz,ncxyz->nk", self.directions, weighed) * root) @ inverse)
+        return weighed - torch.einsum("nk,kcxyz->ncxyz", scores, self.directions) / self.rest[:, None, None, None]
+
+    def narrowed(self, precision: float | Tensor) -> "Gaussian":
+        """What is left of the covariance after a look at x with noise of this precision, (S^-1 + p)^-1; the mean as it was.
+
+        Args:
+            precision: p, one number, or one for each channel (C,); alpha^2 / sigma^2 gives the covariance of x given z.
+        """
+        shrink = 1 / (1 + precision * self.rest)  # (C,)
+        values, vectors = torch.linalg.eigh(self._inner(precision * shrink))
+        mixing = self.variances.sqrt()[:, None] * vectors * values.clamp_min(0).sqrt()  # M = mixing mixing'
+        directions = torch.einsum("kj,kcxyz->jcxyz", mixing, self.directions) * shrink[:, None, None, None]
+        return Gaussian(self.mean, directions, torch.ones_like(self.variances), self.rest * shrink)
+
+    def _inner(self, weights: Tensor) -> Tensor:
+        """(1 + V^1/2 U' w U V^1/2)^-1, (k, k), with weights (C,)."""
+        scaled = self.directions * self.variances.sqrt()[:, None, None, None, None]
+        system = torch.einsum("icxyz,jcxyz,c->ij", scaled, scaled, weights.to(scaled))
+        return torch.linalg.inv(torch.eye(len(system)).to(system) + system)
+
     def sample(self, noise: Tensor, scores: Tensor) -> Tensor:
         """x (N, C, X, Y, Z) from standard normal `noise`, like x, and `scores` (N, k)."""
         along = torch.einsum("nk,kcxyz->ncxyz", scores.to(self.mean) * self.variances.sqrt(), self.directions)

@@ -18,10 +18,11 @@ class Operator(Protocol):
     """A linear map of a batch, with the noise of its measurements.
 
     Attributes:
-        noise_std: s, above 0.
+        noise_std: s, above 0: one number, or a map that broadcasts against measurements.
     """
 
-    noise_std: float
+    @property
+    def noise_std(self) -> float | Tensor: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """A x."""
@@ -78,17 +79,36 @@ def consistent(denoise: Denoiser, operator: Operator, y: Tensor, process: Proces
     return informed
 
 
-def conjugate_gradients(system: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """w of system(w) = b, for a symmetric positive system of each sample (Hestenes & Stiefel 1952); like b, (N, ...)."""
+def conjugate_gradients(
+    system: Callable[[Tensor], Tensor],
+    b: Tensor,
+    iterations: int,
+    precondition: Callable[[Tensor], Tensor] = lambda v: v,
+    tolerance: float = 0.0,
+) -> Tensor:
+    """w of system(w) = b, for a symmetric positive system of each sample (Hestenes & Stiefel 1952); like b, (N, ...).
+
+    Args:
+        system: the matrix times a vector, of each sample alone.
+        b: the right-hand side.
+        iterations: at most.
+        precondition: the inverse of a matrix like the system's, times a vector; symmetric and positive, too.
+        tolerance: stop where the residuals of all samples are below this share of b, in the norm of `precondition`.
+    """
 
     def inner(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(1).reshape(-1, *[1] * (u.ndim - 1))
 
-    w, residual, direction, size = torch.zeros_like(b), b, b, inner(b, b)
+    w, residual = torch.zeros_like(b), b
+    direction = precondition(residual)
+    size = first = inner(residual, direction)
     for _ in range(iterations):
         image = system(direction)
         step = size / inner(direction, image).clamp_min(torch.finfo(b.dtype).tiny)
         w, residual = w + step * direction, residual - step * image
-        before, size = size, inner(residual, residual)
-        direction = residual + size / before.clamp_min(torch.finfo(b.dtype).tiny) * direction
+        conditioned = precondition(residual)
+        before, size = size, inner(residual, conditioned)
+        if tolerance and (size <= tolerance**2 * first).all():
+            break
+        direction = conditioned + size / before.clamp_min(torch.finfo(b.dtype).tiny) * direction
     return w

@@ -260,15 +260,16 @@ class Measured:
 
     Attributes:
         linear: A.
-        noise_std: s, above 0.
+        noise_std: s, above 0: one number, or a map that broadcasts against y.
     """
 
     linear: Linear
-    noise_std: float
+    noise_std: float | Tensor
 
     def __post_init__(self) -> None:
-        if not self.noise_std > 0:
-            raise InputError(f"noise of deviation {self.noise_std:g}; it must be above 0, as no scan is exact")
+        least = float(torch.as_tensor(self.noise_std).min())
+        if not least > 0:
+            raise InputError(f"noise of deviation {least:g}; it must be above 0, as no scan is exact")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x)
