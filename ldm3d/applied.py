@@ -14,3 +14,9 @@ class Applied:
         from ldm3d.applications.placed import place
 
         return place(self, image, **options)
+
+    def restore(self, image: Any, operator: Any = (), noise: float = 0.01, **options: Any) -> Any:
+        """What a degraded scan can have been, see `ldm3d.applications.restore.restore`."""
+        from ldm3d.applications.restore import restore
+
+        return restore(self, image, operator, noise, **options)

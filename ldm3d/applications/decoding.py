@@ -12,6 +12,7 @@ from torch.nn import functional
 from ldm3d.diffusion.posterior import Jacobian
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import depth_to_space, space_to_depth
+from ldm3d.models.recomputing import decode_recomputed
 from ldm3d.models.unet import cut_to
 from ldm3d.pipeline import Pipeline
 
@@ -29,8 +30,10 @@ class LatentDecoder:
         self.shape = pipe.autoencoder.latent_shape(pipe.grid.shape)[1:]
 
     def __call__(self, x: Tensor) -> Tensor:
-        latent = self.autoencoder.denormalise(cut_to(x, self.shape))
-        return self.autoencoder.decode(latent.to(self.dtype)).float()
+        latent = self.autoencoder.denormalise(cut_to(x, self.shape)).to(self.dtype)
+        if torch.is_grad_enabled() and latent.requires_grad:
+            return decode_recomputed(self.autoencoder, latent).float()
+        return self.autoencoder.decode(latent).float()
 
     def jacobian(self, x: Tensor) -> Jacobian:
         if isinstance(self.autoencoder, Autoencoder) and self.autoencoder.synthesis is not None:

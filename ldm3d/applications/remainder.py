@@ -1,4 +1,4 @@
-"""What an autoencoder cannot hold of a volume, as noise of its own: how large it is at each place, and what a scan tells of it.
+"""What an autoencoder cannot hold of a volume, as noise of its own: how large it is at each place, what a scan tells of it.
 
 A volume is x = D(z) + r. The remainder r of an autoencoder looks like white noise (its neighbours correlate by 0.1) whose
 size differs by place: it is large at the brain's outline and small in the background. So r ~ N(0, T) with a smooth map T,
@@ -47,18 +47,18 @@ class Remainder:
         return Measured(self.linear, variance.sqrt().clamp_min(LEAST))
 
     def learn(self, residual: Tensor) -> Measured:
-        """T from residuals of samples; the operator as it is then."""
-        square = residual.square().mean(dim=0, keepdim=True) * self.measured
+        """T from residuals, of each sample its own; the operator as it is then."""
+        square = residual.square() * self.measured
         beyond = (square - self.noise_std**2) / self.share
         cover = self._near(self._cover)
-        everywhere = beyond[self.measured].mean()
+        everywhere = (beyond * self.measured).flatten(1).sum(1).reshape(-1, 1, 1, 1, 1) / self.measured.sum()
         few = 1e-3 * self._cover.max()  # deep in a hole nothing is near, and the whole volume's mean counts
         near = (self._near(self.linear.transpose(beyond * self.measured)) + few * everywhere) / (cover + few)
         self.variance = near.clamp_min(LEAST**2)
         return self.operator
 
     def draw(self, residual: Tensor, draw: Draw) -> Tensor:
-        """r given the residuals of samples, N draws."""
+        """r given residuals, a draw of each sample."""
         return self._given(residual, self.variance.sqrt() * draw(self.variance.shape[1:]), draw(residual.shape[1:]))
 
     def mean(self, residual: Tensor) -> Tensor:

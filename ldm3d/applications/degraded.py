@@ -1,0 +1,241 @@
+"""What happened to a scan, in words and as an operator of volumes on the Grid; and the way back of what was restored.
+
+    mask=FILE             only what FILE marks (above 0) is known
+    hole=FILE             all but what FILE marks is known: a lesion, an artefact
+    missing=z:10-14,20    these slices of the file are missing; x, y and z are the first, second and third axis of the file
+    slices[=z:6]          slices are thick, of 6 mm across the third axis; by default as the file's voxels are
+    blur=8                blurred by a Gaussian of 8 mm, full width at half maximum
+    bias=FILE             every voxel was multiplied by FILE's
+    noise                 nothing but noise
+
+Legend: v the scan on the Grid (1, C, X, Y, Z); y what was measured of it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm3d.applications.placed import PlacedScan
+from ldm3d.data.nifti import read_volume
+from ldm3d.data.placing import restore
+from ldm3d.diffusion.operators import Chain, Identity, Linear, Sampled, Scaled, blur, mask
+from ldm3d.errors import InputError, choose
+from ldm3d.geometry import resample, spacing_of
+
+KINDS = ("mask", "hole", "missing", "slices", "blur", "bias", "noise")
+AXES = "xyz"
+SURE = 0.999  # share of known voxels around a voxel of the Grid that make it known
+
+
+@dataclass(frozen=True, eq=False)
+class Degraded:
+    """A measurement and its operator.
+
+    Attributes:
+        name: in words.
+        linear: A, of volumes on the Grid.
+        measured: y, (1, C, X', Y', Z') on the pipeline's device.
+        known: (X', Y', Z') voxels of the scan that are kept as they are; None: every voxel is restored.
+        affine: (4, 4) of what `back` gives.
+        finer: how many voxels of the result lie in one of the scan, along each axis of its.
+    """
+
+    name: str
+    linear: Linear
+    measured: Tensor
+    known: NDArray | None
+    affine: NDArray
+    finer: tuple[int, int, int] = (1, 1, 1)
+
+    def back(self, placed: PlacedScan, volume: Tensor) -> NDArray:
+        """A restored volume (1, C, X, Y, Z) on the scan's own voxels, or finer ones, in its intensities.
+
+        What is known stays as it was scanned. From thick slices finer detail within them stays, too: the scan plus what
+        restoring changes.
+        """
+        volume = volume.clamp(0, 1)
+        if self.finer != (1, 1, 1):
+            shape = [n * k for n, k in zip(placed.scan.shape[1:], self.finer)]
+            change = (volume - placed.volume)[0].cpu().numpy() * (placed.info["high"] - placed.info["low"])
+            moved = resample(change, np.array(placed.info["grid_affine"]), self.affine, shape)
+            return resample(placed.scan, placed.affine, self.affine, shape) + moved
+        restored = placed.back(volume, keep_residual=False)
+        return restored if self.known is None else np.where(self.known, placed.scan, restored)
+
+    def deviation_back(self, placed: PlacedScan, deviation: Tensor) -> NDArray:
+        """A deviation (1, C, X, Y, Z) likewise; 0 where the scan was kept."""
+        info = {**placed.info, "low": 0.0, "high": placed.info["high"] - placed.info["low"]}
+        if self.finer != (1, 1, 1):
+            shape = [n * k for n, k in zip(placed.scan.shape[1:], self.finer)]
+            info |= {"source_shape": shape, "source_affine": self.affine}
+        moved = restore(deviation[0].cpu().numpy(), info)[0]
+        return moved if self.known is None else np.where(self.known, np.float32(0), moved)
+
+
+def degraded(placed: PlacedScan, operator: str | Sequence[str] | Linear) -> Degraded:
+    """What happened to a scan.
+
+    Args:
+        placed: the scan.
+        operator: words as at the top of this file, one after another as they happened; or A itself, of volumes on the Grid, to
+            which `placed.volume` is then the measurement.
+
+    Raises:
+        InputError: an unknown word, or one that does not fit the scan.
+    """
+    if isinstance(operator, Linear):
+        measured = operator(placed.volume)
+        if measured.shape != placed.volume.shape:
+            raise InputError(
+                f"the operator makes volumes of shape {tuple(measured.shape[2:])} from the Grid's {placed.volume.shape[2:]}; "
+                "for a scan it must keep the shape (for thick slices say slices)"
+            )
+        return Degraded(type(operator).__name__, operator, placed.volume, None, placed.affine)
+    words = [operator] if isinstance(operator, str) else list(operator)
+    return _Reader(placed).read(words or ["noise"])
+
+
+class _Reader:
+    """Turns words into an operator."""
+
+    def __init__(self, placed: PlacedScan):
+        self.placed, self.shape = placed, placed.scan.shape[1:]
+        self.grid_affine = np.array(placed.info["grid_affine"])
+        self.operators: list[Linear] = []
+        self.known: NDArray | None = None
+        self.thick: dict[int, float] | None = None
+
+    def read(self, words: Sequence[str]) -> Degraded:
+        for word in words:
+            name, _, value = word.partition("=")
+            choose("operator", name, KINDS)
+            getattr(self, f"_{name}")(value)
+        name = " ".join(
+            word.partition("=")[0] + ("=" + Path(word.partition("=")[2]).name if "=" in word else "") for word in words
+        )
+        if self.thick is not None:
+            return self._sliced(name)
+        if self.known is not None:
+            here = resample(self.known.astype(np.float32), self.placed.affine, self.grid_affine, self.placed.pipe.grid.shape)
+            self.operators.append(mask(torch.from_numpy(here[0] > SURE)))
+        linear = Chain(*self.operators) if self.operators else Identity()
+        kept = self.known if all(word.partition("=")[0] in ("mask", "hole", "missing") for word in words) else None
+        return Degraded(name, linear, self.placed.volume, kept, self.placed.affine)
+
+    def _sliced(self, name: str) -> Degraded:
+        """The scan's own lattice where it is coarser than the Grid, averaged to the Grid's spacing where it is finer."""
+        placed, thick = self.placed, self.thick or {}
+        own, grid = spacing_of(placed.affine), np.array(placed.pipe.grid.spacing_mm)
+        if not (thick := thick or {axis: mm for axis, mm in enumerate(own) if mm > 1.2 * grid.min()}):
+            raise InputError(
+                f"{placed.name} has voxels of {' x '.join(f'{mm:g}' for mm in own)} mm and the model {grid.min():g} mm: no "
+                "slice of it is thicker; give axis and thickness, slices=z:6"
+            )
+        step = np.maximum(own, grid.min() * (1 - 1e-6))
+        shape = [max(int(n * mm / s + 1e-6), 1) for n, mm, s in zip(self.shape, own, step)]
+        lattice = placed.affine.copy()
+        lattice[:3, :3] *= step / own
+        middle = (np.array(self.shape) - 1) / 2, (np.array(shape) - 1) / 2
+        lattice[:3, 3] += placed.affine[:3, :3] @ middle[0] - lattice[:3, :3] @ middle[1]
+        scaled = (placed.scan - placed.info["low"]) / (placed.info["high"] - placed.info["low"])
+        y = resample(scaled.clip(0, 1).astype(np.float32), placed.affine, lattice, shape)
+        parts = [max(round(thick[axis] / grid.min()), 1) if axis in thick else 1 for axis in range(3)]
+        offsets = [
+            ((np.arange(k) + 0.5) / k - 0.5) * (thick[axis] / step[axis] if axis in thick else 0)
+            for axis, k in enumerate(parts)
+        ]
+        steps = torch.from_numpy(np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1).reshape(-1, 3))
+        to_grid = torch.from_numpy(np.linalg.solve(self.grid_affine, lattice))
+        self.operators.append(Sampled(to_grid, placed.pipe.grid.shape, shape, steps))
+        if self.known is not None:
+            here = resample(self.known.astype(np.float32), placed.affine, lattice, shape)
+            self.operators.append(mask(torch.from_numpy(here[0] > SURE)))
+        finer = [max(math.ceil(own[axis] / grid.min() - 0.2), 1) if axis in thick else 1 for axis in range(3)]
+        affine = placed.affine.copy()
+        affine[:3, :3] /= finer
+        affine[:3, 3] += placed.affine[:3, :3] @ ((1 / np.array(finer) - 1) / 2)
+        measured = torch.from_numpy(y)[None].to(placed.volume)
+        return Degraded(name, Chain(*self.operators), measured, None, affine, tuple(finer))
+
+    def _mask(self, value: str) -> None:
+        self._keep(self._marked(value, "mask"))
+
+    def _hole(self, value: str) -> None:
+        self._keep(~self._marked(value, "hole"))
+
+    def _missing(self, value: str) -> None:
+        axis, numbers = self._axis(value, "missing=z:10-14,20")
+        known = np.ones((1, *self.shape), bool)
+        for part in numbers.split(","):
+            first, _, last = part.partition("-")
+            if (
+                not (first.isdigit() and (last or first).isdigit())
+                or not 0 <= int(first) <= int(last or first) < self.shape[axis]
+            ):
+                raise InputError(
+                    f"missing={value}: {part!r} is no slice or range of the {self.shape[axis]} from 0 on; 10-14,20 is"
+                )
+            known[(slice(None),) * (axis + 1) + (slice(int(first), int(last or first) + 1),)] = False
+        self._keep(known)
+
+    def _slices(self, value: str) -> None:
+        self.thick = {}
+        if value:
+            axis, mm = self._axis(value, "slices=z:6")
+            self.thick = {axis: _number(mm, "slices=z:6")}
+
+    def _blur(self, value: str) -> None:
+        fwhm = _number(value, "blur=8")
+        grid = self.placed.pipe.grid
+        self.operators += [blur(axis, n, fwhm / mm) for axis, (n, mm) in enumerate(zip(grid.shape, grid.spacing_mm))]
+
+    def _bias(self, value: str) -> None:
+        field, affine = self._file(value, "bias")
+        here = resample(field - 1, affine, self.grid_affine, self.placed.pipe.grid.shape)[0] + 1  # 1 outside of it
+        if not here.min() > 0:
+            raise InputError(f"bias={value}: a field of factors must be above 0 everywhere, and this one has {here.min():g}")
+        self.operators.append(Scaled(torch.from_numpy(here)))
+
+    def _noise(self, value: str) -> None:
+        if value:
+            raise InputError(f"noise={value}: how much noise there is goes to --noise (noise of pipe.restore)")
+
+    def _keep(self, known: NDArray) -> None:
+        self.known = known if self.known is None else self.known & known
+        if not self.known.any():
+            raise InputError("nothing of the scan is known, so there is nothing to restore from; are mask and hole swapped?")
+
+    def _marked(self, value: str, kind: str) -> NDArray:
+        marked, affine = self._file(value, kind)
+        if marked.shape != self.placed.scan.shape or not np.allclose(affine, self.placed.affine, atol=1e-2):
+            marked = resample((marked > 0).astype(np.uint8), affine, self.placed.affine, self.shape, "nearest")
+        return marked > 0
+
+    def _file(self, value: str, kind: str) -> tuple[NDArray, NDArray]:
+        if not value:
+            raise InputError(f"{kind} needs a file: {kind}=FILE.nii.gz")
+        if not Path(value).is_file():
+            raise InputError(f"{kind}={value}: no such file")
+        return read_volume(Path(value))
+
+    def _axis(self, value: str, example: str) -> tuple[int, str]:
+        axis, separator, rest = value.partition(":")
+        if axis not in AXES or len(axis) != 1 or not separator:
+            raise InputError(f"{example.partition('=')[0]}={value}: name an axis of the file and more, as in {example}")
+        return AXES.index(axis), rest
+
+
+def _number(text: str, example: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise InputError(f"{example.partition('=')[0]} of {text!r} mm; give a number above 0, as in {example}")
+    return number
