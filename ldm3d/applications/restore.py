@@ -137,7 +137,9 @@ def restore(
         if progress:
             progress(done, samples * levels)
 
-    draws, means = zip(*posterior_volumes(pipe, found.linear, found.measured, row, noise, range(samples), levels, seed, progress=level))
+    draws, means = zip(
+        *posterior_volumes(pipe, found.linear, found.measured, row, noise, range(samples), levels, seed, progress=level)
+    )
     settings = {"operator": found.name, "noise": noise, "covariates": {k: v for k, v in row.items() if v is not None}}
     settings |= {"samples": samples, "levels": levels, "seed": seed}
     mean = torch.stack(means).mean(dim=0)[None].clamp(0, 1)
