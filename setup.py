@@ -5,5 +5,10 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ldm3d*"]), "ldm3d.weights"],
     package_dir={"ldm3d.weights": "models"},
-    package_data={"ldm3d": ["py.typed"], "ldm3d.report": ["*.html"], "ldm3d.weights": ["**/*"]},
+    package_data={
+        "ldm3d": ["py.typed"],
+        "ldm3d.report": ["*.html"],
+        "ldm3d.serve": ["static/*"],
+        "ldm3d.weights": ["**/*"],
+    },
 )

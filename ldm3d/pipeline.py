@@ -307,12 +307,18 @@ class Pipeline(Applied):
             return guided
         return in_turn(self.start.denoiser(asked.covariates, self.process), guided, self.start.until, self.process)
 
-    def latents(self, requests: Sequence[Mapping[str, Value]], sampling: Sampling, numbers: Sequence[int]) -> Tensor:
-        """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers in the series."""
+    def latents(
+        self,
+        requests: Sequence[Mapping[str, Value]],
+        sampling: Sampling,
+        numbers: Sequence[int],
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers; `progress` gets steps done."""
         channels, *shape = self.autoencoder.latent_shape(self.grid.shape)
         padded = channels, *self.unet.padded_shape(shape)
         denoise = self.denoiser(requests, sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval)
-        return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device), shape)
+        return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device, progress), shape)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""

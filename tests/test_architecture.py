@@ -77,7 +77,7 @@ LAYERS = (
     ("privacy",),
     ("report",),
     ("budget", "demo_clock"),
-    ("check", "demo"),
+    ("check", "demo", "serve"),
     ("cli",),
 )
 # Torch and numbers alone, and no other room beside errors: networks know no config, diffusion no network
@@ -148,7 +148,13 @@ def test_networks_and_diffusion_know_torch_only():
 
 @pytest.mark.parametrize(
     "package, users",
-    [("accelerate", ("training/",)), ("nibabel", ("data/nifti.py",)), ("matplotlib", ("figures.py",))],
+    [
+        ("accelerate", ("training/",)),
+        ("nibabel", ("data/nifti.py",)),
+        ("matplotlib", ("figures.py",)),
+        ("starlette", ("serve/",)),
+        ("uvicorn", ("serve/",)),
+    ],
 )
 def test_one_part_alone_uses(package, users):
     using = {module for module, names in IMPORTS.items() if any(is_in(name, (package,)) for name in names)}

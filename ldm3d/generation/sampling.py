@@ -6,7 +6,7 @@ of processes.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -122,8 +122,9 @@ def sample_latents(
     sampling: Sampling,
     numbers: Sequence[int],
     device: torch.device,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Latents (N, *shape), each from the noise of its number in the series."""
+    """Latents (N, *shape), each from the noise of its number in the series; `progress` is told of each step."""
     # One generator a sample, asked in the order start, step 0, step 1, ...: batches have no influence
     generators = [generator("sample", sampling.seed, number) for number in numbers]
 
@@ -131,4 +132,5 @@ def sample_latents(
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     start = noise()
-    return sample(sampling.sampler, denoise, start, process, sampling.steps, spacing=sampling.spacing, noise=noise)
+    settings = {"spacing": sampling.spacing, "noise": noise, "progress": progress}
+    return sample(sampling.sampler, denoise, start, process, sampling.steps, **settings)

@@ -1,0 +1,103 @@
+"""What a page asks for: covariates and sampling, read from JSON and checked, within limits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm3d.covariates import Value
+from ldm3d.description import Sampling
+from ldm3d.errors import InputError, choose, shown
+from ldm3d.pipeline import Pipeline
+
+FIELDS = ("covariates", "seed", "sampler", "steps", "guidance", "coarse")
+MAX_SEED = 2**53 - 1  # a browser's numbers are exact up to there
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a page may ask of this machine.
+
+    Args:
+        body: bytes of a request.
+        waiting: requests at once, the one that is computed included.
+        seconds: of computing, for one request; looked at between sampling steps.
+        reading: seconds in which a request's body must have arrived.
+        steps: of the sampler.
+        kept: bytes of finished volumes that are kept, so that a download need not wait again.
+    """
+
+    body: int = 64 * 1024
+    waiting: int = 256
+    seconds: float = 600.0
+    reading: float = 10.0
+    steps: int = 200
+    kept: int = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One volume.
+
+    Attributes:
+        covariates: (name, value or None) of each.
+        sampling: how; its `steps` are few where the volume is coarse.
+        coarse: a preview: few steps, a batch of one.
+    """
+
+    covariates: tuple[tuple[str, Value], ...]
+    sampling: Sampling
+    coarse: bool = False
+
+    @property
+    def row(self) -> dict[str, Value]:
+        return dict(self.covariates)
+
+
+def read_asked(text: bytes | str, pipeline: Pipeline, limits: Limits, preview_steps: int) -> Asked:
+    """A request from JSON: {"covariates": {...}, "seed": 0, "sampler": ..., "steps": ..., "guidance": ..., "coarse": false}.
+
+    All keys may be left out.
+
+    Raises:
+        InputError: no such JSON, an unknown key, or a value that the model or the limits do not allow.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("the request is no JSON") from None
+    if not isinstance(values, dict) or not isinstance(values.get("covariates", {}), dict):
+        raise InputError("the request is no JSON object with `covariates` as an object")
+    for key in values:
+        choose("key of a request", key, FIELDS)
+    if not isinstance(coarse := values.get("coarse", False), bool):
+        raise InputError(f"coarse is {shown(coarse)}; use true or false")
+    numbers = {
+        "seed": _number(values, "seed", 0, MAX_SEED, whole=True),
+        "steps": _number(values, "steps", 1, limits.steps, whole=True),
+        "guidance": _number(values, "guidance", 0, 100),
+    }
+    sampling = pipeline.sampling.replace(sampler=_sampler(values), **numbers)
+    if coarse:
+        sampling = sampling.replace(steps=min(sampling.steps, preview_steps))
+    pipeline.check_sampling(sampling)
+    row = pipeline.schema.parse(values.get("covariates", {}))
+    return Asked(tuple(row.items()), sampling, coarse)
+
+
+def _sampler(values: Mapping[str, Any]) -> str | None:
+    name = values.get("sampler")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"sampler is {shown(name)}; give a name")
+    return name
+
+
+def _number(values: Mapping[str, Any], key: str, low: float, high: float, whole: bool = False) -> Any:
+    """The value of a key within its limits, or None."""
+    value = values.get(key)
+    if value is None:
+        return None
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise InputError(f"{key} is {shown(value)}; give a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+    return value

@@ -1,0 +1,144 @@
+"""The page of `ldm3d serve` in headless Chromium: load, slide, wait for the new brain, download, compare."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from serving import served
+from torture.generation import make_pipeline
+
+from ldm3d.data.nifti import from_image, unpack_volume
+from ldm3d.pipeline import Pipeline
+from ldm3d.serve.studio import Studio
+
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="needs chromium and chromedriver (Debian: apt-get install chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return Pipeline.from_pretrained(folder, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1000", "--disable-gpu"):
+        options.add_argument(argument)
+    options.add_argument("--disable-3d-apis")  # no WebGL: the canvas takes over
+    downloads = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(120)
+    driver.downloads = downloads
+    yield driver
+    driver.quit()
+
+
+def until(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def settled(browser) -> dict:
+    """Wait for the full volume; the request that it was made for."""
+    until(lambda: browser.execute_script("return document.body.dataset.state") in ("full", "failed"))
+    assert browser.execute_script("return document.body.dataset.state") == "full", text(browser, "status")
+    return json.loads(browser.execute_script("return document.body.dataset.shown"))
+
+
+def text(browser, element: str) -> str:
+    return browser.execute_script("return document.getElementById(arguments[0]).textContent", element)
+
+
+def slide(browser, value: float) -> None:
+    """Move the first slider, as a hand does."""
+    browser.execute_script(
+        "const s = document.querySelector('.covariate input[type=range]'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input'))",
+        value,
+    )
+
+
+def picture(browser, name: str = "current") -> str:
+    return browser.execute_script(f"return document.querySelector('figure[data-name={name}] canvas').toDataURL()")
+
+
+def downloaded(folder: Path, pattern: str) -> bytes:
+    (path,) = until(lambda: list(folder.glob(pattern)))
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+def test_slide_download_compare_film(browser, pipeline):
+    with served(Studio(pipeline, "tiny", preview_steps=1)) as page:
+        browser.get(f"http://127.0.0.1:{page.port}/")
+        first = settled(browser)
+        assert first["covariates"] == {"age": 50, "sex": "F"} and first["seed"] == 0
+        before = picture(browser)
+
+        slide(browser, 80)
+        assert settled(browser)["covariates"]["age"] == 80
+        assert picture(browser) != before and "age 80 years" in browser.page_source
+        browser.execute_script("document.querySelector('#downloads button').click()")
+        content = downloaded(browser.downloads, "*.nii.gz")
+        expected = from_image(pipeline(age=80, sex="F", seed=0).images[0])
+        assert np.array_equal(unpack_volume(content), expected)
+
+        browser.execute_script("document.getElementById('keep').click(); document.getElementById('another').click()")
+        other = settled(browser)
+        assert other["seed"] != 0 and other["covariates"] == {"age": 80, "sex": "F"}
+        names = "return [...document.querySelectorAll('figure')].map((f) => f.dataset.name).sort()"
+        until(lambda: browser.execute_script(names) == ["current", "difference", "kept"])
+        assert picture(browser, "kept") != picture(browser)
+
+        browser.execute_script("document.getElementById('frames').value = 3; document.getElementById('make').click()")
+        until(lambda: "done" in text(browser, "status"))
+        assert browser.execute_script("return document.getElementById('frame').max") == "2"
+        assert browser.execute_script(
+            "return [...document.querySelectorAll('figcaption')].every((c) => c.textContent.includes('synthetic'))"
+        )
+        assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_an_open_covariate_and_an_error_are_shown(browser, pipeline):
+    with served(Studio(pipeline, "tiny", preview_steps=1)) as page:
+        browser.get(f"http://127.0.0.1:{page.port}/")
+        settled(browser)
+        browser.execute_script("document.getElementById('open-age').click()")
+        assert settled(browser)["covariates"] == {"sex": "F"}
+        browser.execute_script(
+            "const s = document.getElementById('steps'); s.value = 5000; s.dispatchEvent(new Event('change'))"
+        )
+        until(lambda: browser.execute_script("return document.body.dataset.state") == "failed")
+        assert "from 1 to 200" in text(browser, "status")
+
+
+@pytest.mark.parametrize("width", [1300, 800, 400])
+def test_nothing_sticks_out_of_the_page(browser, pipeline, width):
+    with served(Studio(pipeline, "tiny", preview_steps=1)) as page:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(f"http://127.0.0.1:{page.port}/")
+        settled(browser)
+        browser.execute_script("document.getElementById('keep').click()")
+        until(lambda: browser.execute_script("return document.querySelectorAll('figure canvas').length") == 3)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
