@@ -12,9 +12,7 @@ from ldm3d.errors import InputError
 def serve(
     model: ModelPath,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; other than on loopback the URL holds a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; beyond loopback the URL has a token.")] = "127.0.0.1",
     preview_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the coarse preview.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; 1 gives the volumes of `ldm3d generate`.")] = 1,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at once; one is computed, the others wait.")] = 256,

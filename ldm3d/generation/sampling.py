@@ -132,5 +132,5 @@ def sample_latents(
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     start = noise()
-    settings = {"spacing": sampling.spacing, "noise": noise, "progress": progress}
-    return sample(sampling.sampler, denoise, start, process, sampling.steps, **settings)
+    name, steps, spacing = sampling.sampler, sampling.steps, sampling.spacing
+    return sample(name, denoise, start, process, steps, spacing=spacing, noise=noise, progress=progress)

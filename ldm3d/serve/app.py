@@ -14,7 +14,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any
 
@@ -130,10 +130,8 @@ class _Answer:
         finally:
             gone.cancel()
             work.cancel()
-        try:
+        with suppress(asyncio.CancelledError, Cancelled):
             await work
-        except (asyncio.CancelledError, Cancelled):
-            pass
 
     async def _checked(self, scope: Scope, receive: Receive, body: bytes, send: Send) -> None:
         try:

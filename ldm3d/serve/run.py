@@ -59,8 +59,8 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 8080) -> None:
     print(f"a coarse preview ({studio.preview_steps} steps) takes {seconds:.2f} s on this machine")
     if token:
         print(
-            f"listening at {host}: everyone who reaches this machine and knows the token can use the page. The connection is not "
-            "encrypted; an SSH tunnel to the page on loopback is safer"
+            f"listening at {host}: everyone who reaches this machine and knows the token can use the page. The connection is "
+            "not encrypted; an SSH tunnel to the page on loopback is safer"
         )
     else:
         print("listening on loopback: programs and users of this machine can use the page, no other machine")

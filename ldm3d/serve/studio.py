@@ -1,4 +1,4 @@
-"""The model at work: volumes as NIfTI files, one at a time, in a thread of its own, that can be cancelled between two steps."""
+"""The model at work: volumes as NIfTI files, one at a time in one thread; each can be cancelled between two steps."""
 
 import threading
 import time
@@ -48,8 +48,8 @@ class Job:
             raise Cancelled
         if time.monotonic() > self._end:
             raise InputError(
-                f"stopped after {self._seconds:g} seconds, in step {done}; ask for fewer steps, or start the page with a higher "
-                "--seconds"
+                f"stopped after {self._seconds:g} seconds, in step {done}; ask for fewer steps, or start the page with "
+                "more --seconds"
             )
 
 
