@@ -69,7 +69,7 @@ LAYERS = (
     ("start",),
     ("data", "memory", "description"),
     ("seen", "metrics", "environment", "figures", "shipped"),
-    ("experiment", "generation", "folder", "applied"),
+    ("experiment", "generation", "folder", "applied", "dicom"),
     ("pipeline",),
     ("published", "rulers"),
     ("applications",),
@@ -154,6 +154,7 @@ def test_networks_and_diffusion_know_torch_only():
         ("matplotlib", ("figures.py",)),
         ("starlette", ("serve/",)),
         ("uvicorn", ("serve/",)),
+        ("pydicom", ("dicom.py",)),
     ],
 )
 def test_one_part_alone_uses(package, users):

@@ -1,4 +1,4 @@
-"""Commands for a trained model: generate, info, export, import-monai."""
+"""Commands for a trained model: generate, dicom, info, export, import-monai."""
 
 import sys
 from pathlib import Path
@@ -30,6 +30,7 @@ def generate(
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: faster for many volumes.")] = False,
     check: Annotated[bool, typer.Option(help="Check finished volumes by checksum, not by size only.")] = True,
     audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
+    dicom: Annotated[Path | None, typer.Option(help="Write the volumes as DICOM into this folder, too.")] = None,
 ) -> None:
     """Generate volumes for given covariates, as a BIDS derivative.
 
@@ -53,11 +54,14 @@ def generate(
         raise InputError("give either --table, with one row a volume, or covariates and --num")
     rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
-    _generate(pipeline, sampling, rows, out, batch_size, check, guard, processes)
+    if dicom is not None:
+        _dicom()  # before anything is generated
+    if _generate(pipeline, sampling, rows, out, batch_size, check, guard, processes) and dicom is not None:
+        as_dicom(out, dicom)
 
 
-def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, check: bool, guard, processes) -> None:
-    """Generate with a progress bar, and print the outcome."""
+def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, check: bool, guard, processes) -> bool:
+    """Generate with a progress bar, and print the outcome; whether the series is complete."""
     from tqdm import tqdm
 
     from ldm3d.generation.run import generate
@@ -97,6 +101,25 @@ def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, 
         print(f"{who}{tally}; {len(rows) - tally.withheld} synthetic volumes written to {out}")
     if tally.withheld:
         print(f"{who}{tally.withheld} of {len(rows)} withheld: too near to a training subject; see {out / WITHHELD}")
+    return not tally.missing
+
+
+@app.command("dicom")
+def as_dicom(
+    folder: Annotated[Path, typer.Argument(help="Of `ldm3d generate`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write sub-syn0001.dcm and so on.", show_default=False)],
+) -> None:
+    """Write generated volumes as DICOM: Enhanced MR objects that say that they are synthetic."""
+    print(f"{_dicom()(folder, out)} volumes written as DICOM to {out}")
+
+
+def _dicom():
+    """`ldm3d.dicom.convert`, where its library is there."""
+    try:
+        from ldm3d.dicom import convert
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is missing, which DICOM needs; pip install 'ldm3d[dicom]'") from None
+    return convert
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Files that a page offers for download, each marked as synthetic."""
 
+import importlib.util
 import io
 import tempfile
 import zipfile
@@ -14,7 +15,7 @@ ZIP = "application/zip"
 
 def formats() -> list[str]:
     """What can be had here, by name."""
-    return ["nifti", "bids"]
+    return ["nifti", "bids", *(["dicom"] if importlib.util.find_spec("pydicom") else [])]
 
 
 def packed(kind: str, content: bytes, pipeline: Pipeline, asked: Asked) -> tuple[str, str, bytes]:
@@ -31,6 +32,12 @@ def packed(kind: str, content: bytes, pipeline: Pipeline, asked: Asked) -> tuple
     with tempfile.TemporaryDirectory(prefix="ldm3d-serve-") as folder:
         root = Path(folder) / name
         pipeline.write(root, [unpack_volume(content)], [asked.row], asked.sampling)
+        if kind == "dicom":
+            from ldm3d.dicom import convert  # its library may be missing
+
+            convert(root, Path(folder) / "dicom")
+            (path,) = (Path(folder) / "dicom").iterdir()
+            return f"{name}.dcm", "application/dicom", path.read_bytes()
         return f"{name}_{kind}.zip", ZIP, _zipped(root)
 
 
