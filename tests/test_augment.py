@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ldm3d.data import augment
-from ldm3d.data.augment import paint, vary
-from ldm3d.data.labels import shares_on_grid
+from ldm3d.data.augment import paint, random_place, vary
+from ldm3d.data.labels import at_points, shares_on_grid
 from ldm3d.geometry import resample
 from ldm3d.rulers.segmenter import dice, train_segmenter
 
@@ -30,7 +30,9 @@ def label_map(i: int = 0):
 
 def painted_with_labels(seed: int):
     """A painted volume, and the labels of the nearest voxels, both (1, *SHAPE)."""
-    volume, placed = paint(label_map(), FINE, COARSE, SHAPE, np.random.default_rng(seed))
+    random = np.random.default_rng(seed)
+    placed = random_place(COARSE, SHAPE, random)
+    volume = paint(at_points(label_map(), FINE, placed, SHAPE), random)
     return volume, resample(label_map(), FINE, placed, SHAPE, "nearest")
 
 
@@ -60,19 +62,18 @@ def test_contrasts_are_of_all_kinds():
 
 def test_voxels_at_a_border_are_mixtures(monkeypatch):
     """A plane that cuts voxels in two: half of the intensity, where picking one label a voxel would give all or nothing."""
-    monkeypatch.setattr(augment, "_moved", lambda affine, shape, random: affine)
     monkeypatch.setattr(augment, "DEVIATION", 0.0)
     labels = np.zeros((1, 40, 44, 40), np.int32)
     labels[:, 20:] = 2
     half_a_voxel_on = COARSE.copy()
     half_a_voxel_on[0, 3] = -0.5
-    volume, _ = paint(labels, FINE, half_a_voxel_on, SHAPE, np.random.default_rng(0))
+    volume = paint(at_points(labels, FINE, half_a_voxel_on, SHAPE), np.random.default_rng(0))
     row = volume[0, :, 11, 10]
     assert 0.15 < row[10] < 0.85 and row[8] < 0.02 and row[12] == pytest.approx(1, abs=0.02)
 
 
 def test_varied_volumes_stay_in_range_and_follow_from_their_random_numbers():
-    volume, _ = paint(label_map(), FINE, COARSE, SHAPE, np.random.default_rng(0))
+    volume = paint(at_points(label_map(), FINE, COARSE, SHAPE), np.random.default_rng(0))
     varied = [vary(volume, np.random.default_rng(seed)) for seed in (0, 0, *range(1, 8))]
     assert all(v.shape == volume.shape and v.dtype == np.float32 and v.min() >= 0 and v.max() <= 1 for v in varied)
     assert np.array_equal(varied[0], varied[1])
@@ -93,8 +94,9 @@ def test_a_segmenter_trained_on_painted_volumes_reads_a_contrast_that_no_scan_ha
         return means[labels].astype(np.float32), shares
 
     def painted(i: int, random: np.random.Generator):
-        volume, placed = paint(maps[i], FINE, COARSE, SHAPE, random)
-        return volume, shares_on_grid(maps[i], FINE, placed, SHAPE, GROUPS)
+        placed = random_place(COARSE, SHAPE, random)
+        points = at_points(maps[i], FINE, placed, SHAPE)
+        return paint(points, random), shares_on_grid(maps[i], FINE, placed, SHAPE, GROUPS)
 
     own, other = (train_segmenter(load, 9, GROUPS, steps=300, paint=each) for each in (None, painted))
     on_inverted = [np.mean(dice(network, lambda i: load(i, True), (9, 10, 11))["core"]) for network in (own, other)]

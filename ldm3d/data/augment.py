@@ -16,14 +16,13 @@ from monai.transforms import (
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from ldm3d.geometry import resample
-
 # FreeSurfer's labels of the right hemisphere and theirs of the left: both sides of a structure have one intensity
 LEFT_OF = {
     **{right: right - 39 for right in (41, 42, 43, 44)},
     **{right: right - 39 for right in (46, 47)},
     **{49: 10, 50: 11, 51: 12, 52: 13, 53: 17, 54: 18, 58: 26, 60: 28, 62: 30, 63: 31},
 }
+WITHIN_VOXELS = (1, 3, 5)  # the axes of `points` that lead through a voxel
 DEVIATION = 0.06  # most that the intensities of one label vary by, of the range
 ROTATION_DEGREES, SCALING, SHIFT_MM = 8.0, 0.08, 6.0  # standard deviations of a random placing
 
@@ -43,23 +42,17 @@ def vary(volume: NDArray, random: np.random.Generator) -> NDArray:
     return np.asarray(changes(volume * np.float32(gain)), np.float32).clip(0, 1)
 
 
-def paint(
-    labels: NDArray, affine: NDArray, grid_affine: NDArray, shape: tuple[int, ...], random: np.random.Generator
-) -> tuple[NDArray, NDArray]:
-    """A volume painted from a label map, each label in a random intensity, at a random place on a grid.
-
-    It is painted at the resolution of the label map and then averaged, so voxels hold mixtures of tissues as a scan's do.
-    Label 0 is black.
+def paint(points: NDArray, random: np.random.Generator) -> NDArray:
+    """A volume painted from labels, each in a random intensity; what several labels share is a mixture, as in a scan.
 
     Args:
-        labels: (1, X, Y, Z), whole numbers, black below 0 too; both sides of FreeSurfer's structures have one intensity.
-        affine: (4, 4) of `labels`, to mm.
-        grid_affine, shape: of the grid; rotated, scaled and shifted a little, as `random` says.
+        points: labels at some points of each voxel, see `ldm3d.data.labels.at_points`; 0 is black, and so is what is below.
+            Both sides of FreeSurfer's structures have one intensity.
 
     Returns:
-        The volume (1, *shape), float32 in [0, 1], and the affine of the place that was drawn.
+        (1, X, Y, Z), float32 in [0, 1].
     """
-    labels = np.maximum(labels, 0)
+    labels = np.maximum(points, 0)
     count = int(labels.max()) + 1
     mean, deviation = random.uniform(0.05, 1, count), random.uniform(0, DEVIATION, count)
     for right, left in LEFT_OF.items():
@@ -68,14 +61,13 @@ def paint(
     mean[0] = deviation[0] = 0
     noise = random.standard_normal(labels.shape, np.float32)
     painted = mean.astype(np.float32)[labels] + deviation.astype(np.float32)[labels] * noise
-    placed = _moved(grid_affine, shape, random)
-    volume = resample(painted, affine, placed, shape)
+    volume = painted.mean(axis=WITHIN_VOXELS)[None]
     brightest = np.percentile(volume[volume > 0.02], 99.8) if (volume > 0.02).any() else 1.0
-    return (volume / np.float32(brightest)).clip(0, 1), placed
+    return (volume / np.float32(brightest)).clip(0, 1)
 
 
-def _moved(grid_affine: NDArray, shape: tuple[int, ...], random: np.random.Generator) -> NDArray:
-    """The affine of a grid that is turned and scaled about its centre, and shifted."""
+def random_place(grid_affine: NDArray, shape: tuple[int, ...], random: np.random.Generator) -> NDArray:
+    """The affine (4, 4) of a grid that is turned and scaled about its centre, and shifted, all a little."""
     centre = (grid_affine @ [*((np.array(shape) - 1) / 2), 1])[:3]
     turn = Rotation.from_euler("xyz", ROTATION_DEGREES * random.standard_normal(3), degrees=True).as_matrix()
     linear = turn * np.exp(SCALING * random.standard_normal(3))

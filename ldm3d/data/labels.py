@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm3d.config.sections import Config
-from ldm3d.data.augment import paint
+from ldm3d.data.augment import WITHIN_VOXELS, paint, random_place
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preparing import load_info, load_prepared
 from ldm3d.errors import InputError
-from ldm3d.geometry import resample
+from ldm3d.geometry import resample, spacing_of
 
+MAX_POINTS = 3  # along each axis of a voxel
 _KINDS = (".nii", ".nii.gz", ".mgz", ".mgh")
 
 
@@ -100,10 +101,11 @@ def load_labels(config: Config, key: str, path: Path, groups: Mapping[str, Seque
 def paint_labels(
     config: Config, key: str, path: Path, groups: Mapping[str, Sequence[int]], random: np.random.Generator
 ) -> tuple[NDArray, NDArray]:
-    """As `load_labels`, but the volume is painted from the label map: `ldm3d.data.augment.paint`."""
-    info, (labels, affine), shape = load_info(config, key), read_labels(path), config.data.grid.shape
-    volume, placed = paint(labels, affine, np.array(info["grid_affine"]), shape, random)
-    return volume, shares_on_grid(labels, affine, placed, shape, groups)
+    """As `load_labels`, but the volume is painted from the label map (`ldm3d.data.augment.paint`), at a place of its own."""
+    shape = config.data.grid.shape
+    placed = random_place(np.array(load_info(config, key)["grid_affine"]), shape, random)
+    points = at_points(*read_labels(path), placed, shape)
+    return paint(points, random), _shares(points, groups)
 
 
 def read_labels(path: Path) -> tuple[NDArray, NDArray]:
@@ -118,13 +120,34 @@ def shares_on_grid(
     """How much of each voxel of a grid each group of labels fills, (1 + groups, X, Y, Z) float32; first what none does.
 
     Args:
-        labels: (1, X', Y', Z').
-        affine, grid_affine: (4, 4), of the labels and of the grid, to mm.
-        shape: of the grid.
+        labels, affine, grid_affine, shape: see `at_points`.
         groups: name -> labels.
     """
-    masks = (np.isin(labels, list(group)).astype(np.float32) for group in groups.values())
-    filled = np.concatenate([resample(mask, affine, grid_affine, shape) for mask in masks])
+    return _shares(at_points(labels, affine, grid_affine, shape), groups)
+
+
+def at_points(labels: NDArray, affine: NDArray, grid_affine: NDArray, shape: Sequence[int]) -> NDArray:
+    """The labels at points that lie evenly in each voxel of a grid, (X, i, Y, j, Z, k), 0 outside of the label map.
+
+    There are as many points along each axis as voxels of the label map lie there, at most `MAX_POINTS`.
+
+    Args:
+        labels: (1, X', Y', Z'), whole numbers.
+        affine, grid_affine: (4, 4), of the labels and of the grid, to mm.
+        shape: of the grid, (X, Y, Z).
+    """
+    ratio = spacing_of(grid_affine) / np.cbrt(abs(np.linalg.det(affine[:3, :3])))
+    count = np.clip(np.rint(ratio), 1, MAX_POINTS).astype(int)
+    finer = np.array(grid_affine, np.float64)
+    finer[:3, 3] += finer[:3, :3] @ (0.5 / count - 0.5)  # the first point of the first voxel
+    finer[:3, :3] /= count
+    found = resample(labels, affine, finer, tuple(count * shape), "nearest")[0]
+    return found.reshape([side for pair in zip(shape, count) for side in pair])
+
+
+def _shares(points: NDArray, groups: Mapping[str, Sequence[int]]) -> NDArray:
+    """`shares_on_grid` of `at_points`."""
+    filled = np.stack([np.isin(points, list(group)).mean(axis=WITHIN_VOXELS, dtype=np.float32) for group in groups.values()])
     return np.concatenate([(1 - filled.sum(axis=0, keepdims=True)).clip(0, 1), filled])
 
 
