@@ -77,10 +77,10 @@ def error(load, tmp_path):
 
 
 LATENTS = {
-    "age-and-sex": (8, 14, 18, 14),
+    "age-and-sex": (16, 14, 18, 14),
     "brain-1mm": (8, 20, 28, 20),
     "brains-4.5mm": (16, 10, 12, 10),
-    "brains-3mm": (8, 14, 18, 14),
+    "brains-3mm": (16, 14, 18, 14),
     "toy": (4, 10, 12, 10),
 }
 

@@ -57,7 +57,10 @@ def write_config(source: Path, folder: Path, data: Path | None, changes: dict[st
     settings = yaml.safe_load(source.read_text())
     settings |= {"output": str(folder / "run")}
     settings["data"] |= {"bids": str(data or folder / "data"), "skull_stripped": data is not None}
-    if data:
+    if data is None:  # phantoms lie in no template's space
+        settings["data"] = {name: value for name, value in settings["data"].items() if name != "registration"}
+        settings["data"]["grid"] = {name: settings["data"]["grid"][name] for name in ("shape", "spacing_mm")}
+    else:
         columns = pd.read_csv(data / "participants.tsv", sep="\t", nrows=1).columns
         settings["covariates"] = [c for c in settings["covariates"] if c.get("column", c["name"]) in columns]
     folder.mkdir(parents=True, exist_ok=True)
