@@ -15,6 +15,16 @@ class Applied:
 
         return place(self, image, **options)
 
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Push the model to a hub as "user/name"; see `ldm3d.export.push`."""
+        import tempfile
+
+        from ldm3d.export import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)  # type: ignore[attr-defined]
+            return push(folder, name, **options)
+
     def restore(self, image: Any, operator: Any = (), noise: float = 0.01, **options: Any) -> Any:
         """What a degraded scan can have been, see `ldm3d.applications.restore.restore`."""
         from ldm3d.applications.restore import restore

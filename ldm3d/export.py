@@ -1,12 +1,14 @@
 """A model folder for others: weights in half precision, a segmenter beside them if there is one, and a model card."""
 
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import ldm3d
+from ldm3d import hub
 from ldm3d.covariates import Covariate
 from ldm3d.errors import InputError, choose
 from ldm3d.files import write_atomic
@@ -29,6 +31,7 @@ def export(
     about: Path | str | None = None,
     segmenter: Path | str | None = None,
     licence: str = "apache-2.0",
+    called: str | None = None,
 ) -> int:
     """Write a copy of a model that can be given away; returns its size in bytes.
 
@@ -39,6 +42,7 @@ def export(
         about: Markdown text of the card: data and whose they are, training, figures, limits.
         segmenter: folder of one that measures the model's volumes; None for the one beside the model's networks, if any.
         licence: of the weights, an identifier of Hugging Face's list.
+        called: what the card calls the model; None for the name of `out`.
 
     Raises:
         InputError: no such model, segmenter or text, `out` is not empty, or weights beyond the range of the precision.
@@ -61,8 +65,37 @@ def export(
         measured.save_pretrained(out / SEGMENTER, kind)
     exported = Pipeline.from_pretrained(out, "cpu", torch.float32)
     structures = list(measured.groups) if measured is not None else []
-    write_atomic(out / CARD, card(out.resolve().name, exported, precision, text, structures, licence))
+    write_atomic(out / CARD, card(called or out.resolve().name, exported, precision, text, structures, licence))
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def push(
+    model: Path | str,
+    name: str,
+    precision: str = "float16",
+    about: Path | str | None = None,
+    licence: str = "apache-2.0",
+    private: bool = False,
+) -> str:
+    """Push a model to a hub, see `ldm3d.hub`; returns the address of the commit.
+
+    Args:
+        model: pipeline folder, or the name of a shipped model. One with a card (README.md), which `export` wrote, is pushed as
+            it is, unless `about` is given; of others a copy is exported first.
+        name: "user/name".
+        precision, about, licence: see `export`.
+        private: whether a new model is for its owner alone.
+
+    Raises:
+        InputError: as `export`, or the hub does not take it.
+    """
+    folder = model_folder(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        if about is not None or not (folder / CARD).is_file():
+            copy = Path(temporary) / name.rpartition("/")[2]
+            export(folder, copy, precision, about, licence=licence, called=name)
+            folder = copy
+        return hub.push(folder, name, private)
 
 
 def card(name: str, pipeline: Pipeline, precision: str, about: str, structures: Sequence[str], licence: str) -> str:
@@ -114,8 +147,8 @@ pipe = ldm3d.Pipeline.from_pretrained("{name}")
 pipe({arguments}).save("synthetic")
 ```
 
-`{name}` is this folder, or the model's name where it comes with ldm3d. Everything that it generates is marked as synthetic:
-in the header of each file, in its name and in its sidecar.
+`{name}` is this folder, or the model's name where it comes with ldm3d or lies at a hub. Everything that it generates is
+marked as synthetic: in the header of each file, in its name and in its sidecar.
 {measure if structures else ""}
 ## What it can be asked for
 

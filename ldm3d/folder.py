@@ -30,9 +30,11 @@ def write_folder(pipeline: Any, folder: Path, dtype: torch.dtype | None) -> str:
     return saved
 
 
-def read_folder(folder: Path | str, device: str | torch.device | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def read_folder(
+    folder: Path | str, device: str | torch.device | None, dtype: torch.dtype | None, revision: str | None = None
+) -> dict[str, Any]:
     """The arguments of a `Pipeline`; see `Pipeline.from_pretrained`."""
-    folder = model_folder(folder)
+    folder = model_folder(folder, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or precision.dtype("auto", device)
     parts = read_description(folder / DESCRIPTION)

@@ -167,20 +167,25 @@ class Pipeline(Applied):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: Path | str,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
     ) -> "Pipeline":
         """Load a pipeline folder.
 
         Args:
-            folder: written by training stage 2 or `save_pretrained`; or the name of a shipped model.
+            folder: written by training stage 2 or `save_pretrained`; the name of a shipped model; or "user/name" at a hub.
             device: None for CUDA where there is one, else the CPU.
             dtype: to compute in, torch.float32 or torch.bfloat16; None for what is fast on the device, as the command line
                 has it. The precision of the files has no say in it.
+            revision: branch, tag or commit of a model at a hub; None for the newest.
 
         Raises:
             InputError: not such a folder, or a damaged one.
         """
-        return cls(**read_folder(folder, device, dtype))
+        return cls(**read_folder(folder, device, dtype, revision))
 
     def __call__(
         self,

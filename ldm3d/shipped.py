@@ -1,9 +1,10 @@
-"""Models that come with ldm3d: their names stand wherever a command or function takes a model folder."""
+"""Models by name: those that come with ldm3d, and those at a hub; the names stand wherever a model folder is taken."""
 
 from pathlib import Path
 
 from ldm3d.description import DESCRIPTION
 from ldm3d.errors import InputError
+from ldm3d.hub import fetch, is_name
 
 PACKAGE = Path(__file__).parent
 FOLDERS = PACKAGE / "weights", PACKAGE.parent / "models"  # of an installed package; of a clone
@@ -22,13 +23,19 @@ def _found(name: Path | str) -> Path:
     return path if path.exists() else shipped().get(str(path), path)
 
 
-def model_folder(name: Path | str) -> Path:
-    """The pipeline folder at a path, or of a shipped model; the path comes first.
+def model_folder(name: Path | str, revision: str | None = None) -> Path:
+    """The pipeline folder at a path, of a shipped model or of one at a hub, in this order.
+
+    Args:
+        name: a path, a shipped model's name, or "user/name" at a hub.
+        revision: of a model at a hub; with it, no path and no shipped model is meant.
 
     Raises:
-        InputError: neither; the message lists the shipped models.
+        InputError: none of these; the message lists the shipped models.
     """
     folder = _found(name)
+    if revision is not None or (not folder.exists() and is_name(name)):
+        folder = fetch(str(name), revision)
     if not (folder / DESCRIPTION).is_file():
         reason = f"{DESCRIPTION} is missing" if folder.exists() else "there is no such folder"
         raise InputError(

@@ -1,4 +1,4 @@
-"""A page of `ldm3d serve` in a thread of this process, for tests."""
+"""Servers in a thread of this process, for tests: a page of `ldm3d serve`, or any application."""
 
 import contextlib
 import http.client
@@ -49,6 +49,13 @@ class Page:
 def served(studio: Studio, host: str = "127.0.0.1", token: str | None = None) -> Iterator[Page]:
     """The page at a free port of loopback, guarded as if it listened at `host`."""
     app, token = guarded(studio, host, token)
+    with running(app) as port:
+        yield Page(port, studio, token)
+
+
+@contextlib.contextmanager
+def running(app) -> Iterator[int]:
+    """An ASGI application at a free port of loopback."""
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -57,7 +64,7 @@ def served(studio: Studio, host: str = "127.0.0.1", token: str | None = None) ->
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Page(listener.getsockname()[1], studio, token)
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(10)

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 import SimpleITK
 from conftest import command_line
+from torture.generation import make_pipeline
 
 from ldm3d.data.derivative import synthetic_path
 from ldm3d.data.nifti import read_volume, write_volume
@@ -114,6 +115,16 @@ def test_a_folder_is_converted_and_the_same_every_time(tmp_path, capsys):
     assert sorted(first) == ["sub-syn0001.dcm", "sub-syn0002.dcm"]
     command_line("dicom", tmp_path / "bids", "--out", tmp_path / "dicom")
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "dicom").iterdir()}
+
+
+def test_generate_writes_dicom_too(tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    options = ("--num", 2, "--seed", 4, "--steps", 1, "--precision", "float32")
+    command_line("generate", tmp_path / "model", *options, "--out", tmp_path / "bids", "--dicom", tmp_path / "dicom")
+    assert "2 volumes written as DICOM" in capsys.readouterr().out
+    volume = read_volume(tmp_path / "bids/sub-syn0002/anat/sub-syn0002_desc-synthetic_T1w.nii.gz")[0]
+    pixels = pydicom.dcmread(tmp_path / "dicom/sub-syn0002.dcm").pixel_array  # (Z, rows to the back, columns to the left)
+    np.testing.assert_allclose(pixels.transpose(2, 1, 0)[::-1, ::-1] / WHITE, volume[0], atol=STEP)
 
 
 def test_what_is_not_synthetic_is_refused(tmp_path, fails):

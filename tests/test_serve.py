@@ -120,6 +120,8 @@ def test_downloads(page, pipeline):
         sidecar = json.loads(archive.read(name.replace(".nii.gz", ".json")))
         assert sidecar["synthetic"] and sidecar["covariates"] == {"age": 41.0, "sex": "M"}
         assert any(n.endswith("dataset_description.json") for n in archive.namelist())
+    status, headers, content = page.download("dicom", **request)
+    assert status == 200 and headers["content-disposition"].endswith('.dcm"') and content[128:132] == b"DICM"
     assert page.download("exe", **request)[0] == 400
 
 

@@ -1,7 +1,7 @@
 """The command line, all but training.
 
 ldm3d phantoms | check | prepare | measure | encode | generate | dicom | info | evaluate | segmenter | compare | audit |
-likelihood | explain | export | import-monai | serve | demo.
+likelihood | explain | export | push | import-monai | serve | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """

@@ -1,4 +1,4 @@
-"""Commands for a trained model: generate, dicom, info, export, import-monai."""
+"""Commands for a trained model: generate, dicom, info, export, push, import-monai."""
 
 import sys
 from pathlib import Path
@@ -158,6 +158,21 @@ def export(
 
     size = write(model, out, precision, about, segmenter, licence)
     print(f"model written to {out}: {size / 1e6:.1f} MB; read its README.md before you publish it")
+
+
+@app.command()
+def push(
+    model: ModelPath,
+    name: Annotated[str, typer.Argument(help="user/name at the hub.", show_default=False)],
+    precision: Annotated[str, typer.Option(help="Of the weights in the files: float16, bfloat16 or float32.")] = "float16",
+    about: Annotated[Path | None, typer.Option(help="Markdown: whose data, training, figures, limits; for the card.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="Of the weights, as Hugging Face calls it.")] = "apache-2.0",
+    private: Annotated[bool, typer.Option("--private", help="For its owner alone, if it is new.")] = False,
+) -> None:
+    """Push a model to the Hugging Face Hub, or to the hub that HF_ENDPOINT names: weights, JSON and a card."""
+    from ldm3d.export import push as to_hub
+
+    print(f"pushed: {to_hub(model, name, precision, about, licence, private)}")
 
 
 @app.command("import-monai")

@@ -32,7 +32,7 @@ Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 if the device supports it.")]
 ModelPath = Annotated[
-    Path, typer.Argument(help="Pipeline folder, for example runs/toy/model, or a shipped model's name.", show_default=False)
+    Path, typer.Argument(help="Pipeline folder, a shipped model's name, or user/name at a hub.", show_default=False)
 ]
 Root = Annotated[Path | None, typer.Option(help="Folder of all scans of --data, if it is another one.")]
 Experiment = Annotated[
