@@ -3,6 +3,7 @@
 Applications stand on the pipeline, so they are looked up when they are called.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -30,3 +31,11 @@ class Applied:
         from ldm3d.applications.restore import restore
 
         return restore(self, image, operator, noise, **options)
+
+    def edit(
+        self, image: Any, source: Mapping[str, Any] | None = None, to: Mapping[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """The scan with other covariates, pipe.edit(scan, {"age": 62}, age="+10"); see `ldm3d.applications.edit.edit`."""
+        from ldm3d.applications.edit import edit
+
+        return edit(self, image, source, to, **options)

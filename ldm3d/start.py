@@ -61,6 +61,11 @@ class GaussianStart(Pretrained):
         """(z, t) -> E[x | z, covariates] for covariates (N, K, 2) of a batch, the encoding of `ldm3d.covariates`."""
         return self.gaussian.denoiser(*features(context, self.num_categories), process)
 
+    def expected(self, context: Tensor) -> Tensor:
+        """E[x | covariates], (N, C, X, Y, Z) in float32, for covariates (N, K, 2); open ones are integrated out."""
+        gaussian, rows = self.gaussian, zip(*features(context, self.num_categories))
+        return torch.cat([gaussian.given(values[None], known).mean for values, known in rows])
+
 
 def features(context: Tensor, num_categories: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Covariates (N, K, 2) as numbers: the value of a continuous one, and an indicator for each category but the first.

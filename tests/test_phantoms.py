@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import command_line
+from scipy import ndimage
 
+from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.phantom_dataset import write_dataset
-from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, make_phantom
+from ldm3d.data.phantoms import BRAIN, LABELS, LEFT_VENTRICLE, RIGHT_VENTRICLE, VENTRICLES, Change, make_phantom
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
 
@@ -135,3 +139,46 @@ def test_the_number_of_workers_changes_nothing(root, tmp_path):
     assert files == sorted(p.relative_to(tmp_path / "data") for p in (tmp_path / "data").rglob("*") if p.is_file())
     for file in files:
         assert (tmp_path / "data" / file).read_bytes() == (root / file).read_bytes(), file
+
+
+def test_twins_differ_in_one_covariate_alone():
+    """Same head, same noise: outside of the brain not a voxel differs; older twins have more ventricle and less brain."""
+    for index in range(3):
+        (image, labels, person), (older, aged, twin) = (
+            make_phantom((32, 32, 32), None, 5, index, change) for change in (None, Change("age", 20))
+        )
+        assert abs(twin["age"] - person["age"]) == pytest.approx(20) and twin["sex"] == person["sex"]
+        assert 20 <= twin["age"] <= 90
+        sign = np.sign(twin["age"] - person["age"])
+        assert sign * (twin["ventricular_volume_ml"] - person["ventricular_volume_ml"]) > 0
+        assert sign * (twin["brain_volume_ml"] - person["brain_volume_ml"]) < 0
+        outside = (labels <= 2) & (aged <= 2)
+        eroded = ndimage.binary_erosion(outside[0], iterations=4)
+        np.testing.assert_array_equal(image[0][eroded], older[0][eroded])
+    again = make_phantom((32, 32, 32), None, 5, 0, Change("sex"))[2]
+    assert {again["sex"], make_phantom((32, 32, 32), None, 5, 0)[2]["sex"]} == {"F", "M"}
+    more = make_phantom((32, 32, 32), None, 5, 0, Change("ventricular_volume_ml", 15))[2]
+    less = make_phantom((32, 32, 32), None, 5, 0)[2]
+    assert more["ventricular_volume_ml"] - less["ventricular_volume_ml"] == pytest.approx(15, abs=1)
+    assert {**more, "ventricular_volume_ml": 0, "brain_volume_ml": 0} == {
+        **less,
+        "ventricular_volume_ml": 0,
+        "brain_volume_ml": 0,
+    }
+    for change, reason in ((("height", 3), "height"), (("age", 50), "up to 35"), (("ventricular_volume_ml", 0), "0 ml")):
+        with pytest.raises(InputError, match=reason):
+            Change(*change)
+
+
+def test_twins_are_read_as_two_visits(tmp_path, fails):
+    command_line("phantoms", tmp_path / "twins", "--subjects", 2, "--shape", 16, 16, 16, "--twins", "age=10", "--workers", 1)
+    covariates = [
+        CovariateConfig(name="age", kind="continuous"),
+        CovariateConfig(name="sex", kind="categorical", categories=["F", "M"]),
+    ]
+    scans = read_scans(DataConfig(bids=tmp_path / "twins", grid={"shape": [16, 16, 16], "spacing_mm": 12}), covariates)
+    assert list(scans["session"]) == ["1", "2", "1", "2"]
+    ages = scans["age"].to_numpy().reshape(2, 2)
+    assert np.abs(ages[:, 1] - ages[:, 0]) == pytest.approx([10, 10])
+    assert (tmp_path / "twins/derivatives/labels/sub-0001/ses-2/anat/sub-0001_ses-2_dseg.nii.gz").is_file()
+    assert "NAME=NUMBER" in fails("phantoms", tmp_path / "x", "--twins", "age=ten")

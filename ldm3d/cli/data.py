@@ -17,12 +17,23 @@ def phantoms(
     shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels to the right, front and top.")] = (40, 48, 40),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
+    twins: Annotated[
+        str | None,
+        typer.Option(help="Two sessions each, one covariate changed: age=15, sex or ventricular_volume_ml=10."),
+    ] = None,
 ) -> None:
     """Make a BIDS dataset of toy brains with exactly known covariates."""
     from ldm3d.data.phantom_dataset import write_dataset
+    from ldm3d.data.phantoms import Change
 
-    write_dataset(folder, subjects, shape, seed, workers=workers)
-    print(f"{subjects} phantoms written to {folder}")
+    name, _, amount = (twins or "").partition("=")
+    try:
+        difference = float(amount or 0)
+    except ValueError:
+        raise InputError(f"--twins {twins}: write NAME=NUMBER, such as age=15, or sex") from None
+    change = Change(name, difference) if twins else None
+    write_dataset(folder, subjects, shape, seed, workers=workers, twins=change)
+    print(f"{subjects} phantoms written to {folder}" + (f", each with a twin: {twins}" if twins else ""))
 
 
 @app.command()

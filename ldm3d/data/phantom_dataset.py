@@ -13,7 +13,7 @@ from tqdm import tqdm
 import ldm3d
 from ldm3d.data.derivative import BIDS_VERSION
 from ldm3d.data.nifti import write_volume
-from ldm3d.data.phantoms import LABELS, checked_grid, make_phantom
+from ldm3d.data.phantoms import LABELS, Change, checked_grid, make_phantom
 from ldm3d.data.tables import write_table
 from ldm3d.errors import InputError
 from ldm3d.geometry import Grid
@@ -26,6 +26,7 @@ def write_dataset(
     seed: int = 0,
     spacing_mm: float | None = None,
     workers: int | None = None,
+    twins: Change | None = None,
 ) -> Path:
     """Write phantoms as a BIDS dataset, with their label maps as a derivative.
 
@@ -34,6 +35,8 @@ def write_dataset(
         subjects: how many; subject i is `make_phantom(..., seed, i)`.
         shape, spacing_mm, seed: see `make_phantom`.
         workers: processes; None for one per available core, 1 for none beside this one.
+        twins: two sessions of each subject, ses-1 the person and ses-2 the same with this change; covariates of both are in
+            sub-XXXX_sessions.tsv.
 
     Returns:
         `root`, with participants.tsv, sub-XXXX/anat/sub-XXXX_T1w.nii.gz and derivatives/labels.
@@ -49,7 +52,7 @@ def write_dataset(
     _start(labels, {"Name": "Labels", "DatasetType": "derivative", "GeneratedBy": origin}, readme)
     write_table(labels / "dseg.tsv", pd.DataFrame({"index": LABELS.keys(), "name": LABELS.values()}))
 
-    jobs = [(root, i, shape, spacing_mm, seed) for i in range(subjects)]
+    jobs = [(root, i, shape, spacing_mm, seed, twins) for i in range(subjects)]
     bar = tqdm(total=subjects, desc="phantoms", unit="subject", disable=None)
     rows = []
     if workers == 1:
@@ -83,12 +86,27 @@ def _start(folder: Path, description: dict, readme: str) -> None:
 
 
 def _write_subject(job: tuple) -> dict:
-    """Write one subject's image and label map; its row of participants.tsv."""
-    root, index, shape, spacing_mm, seed = job
-    image, labels, covariates = make_phantom(shape, spacing_mm, seed, index)
-    name, affine = f"sub-{index + 1:04d}", Grid.centred(shape, [spacing_mm] * 3).affine
-    image = np.round(image).astype(np.int16)
-    write_volume(root / name / "anat" / f"{name}_T1w.nii.gz", image, affine, "SYNTHETIC phantom")
-    maps = root / "derivatives" / "labels" / name / "anat"
-    write_volume(maps / f"{name}_dseg.nii.gz", labels, affine, "SYNTHETIC phantom")
-    return {"participant_id": name, **covariates}
+    """Write one subject's image and label map, or those of two sessions; its row of participants.tsv."""
+    root, index, shape, spacing_mm, seed, twins = job
+    name = f"sub-{index + 1:04d}"
+    if twins is None:
+        return {
+            "participant_id": name,
+            **_write_scan(root, name, "", make_phantom(shape, spacing_mm, seed, index), spacing_mm),
+        }
+    rows = []
+    for session, change in (("ses-1", None), ("ses-2", twins)):
+        made = make_phantom(shape, spacing_mm, seed, index, change)
+        rows.append({"session_id": session, **_write_scan(root, name, session, made, spacing_mm)})
+    write_table(root / name / f"{name}_sessions.tsv", pd.DataFrame(rows))
+    return {"participant_id": name, **{key: value for key, value in rows[0].items() if key != "session_id"}}
+
+
+def _write_scan(root: Path, subject: str, session: str, made: tuple, spacing_mm: float) -> dict:
+    """Write what `make_phantom` made; its covariates."""
+    image, labels, covariates = made
+    affine, stem = Grid.centred(image.shape[1:], [spacing_mm] * 3).affine, "_".join(filter(None, (subject, session)))
+    image, anat = np.round(image).astype(np.int16), Path(subject, session, "anat")
+    write_volume(root / anat / f"{stem}_T1w.nii.gz", image, affine, "SYNTHETIC phantom")
+    write_volume(root / "derivatives/labels" / anat / f"{stem}_dseg.nii.gz", labels, affine, "SYNTHETIC phantom")
+    return covariates

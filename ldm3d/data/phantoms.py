@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.ndimage import gaussian_filter
 
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, choose
 
 BACKGROUND, HEAD, SKULL, CSF, GREY, WHITE, LEFT_VENTRICLE, RIGHT_VENTRICLE = range(8)
 LABELS = {
@@ -72,8 +72,33 @@ def default_spacing(shape: Sequence[int]) -> float:
     return max(extent / n for extent, n in zip(FIELD_OF_VIEW_MM, shape))
 
 
+@dataclass(frozen=True)
+class Change:
+    """What differs between a person and the twin: one covariate, and by how much.
+
+    Args:
+        name: "age" (years; downward where the twin would be older than 90), "sex" (the other one), or
+            "ventricular_volume_ml".
+        amount: added; of no meaning for sex.
+    """
+
+    name: str
+    amount: float = 0.0
+
+    def __post_init__(self) -> None:
+        choose("covariate of twins", self.name, ("age", "sex", "ventricular_volume_ml"))
+        if self.name == "age" and not 0 < abs(self.amount) <= 35:
+            raise InputError(f"twins whose age differs by {self.amount:g} years: give up to 35, half of the range, and not 0")
+        if self.name == "ventricular_volume_ml" and self.amount == 0:
+            raise InputError("twins whose ventricles differ by 0 ml are the same; give another number")
+
+
 def make_phantom(
-    shape: Sequence[int], spacing_mm: float | None = None, seed: int = 0, index: int = 0
+    shape: Sequence[int],
+    spacing_mm: float | None = None,
+    seed: int = 0,
+    index: int = 0,
+    change: Change | None = None,
 ) -> tuple[ndarray, ndarray, dict]:
     """One phantom; the same person for the same (seed, index), at any shape.
 
@@ -82,6 +107,7 @@ def make_phantom(
         spacing_mm: isotropic voxel size; None for `default_spacing`. A grid smaller than the head crops it, and
             volumes are then those of what is left.
         seed: the population. index: the person in it. Both non-negative.
+        change: of one covariate: the person's twin, with the same anatomy, head position, bias field and noise.
 
     Returns:
         Image, float32 (1, X, Y, Z) in raw units of about 0 to 1000; labels, uint8 (1, X, Y, Z), see `LABELS`; covariates:
@@ -92,7 +118,7 @@ def make_phantom(
     """
     shape, spacing_mm = checked_grid(shape, spacing_mm)
     # Two streams: the person does not depend on the number of voxels.
-    person = draw_person(np.random.default_rng([seed, index, 0]))
+    person = draw_person(np.random.default_rng([seed, index, 0]), change)
     rng = np.random.default_rng([seed, index, 1])
 
     image = np.zeros(shape, np.float32)
@@ -120,19 +146,26 @@ def make_phantom(
     return image[None], labels[None], covariates
 
 
-def draw_person(rng: np.random.Generator) -> Person:
+def draw_person(rng: np.random.Generator, change: Change | None = None) -> Person:
     """Covariates that are related as in adults: ventricles grow ever faster with age, brains shrink, men are larger.
 
     At one age ventricles still differ twofold either way, so that age does not determine them.
     """
     age = round(float(rng.uniform(20, 90)), 1)
     sex = str(rng.choice(["F", "M"]))
+    if change and change.name == "age":
+        age = round(age + change.amount if 20 <= age + change.amount <= 90 else age - change.amount, 1)
+    elif change and change.name == "sex":
+        sex = "M" if sex == "F" else "F"
     aged = (age - 20) / 70
     # Python floats, here and in Person: a float64 scalar of NumPy's would turn every float32 field into float64.
     size, ventricles, atrophy = np.clip(rng.standard_normal(3), -2, 2).tolist()
     size = (1.033 if sex == "M" else 1.0) * (1 + 0.02 * size)  # 1.033 cubed: a tenth more volume
     ventricles_ml = (14 + 40 * aged**1.8) * math.exp(0.38 * ventricles) * size**3
-    return Person(age, sex, size, min(max(ventricles_ml, 8.0), 110.0), 0.9 * aged**1.3 + 0.12 * atrophy)
+    ventricles_ml = min(max(ventricles_ml, 8.0), 110.0)
+    if change and change.name == "ventricular_volume_ml":
+        ventricles_ml = min(max(ventricles_ml + change.amount, 8.0), 110.0)
+    return Person(age, sex, size, ventricles_ml, 0.9 * aged**1.3 + 0.12 * atrophy)
 
 
 def _layers(

@@ -60,11 +60,49 @@ def measure_volumes(volume: NDArray, spacing_mm: Sequence[float]) -> dict[str, f
         return nothing
     ventricular = _fluid(volume, _ventricles(volume, brain, spacing_mm)) * voxel_ml
 
-    # Cortex is as bright as it looks in this image: where voxels are large, white matter shines into it
-    grey = np.percentile(bright, 38)
-    near = ndimage.binary_dilation(brain, iterations=2) & ~ndimage.binary_dilation(scalp)
-    tissue = ((volume - FLUID_LEVEL) / (grey - FLUID_LEVEL)).clip(0, 1)
-    return {"ventricular_volume_ml": ventricular, "brain_volume_ml": float(tissue[near].sum()) * voxel_ml}
+    tissue = _tissue(volume, _grey(bright))
+    return {"ventricular_volume_ml": ventricular, "brain_volume_ml": float(tissue[_near(brain, scalp)].sum()) * voxel_ml}
+
+
+def tissue_change(before: NDArray, after: NDArray, spacing_mm: Sequence[float]) -> NDArray:
+    """The share of each voxel that became tissue, or (below 0) ceased to be: a map of local change of volume.
+
+    Both are judged by the grey and white matter of `before`, as in `measure_volumes`; nothing is registered, so there is no
+    Jacobian. Its sum times a voxel's volume is the change of brain volume.
+
+    Args:
+        before, after: (X, Y, Z) in [0, 1], of one brain, in place.
+        spacing_mm: of the voxels.
+
+    Returns:
+        (X, Y, Z) in [-1, 1]; 0 everywhere where no brain is found in `before`.
+    """
+    before, after = (np.asarray(volume, dtype=np.float32) for volume in (before, after))
+    spacing = np.asarray(spacing_mm, dtype=float)
+    if np.ptp(before) < 1e-3 or before.max() <= 0:
+        return np.zeros_like(before)
+    white = _white_matter(before, spacing)
+    brain, scalp = _brain(before / white > TISSUE_LEVEL)
+    bright = (before / white)[brain & (before / white > 0.6)]
+    if not bright.size:
+        return np.zeros_like(before)
+    first, second = (_tissue(volume / white, _grey(bright)) for volume in (before, after))
+    return np.where(_near(brain, scalp), second - first, 0).astype(np.float32)
+
+
+def _grey(bright: NDArray) -> float:
+    """Cortex is as bright as it looks in this image: where voxels are large, white matter shines into it."""
+    return float(np.percentile(bright, 38))
+
+
+def _tissue(volume: NDArray, grey: float) -> NDArray:
+    """The part of each voxel that is no fluid, by its intensity."""
+    return ((volume - FLUID_LEVEL) / (grey - FLUID_LEVEL)).clip(0, 1)
+
+
+def _near(brain: NDArray, scalp: NDArray) -> NDArray:
+    """The brain with the voxels around it that hold some of it."""
+    return ndimage.binary_dilation(brain, iterations=2) & ~ndimage.binary_dilation(scalp)
 
 
 def _white_matter(volume: NDArray, spacing_mm: NDArray) -> NDArray:
