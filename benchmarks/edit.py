@@ -70,11 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
+    parser.add_argument("--root", type=Path, help="folder of all scans, if it is not DATA's")
     parser.add_argument("--known", nargs="*", default=["sex"], help="covariates that are given and held")
     parser.add_argument("--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="further ones, the same for all")
     parser.add_argument("--changed", default="age")
     parser.add_argument("--num", type=int, default=40, help="pairs at most")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cycles", type=int, default=8, help="pairs that are also edited back")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--measure", default="ldm3d.rulers.volumetry:measure_volumes")
     parser.add_argument("--out", type=Path)
@@ -83,7 +85,8 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
     measure = load_measure(arguments.measure)
     fixed = dict(pair.split("=", 1) for pair in arguments.fixed)
-    pairs = read_pairs(pipe, arguments.data, [*arguments.known, arguments.changed], arguments.num, measure)
+    names = [*arguments.known, arguments.changed]
+    pairs = read_pairs(pipe, arguments.data, arguments.root, names, arguments.num, measure)
     by = np.array([pair.rows[1][arguments.changed] - pair.rows[0][arguments.changed] for pair in pairs])
     result = {"model": pipe.model_hash, "pairs": len(pairs), "changed": arguments.changed, "years": by.tolist()}
     shown = baselines(pairs, by, measure, pipe.grid.spacing_mm)
@@ -99,7 +102,7 @@ def main() -> None:
         arguments.out.write_text(text + "\n")
 
 
-def read_pairs(pipe: Pipeline, data: Path, names: Sequence[str], most: int, measure) -> list[Pair]:
+def read_pairs(pipe: Pipeline, data: Path, root: Path | None, names: Sequence[str], most: int, measure) -> list[Pair]:
     """First and last session of each subject; the last is placed as the first."""
     volumes = [name for name in pipe.schema.names if name.endswith("_volume_ml")]
     wanted = [name for name in pipe.schema.names if name in {*names, *volumes}]
@@ -110,7 +113,7 @@ def read_pairs(pipe: Pipeline, data: Path, names: Sequence[str], most: int, meas
     ]
     grid = {"shape": list(pipe.grid.shape), "spacing_mm": list(pipe.grid.spacing_mm)}
     source = {"bids": data} if data.is_dir() else {"table": data}
-    scans = read_scans(DataConfig(**source, grid=grid, suffix=pipe.suffix), configs)
+    scans = read_scans(DataConfig(**source, root=root, grid=grid, suffix=pipe.suffix), configs)
     percentiles = (pipe.preparation or Preparation()).percentiles
     pairs = []
     subjects = [rows for _, rows in scans.groupby("subject") if len(rows) > 1][:most]
@@ -156,14 +159,15 @@ def of_method(pairs: Sequence[Pair], by: NDArray, arguments, fixed: Mapping, opt
         volumes.append(shown[0, 0].cpu().numpy())
         found = apply_measure(measure, volumes[-1][None], pair.placed.pipe.grid.spacing_mm)
         measured.append({name: found[name] - pair.volumes[0][name] for name in found})
-        cycles.append(cycle(done, own, arguments, options))
+        if len(cycles) < arguments.cycles:
+            cycles.append(cycle(done, own, arguments, options))
         plain = pair.placed.reconstruction
         decoded.append((plain + done.change()[0])[0, 0].numpy())
         sharp.append(roughness(decoded[-1]) / roughness(plain[0, 0].numpy()))
     originals = np.array([pair.first.ravel() for pair in pairs])
     nearest = [np.square(originals - shown.ravel()).sum(axis=1).argmin() for shown in decoded]
     return summary(pairs, by, volumes, measured) | {
-        "cycle": round(float(np.median(cycles)), 4),
+        "cycle": round(float(np.median(cycles)), 4) if cycles else None,
         "sharpness": round(float(np.mean(sharp)), 4),
         "own": round(float(np.mean(np.array(nearest) == np.arange(len(pairs)))), 3),
     }

@@ -43,6 +43,35 @@ SAMPLER = "heun"
 Report = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How an edit is made, see `edit`; checked.
+
+    Raises:
+        InputError: out of range, or a method that cannot draw several samples.
+    """
+
+    method: str
+    strength: float
+    steps: int
+    guidance: float
+    samples: int
+    averaged: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        choose("method", self.method, METHODS)
+        if not 0 < self.strength <= 1 or self.samples < 1 or self.steps < 1 or self.guidance < 0:
+            raise InputError(
+                f"strength {self.strength:g}, samples {self.samples}, steps {self.steps}, guidance {self.guidance:g}: "
+                "strength must be above 0 and at most 1, samples and steps at least 1, guidance at least 0"
+            )
+        if self.samples > 1 and self.method != "noise":
+            raise InputError(
+                f"{self.samples} samples by the method {self.method}: it draws no noise, so all would be the same; use noise"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Edited latents of one scan.
@@ -52,14 +81,14 @@ class Edit:
         source: its covariates; None where open.
         targets: covariates of the T edits.
         latents: (T, N, c, x, y, z), normalised; N = 1 for a single sample or an average.
-        settings: method, strength, steps, guidance, samples, averaged, seed: all that the edit follows from, for sidecars.
+        settings: how.
     """
 
     placed: PlacedScan
     source: dict[str, Value]
     targets: list[dict[str, Value]]
     latents: Tensor
-    settings: dict[str, Any]
+    settings: Settings
 
     def change(self, target: int = 0) -> tuple[Tensor, Tensor | None]:
         """Mean of D(x') - D(x) over samples, (1, C, X, Y, Z) on the Grid, in [-1, 1]; its deviation, None for one sample."""
@@ -110,7 +139,8 @@ def edit(
         pipe: the model.
         image: see `ldm3d.applications.placed.place`; or what that returned.
         source: the scan's own covariates; those left out are left open.
-        to: the changes, see `ldm3d.applications.changes.targets_of`: 72, "+10", "50:90:5". Also as `changes`.
+        to: the changes, see `ldm3d.applications.changes.targets_of`: 72, "+10", "50:90:5". Also as `changes`, where the
+            covariate is not called like an argument.
         method: see the top of this file; None: "ode" for one sample, "noise" for several.
         strength: the noise level from which is sampled, sigma / (alpha + sigma), above 0 to 1: 1 is pure noise. None: 1 for
             "ode", 0.5 for "noise". At low levels only fine structure can change.
@@ -126,9 +156,12 @@ def edit(
         InputError: what `place`, `targets_of` and `Pipeline.parse` raise; a method that does not go with the model or with
             several samples; strength, steps or samples out of range.
     """
-    name = choose("method", method or ("ode" if samples == 1 else "noise"), METHODS)
+    name = method or ("ode" if samples == 1 else "noise")
     level = STRENGTH.get(name, 1.0) if strength is None else strength
-    _check(pipe, name, level, samples, steps, guidance)
+    settings = Settings(name, level, steps, guidance, samples, average, seed)
+    if name == "linear" and pipe.start is None:
+        raise InputError("the method linear needs a model that was trained with diffusion.start; use ode or noise")
+    pipe.check_sampling(pipe.sampling.replace(guidance=guidance))
     (own,) = pipe.schema.parse_all([dict(source or {})])
     targets = pipe.parse(targets_of(pipe.schema, own, {**(to or {}), **changes}))
     placed = image if isinstance(image, PlacedScan) else place(pipe, image, register)
@@ -136,24 +169,10 @@ def edit(
         if name == "linear":
             latents = _linear(pipe, placed.z, own, targets)
         else:
-            latents = _sampled(pipe, placed.z, own, targets, name, level, samples, steps, guidance, seed, progress)
+            latents = _sampled(pipe, placed.z, own, targets, settings, progress)
     if average:
         latents = latents.mean(dim=1, keepdim=True)
-    settings = {"method": name, "strength": level, "steps": steps, "guidance": guidance, "samples": samples}
-    return Edit(placed, own, targets, latents, {**settings, "averaged": average, "seed": seed})
-
-
-def _check(pipe: Pipeline, method: str, strength: float, samples: int, steps: int, guidance: float) -> None:
-    if not 0 < strength <= 1 or samples < 1 or steps < 1 or guidance < 0:
-        raise InputError(
-            f"strength {strength:g}, samples {samples}, steps {steps}, guidance {guidance:g}: strength must be above 0 and at "
-            "most 1, samples and steps at least 1, guidance at least 0"
-        )
-    if samples > 1 and method != "noise":
-        raise InputError(f"{samples} samples by the method {method}: it draws no noise, so all would be the same; use noise")
-    if method == "linear" and pipe.start is None:
-        raise InputError("the method linear needs a model that was trained with diffusion.start; use ode or noise")
-    pipe.check_sampling(pipe.sampling.replace(guidance=guidance))
+    return Edit(placed, own, targets, latents, settings)
 
 
 def _linear(pipe: Pipeline, x: Tensor, own: Mapping[str, Value], targets: Sequence[Mapping[str, Value]]) -> Tensor:
@@ -168,29 +187,24 @@ def _sampled(
     x: Tensor,
     own: Mapping[str, Value],
     targets: Sequence[Mapping[str, Value]],
-    method: str,
-    strength: float,
-    samples: int,
-    steps: int,
-    guidance: float,
-    seed: int,
+    how: Settings,
     progress: Report | None,
 ) -> Tensor:
     """x' for all targets and samples, (T, N, c, x, y, z)."""
     process, shape = pipe.process, x.shape[2:]
     padded = pad_to(x, pipe.unet.padded_shape(shape))
-    times = process.times(steps, recommended_spacing(SAMPLER, process))
-    times = times[min(range(steps), key=lambda k: abs(ode_share(process, times[k]) - strength)) :]
-    if method == "ode":
+    times = process.times(how.steps, recommended_spacing(SAMPLER, process))
+    times = times[min(range(how.steps), key=lambda k: abs(ode_share(process, times[k]) - how.strength)) :]
+    if how.method == "ode":
         starts = [invert_steps(pipe.denoiser([own]), padded, process, times, name=SAMPLER)]
     else:
-        draws = (torch.randn(padded.shape, generator=generator("edit", seed, i)).to(padded) for i in range(samples))
+        draws = (torch.randn(padded.shape, generator=generator("edit", how.seed, i)).to(padded) for i in range(how.samples))
         starts = [process.add_noise(padded, noise, times[0]) for noise in draws]
     done = 0
 
     def sampled(z: Tensor, row: Mapping[str, Value]) -> Tensor:
         nonlocal done
-        denoise = pipe.denoiser([row], guidance)
+        denoise = pipe.denoiser([row], how.guidance)
         found = cut_to(follow(SAMPLER, denoise, z, times, process), shape)
         done += 1
         if progress:

@@ -195,7 +195,7 @@ class EditFolder:
             "Edit": {
                 "From": _given(done.source),
                 "To": [_given(row) for row in done.targets],
-                **done.settings,
+                **vars(done.settings),
                 "VolumesBefore": _numbers(before),
                 "VolumesAfter": [_numbers(row) for row in after],
                 "Registration": done.placed.info.get("registration"),

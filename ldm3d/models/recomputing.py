@@ -21,7 +21,7 @@ def decode_recomputed(autoencoder: LatentSpace, z: Tensor) -> Tensor:
     """
     blocks = list(_blocks(autoencoder))
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     try:
         return autoencoder.decode(z)
     finally:

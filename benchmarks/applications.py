@@ -1,0 +1,78 @@
+"""What applications take in memory and time on volumes of full size, with networks that are not trained.
+
+    python benchmarks/applications.py [--config configs/brain-1mm.yaml] [--steps 2]
+
+Each in its own process, on one thread: a scan placed and encoded, a decode with gradients, the way back to the scan's voxels,
+an edit by the method ode.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import protocol
+import torch
+
+from ldm3d.config.read import load_config
+from ldm3d.data.nifti import to_image
+from ldm3d.data.placing import grid_of
+from ldm3d.diffusion.schedules import make_process
+from ldm3d.models.pretrained import make_network
+from ldm3d.pipeline import Pipeline
+
+PARTS = ("encode", "gradient", "back", "edit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/brain-1mm.yaml")
+    parser.add_argument("--steps", type=int, default=2, help="of the edit: time grows with them, memory does not")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        print(json.dumps(perform(**arguments.task)))
+        return
+    rows = []
+    for part in PARTS:
+        task = {"part": part, "config": arguments.config, "steps": arguments.steps}
+        rows.append({"part": part, **protocol.in_own_process(__file__, task, 3600, 12.0)})
+        print(json.dumps(rows[-1]), flush=True)
+
+
+def perform(part: str, config: str, steps: int) -> dict:
+    """Seconds, and GB at the peak with everything that is loaded."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    settings = load_config(config, ["data.bids=."])
+    schema = settings.schema().fit([{"age": age, "sex": sex, "ventricular_volume_ml": age, "brain_volume_ml": 900 + age}
+                                    for age, sex in ((20, "F"), (80, "M"))])  # fmt: skip
+    autoencoder = make_network("Autoencoder", **settings.autoencoder.network.model_dump())
+    latents = autoencoder.latent_channels
+    of_data = {"in_channels": latents, "out_channels": latents, "num_categories": schema.num_categories}
+    unet = make_network("UNet", **of_data, **settings.diffusion.network.model_dump())
+    grid = grid_of(settings.data.grid)
+    pipe = Pipeline(autoencoder.eval(), unet.eval(), schema, grid, make_process("flow"), "v")
+    scan = np.random.default_rng(0).random((1, *grid.shape), np.float32)
+    scan[:, :20], scan[:, -20:] = 0, 0
+    image = to_image(scan, grid.affine)
+    placed = pipe.encode(image) if part != "encode" else None
+
+    def gradient() -> None:
+        z = placed.z.clone().requires_grad_()
+        pipe.decode(z).square().sum().backward()
+        assert z.grad.isfinite().all()
+
+    calls = {
+        "encode": lambda: pipe.encode(image),
+        "gradient": gradient,
+        "back": lambda: placed.back(placed.reconstruction),
+        "edit": lambda: pipe.edit(placed, {"age": 60}, age="+10", steps=steps).back(),
+    }
+    start = time.perf_counter()
+    calls[part]()
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(protocol.memory_of("self", "VmHWM"), 2)}
+
+
+if __name__ == "__main__":
+    main()
