@@ -1,11 +1,13 @@
 """`ldm3d edit`: what it writes, that it goes on where it was, and its messages."""
 
 import json
+import subprocess
 
 import nibabel
 import numpy as np
 import pytest
 from conftest import command_line
+from test_phantoms import VALIDATOR
 from test_placed import AFFINES, scan, tiny_pipeline
 
 from ldm3d.data.tables import read_table
@@ -35,17 +37,17 @@ def test_a_trajectory_with_its_maps(model, data, tmp_path):
     asked = ["--from", "age=50,sex=F", "--to", "age=50:70:10", "--samples", 2, "--steps", 2, "--out", out]
     command_line("edit", model, path, *asked)
     anat, given = out / "sub-01/anat", nibabel.load(path)
-    images = {desc: nibabel.load(anat / f"sub-01_desc-{desc}_T1w.nii.gz") for desc in ("edited", "difference", "spread")}
-    images["tissue"] = nibabel.load(anat / "sub-01_desc-tissuechange_T1w.nii.gz")
+    kinds = ("trajectory", "difference", "spread", "tissuechange")
+    images = {desc: nibabel.load(anat / f"sub-01_desc-{desc}_T1w.nii.gz") for desc in kinds}
     for image in images.values():
         assert image.shape == (*given.shape, 3)
         np.testing.assert_allclose(image.affine, given.affine, atol=1e-5)
         assert image.header["descrip"].tobytes().startswith(b"DERIVED ldm3d")
-    edited = images["edited"].get_fdata()
+    edited = images["trajectory"].get_fdata()
     np.testing.assert_allclose(edited[..., 0], given.get_fdata(), atol=0.1)  # age 50 is what it is
     assert abs(edited[..., 2] - given.get_fdata()).max() > 0.1
     np.testing.assert_allclose(images["difference"].get_fdata(), edited - given.get_fdata()[..., None], atol=0.01)
-    sidecar = json.loads((anat / "sub-01_desc-edited_T1w.json").read_text())
+    sidecar = json.loads((anat / "sub-01_desc-trajectory_T1w.json").read_text())
     assert sidecar["Sources"] == ["sub-01/anat/sub-01_T1w.nii.gz"] and "synthetic" in sidecar["Description"]
     assert sidecar["Edit"]["From"] == {"age": 50, "sex": "F"}
     assert [row["age"] for row in sidecar["Edit"]["To"]] == [50, 60, 70]
@@ -61,6 +63,9 @@ def test_a_table_goes_on_and_bad_scans_are_named(model, data, tmp_path, capsys, 
     message = fails(*asked)
     assert "1 of 3 scans" in message and "no such file" in message
     done = tmp_path / "out/sub-01/anat/sub-01_desc-edited_T1w.nii.gz"
+    checked = subprocess.run([VALIDATOR, tmp_path / "out", "--json"], capture_output=True, text=True)
+    found = json.loads(checked.stdout)["issues"]["issues"]
+    assert not [issue["code"] for issue in found if issue["severity"] == "error"]
     before = done.stat().st_mtime_ns
     assert nibabel.load(done).ndim == 3
     assert list(read_table(tmp_path / "out/volumes.tsv")["to_age"]) == ["60.0", "70.0"]

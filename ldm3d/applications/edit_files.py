@@ -1,12 +1,14 @@
 """Edited scans as a BIDS derivative: a folder that a killed command leaves in order, and goes on with.
 
-OUT/sub-XX[/ses-YY]/anat/   ..._desc-edited_T1w.nii.gz    the scan with other covariates; 4D for a trajectory
+OUT/sub-XX[/ses-YY]/anat/   ..._desc-edited_T1w.nii.gz    the scan with other covariates; desc-trajectory, 4D, for several
                             ..._desc-difference_T1w       edited minus scan, in the scan's intensities
                             ..._desc-tissuechange_T1w     share of each voxel that became (+) or ceased to be (-) tissue
                             ..._desc-spread_T1w           deviation of the change over samples, where there are several
-                            ..._desc-edited_T1w.json      appears last: with it the scan is done
+                            ..._desc-edited_T1w.json      (or desc-trajectory) appears last: with it the scan is done
 OUT/figures/                a picture of each
 OUT/volumes.tsv             measured volumes before and after
+
+BIDS knows no T1w images that are maps or have four dimensions, so validators are told to ignore these.
 """
 
 import hashlib
@@ -41,7 +43,9 @@ README = (
     "derived from scans and partly synthetic; what they show never happened. Not for diagnosis."
 )
 TABLE = "volumes.tsv"
-IGNORED = f"figures/\n{TABLE}\n"  # by BIDS validators
+EDITED, TRAJECTORY = "edited", "trajectory"
+MAPS = ("difference", "tissuechange", "spread")
+IGNORED = "".join(f"{line}\n" for line in ("figures/", TABLE, *(f"*_desc-{name}_*" for name in (TRAJECTORY, *MAPS))))
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,15 @@ class EditFolder:
         Raises:
             InputError: it is, but otherwise than asked now.
         """
-        path = self.path(job, "edited", ".json")
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["Edit"]["Identity"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        if found != job.identity(self.pipe.model_hash):
-            raise InputError(f"{path} is of another edit, scan or model; choose another --out, or delete it")
-        return True
+        for path in (self.path(job, desc, ".json") for desc in (EDITED, TRAJECTORY)):
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))["Edit"]["Identity"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if found != job.identity(self.pipe.model_hash):
+                raise InputError(f"{path} is of another edit, scan or model; choose another --out, or delete it")
+            return True
+        return False
 
     def write(self, job: Job, done: Edit) -> dict[str, Any]:
         """Write an edit; returns its sidecar."""
@@ -130,13 +135,14 @@ class EditFolder:
                 write_atomic(self.folder / name, content)
         placed, spacing = done.placed, self.pipe.grid.spacing_mm
         before = placed.volume[0].cpu().numpy()
-        maps: dict[str, list[NDArray]] = {"edited": [], "difference": [], "tissuechange": [], "spread": []}
+        kind = EDITED if len(done.targets) == 1 else TRAJECTORY
+        maps: dict[str, list[NDArray]] = {name: [] for name in (kind, *MAPS)}
         volumes, measured = [], []
         for target in range(len(done.targets)):
             change, spread = done.change(target)
             edited = placed.back(placed.reconstruction + change)
             volumes.append((before + change[0].cpu().numpy()).clip(0, 1))
-            maps["edited"].append(edited)
+            maps[kind].append(edited)
             maps["difference"].append(edited - placed.scan)
             tissue = tissue_change(before[0], volumes[-1][0], spacing)
             maps["tissuechange"].append(restore(tissue[None], {**placed.info, "low": 0.0, "high": 1.0})[0])
@@ -149,13 +155,13 @@ class EditFolder:
                 write_volume(self.path(job, name), np.concatenate(found), placed.affine, placed.mark)
         self._draw(job, done, before, volumes)
         sidecar = self._sidecar(job, done, dict(apply_measure(self.measure, before, spacing)), measured)
-        write_atomic(self.path(job, "edited", ".json"), as_json(sidecar))
+        write_atomic(self.path(job, kind, ".json"), as_json(sidecar))
         return sidecar
 
     def write_table(self) -> Path:
         """volumes.tsv of all scans that are done: a row for each target."""
         rows = []
-        for path in sorted(self.folder.rglob(f"*_desc-edited_{self.pipe.suffix}.json")):
+        for path in sorted(self.folder.rglob(f"sub-*_desc-*_{self.pipe.suffix}.json")):
             sidecar = json.loads(path.read_text(encoding="utf-8"))
             of = sidecar["Edit"]
             for target, after in zip(of["To"], of["VolumesAfter"]):
@@ -176,7 +182,7 @@ class EditFolder:
         titles = ["scan: " + describe(done.source), *(describe(_changed(done.source, row)) for row in done.targets)]
         spacing, name = self.pipe.grid.spacing_mm, f"{job.stem}_desc-"
         strip = figures.mosaic(
-            [before, *volumes], titles, spacing, columns=min(len(titles), 4), heading="derived, synthetic in part"
+            [before, *volumes], titles, spacing, columns=min(len(titles), 5), heading="derived, synthetic in part"
         )
         figures.save(strip, self.folder / "figures" / f"{name}edited.png")
         difference = figures.overlay(
