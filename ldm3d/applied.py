@@ -6,6 +6,8 @@ Applications stand on the pipeline, so they are looked up when they are called.
 from collections.abc import Mapping
 from typing import Any
 
+from ldm3d.errors import InputError
+
 
 class Applied:
     """The methods of `Pipeline` that take a scan."""
@@ -15,6 +17,15 @@ class Applied:
         from ldm3d.applications.placed import place
 
         return place(self, image, **options)
+
+    def explore(self, preview_steps: int = 4) -> Any:
+        """A widget for notebooks, sliders and the brain that follows; see `ldm3d.serve.notebook.Explorer`."""
+        try:
+            from ldm3d.serve.notebook import explore
+        except ModuleNotFoundError as error:
+            raise InputError(f"{error.name} is missing, which the widget needs; pip install 'ldm3d[notebook]'") from None
+
+        return explore(self, preview_steps)  # type: ignore[arg-type]
 
     def push_to_hub(self, name: str, **options: Any) -> str:
         """Push the model to a hub as "user/name"; see `ldm3d.export.push`."""
