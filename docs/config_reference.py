@@ -84,9 +84,9 @@ def owners(sections: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def library_of(section: Mapping[str, Any]) -> str:
-    """Whose network a section is of, for its heading; "" for other sections."""
+    """Whose network, or which kind of condition, a section is of, for its heading; "" for other sections."""
     kind = section["properties"].get("kind", {})
-    return ", MONAI" if "monai" in kind.get("enum", ()) else ", ldm3d" if kind.get("const") == "ldm3d" else ""
+    return ", MONAI" if "monai" in kind.get("enum", ()) else f", {kind['const']}" if "const" in kind else ""
 
 
 def page() -> str:

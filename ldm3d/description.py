@@ -12,6 +12,8 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 import ldm3d
+from ldm3d.conditions import ImageChannels
+from ldm3d.config.conditions import Condition, in_words, without_sources
 from ldm3d.config.data import MAX_VOXELS, DataConfig, RegistrationConfig, Suffix
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS
@@ -29,7 +31,7 @@ DESCRIPTION = "pipeline.json"
 # What it describes
 PARTS = (
     *("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising"),
-    "preparation",
+    *("preparation", "conditions"),
 )
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
@@ -38,6 +40,7 @@ MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made fro
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 # sigma / alpha -> errors of the model and of the best Gaussian
 Denoising = Annotated[dict[str, tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(max_length=100)]
+ImageConditions = Annotated[tuple[Condition, ...], Field(max_length=100)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
@@ -53,6 +56,7 @@ class Sampling:
         guidance: classifier-free guidance scale; 1 is none, 0 ignores the covariates.
         guidance_rescale: 0 to 1, see `ldm3d.diffusion.guidance`.
         guidance_interval: times between which guidance acts.
+        image_guidance: scale of the guidance by images, apart from covariates; see `ldm3d.diffusion.guidance.apart`.
         spacing: of the times; None for the sampler's own.
         seed: sample i of a seed is the same volume in any batch.
     """
@@ -62,6 +66,7 @@ class Sampling:
     guidance: float = 1.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    image_guidance: float = 1.0
     spacing: str | None = None
     seed: int = 0
 
@@ -70,7 +75,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         choose("sampler", self.sampler, SAMPLERS)  # here, before anything is written
-        if self.steps < 1 or self.guidance < 0 or self.seed < 0:
+        if self.steps < 1 or min(self.guidance, self.image_guidance) < 0 or self.seed < 0:
             raise InputError(
                 f"steps {self.steps}, guidance {self.guidance}, seed {self.seed}: steps must be at least 1, the others >= 0"
             )
@@ -80,7 +85,8 @@ class Sampling:
         return Sampling(**{**self.to_dict(), **{key: value for key, value in changes.items() if value is not None}})
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # Without the default, as in series and models that were made before there was another
+        return {name: value for name, value in vars(self).items() if name != "image_guidance" or value != 1}
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **({"scales": parts["scales"]} if parts["scales"] else {}),
         **({"starts": True} if parts["starts"] else {}),
         **({"denoising": parts["denoising"]} if parts["denoising"] else {}),
+        **({"conditions": [*map(without_sources, parts["conditions"])]} if parts["conditions"] else {}),
         **({"preparation": parts["preparation"].to_dict()} if parts["preparation"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
@@ -147,6 +154,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "scales": TypeAdapter(Scales).validate_python(values.get("scales", ())),
             "starts": bool(values.get("starts", False)),
             "denoising": TypeAdapter(Denoising).validate_python(values.get("denoising", {})),
+            "conditions": TypeAdapter(ImageConditions).validate_python(values.get("conditions", ())),
             "preparation": TypeAdapter(Preparation | None).validate_python(values.get("preparation")),
         }
     except ValidationError as error:
@@ -182,6 +190,7 @@ def summary(pipeline: Any) -> str:
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
             f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}"
             + (f"; a Gaussian starts, until sigma / alpha is {pipeline.start.until:g}" if pipeline.start else ""),
+            *(f"  {'takes' if i == 0 else '':9} {c.name}: {in_words(c)}" for i, c in enumerate(pipeline.conditions)),
             f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
             f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
         ]
@@ -210,6 +219,11 @@ def check_parts(
         raise InputError(
             f"{folder}: the autoencoder has {channels} latent channels, the U-Net takes {unet.in_channels} and gives "
             f"{unet.out_channels}; they are of different models"
+        )
+    if unet.image_channels != (wanted := ImageChannels(parts["conditions"], autoencoder).count):
+        raise InputError(
+            f"{folder}: the U-Net takes images of {unet.image_channels} channels, the conditions in {DESCRIPTION} have "
+            f"{wanted}; they are of different models"
         )
     if list(unet.arguments["num_categories"]) != schema.num_categories:
         raise InputError(

@@ -14,8 +14,11 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
+from ldm3d.base_model import take_autoencoder
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
+from ldm3d.data.conditions import cached_conditions, find_files
+from ldm3d.data.conditions import fingerprint as fingerprint_of_condition
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
@@ -67,12 +70,18 @@ def latents_origin(config: Config) -> dict[str, str]:
     Raises:
         InputError: no autoencoder yet, or nothing prepared.
     """
-    if not config.autoencoder_folder.is_dir():
+    if not take_autoencoder(config) and not config.autoencoder_folder.is_dir():
         raise InputError(
             f"no autoencoder in {config.autoencoder_folder}; train it with `accelerate launch -m "
             "ldm3d.training.autoencoder CONFIG` first"
         )
-    return {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
+    origin = {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
+    if conditions := cached_conditions(config):
+        scans = read_scan_table(config)
+        for each in conditions:
+            files = find_files(config, each, scans)
+            origin[f"condition {each.name}"] = fingerprint_of_condition(each, files, list(scans["key"]))
+    return origin
 
 
 def save_experiment(config: Config, model: Path) -> None:
@@ -81,6 +90,8 @@ def save_experiment(config: Config, model: Path) -> None:
     first, second = seen_by(config.autoencoder_run), seen_by(config.diffusion_run) or _seen_by_table(config)
     if first and first.network != weights_hash(config.autoencoder_folder):
         first = None  # of another autoencoder
+    if config.base_model:
+        first = _seen_by_base(config.base_model)
     known = [stage for stage in (first, second, seen_by(config.decoder_run)) if stage]
     train = frozenset.union(*(stage.train for stage in known))
     seen = frozenset.union(train, *(stage.validation for stage in known))
@@ -231,6 +242,15 @@ def _seen_by_label(
             stacklevel=4,
         )
     return set(alike) if own else set()
+
+
+def _seen_by_base(model: str) -> Seen | None:
+    """What the model that a training started with has seen; None if nothing says so."""
+    try:
+        base = find_experiment(Path(model))
+    except InputError:
+        return None
+    return Seen(base.train, base.seen - base.train, base.subjects)
 
 
 def _seen_by_table(config: Config) -> Seen:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import ldm3d
 from ldm3d.applied import Applied
+from ldm3d.conditions import ImageChannels
+from ldm3d.config.conditions import Condition
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
 from ldm3d.description import NO_CROP, Preparation, Sampling, summary
@@ -25,6 +27,7 @@ from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 from ldm3d.folder import read_folder, write_folder
+from ldm3d.generation.given import Images, for_all
 from ldm3d.generation.identity import computing_of, origin_of
 from ldm3d.generation.run import Result
 from ldm3d.generation.sampling import default_group_size, draw, sample_latents
@@ -54,6 +57,7 @@ class Pipeline(Applied):
         start: denoises at high noise, in place of the U-Net; None where the U-Net was trained at every level of noise.
         denoising: sigma / alpha -> (error of the model, of the best Gaussian) on validation latents, relative to their
             variance; what is known of it from training.
+        conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.
         preparation: how the scans of the training were brought to the Grid; None where that is not known.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
@@ -83,6 +87,7 @@ class Pipeline(Applied):
         scales: Sequence[float] = (),
         start: GaussianStart | None = None,
         denoising: Mapping[str, tuple[float, float]] | None = None,
+        conditions: Sequence[Condition] = (),
         preparation: Preparation | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
@@ -95,6 +100,8 @@ class Pipeline(Applied):
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
+        self.conditions, self.channels = tuple(conditions), ImageChannels(conditions, autoencoder)
+        self.images: Images | None = None  # what is given; see `given`
         self._decoder = PlannedDecoder()
 
     @property
@@ -132,6 +139,12 @@ class Pipeline(Applied):
         """The same pipeline with this `decode_mode`."""
         other = copy.copy(self)
         other.decode_mode = mode
+        return other
+
+    def given(self, images: Images | Mapping[str, Any], like: str | None = None) -> "Pipeline":
+        """The same pipeline with images given: a set for all requests, as `__call__` takes it, or those of a series."""
+        other = copy.copy(self)
+        other.images = images if isinstance(images, Images) else for_all(self, images, like)
         return other
 
     def __repr__(self) -> str:
@@ -193,11 +206,14 @@ class Pipeline(Applied):
         *,
         rows: Sequence[Mapping[str, Any]] | None = None,
         ask: Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        like: str | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        image_guidance: float | None = None,
         spacing: str | None = None,
         seed: int | None = None,
         batch_size: int = 8,
@@ -210,8 +226,11 @@ class Pipeline(Applied):
             num_volumes: how many of the same request.
             rows: instead, one request a volume: a mapping of covariates each.
             ask: covariates as a mapping, for names that are arguments here.
-            sampler, steps, guidance, guidance_rescale, guidance_interval, spacing, seed: see `Sampling`; None takes the
-                pipeline's own.
+            conditions: by the condition's name a file or a nibabel image in any space; or a pair of it and a mask of what was
+                measured, where the condition hides voxels. The same for all volumes.
+            like: name of a condition on whose own voxels the answers lie; None: on the Grid.
+            sampler, steps, guidance, guidance_rescale, guidance_interval, image_guidance, spacing, seed: see `Sampling`;
+                None takes the pipeline's own.
             batch_size: volumes sampled before they are decoded; of no influence on what they are.
             progress: called with the number of volumes done.
             covariates: by name; those left out are left open.
@@ -228,13 +247,15 @@ class Pipeline(Applied):
             raise InputError(f"num_volumes is {num_volumes}; ask for at least 1")
         requests = self.parse(rows if rows is not None else [covariates] * num_volumes)
         guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
+        guided["image_guidance"] = image_guidance
         sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
-        images = []
-        for volume in self.volumes(requests, sampling, batch_size):
-            images.append(to_image(volume, self.output_grid.affine, self.mark))
+        pipeline, images = self.given(conditions, like) if conditions or like else self, []
+        affine = pipeline.images.affine(0) if pipeline.images else None
+        for volume in pipeline.volumes(requests, sampling, batch_size):
+            images.append(to_image(volume, self.output_grid.affine if affine is None else affine, self.mark))
             if progress:
                 progress(len(images))
-        return Result(images, requests, self.origin, sampling)
+        return Result(images, requests, pipeline.origin, sampling)
 
     @property
     def mark(self) -> str:
@@ -271,9 +292,12 @@ class Pipeline(Applied):
                 at once, before the first volume is asked for.
         """
         self.check_sampling(sampling)
-        return map(
-            self.cropped, draw(self, requests, range(len(requests)) if numbers is None else numbers, sampling, batch_size)
-        )
+        numbers = range(len(requests)) if numbers is None else numbers
+        drawn = draw(self, requests, numbers, sampling, batch_size)
+        if self.images is None:
+            return map(self.cropped, drawn)
+        images = self.images
+        return (images.finished(number, volume, self.cropped) for number, volume in zip(numbers, drawn))
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise InputError where this model cannot be sampled so; see `volumes`."""
@@ -296,18 +320,25 @@ class Pipeline(Applied):
         guidance: float = 1.0,
         rescale: float = 0.0,
         interval: tuple[float, float] = EVERYWHERE,
+        image_guidance: float = 1.0,
+        numbers: Sequence[int] = (),
     ) -> Denoiser:
         """(z, t) -> the expected clean latent of normalised latents (N, c, x, y, z), padded as the U-Net needs them.
 
         Args:
             requests: from `parse`, one for each of the batch.
-            guidance, rescale, interval: see `ldm3d.diffusion.guidance.classifier_free`; without guidance the model itself.
+            guidance, image_guidance, rescale, interval: see `ldm3d.diffusion.guidance.apart`.
+            numbers: of the requests in their series, whose images `given` has; without these images are left open.
         """
         asked = Conditions(self.schema.encode(requests).to(self.device))
         denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales)
         if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
             guidance = 1.0
-        guided = classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
+        if self.images is None or not numbers:
+            guided = classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
+        else:
+            scales = guidance, image_guidance, rescale, interval
+            guided = self.images.denoiser(denoise, asked, self, numbers, *scales)
         if self.start is None:
             return guided
         return in_turn(self.start.denoiser(asked.covariates, self.process), guided, self.start.until, self.process)
@@ -322,7 +353,8 @@ class Pipeline(Applied):
         """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers; `progress` gets steps done."""
         channels, *shape = self.autoencoder.latent_shape(self.grid.shape)
         padded = channels, *self.unet.padded_shape(shape)
-        denoise = self.denoiser(requests, sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval)
+        guided = sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval, sampling.image_guidance
+        denoise = self.denoiser(requests, *guided, numbers)
         return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device, progress), shape)
 
     def decode(self, z: Tensor) -> Tensor:

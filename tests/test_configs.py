@@ -13,7 +13,11 @@ import yaml
 from conftest import command_line
 
 from ldm3d import figures
+from ldm3d.base_model import first_unet, take_autoencoder
+from ldm3d.conditions import ImageChannels
+from ldm3d.config.read import load_config
 from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.pipeline import Pipeline
 from ldm3d.training.metrics import read_metrics
 
@@ -87,3 +91,15 @@ def test_channels_at_their_scales_from_training_to_a_loaded_model(phantoms, tmp_
     config.write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit):
         command_line("prepare", config)
+
+
+CONDITIONED = sorted((Path(__file__).parents[1] / "configs/conditions").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONDITIONED, ids=lambda path: path.stem)
+def test_a_shipped_config_with_images_fits_the_model_it_starts_from(path, tmp_path):
+    config = load_config(path, [f"output={tmp_path}"])
+    assert take_autoencoder(config)
+    channels = ImageChannels(config.given_conditions, LatentSpace.from_pretrained(config.autoencoder_folder))
+    unet, schema, _ = first_unet(config, channels.count)
+    assert unet.image_channels == channels.count > 0 and len(schema) == len(config.covariates)

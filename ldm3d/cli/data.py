@@ -137,7 +137,9 @@ def encode(
 
     import torch
 
+    from ldm3d.conditions import ImageChannels
     from ldm3d.config.read import load_config
+    from ldm3d.data.conditions import cached_conditions, find_files, load_condition
     from ldm3d.data.latents import describe_noise, is_fresh, noise_share, read_latents, write_latents
     from ldm3d.data.preparing import load_prepared, read_scan_table
     from ldm3d.experiment import latents_origin
@@ -160,10 +162,23 @@ def encode(
     def moments(volumes):
         return autoencoder.encode(torch.from_numpy(volumes).to(device, kind)).float().cpu().numpy()
 
+    channels, conditions = ImageChannels(settings.diffusion.conditions, autoencoder), {}
+    for each in cached_conditions(settings):
+        image = functools.partial(load_condition, settings, each, dict(zip(scans["key"], find_files(settings, each, scans))))
+        encoded = moments if each.name == settings.diffusion.makes else functools.partial(encoded_with, channels, each)
+        conditions[each.name] = image, encoded
     load = functools.partial(load_prepared, settings)
-    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes)
+    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes, conditions=conditions)
     if processes.is_main:
         line, warning = describe_noise(noise_share(read_latents(settings.latents_folder, origin)[0]))
         print(f"latents of {len(scans)} scans written to {settings.latents_folder}; {line}")
         if warning:
             warnings.warn(warning, stacklevel=1)
+
+
+def encoded_with(channels, condition, volumes):
+    """The channels of a condition of some scans, as the latent cache holds them."""
+    import torch
+
+    with torch.no_grad():
+        return channels.encoded(condition, torch.from_numpy(volumes).to(channels.autoencoder.latent_mean.device)).cpu().numpy()

@@ -31,8 +31,13 @@ def generate(
     check: Annotated[bool, typer.Option(help="Check finished volumes by checksum, not by size only.")] = True,
     audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
     dicom: Annotated[Path | None, typer.Option(help="Write the volumes as DICOM into this folder, too.")] = None,
+    condition: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="An image that the model takes.")] = [],  # noqa: B006
+    measured: Annotated[list[str], typer.Option(metavar="NAME=MASK", help="Which voxels of it were measured.")] = [],  # noqa: B006
+    bids: Annotated[Path | None, typer.Option(help="Dataset with the images: --num volumes for each session.")] = None,
+    like: Annotated[str | None, typer.Option(help="Condition on whose own voxels the volumes are written.")] = None,
+    image_guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the images.")] = None,
 ) -> None:
-    """Generate volumes for given covariates, as a BIDS derivative.
+    """Generate volumes for given covariates, and images where the model takes some, as a BIDS derivative.
 
     Request the model's covariates by name: --age 72 --sex F --ventricular-volume-ml 45, or --ask age=72 --ask sex=F. Others
     are left open.
@@ -52,7 +57,15 @@ def generate(
         pipeline.compile()
     if table is not None and (asked or num is not None):
         raise InputError("give either --table, with one row a volume, or covariates and --num")
-    rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
+    sampling = sampling.replace(image_guidance=image_guidance)
+    if bids is not None or condition:
+        if table is not None or audit is not None or (bids is not None and condition):
+            raise InputError("--bids and --condition go with covariates and --num, and with neither --table nor --audit")
+        pipeline, rows = with_images(pipeline, asked, num or 1, named_files(condition, measured), bids, like)
+    else:
+        if like or measured:
+            raise InputError("--like and --measured go with images: give --condition NAME=FILE, or --bids DIR")
+        rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:
         _dicom()  # before anything is generated
@@ -223,3 +236,32 @@ def read_requests(table: Path) -> list[dict]:
     if not len(frame):
         raise InputError(f"{table} has no rows; write one for each volume")
     return [dict(zip(frame.columns, row)) for row in frame.to_numpy().tolist()]
+
+
+def named_files(conditions: list[str], measured: list[str]) -> dict:
+    """["T1w=scan.nii.gz"], ["T1w=mask.nii.gz"] -> {"T1w": (scan, mask)}, or {"T1w": scan} without a mask."""
+    found: list[dict[str, Path]] = [{}, {}]
+    for texts, into, option in zip((conditions, measured), found, ("--condition", "--measured")):
+        for text in texts:
+            name, separator, path = text.partition("=")
+            if not separator or not path or name in into:
+                raise InputError(f"{option} {shown(text)}: write NAME=FILE once for each, such as T1w=scan.nii.gz")
+            into[name] = Path(path)
+    files, masks = found
+    if strangers := masks.keys() - files.keys():
+        raise InputError(f"--measured {', '.join(sorted(strangers))}: there is no such --condition")
+    return {name: (path, masks[name]) if name in masks else path for name, path in files.items()}
+
+
+def with_images(pipeline, asked: dict, num: int, files: dict, bids: Path | None, like: str | None) -> tuple:
+    """(the pipeline with images given, requests), from files or from a dataset."""
+    from ldm3d.generation.dataset import find_sessions, images_of, placeable
+
+    if not pipeline.conditions:
+        raise InputError("this model takes no images: it was trained without `diffusion.conditions`")
+    if bids is None:
+        return pipeline.given(files, like), pipeline.parse([asked] * num)
+    sessions = find_sessions(bids, pipeline.conditions, pipeline.suffix, pipeline.schema.names)
+    sessions = placeable(sessions, pipeline, bids)
+    rows = [{**row, **asked} for row in sessions.rows for _ in range(num)]
+    return pipeline.given(images_of(sessions, pipeline, bids, num, like)), pipeline.parse(rows)

@@ -20,6 +20,7 @@ RESERVED_NAMES = frozenset(
         *("ask", "audit", "batch_size", "check", "compile", "device", "group", "guidance", "help", "no_check", "num", "out"),
         *("precision", "sampler", "seed", "steps", "table", "threads", "volumes"),
         *("guidance_interval", "guidance_rescale", "num_volumes", "progress", "rows", "self", "spacing"),
+        *("bids", "condition", "conditions", "image_guidance", "like", "measured"),
     }
 )
 

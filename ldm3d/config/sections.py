@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Sampler, Section
+from ldm3d.config.conditions import Condition, ImageCondition
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.covariates import CovariateSchema
@@ -73,6 +74,8 @@ class AutoencoderConfig(Section):
     """Stage 1."""
 
     network: AutoencoderNetwork
+    # A trained model whose autoencoder is taken, as it is, and not trained; `network` has to describe it
+    shared: Annotated[str | None, Field(exclude_if=lambda model: model is None)] = None
     # unit: variance 1 for each latent channel; voxels: the scale at which it changes the voxels, so that detail drowns first
     latent_scaling: Literal["unit", "voxels"] = "unit"
     linear_path_steps: Annotated[int, Field(ge=0)] = 600  # of the linear path alone, before the networks train
@@ -153,11 +156,32 @@ class DiffusionConfig(Section):
     # A Gaussian denoises at high noise, the network below it; None: the network alone
     start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
     network: UNetNetwork
+    # A trained model, whose autoencoder and U-Net this one starts with
+    init_from: Annotated[str | None, Field(exclude_if=lambda model: model is None)] = None
+    # Images that the network is given beside covariates (ldm3d.conditions)
+    conditions: Annotated[tuple[Condition, ...], Field(exclude_if=lambda conditions: not conditions)] = ()
+    # The condition that is made, from the scan itself and the other conditions; None: the scan is made
+    makes: Annotated[str | None, Field(exclude_if=lambda name: name is None)] = None
     training: TrainingConfig
 
     def objective(self) -> dict[str, Any]:
         """Arguments of `ldm3d.diffusion.objective.make_objective`."""
-        return self.model_dump(exclude={"drop_covariates", "network", "training"}, exclude_none=True)
+        beside = {"drop_covariates", "network", "training", "init_from", "conditions", "makes"}
+        return self.model_dump(exclude=beside, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _conditions_fit(self) -> Self:
+        names = [condition.name for condition in self.conditions]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+        if self.conditions and self.start:
+            raise ValueError("start: leave it out, the Gaussian does not know the images of `conditions`")
+        made = next((each for each in self.conditions if each.name == self.makes), None)
+        if self.makes and not (isinstance(made, ImageCondition) and made.suffix):
+            raise ValueError(f"makes {self.makes!r} names no condition of kind image with a suffix; add it to `conditions`")
+        if (self.conditions or self.init_from) and self.network.kind != "ldm3d":
+            raise ValueError(f"conditions and init_from need ldm3d's own network, not one of {self.network.kind}")
+        return self
 
     @model_validator(mode="after")
     def _vdm_trains_on_the_bound(self) -> Self:
@@ -183,6 +207,7 @@ class GenerationConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    image_guidance: Annotated[float, Field(ge=0, exclude_if=lambda scale: scale == 1)] = 1.0
     # Of the times; None: the sampler's own
     spacing: Literal["uniform", "quadratic", "lambda", "karras", "share", "leading"] | None = None
 
@@ -248,6 +273,37 @@ class Config(Section):
             raise ValueError(
                 "diffusion.loss_weight noise needs autoencoder.latent_scaling voxels; for channels of one variance use "
                 "diffusion.target noise"
+            )
+        return self
+
+    @property
+    def given_conditions(self) -> tuple[Condition, ...]:
+        """The conditions that the model is given: `diffusion.conditions`, with the scan in place of what is made instead."""
+        diffusion, suffix = self.diffusion, self.data.suffix
+        scan = ImageCondition(name=suffix, kind="image", suffix=suffix, drop=0.0)
+        return tuple(
+            scan.model_copy(update={"drop": each.drop}) if each.name == diffusion.makes else each
+            for each in diffusion.conditions
+        )
+
+    @property
+    def made_suffix(self) -> str:
+        """BIDS suffix of what the model makes."""
+        made = (each for each in self.diffusion.conditions if each.name == self.diffusion.makes)
+        return next((each.suffix for each in made if isinstance(each, ImageCondition) and each.suffix), self.data.suffix)
+
+    @property
+    def base_model(self) -> str | None:
+        """The trained model whose autoencoder is taken; None: stage 1 trains one."""
+        return self.autoencoder.shared or self.diffusion.init_from
+
+    @model_validator(mode="after")
+    def _one_base(self) -> Self:
+        shared, start = self.autoencoder.shared, self.diffusion.init_from
+        if shared and start and shared != start:
+            raise ValueError(
+                f"autoencoder.shared {shared} and diffusion.init_from {start}: a U-Net goes on with the latents that it was "
+                "trained on; drop autoencoder.shared"
             )
         return self
 

@@ -5,14 +5,6 @@ generated volumes too (Billot et al. 2023, SynthSeg).
 """
 
 import numpy as np
-from monai.transforms import (
-    Compose,
-    RandAdjustContrast,
-    RandBiasField,
-    RandGaussianNoise,
-    RandGaussianSmooth,
-    RandSimulateLowResolution,
-)
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -29,13 +21,15 @@ ROTATION_DEGREES, SCALING, SHIFT_MM = 8.0, 0.08, 6.0  # standard deviations of a
 
 def vary(volume: NDArray, random: np.random.Generator) -> NDArray:
     """A volume (C, X, Y, Z) in [0, 1] with random bias field, contrast, blur, resolution and noise, clipped to [0, 1]."""
-    changes = Compose(
+    from monai import transforms  # the import takes seconds, and labels are read without it
+
+    changes = transforms.Compose(
         [
-            RandBiasField(prob=0.5, coeff_range=(-0.15, 0.15)),
-            RandAdjustContrast(prob=0.5, gamma=(0.7, 1.4)),
-            RandGaussianSmooth(prob=0.4, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
-            RandSimulateLowResolution(prob=0.2, zoom_range=(0.5, 1.0)),
-            RandGaussianNoise(prob=0.5, std=0.04),
+            transforms.RandBiasField(prob=0.5, coeff_range=(-0.15, 0.15)),
+            transforms.RandAdjustContrast(prob=0.5, gamma=(0.7, 1.4)),
+            transforms.RandGaussianSmooth(prob=0.4, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
+            transforms.RandSimulateLowResolution(prob=0.2, zoom_range=(0.5, 1.0)),
+            transforms.RandGaussianNoise(prob=0.5, std=0.04),
         ]
     ).set_random_state(seed=int(random.integers(2**31)))
     gain = random.uniform(0.85, 1.15)

@@ -12,19 +12,23 @@ from ldm3d.data.tables import as_tsv
 BIDS_VERSION = "1.10.0"
 
 
-def derivative_files(name: str, generated_by: Sequence[Mapping[str, Any]], readme: str) -> dict[str, str]:
+def derivative_files(
+    name: str, generated_by: Sequence[Mapping[str, Any]], readme: str, links: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What makes a folder a BIDS derivative dataset: the content of dataset_description.json and README, by name.
 
     Args:
         name: of the dataset.
         generated_by: BIDS GeneratedBy, each {"Name": ..., "Version": ..., "Description": ...}.
         readme: text of the README.
+        links: BIDS DatasetLinks, name -> URI, of the datasets that sidecars refer to.
     """
     description = {
         "Name": name,
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [dict(entry) for entry in generated_by],
+        **({"DatasetLinks": dict(links)} if links else {}),
     }
     return {"dataset_description.json": as_json(description), "README": readme.rstrip() + "\n"}
 

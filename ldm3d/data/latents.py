@@ -1,13 +1,14 @@
 """The latent cache: raw posterior moments of every prepared scan, written once and read by stage 2 alone.
 
 FOLDER/moments.npy    float32 (scans, 2c, x, y, z), rows in the order of scans.tsv
+FOLDER/condition-NAME.npy   the same of an image condition, (scans, c', x, y, z); NaN where a scan has none
 FOLDER/scans.tsv      the table of prepared scans, with splits and covariates
 FOLDER/latents.json   what the cache was made from; another origin is a stale cache
 """
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def write_latents(
     origin: Mapping[str, str],
     batch_size: int = 8,
     processes: Processes = ALONE,
+    conditions: Mapping[str, tuple[Callable[[str], NDArray], Callable[[NDArray], NDArray]]] | None = None,
 ) -> None:
     """Encode all scans and write the cache; latents.json comes last, so a half-written cache is never taken for one.
 
@@ -43,26 +45,46 @@ def write_latents(
         origin: name -> fingerprint of everything the moments follow from.
         batch_size: scans at a time.
         processes: that share the work; all of them have to call this.
+        conditions: name -> the same two functions of an image condition.
     """
-    keys = list(scans["key"])
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ORIGIN).unlink(missing_ok=True)
+    arrays = {MOMENTS: (load, encode), **{condition_file(name): pair for name, pair in (conditions or {}).items()}}
+    for name, pair in arrays.items():
+        _write_array(folder / name, list(scans["key"]), *pair, batch_size, processes)
+    if processes.is_main:
+        _finish(folder, scans, origin)
+    processes.wait()
+
+
+def _write_array(
+    path: Path,
+    keys: Sequence[str],
+    load: Callable[[str], NDArray],
+    encode: Callable[[NDArray], NDArray],
+    batch_size: int,
+    processes: Processes,
+) -> None:
+    """One array of the cache, a row a scan."""
     firsts = processes.share(range(0, len(keys), batch_size))
     encoded = ((first, encode(np.stack([load(key) for key in keys[first : first + batch_size]]))) for first in firsts)
     start = list(itertools.islice(encoded, 1))  # none where there are more processes than batches
     shape = processes.gather(start[0][1].shape[1:] if start else None)[0]
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ORIGIN).unlink(missing_ok=True)
-        np.lib.format.open_memmap(folder / MOMENTS, mode="w+", dtype=np.float32, shape=(len(keys), *shape)).flush()
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(keys), *shape)).flush()
     processes.wait()
-    array = np.lib.format.open_memmap(folder / MOMENTS, mode="r+")
+    array = np.lib.format.open_memmap(path, mode="r+")
     bar = tqdm(itertools.chain(start, encoded), desc="encode", unit="batch", total=len(firsts), disable=not processes.is_main)
-    for first, moments in bar:
-        array[first : first + len(moments)] = moments
+    for first, values in bar:
+        array[first : first + len(values)] = values
     array.flush()
     processes.wait()
-    if processes.is_main:
-        _finish(folder, scans, origin)
-    processes.wait()
+
+
+def condition_file(name: str) -> str:
+    """Where a condition's rows are."""
+    return f"condition-{name}.npy"
 
 
 def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ Both are small objects that a process which reads ahead gets as a copy. They nam
 sample is read, in the process that reads: a memory map would be copied as its whole content.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
+from ldm3d.config.conditions import DegradedCondition
 from ldm3d.config.sections import Config
-from ldm3d.data.latents import MOMENTS
+from ldm3d.data.degrade import degraded
+from ldm3d.data.latents import MOMENTS, condition_file
 from ldm3d.data.preparing import load_prepared
 
 
@@ -70,6 +73,62 @@ class PerturbedSamples(VolumeSamples):
         return {**read, "perturbation": perturbation, "strength": torch.rand((), generator=rng)}
 
 
+IMAGE, MEASURED = "image ", "measured "  # before the name of a condition: its channels or volume; voxels that are not missing
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """A condition of each scan from the latent cache: channels (c', x, y, z), NaN where the scan has none."""
+
+    name: str
+    folder: Path
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
+    @cached_property
+    def _rows(self) -> NDArray:
+        return np.load(self.folder / condition_file(self.name), mmap_mode="r")
+
+    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
+        return {f"{IMAGE}{self.name}": torch.from_numpy(self._rows[row].copy())}
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The latent (c, x, y, z) of another visit of the subject, a random one of those in `others` of a row; NaN for none."""
+
+    name: str
+    folder: Path
+    others: tuple[tuple[int, ...], ...]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
+    @cached_property
+    def _rows(self) -> NDArray:
+        return np.load(self.folder / MOMENTS, mmap_mode="r")
+
+    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
+        others, chosen = self.others[row], float(torch.rand((), generator=rng))
+        mean = torch.from_numpy(self._rows[others[int(chosen * len(others))] if others else row].copy()).chunk(2)[0]
+        return {f"{IMAGE}{self.name}": mean if others else torch.full_like(mean, torch.nan)}
+
+
+@dataclass(frozen=True)
+class DegradedVolumes:
+    """The scan's volume made worse, (C, X, Y, Z), and which of its voxels are still there, (1, X, Y, Z)."""
+
+    condition: DegradedCondition
+    config: Config
+    keys: tuple[str, ...]
+
+    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
+        volume, spacing_mm = load_volume(self.config, self.keys[row]), self.config.data.grid.spacing_mm
+        worse, measured = degraded(volume, spacing_mm, self.condition.degradations, rng)
+        return {f"{IMAGE}{self.condition.name}": worse, f"{MEASURED}{self.condition.name}": measured}
+
+
 @dataclass(frozen=True)
 class LatentSamples:
     """Cached posteriors: `moments` (2c, x, y, z), `context` (K, 2), and all random numbers that a step needs.
@@ -79,12 +138,16 @@ class LatentSamples:
         rows: of the cache; sample i is the i-th.
         contexts: encoded covariates of all rows of the cache, (scans, K, 2).
         padded: (x, y, z) that the U-Net sees: the shape of `noise`.
+        images: of the conditions, each (row, generator) -> its tensors by name.
+        file: of the moments, in the folder.
     """
 
     folder: Path
     rows: tuple[int, ...]
     contexts: Tensor
     padded: tuple[int, ...]
+    images: tuple[Callable[[int, Generator], dict[str, Tensor]], ...] = ()
+    file: str = MOMENTS
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,16 +157,20 @@ class LatentSamples:
 
     @cached_property
     def _moments(self) -> NDArray:
-        return np.load(self.folder / MOMENTS, mmap_mode="r")
+        return np.load(self.folder / self.file, mmap_mode="r")
 
     def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
         row = self.rows[sample]
         moments = torch.from_numpy(self._moments[row].copy())  # (2c, x, y, z)
         channels = len(moments) // 2
-        return {
+        read = {
             "moments": moments,
             "context": self.contexts[row],
             "posterior_noise": torch.randn(moments[:channels].shape, generator=rng),
             "noise": torch.randn((channels, *self.padded), generator=rng),
             "drop": torch.rand(self.contexts.shape[1] + 2, generator=rng),
         }
+        # Drawn last, so that all other numbers are those of a training without images
+        for image in self.images:
+            read |= image(row, rng)
+        return read | ({"drop_images": torch.rand(len(self.images), generator=rng)} if self.images else {})

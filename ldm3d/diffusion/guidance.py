@@ -58,6 +58,47 @@ def classifier_free(
     return guided
 
 
+def apart(
+    denoise: ConditionalDenoiser,
+    conditions: Any,
+    images_alone: Any,
+    null: Any,
+    scale: float,
+    image_scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = EVERYWHERE,
+) -> Denoiser:
+    """Guidance that weighs covariates and images apart: x = x_u + s (x_i - x_u) + w (x_ci - x_i) (Brooks et al. 2023, eq. 3).
+
+    Args:
+        denoise: (z, t, conditions) -> x; asked once a step, with a batch of 3N, or of 2N where `image_scale` is 1.
+        conditions: of each sample: covariates and images, for x_ci.
+        images_alone: the same with covariates left open, for x_i.
+        null: with both left open, for x_u.
+        scale: w, of the covariates.
+        image_scale: s, of the images. 1: `classifier_free` over covariates, with the images given throughout.
+        rescale, interval: see `classifier_free`.
+
+    Raises:
+        InputError: rescale or interval outside [0, 1].
+    """
+    if image_scale == 1:
+        return classifier_free(denoise, conditions, images_alone, scale, rescale, interval)
+    low, high = _checked(interval)
+    if not 0 <= rescale <= 1:
+        raise InputError(f"guidance rescale {rescale} must be in [0, 1]; 0 is off")
+    all_three = conditions + images_alone + null
+
+    def guided(z: Tensor, t: float) -> Tensor:
+        if not low <= t <= high:
+            return denoise(z, t, conditions)
+        x_ci, x_i, x_u = denoise(torch.cat([z, z, z]), t, all_three).chunk(3)
+        x = x_u + image_scale * (x_i - x_u) + scale * (x_ci - x_i)
+        return rescaled(x, x_ci, rescale) if rescale else x
+
+    return guided
+
+
 def autoguided(good: Denoiser, bad: Denoiser, scale: float, interval: tuple[float, float] = EVERYWHERE) -> Denoiser:
     """Guidance away from a worse model of the same data: x = x_bad + w (x_good - x_bad) (Karras et al. 2024, eq. 2).
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ldm3d.config.conditions import without_sources
 from ldm3d.devices import described
 from ldm3d.generation.series import Origin
 
@@ -30,7 +31,9 @@ def origin_of(pipeline: Any) -> Origin:
     parts = [schema, process, pipeline.target, pipeline.crop, grid]
     parts += [pipeline.suffix] if pipeline.suffix != "T1w" else []  # as in series that were begun before there was another
     parts += [pipeline.scales] if pipeline.scales else []
+    parts += [without_sources(each) for each in pipeline.conditions]
     settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     names = pipeline.mark, pipeline.model_hash, settings
     facts = pipeline.suffix, pipeline.skull_stripped
-    return Origin(pipeline.output_grid, pipeline.schema, *facts, *names, pipeline.computing, pipeline.decode_mode == "auto")
+    decoding = pipeline.computing, pipeline.decode_mode == "auto"
+    return Origin(pipeline.output_grid, pipeline.schema, *facts, *names, *decoding, pipeline.images)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ldm3d.base_model import take_autoencoder
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
 from ldm3d.data.preparing import read_scan_table
@@ -34,6 +35,9 @@ SCALED_VOLUMES = 8  # that the scales of the channels are measured on
 
 def train(config: Config, stop: Stop) -> None:
     """Train as the config describes, from the last checkpoint if there is one, until the end or a request to stop."""
+    if take_autoencoder(config):
+        print(f"nothing to train: {config.autoencoder_folder} is the autoencoder of {config.base_model}")
+        return
     training, run = config.autoencoder.training, config.autoencoder_run
     scans = read_scan_table(config)
     if not (scans["split"] == "train").any():

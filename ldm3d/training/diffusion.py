@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ldm3d import figures
+from ldm3d.base_model import first_unet, seen_ranges
 from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
-from ldm3d.data.latents import read_latents
+from ldm3d.data.latents import MOMENTS, condition_file, read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Preparation, Sampling
@@ -41,6 +42,7 @@ from ldm3d.randomness import generator
 from ldm3d.start import GaussianStart
 from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
+from ldm3d.training.images import TrainingImages
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_pairs, in_words
@@ -83,16 +85,21 @@ class DiffusionTask(Task):
         settings, training = config.diffusion, config.diffusion.training
         self.config, self.accelerator = config, accelerator
         self.autoencoder, self.moments, self.scans = autoencoder.to(accelerator.device), moments, scans
-        self.split = {name: [i for i, s in enumerate(scans["split"]) if s == name] for name in ("train", "validation")}
+        file = condition_file(settings.makes) if settings.makes else MOMENTS
+        if settings.makes:
+            moments = self.moments = np.load(config.latents_folder / file, mmap_mode="r")
+        there = np.isfinite(moments[:, 0, 0, 0, 0])
+        self.split = {
+            name: [i for i, s in enumerate(scans["split"]) if s == name and there[i]] for name in ("train", "validation")
+        }
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
-        self.contexts = self.schema.encode(rows)  # (scans, K, 2)
         by_channel = config.autoencoder.latent_scaling == "voxels"
         self.scales = deviations(self.autoencoder, moments, self.split["train"]) if by_channel else ()
+        self.images = TrainingImages(config, self.autoencoder, scans, accelerator)
+        model = self.first_network().to(accelerator.device)
+        self.contexts = self.schema.encode(rows)  # (scans, K, 2)
         self.objective = make_objective(**settings.objective(), scales=self.scales)
-        channels = autoencoder.latent_channels
-        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
-        model = make_network("UNet", **of_data, **settings.network.model_dump()).to(accelerator.device)
         self.padded = model.padded_shape(moments.shape[2:])
         self.trained = {MAIN: Trained.of(model, training)}
         if (schedule := self.objective.schedule) is not None:  # 64 numbers, whose gradient `learn` sums over the processes
@@ -104,15 +111,28 @@ class DiffusionTask(Task):
             "seed": config.seed,
             **sampling_of(config),
         }
-        samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), self.contexts, self.padded)
+        numbers = self.contexts, self.padded, self.images.readers, file
+        samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), *numbers)
         subjects = [scans["subject"].iloc[i] for i in self.split["train"]]
         self.batches = batches_of(samples, training, config, accelerator, subjects)
+
+    def first_network(self) -> LatentUNet:
+        """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too."""
+        settings, images = self.config.diffusion, self.images.channels.count
+        if settings.init_from:
+            model, schema, parts = first_unet(self.config, images)
+            self.schema, self.scales = seen_ranges(schema, self.schema), parts["scales"]
+            return model
+        channels = self.autoencoder.latent_channels
+        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
+        of_data |= {"image_channels": images} if images else {}
+        return make_network("UNet", **of_data, **settings.network.model_dump())
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The U-Net's; batch: moments (n, 2c, x, y, z), context (n, K, 2), and the random numbers of `LatentSamples`."""
         x = self.normalised(batch["moments"], batch["posterior_noise"])  # (n, c, *padded)
         context = drop_covariates(batch["context"], batch["drop"], self.config.diffusion.drop_covariates)
-        loss = self.loss(self.trained[MAIN].module, x, batch["noise"], batch["quantile"], Conditions(context))
+        loss = self.loss(self.trained[MAIN].module, x, batch["noise"], batch["quantile"], self.images.given(context, batch))
         yield MAIN, loss, {"loss": loss}
 
     def normalised(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -151,21 +171,29 @@ class DiffusionTask(Task):
             noise = torch.stack([torch.randn(x.shape[1:], generator=generator("validation", int(n))) for n in chosen])
             # Quantiles even over all pairs, in an order that does not depend on that of the samples
             u = ((chosen.double() * 0.6180339887498949 + 0.5) % 1).float()
-            loss = self.loss(average, x, noise.to(device), u.to(device), Conditions(self.contexts[scans].to(device)))
+            given = self.conditions_of(scans, [int(n) for n in chosen])
+            loss = self.loss(average, x, noise.to(device), u.to(device), given)
             total += loss.item() * len(chosen)
         total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
         return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS), **self.beside_gaussian(average)}
+
+    def conditions_of(self, rows: Sequence[int], numbers: Sequence[int] | None = None) -> Conditions:
+        """All that is known of some rows of the cache; what is random of their images follows from `numbers`, or the rows."""
+        covariates = self.contexts[rows].to(self.accelerator.device)
+        if not self.images:
+            return Conditions(covariates)
+        return self.images.given(covariates, self.images.of_rows(rows, numbers or rows, self.accelerator.device))
 
     def beside_gaussian(self, average: LatentUNet) -> dict[str, float]:
         """See `GaussianRuler.compare`; {} where there are too few training latents, or off the main process."""
         if self.ruler is None or not self.accelerator.is_main_process:
             return {}
         rows = evenly(self.split["validation"], HELD_OUT)
-        context, device = self.contexts[rows].to(self.accelerator.device), self.accelerator.device
+        given, device = self.conditions_of(rows), self.accelerator.device
         process = self.objective.process
-        model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales).given(Conditions(context))
+        model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales).given(given)
         if self.start is not None:
-            model = in_turn(self.start.denoiser(context, process), model, self.start.until, process)
+            model = in_turn(self.start.denoiser(given.covariates, process), model, self.start.until, process)
 
         def denoise(z: Tensor, t: float) -> Tensor:
             with self.accelerator.autocast():
@@ -225,7 +253,13 @@ class DiffusionTask(Task):
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
         grid, sampling = grid_of(data.grid), Sampling(**self.config.generation.model_dump())
         networks = self.autoencoder, unet, self.schema
-        facts = {"skull_stripped": data.skull_stripped, "suffix": data.suffix, "scales": self.scales, "start": self.start}
+        facts = {
+            "skull_stripped": data.skull_stripped,
+            "suffix": self.config.made_suffix,
+            "scales": self.scales,
+            "start": self.start,
+        }
+        facts["conditions"] = self.config.given_conditions
         facts["preparation"] = Preparation.of(data)
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
 

@@ -1,0 +1,100 @@
+"""What an experiment takes of a trained model: its autoencoder, and the U-Net that training starts with.
+
+A U-Net goes on with the latents that it was trained on, so `diffusion.init_from` brings the model's autoencoder with it;
+`autoencoder.shared` takes the autoencoder alone.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm3d.config.sections import Config
+from ldm3d.covariates import CovariateSchema
+from ldm3d.description import DESCRIPTION, read_description
+from ldm3d.errors import InputError
+from ldm3d.models.pretrained import CONFIG, read_json, weights_hash
+from ldm3d.models.unet import LatentUNet, UNet
+from ldm3d.shipped import model_folder
+
+
+def take_autoencoder(config: Config) -> bool:
+    """Copy the base model's autoencoder to OUTPUT/autoencoder, unless it is there; False where the config has no base model.
+
+    Raises:
+        InputError: no such model, a config that describes another autoencoder, or another one in OUTPUT.
+    """
+    if config.base_model is None:
+        return False
+    source, own = model_folder(config.base_model) / "autoencoder", config.autoencoder_folder
+    _check_network(config.autoencoder.network.model_dump(mode="json", exclude={"kind"}), source, "autoencoder.network")
+    if not own.is_dir():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        draft = own.with_name(f"{own.name}.unfinished")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(source, draft)
+        draft.rename(own)
+    elif weights_hash(own) != weights_hash(source):
+        raise InputError(
+            f"{own} is not the autoencoder of {config.base_model}; delete it (and {config.latents_folder}), or name another "
+            "`output`"
+        )
+    return True
+
+
+def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSchema, dict[str, Any]]:
+    """The U-Net of `diffusion.init_from`, with inputs for images whose weights are zero; what its model was fitted to.
+
+    Returns:
+        (U-Net, covariates with the model's normalisation, the model's description as `read_description` has it).
+
+    Raises:
+        InputError: no such model; other covariates, another target or process, or another network than the config's.
+    """
+    folder = model_folder(str(config.diffusion.init_from))
+    parts = read_description(folder / DESCRIPTION)
+    _check_covariates(config.schema(), parts["schema"], folder)
+    _check_network(config.diffusion.network.model_dump(mode="json", exclude={"kind"}), folder / "unet", "diffusion.network")
+    if (parts["target"], parts["process"].kind) != (config.diffusion.target, config.diffusion.process.kind):
+        raise InputError(
+            f"diffusion.init_from {folder}: it predicts {parts['target']} of process {parts['process'].kind}; the config says "
+            f"target {config.diffusion.target} and process {config.diffusion.process.kind}, which have to be the same"
+        )
+    unet = LatentUNet.from_pretrained(folder / "unet")
+    if not isinstance(unet, UNet) or unet.image_channels not in (0, image_channels):
+        raise InputError(
+            f"diffusion.init_from {folder}: its network takes images of {unet.image_channels} channels; start from a model "
+            f"without images, or with the {image_channels} channels of this config's conditions"
+        )
+    unet = unet if unet.image_channels == image_channels else unet.with_images(image_channels)
+    return unet.train().requires_grad_(True), parts["schema"], parts
+
+
+def seen_ranges(of_model: CovariateSchema, fitted: CovariateSchema) -> CovariateSchema:
+    """A model's covariates, normalised as it was trained, with the ranges that this training sees."""
+    return CovariateSchema(tuple(replace(old, seen=new.seen) for old, new in zip(of_model, fitted)))
+
+
+def _check_network(wanted: dict[str, Any], folder: Path, section: str) -> None:
+    """Raise InputError unless a network's folder has the arguments that the config asks for."""
+    found = read_json(folder / CONFIG).get("arguments")
+    found = found if isinstance(found, dict) else {}
+    other = {name: value for name, value in wanted.items() if found.get(name, value) != value}
+    free = {"activation_checkpointing", "attention_backend"}  # which change no answer
+    if changed := [f"{name} {found[name]}" for name in other if name not in free]:
+        raise InputError(f"{section} is not that of {folder}, whose network has {', '.join(changed)}; write the same")
+
+
+def _check_covariates(wanted: CovariateSchema, given: CovariateSchema, folder: Path) -> None:
+    """Raise InputError unless both schemas ask for the same, in the same order."""
+    described = [[(c.name, c.kind, c.unit, tuple(c.categories)) for c in schema] for schema in (wanted, given)]
+    if described[0] != described[1]:
+        raise InputError(
+            f"diffusion.init_from {folder}: its covariates are {_listed(given)}; the config's are {_listed(wanted)}. Write "
+            "the same ones in the same order, with the same units and categories"
+        )
+
+
+def _listed(schema: CovariateSchema) -> str:
+    words = (f"{c.name} ({c.unit or ', '.join(c.categories) or 'no unit'})" for c in schema)
+    return ", ".join(words) or "none"

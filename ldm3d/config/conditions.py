@@ -1,0 +1,133 @@
+"""Sections of the images that a diffusion model is given beside covariates (`diffusion.conditions`)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from ldm3d.config.base import Fraction, Section
+from ldm3d.config.data import Suffix
+
+# Where a condition comes from in the training's data: a model folder, which can be published, does not say
+SOURCES = ("derivatives", "pattern")
+# Of a degradation: unit of its strength, and what is possible
+_STRENGTHS = {
+    "resolution": ("mm of a voxel", 0.1, 100.0),
+    "blur": ("mm, full width at half maximum", 0.1, 100.0),
+    "noise": ("deviation, as a share of the intensities' range", 0.0, 1.0),
+    "bias": ("natural logarithm of the factors", 0.0, 3.0),
+    "hole": ("mm across", 1.0, 300.0),
+    "slices": ("share of the slices", 0.0, 0.95),
+}
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+class _Condition(Section):
+    name: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # part of file names; "T2w" is one
+    drop: Fraction = 0.1  # share of the training samples for which it is left open
+
+
+class ImageCondition(_Condition):
+    """Another image of the same subject: a contrast of the same session (`suffix`), or the scan of another visit."""
+
+    kind: Literal["image"]
+    suffix: Annotated[Suffix | None, Field(exclude_if=_is_none)] = None
+    visit: Annotated[Literal["earlier", "later", "other"] | None, Field(exclude_if=_is_none)] = None
+    # The BIDS dataset that holds it, if it is not the one of the scans
+    derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.suffix is None) == (self.visit is None):
+            raise ValueError(
+                f"{self.name}: give either `suffix: T2w`, a contrast, or `visit: earlier`, a scan of another visit"
+            )
+        if self.visit and self.derivatives:
+            raise ValueError(f"{self.name}: visits are among the scans themselves; drop `derivatives`")
+        return self
+
+
+class LabelsCondition(_Condition):
+    """A label map: how much of each block of voxels each group of labels fills."""
+
+    kind: Literal["labels"]
+    derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None  # folder with a label map of each scan
+    pattern: Annotated[str | None, Field(exclude_if=_is_none)] = None  # glob of its name, if there are several
+    groups: dict[str, tuple[int, ...]]
+
+    @field_validator("groups")
+    @classmethod
+    def _some_labels(cls, groups: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        if not groups or not all(groups.values()):
+            raise ValueError("give at least one group, each with labels: {ventricles: [4, 43]}")
+        known = [label for group in groups.values() for label in group]
+        if twice := sorted({label for label in known if known.count(label) > 1}):
+            raise ValueError(f"labels {twice} are listed twice; each may be in one group, once")
+        if 0 in known:
+            raise ValueError("label 0 is the background, which no group may hold")
+        return groups
+
+
+class Degradation(Section):
+    """One thing that happens to a volume; its strength is drawn evenly from low to high for each sample."""
+
+    operator: Literal["resolution", "blur", "noise", "bias", "hole", "slices"]
+    strength: tuple[float, float]
+    axes: Literal["all", "one", "x", "y", "z"] = "all"  # of resolution, blur and slices; one: any of them, at random
+    profile: Literal["gaussian", "box"] = "gaussian"  # of the slices of a lower resolution
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        unit, least, most = _STRENGTHS[self.operator]
+        low, high = self.strength
+        if not least <= low <= high <= most:
+            raise ValueError(f"{self.operator}: strength {low:g} to {high:g} must rise within {least:g} to {most:g} ({unit})")
+        if self.operator == "slices" and self.axes == "all":
+            raise ValueError("slices are missing along an axis; add `axes: z`, or `axes: one` for any")
+        return self
+
+
+class DegradedCondition(_Condition):
+    """The volume itself, made worse on the fly: the model learns to undo it."""
+
+    kind: Literal["degraded"]
+    degradations: Annotated[tuple[Degradation, ...], Field(min_length=1)]
+
+    @property
+    def hides(self) -> bool:
+        """Whether voxels are missing, so that those that are not are known."""
+        return any(each.operator in ("hole", "slices") for each in self.degradations)
+
+
+def _kind(condition: Any) -> str:
+    return str(condition.get("kind", "image") if isinstance(condition, dict) else condition.kind)
+
+
+Condition = Annotated[
+    Annotated[ImageCondition, Tag("image")]
+    | Annotated[LabelsCondition, Tag("labels")]
+    | Annotated[DegradedCondition, Tag("degraded")],
+    Discriminator(_kind),
+]
+
+
+def without_sources(condition: ImageCondition | LabelsCondition | DegradedCondition) -> dict[str, Any]:
+    """What a condition is, as JSON values, without where it came from."""
+    return condition.model_dump(mode="json", exclude=set(SOURCES))
+
+
+def in_words(condition: ImageCondition | LabelsCondition | DegradedCondition) -> str:
+    """What a condition is, for the terminal."""
+    if isinstance(condition, LabelsCondition):
+        return f"label map with {', '.join(condition.groups)}"
+    if isinstance(condition, DegradedCondition):
+        return f"the volume after {', '.join(each.operator for each in condition.degradations)}"
+    return f"{condition.suffix} of the same session" if condition.suffix else f"scan of an {condition.visit} visit"

@@ -1,0 +1,139 @@
+"""The images that a model is given of each scan: found in the dataset, brought to the scan's Grid, and named by fingerprints.
+
+A condition that a scan lacks is a volume of NaN, which stays NaN through every network: it says that nothing is given.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ldm3d.config.conditions import Condition, ImageCondition, LabelsCondition
+from ldm3d.config.sections import Config
+from ldm3d.data.bids import read_scans
+from ldm3d.data.keys import file_key
+from ldm3d.data.labels import LabelMaps, read_labels, shares_on_grid
+from ldm3d.data.nifti import read_volume
+from ldm3d.data.placing import grid_of, to_grid
+from ldm3d.data.preparing import load_info
+from ldm3d.errors import InputError, some
+from ldm3d.geometry import WORLD, Grid
+
+Cached = ImageCondition | LabelsCondition  # of a file of their own
+
+
+def cached_conditions(config: Config) -> list[Cached]:
+    """The conditions whose latents are stored beside those of the scans; visits are among these already."""
+    return [
+        each
+        for each in config.diffusion.conditions
+        if isinstance(each, LabelsCondition) or (isinstance(each, ImageCondition) and each.suffix)
+    ]
+
+
+def find_files(config: Config, condition: Cached, scans: pd.DataFrame) -> list[Path | None]:
+    """The file of a condition of each scan; None where there is none, and a warning says how many.
+
+    Raises:
+        InputError: no scan has one; of a scan's label maps there are several.
+    """
+    files = (_images if isinstance(condition, ImageCondition) else _label_maps)(config, condition, scans)
+    lacking = [f"sub-{s}" + (f" ses-{v}" if v else "") for s, v, f in zip(scans["subject"], scans["session"], files) if not f]
+    if len(lacking) == len(scans):
+        raise InputError(
+            f"diffusion.conditions {condition.name}: none of {len(scans)} scans has one; check suffix, derivatives, pattern"
+        )
+    if lacking:
+        message = f"{len(lacking)} of {len(scans)} scans have no {condition.name} ({some(lacking)}): left open"
+        warnings.warn(message, stacklevel=3)
+    return files
+
+
+def _images(config: Config, condition: ImageCondition, scans: pd.DataFrame) -> list[Path | None]:
+    if config.data.bids is None:
+        raise InputError(f"diffusion.conditions {condition.name}: images of a suffix are found in a BIDS dataset (data.bids)")
+    changes: dict[str, Any] = {"suffix": condition.suffix, "filter": {}, "mask": None, "exclude": None}
+    if condition.derivatives:
+        changes["derivatives"] = condition.derivatives
+    found = read_scans(config.data.model_copy(update=changes), ())
+    paths = {(s, v): Path(p) for s, v, p in zip(found["subject"], found["session"], found["path"])}
+    return [paths.get(each) for each in zip(scans["subject"], scans["session"])]
+
+
+def _label_maps(config: Config, condition: LabelsCondition, scans: pd.DataFrame) -> list[Path | None]:
+    folder = condition.derivatives or config.data.derivatives or config.data.bids
+    if folder is None or not folder.is_dir():
+        raise InputError(f"diffusion.conditions {condition.name}: no folder {folder} (derivatives) with label maps")
+    maps = LabelMaps(folder, condition.pattern)
+    return [
+        maps.one(subject, session) if maps.find(subject, session) else None
+        for subject, session in zip(scans["subject"], scans["session"])
+    ]
+
+
+def fingerprint(condition: Cached, files: Sequence[Path | None], keys: Sequence[str]) -> str:
+    """16 hex digits that change with any file of a condition, with its scan and with what is made of it."""
+    settings = condition.model_dump(mode="json", include={"kind", "groups"})
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for file, key in zip(files, keys):
+        digest.update(f"{key} {file_key(file, {}) if file else ''}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def load_condition(config: Config, condition: Cached, files: Mapping[str, Path | None], key: str) -> NDArray:
+    """A condition of a prepared scan on the same Grid: an image in [0, 1], or shares of the groups, (C, X, Y, Z).
+
+    Args:
+        config, condition: of the experiment.
+        files: of the condition, by the key of the scan.
+        key: of the scan.
+    """
+    grid, file = grid_of(config.data.grid), files[key]
+    if file is None:
+        return np.full((len(getattr(condition, "groups", (0,))), *grid.shape), np.nan, np.float32)
+    try:
+        return on_grid(condition, file, at(grid, load_info(config, key)), config.data.percentiles)[0]
+    except InputError as error:
+        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+
+
+def at(grid: Grid, info: Mapping[str, Any]) -> Grid:
+    """The Grid where it was laid over a scan, in the world of that scan."""
+    return replace(grid, affine=np.array(info["grid_affine"]), place=WORLD)
+
+
+def on_grid(
+    condition: Condition, source: Path | tuple[NDArray, NDArray], placed: Grid, percentiles: tuple[float, float]
+) -> tuple[NDArray, dict[str, Any]]:
+    """A file, or a volume (1, X, Y, Z) with its affine, on a Grid that lies in its world: (C, X, Y, Z), and the way back.
+
+    Raises:
+        InputError: nothing of it is on the Grid; labels that the condition does not know, or none that it knows.
+    """
+    if isinstance(condition, LabelsCondition):
+        labels, affine = read_labels(source) if isinstance(source, Path) else source
+        _check_labels(condition, labels)
+        shares = shares_on_grid(labels, affine, placed.affine, placed.shape, condition.groups)[1:]
+        if not shares.any():
+            raise InputError("none of its labels lies on the grid; is it in the space of the scan?")
+        info = {"source_shape": list(labels.shape[1:]), "source_affine": np.asarray(affine).tolist()}
+        return shares, info | {"grid_affine": placed.affine.tolist()}
+    return to_grid(*(read_volume(source) if isinstance(source, Path) else source), placed, percentiles)
+
+
+def _check_labels(condition: LabelsCondition, labels: NDArray) -> None:
+    known = {label for group in condition.groups.values() for label in group}
+    found = {int(label) for label in np.unique(labels)}
+    if not found & known:
+        listed = some(f"{label}" for label in sorted(found - {0}))
+        raise InputError(
+            f"it holds labels {listed or 'of background alone'}, and {condition.name} knows {some(map(str, sorted(known)))}; "
+            "give a label map of that kind"
+        )

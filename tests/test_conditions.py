@@ -1,0 +1,247 @@
+"""Images as conditions: what the config takes, what becomes of volumes, and a training from a trained model."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import command_line, tiny_settings
+
+from ldm3d.conditions import ImageChannels
+from ldm3d.config.conditions import Degradation, DegradedCondition, ImageCondition, LabelsCondition
+from ldm3d.config.read import load_config
+from ldm3d.data.degrade import degraded
+from ldm3d.data.latents import read_latents
+from ldm3d.data.samples import IMAGE, LatentSamples
+from ldm3d.errors import InputError
+from ldm3d.experiment import latents_origin
+from ldm3d.models.autoencoder import Autoencoder, LatentSpace
+from ldm3d.models.unet import LatentUNet
+from ldm3d.pipeline import Pipeline
+from ldm3d.randomness import generator
+
+GROUPS = {"inside": [4, 43], "rest": [3]}
+CONDITIONS = [
+    {"name": "T2w", "kind": "image", "suffix": "T2w", "drop": 0.5},
+    {"name": "labels", "kind": "labels", "derivatives": "labels", "groups": GROUPS},
+    {"name": "holed", "kind": "degraded", "degradations": [{"operator": "hole", "strength": [40, 80]}]},
+]
+
+
+@pytest.fixture(scope="module")
+def conditioned(experiment, tmp_path_factory):
+    """An experiment with three conditions that starts from the tiny model; all but one subject have a T2w and labels."""
+    folder = tmp_path_factory.mktemp("conditioned")
+    shutil.copytree(experiment / "data", folder / "data")
+    for path in sorted(folder.glob("data/sub-*/anat/*_T1w.nii.gz"))[1:]:
+        image = nib.load(path)
+        voxels = image.get_fdata(dtype=np.float32)
+        nib.save(nib.Nifti1Image(voxels.max() - voxels, image.affine), str(path).replace("T1w", "T2w"))
+        labels = np.where(voxels > 0.6 * voxels.max(), 4, np.where(voxels > 0.2 * voxels.max(), 3, 0)).astype(np.int16)
+        target = folder / "labels" / path.parents[1].name / path.name.replace("T1w", "dseg")
+        target.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(labels, image.affine), target)
+    settings = tiny_settings(folder)
+    settings["diffusion"]["init_from"] = str(experiment / "run/model")
+    settings["diffusion"]["conditions"] = [dict(each) for each in CONDITIONS]
+    settings["diffusion"]["conditions"][1]["derivatives"] = str(folder / "labels")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command_line("prepare", config, "--workers", 1)
+    command_line("encode", config)
+    return folder
+
+
+def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experiment, train_here, monkeypatch):
+    """To the bit, whatever the images show; also the average, and the normalisation of covariates."""
+    from ldm3d.training import diffusion
+
+    seen = {}
+    monkeypatch.setattr(diffusion, "fit", lambda task, *_: seen.update(task=task))
+    train_here("diffusion", conditioned / "config.yaml")
+    task, old = seen["task"], Pipeline.from_pretrained(experiment / "run/model", "cpu", torch.float32)
+    assert [(c.mean, c.std) for c in task.schema] == [(c.mean, c.std) for c in old.schema]
+    given = task.conditions_of([2, 3, 4])
+    assert given.images.shape[1] == 3 + 2 + 3 and given.known.any()
+    z, times = torch.randn(3, 3, *task.padded, generator=generator(1)), torch.tensor([10.0, 500.0, 990.0])
+    for network in (task.trained["model"].network, task.trained["model"].average.network):
+        with torch.no_grad():
+            assert torch.equal(network(z, times, given), old.unet(z, times, given.covariates))
+    batch = next(task.batches.loader(0, 1, 0, pin_memory=False))
+    (_, loss, _) = next(task.losses(batch, 0))
+    loss.backward()
+    gradient = task.trained["model"].network.conv_images.weight.grad
+    assert all(part.abs().sum() > 0 for part in gradient[:, :8].split([3, 2, 3], dim=1))  # each condition is looked at
+
+
+def test_what_is_given_is_what_the_files_hold(conditioned):
+    config = load_config(conditioned / "config.yaml")
+    moments, scans = read_latents(config.latents_folder, latents_origin(config))
+    t2, labels = (np.load(config.latents_folder / f"condition-{name}.npy") for name in ("T2w", "labels"))
+    first = int(np.flatnonzero(scans["subject"] == min(scans["subject"]))[0])
+    assert np.isnan(t2[first]).all() and np.isnan(labels[first]).all() and np.isfinite(np.delete(t2, first, 0)).all()
+    autoencoder = LatentSpace.from_pretrained(config.autoencoder_folder)
+    row = next(i for i in range(len(scans)) if i != first)
+    with torch.no_grad():
+        shown = autoencoder.decode(torch.from_numpy(t2[row : row + 1]))[0, 0].numpy()
+        scan = autoencoder.decode(torch.from_numpy(moments[row : row + 1]).chunk(2, 1)[0])[0, 0].numpy()
+    assert np.corrcoef(shown.ravel(), scan.ravel())[0, 1] < -0.9  # the T2w here is the T1w, inverted
+    assert labels[row].min() >= 0 and labels[row].sum(0).max() <= 1.001
+    middle = tuple(n // 2 for n in labels.shape[2:])
+    assert labels[row].sum(0)[middle] > 0.9 and labels[row].sum(0)[0, 0, 0] < 0.1
+
+
+def test_a_changed_file_makes_the_cache_stale(conditioned):
+    config = load_config(conditioned / "config.yaml")
+    origin = latents_origin(config)
+    path = sorted(conditioned.glob("labels/sub-*/*"))[3]
+    before = path.read_bytes()
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[12, 14, 12] = 43
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    changed = latents_origin(config)
+    path.write_bytes(before)
+    assert [name for name in origin if origin[name] != changed[name]] == ["condition labels"]
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(conditioned, train_here):
+    config = conditioned / "config.yaml"
+    steps = "training.steps=4"
+    train_here("diffusion", config, steps, "training.checkpoint_every=2")
+    weights = conditioned / "run/model/unet/model.safetensors"
+    once = weights.read_bytes()
+    last = sorted((conditioned / "run/diffusion-training").glob("*00000004*"))
+    assert last
+    for path in last:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train_here("diffusion", config, steps, "training.checkpoint_every=2", "training.workers=1")
+    assert weights.read_bytes() == once
+    unet = LatentUNet.from_pretrained(conditioned / "run/model/unet")
+    assert unet.image_channels == 8 and unet.conv_images.weight.abs().sum() > 0
+
+
+def test_the_base_model_has_to_fit(conditioned, tmp_path):
+    def wrong(*changes):
+        with pytest.raises(InputError) as error:
+            from ldm3d.base_model import first_unet, take_autoencoder
+
+            config = load_config(conditioned / "config.yaml", changes)
+            take_autoencoder(config)
+            first_unet(config, 8)
+        return str(error.value)
+
+    assert "its covariates are age (years)" in wrong("covariates=[]")
+    assert "whose network has channels [16, 32]" in wrong("diffusion.network.channels=[16, 48]")
+    assert "predicts v" in wrong("diffusion.target=noise")
+    assert "latent_channels 3" in wrong("autoencoder.network.latent_channels=4")
+    assert "shipped are" in wrong("diffusion.init_from=nothing-here")
+
+
+@pytest.mark.parametrize(
+    "conditions, message",
+    [
+        ([{"name": "a", "kind": "image"}], "either `suffix: T2w`"),
+        ([{"name": "a", "kind": "image", "suffix": "T2w", "visit": "earlier"}], "either"),
+        ([{"name": "a", "kind": "picture", "suffix": "T2w"}], "picture"),
+        ([{"name": "a b", "kind": "image", "suffix": "T2w"}], "a b"),
+        ([{"name": "a", "kind": "labels", "groups": {}}], "at least one group"),
+        ([{"name": "a", "kind": "labels", "groups": {"x": [4], "y": [4]}}], "listed twice"),
+        ([{"name": "a", "kind": "labels", "groups": {"x": [0]}}], "background"),
+        ([{"name": "a", "kind": "degraded", "degradations": []}], "degradations"),
+        ([{"name": "a", "kind": "degraded", "degradations": [{"operator": "noise", "strength": 2}]}], "within 0 to 1"),
+        ([{"name": "a", "kind": "degraded", "degradations": [{"operator": "slices", "strength": 0.5}]}], "axes"),
+        ([{"name": "a", "kind": "image", "suffix": "T2w"}] * 2, "two conditions"),
+    ],
+)
+def test_a_wrong_condition_is_refused(conditions, message, tmp_path):
+    settings = tiny_settings(tmp_path)
+    settings["diffusion"]["conditions"] = conditions
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="conditions") as error:
+        load_config(tmp_path / "config.yaml")
+    assert message in str(error.value)
+
+
+def test_images_leave_all_other_random_numbers_as_they_were(tmp_path):
+    np.save(tmp_path / "moments.npy", np.zeros((3, 6, 4, 5, 4), np.float32))
+    plain = LatentSamples(tmp_path, (0, 1, 2), torch.rand(3, 2, 2), (4, 6, 4))
+    reader = lambda row, rng: {f"{IMAGE}a": torch.rand(2, generator=rng)}  # noqa: E731
+    with_image = LatentSamples(tmp_path, (0, 1, 2), plain.contexts, (4, 6, 4), (reader,))
+    one, two = plain(1, generator(0)), with_image(1, generator(0))
+    assert two.keys() - one.keys() == {f"{IMAGE}a", "drop_images"}
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+BALL = (torch.stack(torch.meshgrid(*[torch.arange(n) - n / 2 for n in (40, 48, 40)], indexing="ij")).norm(dim=0) < 16).float()[
+    None
+]
+
+
+def worse(strength, operator="hole", seed=0, spacing=(4.5, 4.5, 4.5), volume=BALL, **more):
+    return degraded(volume, spacing, [Degradation(operator=operator, strength=strength, **more)], generator(seed))
+
+
+def test_holes_have_the_size_that_was_asked_and_lie_in_the_foreground():
+    diameters = []
+    for seed in range(20):
+        volume, known = worse(40, seed=seed)
+        hole = known == 0
+        assert not volume[hole].any() and torch.equal(volume[~hole], BALL[~hole]) and BALL[hole].any()
+        diameters.append(2 * (3 * hole.sum().item() * 4.5**3 / (4 * np.pi)) ** (1 / 3))
+    assert 36 < np.mean(diameters) < 44 and np.std(diameters) > 0.5
+    assert not torch.equal(worse(40, seed=1)[1], worse(40, seed=2)[1]) and torch.equal(worse(40)[1], worse(40)[1])
+
+
+def test_slices_are_missing_along_their_axis():
+    volume, known = worse(0.5, "slices", axes="z")
+    kept = known[0, 0, 0].bool()
+    assert torch.equal(known, kept.float().expand_as(known)) and 10 < kept.sum() < 30
+    assert torch.equal(volume[..., kept], BALL[..., kept])
+
+
+def test_lower_resolution_blurs_along_its_axis_alone():
+    volume, known = worse(18, "resolution", axes="z")
+    assert known.all()
+    profile, across = volume[0, 20, 24], volume[0, :, 24, 20]
+    assert (profile.diff().abs() > 0.02).sum() > 6 and profile.diff().abs().max() < 0.5
+    assert across.diff().abs().max() > 0.9  # as sharp as before
+    assert abs(volume.mean() / BALL.mean() - 1) < 0.03
+    assert torch.equal(worse(2, "resolution")[0], BALL)  # finer than the grid: nothing is lost
+
+
+def test_noise_is_rician():
+    """In air the mean of the magnitude is sigma sqrt(pi / 2); in signal its deviation is sigma."""
+    volume, _ = worse(0.1, "noise", volume=torch.zeros(1, 40, 40, 40))
+    assert volume.mean().item() == pytest.approx(0.1 * np.sqrt(np.pi / 2), rel=0.01)
+    volume, _ = worse(0.1, "noise", volume=torch.ones(1, 40, 40, 40))
+    assert volume.std().item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_bias_is_smooth_and_of_its_strength():
+    fields = [worse(0.3, "bias", volume=torch.ones(1, 20, 24, 20), seed=seed)[0].log() for seed in range(30)]
+    assert torch.stack(fields).std().item() == pytest.approx(0.3, rel=0.6)
+    assert max(field.diff(dim=1).abs().max() / field.std() for field in fields) < 1
+
+
+def test_channels_say_what_is_known():
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(latent_channels=3, downsampling=4, channels=[8, 16], blocks=1).eval()
+    autoencoder.latent_mean.fill_(2.0)
+    image = ImageCondition(name="T2w", kind="image", suffix="T2w")
+    labels = LabelsCondition(name="labels", kind="labels", groups={"a": [1], "b": [2]})
+    holed = DegradedCondition(name="holed", kind="degraded", degradations=[Degradation(operator="hole", strength=(9, 9))])
+    channels = ImageChannels([image, labels, holed], autoencoder)
+    assert channels.count == 8
+    shares = torch.zeros(2, 2, 8, 8, 8)
+    shares[0, 0, :4, :4, :2] = 1
+    raw = {"labels": channels.encoded(labels, shares), "T2w": torch.full((2, 3, 2, 2, 2), 2.0)}
+    raw["T2w"][1] = torch.nan
+    images, known = channels.stacked(raw, {"T2w": torch.full((2, 1, 2, 2, 2), 0.25)})
+    assert images[0, :3].eq(0).all() and known[0, :3].eq(0.25).all() and known[1, :3].eq(0).all()
+    assert images[0, 3, 0, 0, 0] == 0.5 and images[0, 3:5].sum() == 0.5 and known[:, 3:5].eq(1).all()
+    assert known[:, 5:].eq(0).all() and images.shape == known.shape == (2, 8, 2, 2, 2)
+    _, dropped = channels.stacked(raw, {}, {"labels": torch.tensor([True, False]), "T2w": torch.tensor([False, True])})
+    assert dropped[0, 3:5].eq(1).all() and dropped[1, 3:5].eq(0).all() and dropped[:, :3].eq(0).all()
