@@ -245,3 +245,28 @@ def test_channels_say_what_is_known():
     assert known[:, 5:].eq(0).all() and images.shape == known.shape == (2, 8, 2, 2, 2)
     _, dropped = channels.stacked(raw, {}, {"labels": torch.tensor([True, False]), "T2w": torch.tensor([False, True])})
     assert dropped[0, 3:5].eq(1).all() and dropped[1, 3:5].eq(0).all() and dropped[:, :3].eq(0).all()
+
+
+def test_the_other_contrast_is_made_from_the_scan(conditioned, tmp_path, train_here, monkeypatch):
+    from ldm3d.training import diffusion
+
+    shutil.copytree(conditioned / "run/prepared", tmp_path / "run/prepared")
+    changes = [f"output={tmp_path / 'run'}", "diffusion.makes=T2w"]
+    command_line("encode", conditioned / "config.yaml", *(part for change in changes for part in ("--set", change)))
+    seen = {}
+    monkeypatch.setattr(diffusion, "fit", lambda task, *_: seen.update(task=task))
+    train_here("diffusion", conditioned / "config.yaml", *changes)
+    task = seen["task"]
+    assert [each.name for each in task.config.given_conditions] == ["T1w", "labels", "holed"]
+    row = task.split["train"][1]
+    scan = LatentSpace.from_pretrained(task.config.autoencoder_folder).normalise(
+        torch.from_numpy(np.load(task.config.latents_folder / "moments.npy")[row : row + 1]).chunk(2, 1)[0]
+    )
+    torch.testing.assert_close(task.conditions_of([row]).images[:, :3], scan)
+    made, own = task.means([row]), task.conditions_of([row]).images[:, :3]
+    shown = [task.autoencoder.decode(task.autoencoder.denormalise(z)).flatten() for z in (made[..., :6, :7, :6], own)]
+    assert torch.corrcoef(torch.stack(shown))[0, 1] < -0.9  # the T2w here is the T1w, inverted
+    first = int(np.flatnonzero(task.scans["subject"] == min(task.scans["subject"]))[0])
+    assert first not in task.split["train"] + task.split["validation"]  # it has no T2w
+    pipeline = task.pipeline(task.trained["model"].average.network)
+    assert pipeline.suffix == "T2w" and pipeline.conditions[0].suffix == "T1w"
