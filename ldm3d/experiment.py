@@ -76,6 +76,8 @@ def latents_origin(config: Config) -> dict[str, str]:
             "ldm3d.training.autoencoder CONFIG` first"
         )
     origin = {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
+    if config.diffusion.mirror:
+        origin["mirrored volumes"] = "encoded"
     if conditions := cached_conditions(config):
         scans = read_scan_table(config)
         for each in conditions:

@@ -168,7 +168,8 @@ def encode(
         encoded = moments if each.name == settings.diffusion.makes else functools.partial(encoded_with, channels, each)
         conditions[each.name] = image, encoded
     load = functools.partial(load_prepared, settings)
-    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes, conditions=conditions)
+    more = {"conditions": conditions, "mirrored": settings.diffusion.mirror}
+    write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes, **more)
     if processes.is_main:
         line, warning = describe_noise(noise_share(read_latents(settings.latents_folder, origin)[0]))
         print(f"latents of {len(scans)} scans written to {settings.latents_folder}; {line}")

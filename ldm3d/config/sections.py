@@ -155,6 +155,8 @@ class DiffusionConfig(Section):
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
     # A Gaussian denoises at high noise, the network below it; None: the network alone
     start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
+    # Train on brains mirrored from left to right, too: twice as many
+    mirror: Annotated[bool, Field(exclude_if=lambda mirror: not mirror)] = False
     network: UNetNetwork
     # A trained model, whose autoencoder and U-Net this one starts with
     init_from: Annotated[str | None, Field(exclude_if=lambda model: model is None)] = None
@@ -166,7 +168,7 @@ class DiffusionConfig(Section):
 
     def objective(self) -> dict[str, Any]:
         """Arguments of `ldm3d.diffusion.objective.make_objective`."""
-        beside = {"drop_covariates", "network", "training", "init_from", "conditions", "makes"}
+        beside = {"drop_covariates", "network", "training", "init_from", "conditions", "makes", "mirror"}
         return self.model_dump(exclude=beside, exclude_none=True)
 
     @model_validator(mode="after")
@@ -174,6 +176,8 @@ class DiffusionConfig(Section):
         names = [condition.name for condition in self.conditions]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+        if self.conditions and self.mirror:
+            raise ValueError("mirror: leave it out, the images of conditions are not mirrored")
         if self.conditions and self.start:
             raise ValueError("start: leave it out, the Gaussian does not know the images of `conditions`")
         made = next((each for each in self.conditions if each.name == self.makes), None)

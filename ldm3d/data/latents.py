@@ -1,6 +1,7 @@
 """The latent cache: raw posterior moments of every prepared scan, written once and read by stage 2 alone.
 
 FOLDER/moments.npy    float32 (scans, 2c, x, y, z), rows in the order of scans.tsv
+FOLDER/mirrored.npy  the same of the volumes mirrored from left to right, where `diffusion.mirror` asks for them
 FOLDER/condition-NAME.npy   the same of an image condition, (scans, c', x, y, z); NaN where a scan has none
 FOLDER/scans.tsv      the table of prepared scans, with splits and covariates
 FOLDER/latents.json   what the cache was made from; another origin is a stale cache
@@ -21,7 +22,7 @@ from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 from ldm3d.processes import ALONE, Processes
 
-MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
+MOMENTS, MIRRORED, SCANS, ORIGIN = "moments.npy", "mirrored.npy", "scans.tsv", "latents.json"
 NOISE_LIMIT = 0.1  # of a channel's variance
 
 
@@ -34,6 +35,7 @@ def write_latents(
     batch_size: int = 8,
     processes: Processes = ALONE,
     conditions: Mapping[str, tuple[Callable[[str], NDArray], Callable[[NDArray], NDArray]]] | None = None,
+    mirrored: bool = False,
 ) -> None:
     """Encode all scans and write the cache; latents.json comes last, so a half-written cache is never taken for one.
 
@@ -46,11 +48,14 @@ def write_latents(
         batch_size: scans at a time.
         processes: that share the work; all of them have to call this.
         conditions: name -> the same two functions of an image condition.
+        mirrored: whether the mirrored volumes are encoded, too.
     """
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ORIGIN).unlink(missing_ok=True)
     arrays = {MOMENTS: (load, encode), **{condition_file(name): pair for name, pair in (conditions or {}).items()}}
+    if mirrored:
+        arrays[MIRRORED] = (lambda key: load(key)[:, ::-1], encode)
     for name, pair in arrays.items():
         _write_array(folder / name, list(scans["key"]), *pair, batch_size, processes)
     if processes.is_main:

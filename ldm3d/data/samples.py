@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from ldm3d.config.conditions import DegradedCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.degrade import degraded
-from ldm3d.data.latents import MOMENTS, condition_file
+from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file
 from ldm3d.data.preparing import load_prepared
 
 
@@ -140,6 +140,7 @@ class LatentSamples:
         padded: (x, y, z) that the U-Net sees: the shape of `noise`.
         images: of the conditions, each (row, generator) -> its tensors by name.
         file: of the moments, in the folder.
+        mirrored: whether every second sample, by chance, is of the mirrored volume.
     """
 
     folder: Path
@@ -148,16 +149,21 @@ class LatentSamples:
     padded: tuple[int, ...]
     images: tuple[Callable[[int, Generator], dict[str, Tensor]], ...] = ()
     file: str = MOMENTS
+    mirrored: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_moments"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_moments", "_mirrored")}
 
     @cached_property
     def _moments(self) -> NDArray:
         return np.load(self.folder / self.file, mmap_mode="r")
+
+    @cached_property
+    def _mirrored(self) -> NDArray:
+        return np.load(self.folder / MIRRORED, mmap_mode="r")
 
     def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
         row = self.rows[sample]
@@ -170,7 +176,9 @@ class LatentSamples:
             "noise": torch.randn((channels, *self.padded), generator=rng),
             "drop": torch.rand(self.contexts.shape[1] + 2, generator=rng),
         }
-        # Drawn last, so that all other numbers are those of a training without images
+        # Drawn last, so that all other numbers are those of a training without mirrored volumes and images
+        if self.mirrored and torch.rand((), generator=rng) < 0.5:
+            read["moments"] = torch.from_numpy(self._mirrored[row].copy())
         for image in self.images:
             read |= image(row, rng)
         return read | ({"drop_images": torch.rand(len(self.images), generator=rng)} if self.images else {})

@@ -16,6 +16,7 @@ from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 
 RIDGE = 1e-3  # in units of a feature's variance
+FOLDS = 5  # of a cross-validation; sample n is in fold n mod folds
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ class Gaussian:
         return self.mean + along + noise.to(self.mean) * self.rest.sqrt()[:, None, None, None]
 
 
-def most_components(count: int, folds: int = 5) -> int:
+def most_components(count: int, folds: int = FOLDS) -> int:
     """How many components `fit_gaussian` can find in `count` samples: fewer than those of all folds but one."""
     return max(count - -(-count // max(folds, 2)) - 1, 0)
 
 
-def fit_gaussian(x: Tensor, components: int, folds: int = 5) -> Gaussian:
+def fit_gaussian(x: Tensor, components: int, folds: int = FOLDS) -> Gaussian:
     """Mean and principal components of data; variances from data that the components were not computed from.
 
     Variances within the sample are too large along the first components and too small elsewhere where there are fewer samples
@@ -192,7 +193,7 @@ class ConditionalGaussian:
         return denoise
 
 
-def fit_conditional(x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = 5) -> ConditionalGaussian:
+def fit_conditional(x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = FOLDS) -> ConditionalGaussian:
     """Fit the features' own Gaussian, then x to them by least squares, then `fit_gaussian` to what is left.
 
     A missing feature has the value that the others lead to expect.

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -22,12 +23,12 @@ from ldm3d.base_model import first_unet, seen_ranges
 from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
-from ldm3d.data.latents import MOMENTS, condition_file, read_latents
+from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file, read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
-from ldm3d.diffusion.gaussian import most_components
+from ldm3d.diffusion.gaussian import FOLDS, most_components
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
@@ -112,7 +113,7 @@ class DiffusionTask(Task):
             **sampling_of(config),
         }
         numbers = self.contexts, self.padded, self.images.readers, file
-        samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), *numbers)
+        samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), *numbers, settings.mirror)
         subjects = [scans["subject"].iloc[i] for i in self.split["train"]]
         self.batches = batches_of(samples, training, config, accelerator, subjects)
 
@@ -207,7 +208,7 @@ class DiffusionTask(Task):
         if not self.for_gaussian or self.objective.schedule is not None:  # a learned schedule moves
             return None
         held_out = evenly(self.split["validation"], HELD_OUT)
-        return GaussianRuler(self.means(self.for_gaussian), self.means(held_out), self.objective.process)
+        return GaussianRuler(self.to_fit(self.for_gaussian)[0], self.means(held_out), self.objective.process)
 
     @functools.cached_property
     def start(self) -> GaussianStart | None:
@@ -216,21 +217,33 @@ class DiffusionTask(Task):
         if settings is None:
             return None
         rows = self.for_gaussian or self.split["train"]
-        components = min(settings.components, most_components(len(rows)))
-        fitted = GaussianStart.fit(
-            self.means(rows), self.contexts[rows], self.schema.num_categories, components, settings.until
-        )
+        latents, contexts = self.to_fit(rows)
+        components = min(settings.components, most_components(len(latents)))
+        fitted = GaussianStart.fit(latents, contexts, self.schema.num_categories, components, settings.until)
         return fitted.to(self.accelerator.device)
 
     @functools.cached_property
     def for_gaussian(self) -> list[int]:
         """The training latents that Gaussians are fitted to; none where there are too few, or each is too large."""
-        count = few_enough(len(self.split["train"]), math.prod(self.padded) * self.autoencoder.latent_channels)
+        values = math.prod(self.padded) * self.autoencoder.latent_channels * (1 + self.config.diffusion.mirror)
+        count = few_enough(len(self.split["train"]), values)
         return evenly(self.split["train"], count) if count else []
 
-    def means(self, rows: Sequence[int]) -> Tensor:
-        """The latents of some scans, (N, c, *padded), on the CPU: the means of their posteriors."""
-        latents = (torch.from_numpy(np.array(self.moments[i])[None]).to(self.accelerator.device) for i in rows)
+    def to_fit(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(latents, contexts) of some scans that a Gaussian is fitted to; with `mirror`, the mirrored ones follow.
+
+        Then there are as many scans as folds divide: a brain and its mirror image lie in one fold of the cross-validation.
+        """
+        if not self.config.diffusion.mirror:
+            return self.means(rows), self.contexts[rows]
+        rows = rows[: max(len(rows) - len(rows) % FOLDS, 1)]
+        mirrored = np.load(self.config.latents_folder / MIRRORED, mmap_mode="r")
+        return torch.cat([self.means(rows), self.means(rows, mirrored)]), self.contexts[[*rows, *rows]]
+
+    def means(self, rows: Sequence[int], moments: NDArray | None = None) -> Tensor:
+        """The latents of some scans, (N, c, *padded), on the CPU: the means of their posteriors, by default of the cache."""
+        cache = self.moments if moments is None else moments
+        latents = (torch.from_numpy(np.array(cache[i])[None]).to(self.accelerator.device) for i in rows)
         return torch.cat([self.normalised(moments).cpu() for moments in latents])
 
     def preview(self, average: LatentUNet, path: Path) -> None:
