@@ -249,7 +249,7 @@ class Pipeline(Applied):
         guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
         guided["image_guidance"] = image_guidance
         sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
-        pipeline, images = self.given(conditions, like) if conditions or like else self, []
+        pipeline, images = self.given(conditions or {}, like) if conditions or like else self, []
         affine = pipeline.images.affine(0) if pipeline.images else None
         for volume in pipeline.volumes(requests, sampling, batch_size):
             images.append(to_image(volume, self.output_grid.affine if affine is None else affine, self.mark))

@@ -38,7 +38,10 @@ if not torch.cuda.is_available():  # convolutions of so small latents are NaN in
 TINY = {
     "data": {"grid": {"shape": [16, 20, 16], "spacing_mm": 12}, "splits": {"validation": 0.2, "test": 0.3}},
     "autoencoder": {"network": {"channels": [4, 8]}, "linear_path_steps": 2, "training": FEW},
-    "diffusion": {"network": {"channels": [8, 16, 16], "attention": [False, False, True], "head_channels": 8}, "training": FEW},
+    "diffusion": {
+        "network": {"channels": [8, 16, 16], "attention": [False, False, True], "head_channels": 8},
+        "training": FEW,
+    },
     "generation": {"sampler": "unipc", "steps": 2, "guidance": 1.5},
 }
 
