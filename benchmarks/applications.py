@@ -1,6 +1,6 @@
 """What applications take in memory and time on volumes of full size, with networks that are not trained.
 
-    python benchmarks/applications.py [--config configs/brain-1mm.yaml] [--steps 2]
+    python benchmarks/applications.py [--config configs/brain-1mm.yaml] [--steps 2] [--parts gradient]
 
 Each in its own process, on one thread: a scan placed and encoded, a decode with gradients, the way back to the scan's voxels,
 an edit by the method ode.
@@ -28,13 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/brain-1mm.yaml")
     parser.add_argument("--steps", type=int, default=2, help="of the edit: time grows with them, memory does not")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
         print(json.dumps(perform(**arguments.task)))
         return
     rows = []
-    for part in PARTS:
+    for part in arguments.parts:
         task = {"part": part, "config": arguments.config, "steps": arguments.steps}
         rows.append({"part": part, **protocol.in_own_process(__file__, task, 3600, 12.0)})
         print(json.dumps(rows[-1]), flush=True)

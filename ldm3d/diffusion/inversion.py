@@ -45,6 +45,7 @@ def invert(
     return follow(name, denoise, x, times[first:][::-1], process, progress=progress)
 
 
+LEAST_WEIGHT = 0.02
 ONE_STEP = {"euler": False, "heun": True}  # samplers that `invert_steps` inverts: whether Heun corrects Euler's step
 
 
@@ -66,7 +67,8 @@ def invert_steps(
 
         y_t <- y_t + w (y_s - step(y_t)),   from y_t, the step of the same sampler towards noise,
 
-    each sample by itself. w is 1, and halves for a sample whose error grows.
+    each sample by itself. w is 1, and halves for a sample whose error grows; it is left as it is once w is tiny, because the
+    network then answers in too coarse numbers (bfloat16).
 
     Args:
         denoise, process, progress: see `invert`.
@@ -99,7 +101,8 @@ def invert_steps(
             found, smaller = error_of(tried, aim, t, s)
             better = smaller < size
             z, missing, size = tried.where(better, z), found.where(better, missing), smaller.where(better, size)
-            weight = (size > allowed) * weight.where(better, weight / 2)
+            weight = weight.where(better, weight / 2)
+            weight = weight * ((size > allowed) & (weight > LEAST_WEIGHT))
         if progress:
             progress(k + 1)
     return z
