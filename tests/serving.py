@@ -12,6 +12,7 @@ from urllib.parse import quote
 import uvicorn
 
 from ldm3d.serve.run import guarded, listen
+from ldm3d.serve.scans import Scans
 from ldm3d.serve.studio import Studio
 
 
@@ -22,6 +23,7 @@ class Page:
     port: int
     studio: Studio
     token: str | None
+    scans: Scans
 
     def ask(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, dict, bytes]:
         """(status, headers in lower case, body)."""
@@ -50,7 +52,7 @@ def served(studio: Studio, host: str = "127.0.0.1", token: str | None = None) ->
     """The page at a free port of loopback, guarded as if it listened at `host`."""
     app, token = guarded(studio, host, token)
     with running(app) as port:
-        yield Page(port, studio, token)
+        yield Page(port, studio, token, app.app.state.scans)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import psutil
@@ -19,7 +21,7 @@ from serving import Page, served
 from torture.generation import make_pipeline
 
 from ldm3d.covariates import CovariateSchema
-from ldm3d.data.nifti import from_image, unpack_volume
+from ldm3d.data.nifti import from_image, unpack_volume, write_volume
 from ldm3d.pipeline import Pipeline
 from ldm3d.serve.asked import Limits
 from ldm3d.serve.plausibility import remarks
@@ -94,7 +96,7 @@ def test_a_volume_is_the_one_of_a_call_to_the_last_bit(page, pipeline):
     lines, content = page.volume(covariates=asked, seed=7, steps=3, sampler="heun")
     expected = pipeline(**asked, seed=7, steps=3, sampler="heun")
     assert np.array_equal(unpack_volume(content), from_image(expected.images[0]))
-    assert lines[0] == {"remarks": []} and lines[-1] == {"bytes": len(content), "coarse": False, "steps": 3}
+    assert lines[-1] == {"bytes": len(content), "coarse": False, "steps": 3, "remarks": []}
     assert b"SYNTHETIC" in gzip.decompress(content)[:352]
     other = page.volume(covariates=asked, seed=8, steps=3, sampler="heun")[1]
     assert not np.array_equal(unpack_volume(other), unpack_volume(content))
@@ -273,3 +275,78 @@ def test_http_1_0_and_head_do_no_harm(page):
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
     connection.request("PUT", "/volume", "{}")
     assert connection.getresponse().status == 405
+
+
+def scan_file(pipeline, folder, name="scan.nii.gz"):
+    """A scan that lies obliquely to the model's grid: a blob, brighter on one side."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (20, 24, 18)], indexing="ij")
+    volume = (np.exp(-3 * (x**2 + y**2 + z**2)) * (1 + 0.4 * x) * 700).astype(np.float32)[None]
+    affine = np.diag([7.0, 7, 8, 1])
+    affine[:3, 3] = -np.array([20, 24, 18]) * [7, 7, 8] / 2
+    write_volume(folder / name, volume, affine)
+    return (folder / name).read_bytes(), volume, affine
+
+
+def sent(page, content, kind=".nii.gz"):
+    status, _, answer = page.ask("POST", f"/scan?kind={kind}", content)
+    lines = []
+    while answer and "bytes" not in (lines or [{}])[-1]:
+        line, _, answer = answer.partition(b"\n")
+        lines.append(json.loads(line))
+    return status, lines, answer
+
+
+def edited(page, **request) -> bytes:
+    status, _, content = page.ask("GET", f"/download/scan?request={quote(json.dumps(request))}")
+    assert status == 200, content
+    return content
+
+
+def test_a_scan_comes_back_edited_as_in_python(pipeline, tmp_path):
+    content, volume, _ = scan_file(pipeline, tmp_path)
+    with served(Studio(pipeline, "tiny")) as page:
+        status, lines, on_grid = sent(page, content)
+        assert status == 200 and unpack_volume(on_grid).shape[1:] == pipeline.output_grid.shape
+        name, source = lines[-1]["scan"], {"age": 50, "sex": "F"}
+        same = edited(page, scan=name, source=source, covariates=source)
+        assert np.array_equal(unpack_volume(same), volume)  # nothing changed: the scan itself
+        request = {"scan": name, "source": source, "covariates": {"age": 70}, "steps": 4}
+        expected = pipeline.edit(tmp_path / "scan.nii.gz", source, {"age": 70}, steps=4)
+        np.testing.assert_allclose(unpack_volume(edited(page, **request)), expected.back(), atol=1e-3)
+        status, _, answer = page.ask("POST", "/edit", json.dumps(request))
+        line, _, content = answer.partition(b"\n")
+        while "bytes" not in json.loads(line):
+            line, _, content = content.partition(b"\n")
+        assert status == 200
+        np.testing.assert_allclose(unpack_volume(content), expected.volume()[0].numpy(), atol=1e-5)
+        assert not list(Path(page.scans.folder).iterdir())  # the upload is gone
+
+
+def test_uploads_are_limited_and_read_with_care(pipeline, tmp_path):
+    content, _, _ = scan_file(pipeline, tmp_path)
+    limits = Limits(scan=len(content), scan_voxels=9000, scans=1, reading=0.5)
+    with served(Studio(pipeline, "tiny", limits)) as page:
+        first = sent(page, content)[1][-1]["scan"]
+        second = sent(page, content)[1][-1]["scan"]
+        assert "no longer here" in json.loads(page.ask("POST", "/edit", json.dumps({"scan": first}))[2])["error"]
+        assert page.ask("POST", "/edit", json.dumps({"scan": second}))[0] == 200
+        assert sent(page, content + b"x")[0] == 413
+        for kind in ("", ".exe", "/../../x.nii"):
+            assert sent(page, content, kind)[0] == 400
+        for bad in (b"", b"no NIfTI", content[:60]):
+            message = sent(page, bad)[1][-1]["error"]
+            assert "the scan" in message and "ldm3d-serve-" not in message
+        assert not list(Path(page.scans.folder).iterdir())
+    with served(Studio(pipeline, "tiny", Limits(scan_voxels=8000))) as page:
+        assert "at most 8,000" in sent(page, content)[1][-1]["error"]
+
+
+def test_uploads_end_with_the_page(pipeline):
+    with served(Studio(pipeline, "tiny")) as page:
+        folder = Path(page.scans.folder)
+        connection = socket.create_connection(("127.0.0.1", page.port), timeout=10)
+        connection.sendall(b"POST /scan?kind=.nii HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf")
+        until(lambda: list(folder.iterdir()))
+        connection.close()
+        until(lambda: not list(folder.iterdir()))
+    assert not folder.exists()

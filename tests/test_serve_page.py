@@ -11,7 +11,7 @@ import torch
 from serving import served
 from torture.generation import make_pipeline
 
-from ldm3d.data.nifti import from_image, unpack_volume
+from ldm3d.data.nifti import from_image, unpack_volume, write_volume
 from ldm3d.pipeline import Pipeline
 from ldm3d.serve.studio import Studio
 
@@ -129,6 +129,30 @@ def test_an_open_covariate_and_an_error_are_shown(browser, pipeline):
         )
         until(lambda: browser.execute_script("return document.body.dataset.state") == "failed")
         assert "from 1 to 200" in text(browser, "status")
+
+
+def test_a_scan_follows_the_sliders(browser, pipeline, tmp_path):
+    ball = np.exp(-3 * sum(np.meshgrid(*[np.linspace(-1, 1, 20) ** 2] * 3))).astype(np.float32)
+    affine = np.diag([8.0, 8, 8, 1])
+    affine[:3, 3] = -80
+    write_volume(tmp_path / "scan.nii.gz", 500 * ball[None], affine)
+    with served(Studio(pipeline, "tiny", preview_steps=1)) as page:
+        browser.get(f"http://127.0.0.1:{page.port}/")
+        settled(browser)
+        browser.find_element("id", "file").send_keys(str(tmp_path / "scan.nii.gz"))
+        until(lambda: "own covariates" in text(browser, "status"))
+        captions = "return [...document.querySelectorAll('figcaption')].map((c) => c.textContent)"
+        assert any("your scan; scan.nii.gz" in caption for caption in browser.execute_script(captions))
+        browser.execute_script("document.getElementById('own').click()")
+        assert settled(browser)["source"] == {"age": 50, "sex": "F"}
+        slide(browser, 80)
+        request = settled(browser)
+        assert request["covariates"]["age"] == 80 and "derived from your scan" in "".join(browser.execute_script(captions))
+        browser.execute_script("document.getElementById('edited').click()")
+        found = unpack_volume(downloaded(browser.downloads, "*.nii.gz"))
+        expected = pipeline.edit(tmp_path / "scan.nii.gz", {"age": 50, "sex": "F"}, {"age": 80}).back()
+        np.testing.assert_allclose(found, expected, atol=0.1)  # of 500
+        assert np.abs(found - 500 * ball[None]).max() > 1
 
 
 @pytest.mark.parametrize("width", [1300, 800, 400])

@@ -37,11 +37,11 @@ _SAME_SIZE, _SAME_DIRECTION = 0.02, math.cos(math.radians(2))  # what sform and 
 _MM = {"meter": 1000.0, "micron": 0.001}
 
 
-def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
+def read_volume(path: Path | str, most: int = MAX_VOXELS) -> tuple[NDArray, NDArray]:
     """One scan as float32 (1, X, Y, Z) in the file's own order of axes, and its affine (4, 4) to RAS+ mm.
 
     Intensities carry the header's scale factor. A file of shape (X, Y, Z, 1) is one volume. NaN around the head, as SPM, CAT12
-    and ANTs write it, becomes 0, with a warning.
+    and ANTs write it, becomes 0, with a warning. A file of more than `most` voxels is not read.
 
     Raises:
         InputError: the file is missing, no NIfTI (or .mgz) or cut short; several volumes; no or too many voxels; complex or
@@ -54,7 +54,7 @@ def read_volume(path: Path | str) -> tuple[NDArray, NDArray]:
     is_mgh = _split_name(path)[1].lower() in _MGH
     header, raw = (_read_mgh_header(path), None) if is_mgh else _read_header(path)
     data_path = files_of(path)[-1]
-    shape, dtype = _check_header(path, header, data_path)
+    shape, dtype = _check_header(path, header, data_path, most)
     affine = check_affine(path, header.get_affine() if is_mgh else _nifti_affine(path, header, raw))
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes inf, which is reported below
@@ -234,7 +234,7 @@ def _read_mgh_header(path: Path) -> MGHHeader:
     return header
 
 
-def _check_header(path: Path, header: SpatialHeader, data_path: Path) -> tuple[tuple[int, ...], np.dtype]:
+def _check_header(path: Path, header: SpatialHeader, data_path: Path, most: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape (X, Y, Z) and voxel type, once they are known to be usable."""
     shape, dtype = tuple(int(n) for n in header.get_data_shape()), np.dtype(header.get_data_dtype())
     if any(n <= 0 for n in shape) or not shape:
@@ -249,8 +249,8 @@ def _check_header(path: Path, header: SpatialHeader, data_path: Path) -> tuple[t
         what = "complex" if dtype.kind == "c" else "colour" if dtype.names else str(dtype)
         raise InputError(f"{path}: has {what} voxels; give magnitudes or grey values")
     voxels, shape = math.prod(shape), shape[:3]
-    if voxels > MAX_VOXELS:
-        raise InputError(f"{path}: header claims {shape} = {voxels:,} voxels; at most {MAX_VOXELS:,} are read")
+    if voxels > most:
+        raise InputError(f"{path}: header claims {shape} = {voxels:,} voxels; at most {most:,} are read")
     if not data_path.is_file():
         raise InputError(f"{path}: its voxels should be in {data_path.name}, which is not there")
     is_mgh = isinstance(header, MGHHeader)

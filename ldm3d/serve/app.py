@@ -6,39 +6,39 @@ POST /volume              a volume. The answer is lines of JSON: {"remarks": [..
                           queue, then {"step": k, "of": n}, and at last {"bytes": n, ...}, after which the n bytes of a
                           .nii.gz follow; or {"error": message}
 GET  /download/FORMAT     ?request=JSON: the same volume as file: nifti, bids, dicom
+POST /scan                ?kind=.nii.gz: a scan of the user's; answers like /volume, with its name
+POST /edit                that scan with other covariates, on the model's grid; answers like /volume
+GET  /download/scan       ?request=JSON: the same on the scan's own voxels
 
 Nothing is kept between requests but the last volumes. What is asked for follows from the request alone.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
-from ldm3d.errors import InputError, choose
+from ldm3d.errors import choose
+from ldm3d.serve.answering import Answer, Lines, Tell, after, parts
 from ldm3d.serve.asked import Asked, read_asked
 from ldm3d.serve.formats import formats, packed
 from ldm3d.serve.plausibility import remarks
-from ldm3d.serve.studio import Cancelled, Job, Studio
+from ldm3d.serve.scans import Edited, Scans, read_edited
+from ldm3d.serve.studio import Job, Studio
 from ldm3d.serve.turns import Full, Turns
 
 STATIC = resources.files("ldm3d.serve") / "static"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 EVERY = 0.25  # seconds between two lines on the progress
-Tell = Callable[[dict[str, Any]], Awaitable[None]]
-
-
-class TooLarge(Exception):
-    """The body of a request."""
 
 
 def application(studio: Studio) -> Starlette:
@@ -49,6 +49,7 @@ def application(studio: Studio) -> Starlette:
     async def life(_: Starlette) -> AsyncIterator[None]:
         yield
         studio.close()
+        site.scans.close()
 
     files = {name: STATIC / name for name in sorted(path.name for path in STATIC.iterdir())}
 
@@ -66,9 +67,14 @@ def application(studio: Studio) -> Starlette:
         Route("/static/{name}", file),
         Route("/model", model),
         Route("/volume", _Volume(site), methods=["POST"]),
+        Route("/download/scan", _OwnVoxels(site), methods=["GET"]),
         Route("/download/{format}", _Download(site), methods=["GET"]),
+        Route("/scan", _Upload(site), methods=["POST"]),
+        Route("/edit", _Edit(site), methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=life)
+    app = Starlette(routes=routes, lifespan=life)
+    app.state.scans = site.scans
+    return app
 
 
 class _Site:
@@ -76,13 +82,25 @@ class _Site:
 
     def __init__(self, studio: Studio):
         self.studio, self.turns = studio, Turns(studio.limits.waiting)
+        self.scans, self.arriving = Scans(studio.pipeline, studio.limits), 0
 
     def read(self, text: bytes | str) -> Asked:
         return read_asked(text, self.studio.pipeline, self.studio.limits, self.studio.preview_steps)
 
     async def make(self, asked: Asked, tell: Tell) -> bytes:
-        """The volume, when it is its turn; who is cancelled while waiting leaves the queue, while computing stops it."""
-        if (kept := self.studio.kept(asked)) is not None:
+        """A volume, see `in_turn`."""
+        return await self.in_turn(asked, lambda job: self.studio.submit(asked, job), tell, asked.sampling.steps)
+
+    async def in_turn(self, key: Hashable, begin: Callable[[Job], "Future[bytes]"], tell: Tell, steps: int) -> bytes:
+        """What `begin` makes, when it is its turn; who is cancelled leaves the queue, or stops what is computed.
+
+        Args:
+            key: under which the studio may have kept it.
+            begin: starts it in the studio's thread.
+            tell: is told of places in the queue and of steps.
+            steps: that there will be.
+        """
+        if (kept := self.studio.kept(key)) is not None:
             return kept
         job = Job(self.studio.limits.seconds)
         with self.turns.enter() as turn:
@@ -90,115 +108,109 @@ class _Site:
                 await tell({"place": place})
                 await turn.moved()
             turn.keep()
-            made = self.studio.submit(asked, job)
+            made = begin(job)
         loop = asyncio.get_running_loop()
         made.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.leave))
-        return await self._watch(made, job, asked, tell)
+        return await self._watch(made, job, tell, steps)
 
-    async def _watch(self, made: "Future[bytes]", job: Job, asked: Asked, tell: Tell) -> bytes:
+    async def edit(self, asked: Edited, tell: Tell) -> bytes:
+        """An edited scan, see `in_turn`."""
+        begin = lambda job: self.studio.run(asked, lambda: self.scans.edit(asked, job))  # noqa: E731
+        return await self.in_turn(asked, begin, tell, 2)
+
+    async def _watch(self, made: "Future[bytes]", job: Job, tell: Tell, steps: int) -> bytes:
         waiting = asyncio.wrap_future(made)
         try:
             while not (await asyncio.wait({waiting}, timeout=EVERY))[0]:
-                await tell({"step": job.steps, "of": asked.sampling.steps})
+                await tell({"step": job.steps, "of": steps})
             return waiting.result()
         finally:
             job.cancel()
 
 
-class _Answer:
-    """A request that is dropped, with what was begun for it, when the one who asked goes away.
-
-    Starlette's streams end only when they next write. Who waits in a queue or for a network writes nothing.
-    """
-
+class _OfSite(Answer):
     def __init__(self, site: _Site):
+        super().__init__(site.studio.limits)
         self.site = site
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with asyncio.timeout(self.site.studio.limits.reading):
-                body = await _body(receive, self.site.studio.limits.body)
-        except (TooLarge, TimeoutError):
-            text = f"the request is larger than {self.site.studio.limits.body:,} bytes, or arrived too slowly"
-            return await JSONResponse({"error": text}, 413)(scope, receive, send)
-        if body is None:
-            return None
-        work = asyncio.ensure_future(self._checked(scope, receive, body, send))
-        gone = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            work.cancel()
-        with suppress(asyncio.CancelledError, Cancelled):
-            await work
 
-    async def _checked(self, scope: Scope, receive: Receive, body: bytes, send: Send) -> None:
-        try:
-            await self.answer(Request(scope), body, send)
-        except InputError as error:
-            await JSONResponse({"error": str(error)}, 400)(scope, receive, send)
-        except Full as error:
-            await JSONResponse({"error": str(error)}, 503, {"retry-after": "5"})(scope, receive, send)
-
-    async def answer(self, request: Request, body: bytes, send: Send) -> None:
-        raise NotImplementedError
-
-
-class _Volume(_Answer):
+class _Volume(_OfSite):
     async def answer(self, request: Request, body: bytes, send: Send) -> None:
         asked = self.site.read(body)
-        begun = False
+        lines = Lines(send)
+        said = {"remarks": remarks(self.site.studio.pipeline, asked.row)}
+        making = self.site.make(asked, after(said, lines))
+        await lines.end(making, coarse=asked.coarse, steps=asked.sampling.steps, **said)
 
-        async def tell(line: dict[str, Any], more: bool = True) -> None:
-            nonlocal begun
-            if not begun:
-                headers = [(b"content-type", b"application/octet-stream")]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
-                await tell({"remarks": remarks(self.site.studio.pipeline, asked.row)})
-            await _write(send, json.dumps(line).encode() + b"\n", more)
+
+class _Upload(_OfSite):
+    async def receive(self, request: Request, receive: Receive) -> Path | None:
+        """The scan as a file in the temporary folder; memory holds one part of it at a time."""
+        path = self.site.scans.path(request.query_params.get("kind", ""))
+        if self.site.arriving >= self.limits.uploads:
+            raise Full("other scans are just arriving; try again in a moment")
+        self.site.arriving += 1
+        whole = False
+        try:
+            async with asyncio.timeout(10 * self.limits.reading):
+                with path.open("wb") as file:
+                    async for part in parts(receive, self.limits.scan):
+                        if part is None:
+                            return None
+                        file.write(part)
+            whole = True
+            return path
+        finally:
+            self.site.arriving -= 1
+            if not whole:
+                path.unlink(missing_ok=True)
+
+    async def answer(self, request: Request, body: Path, send: Send) -> None:
+        lines, names = Lines(send), []
+
+        def add(job: Job) -> bytes:
+            name, content = self.site.scans.add(body, job)
+            names.append(name)
+            return content
 
         try:
-            content = await self.site.make(asked, tell)
-        except InputError as error:
-            await tell({"error": str(error)}, more=False)
-            return
-        await tell({"bytes": len(content), "coarse": asked.coarse, "steps": asked.sampling.steps})
-        await _write(send, content, more=False)
+            making = self.site.in_turn(None, lambda job: self.site.studio.run(None, lambda: add(job)), lines.tell, 1)
+            content = await making
+            await lines.end(_ready(content), scan=names[0])
+        finally:
+            body.unlink(missing_ok=True)
 
 
-class _Download(_Answer):
+class _Edit(_OfSite):
+    async def answer(self, request: Request, body: bytes, send: Send) -> None:
+        asked = read_edited(body, self.site.scans, self.site.studio.preview_steps)
+        lines, said = Lines(send), {"remarks": remarks(self.site.studio.pipeline, asked.row)}
+        await lines.end(self.site.edit(asked, after(said, lines)), coarse=asked.coarse, steps=asked.steps, **said)
+
+
+class _Download(_OfSite):
     async def answer(self, request: Request, body: bytes, send: Send) -> None:
         kind = choose("format", request.path_params["format"], formats())
         asked = self.site.read(request.query_params.get("request", "{}"))
-
-        async def silent(_: dict[str, Any]) -> None:
-            return None
-
-        content = await self.site.make(asked, silent)
-        pipeline = self.site.studio.pipeline
-        name, media, content = await asyncio.to_thread(packed, kind, content, pipeline, asked)
-        headers = {"content-disposition": f'attachment; filename="{name}"'}
-        await Response(content, media_type=media, headers=headers)(request.scope, request.receive, send)
+        content = await self.site.make(asked, _silent)
+        file = await asyncio.to_thread(packed, kind, content, self.site.studio.pipeline, asked)
+        await _file(*file)(request.scope, request.receive, send)
 
 
-async def _write(send: Send, body: bytes, more: bool) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+class _OwnVoxels(_OfSite):
+    async def answer(self, request: Request, body: bytes, send: Send) -> None:
+        asked = read_edited(request.query_params.get("request", "{}"), self.site.scans, 1, own_voxels=True)
+        content = await self.site.edit(asked, _silent)
+        await _file("derived_T1w.nii.gz", "application/gzip", content)(request.scope, request.receive, send)
 
 
-async def _body(receive: Receive, most: int) -> bytes | None:
-    """The body of a request; None where the one who asked went away."""
-    content = b""
-    while (message := await receive())["type"] == "http.request":
-        content += message.get("body", b"")
-        if len(content) > most:
-            raise TooLarge
-        if not message.get("more_body"):
-            return content
+def _file(name: str, media: str, content: bytes) -> Response:
+    return Response(content, media_type=media, headers={"content-disposition": f'attachment; filename="{name}"'})
+
+
+async def _silent(_: dict[str, Any]) -> None:
     return None
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _ready(content: bytes) -> bytes:
+    return content

@@ -24,6 +24,10 @@ class Limits:
         seconds: of computing, for one request; looked at between sampling steps.
         reading: seconds in which a request's body must have arrived.
         steps: of the sampler.
+        scan: bytes of a scan that is dropped onto the page; it may take ten times `reading`.
+        scan_voxels: of a scan.
+        scans: that are kept in memory, of all users together.
+        uploads: scans that arrive at the same time.
         kept: bytes of finished volumes that are kept, so that a download need not wait again.
     """
 
@@ -33,6 +37,10 @@ class Limits:
     reading: float = 10.0
     steps: int = 200
     kept: int = 64 * 2**20
+    scan: int = 128 * 2**20
+    scan_voxels: int = 400**3
+    scans: int = 4
+    uploads: int = 2
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,11 @@ def _sampler(values: Mapping[str, Any]) -> str | None:
     if name is not None and not isinstance(name, str):
         raise InputError(f"sampler is {shown(name)}; give a name")
     return name
+
+
+def whole_number(values: Mapping[str, Any], key: str, low: int, high: int) -> int | None:
+    """The value of a key, or None; InputError unless it is a whole number within these limits."""
+    return _number(values, key, low, high, whole=True)
 
 
 def _number(values: Mapping[str, Any], key: str, low: float, high: float, whole: bool = False) -> Any:

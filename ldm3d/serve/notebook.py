@@ -41,14 +41,16 @@ class Explorer(ipywidgets.HBox):
         self.another = ipywidgets.Button(description="Another person")
         self.full = ipywidgets.Button(description="Full volume")
         self._said = ipywidgets.HTML()
-        self._viewer = NiiVue(height=420)
+        self._viewer = NiiVue(height=420, crosshair_width=0.3)
         self._viewer.set_slice_type(SliceType.MULTIPLANAR)
         for control in (*self.controls.values(), *self.opened.values(), self.seed):
             control.observe(lambda _: self.show(coarse=True), "value")
         self.another.on_click(lambda _: setattr(self.seed, "value", secrets.randbelow(10**6)))
         self.full.on_click(lambda _: self.show(coarse=False))
-        left = ipywidgets.VBox([*rows, self.seed, ipywidgets.HBox([self.another, self.full])])
-        super().__init__([left, ipywidgets.VBox([self._said, self._viewer], layout=ipywidgets.Layout(flex="1"))])
+        buttons = ipywidgets.HBox([self.another, self.full])
+        left = ipywidgets.VBox([*rows, self.seed, buttons], layout=ipywidgets.Layout(flex="0 0 440px"))
+        right = ipywidgets.VBox([self._said, self._viewer], layout=ipywidgets.Layout(flex="1 1 0%", min_width="0"))
+        super().__init__([left, right])
         self.show(coarse=True)
 
     def _row(self, covariate: dict[str, Any]) -> Any:
@@ -57,7 +59,10 @@ class Explorer(ipywidgets.HBox):
         shape = {"description": label, "style": {"description_width": "130px"}, "layout": WIDE}
         if covariate["kind"] == "categorical":
             options = list(covariate["categories"]) + ([] if covariate["required"] else [OPEN])
-            self.controls[name] = ipywidgets.Dropdown(options=options, **shape)
+            asked = covariate["required"] or not any(
+                OPEN in c.options for c in self.controls.values() if hasattr(c, "options")
+            )
+            self.controls[name] = ipywidgets.Dropdown(options=options, value=options[0] if asked else OPEN, **shape)
             return self.controls[name]
         limits = {"min": covariate["low"], "max": covariate["high"], "step": covariate["step"]}
         slider = ipywidgets.FloatSlider(covariate["middle"], continuous_update=False, **limits, **shape)
@@ -65,7 +70,9 @@ class Explorer(ipywidgets.HBox):
         if covariate["required"]:
             return slider
         first = not self.opened
-        self.opened[name] = ipywidgets.Checkbox(not first, description="open", indent=False)
+        self.opened[name] = ipywidgets.Checkbox(
+            not first, description="open", indent=False, layout=ipywidgets.Layout(width="80px")
+        )
         return ipywidgets.HBox([slider, self.opened[name]])
 
     def asked(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -81,23 +81,39 @@ class Studio:
         self.pipeline, self.name = pipeline, name
         self.limits, self.preview_steps = limits or Limits(), preview_steps
         self._thread = ThreadPoolExecutor(1, "ldm3d")
-        self._kept: OrderedDict[Asked, bytes] = OrderedDict()
+        self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def kept(self, asked: Asked) -> bytes | None:
-        """The volume as .nii.gz, where it was made before and is still kept."""
+    def kept(self, key: Hashable) -> bytes | None:
+        """The volume as .nii.gz, where it was made before and is still kept; the key is an `Asked`, or of `run`."""
         with self._lock:
-            if asked in self._kept:
-                self._kept.move_to_end(asked)
-            return self._kept.get(asked)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
     def submit(self, asked: Asked, job: Job) -> "Future[bytes]":
         """Make a volume in the studio's thread: its .nii.gz. Raises Cancelled or InputError from the future."""
-        return self._thread.submit(self._make, asked, job)
+        return self.run(asked, lambda: self._make(asked, job))
 
-    def run(self, work: Callable[[], Any]) -> Future:
-        """Do something else in the studio's thread."""
-        return self._thread.submit(work)
+    def run(self, key: Hashable, make: Callable[[], bytes]) -> "Future[bytes]":
+        """Make something else in the studio's thread, which is kept under a key; None keeps nothing."""
+
+        def made() -> bytes:
+            content = self.kept(key)
+            if content is None:
+                content = make()
+                self._keep(key, content)
+            return content
+
+        return self._thread.submit(made)
+
+    def _keep(self, key: Hashable, content: bytes) -> None:
+        if key is None:
+            return
+        with self._lock:
+            self._kept[key] = content
+            while sum(map(len, self._kept.values())) > self.limits.kept:
+                self._kept.popitem(last=False)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -105,16 +121,9 @@ class Studio:
     def _make(self, asked: Asked, job: Job) -> bytes:
         job.start()
         job.step(0)
-        if (kept := self.kept(asked)) is not None:
-            return kept
         model = _Watched(self.pipeline, 1 if asked.coarse else self.pipeline.group_size, job.step)
         (volume,) = draw(model, [asked.row], [0], asked.sampling, 1)
-        content = pack_volume(self.pipeline.cropped(volume), self.pipeline.output_grid.affine, self.pipeline.mark)
-        with self._lock:
-            self._kept[asked] = content
-            while sum(map(len, self._kept.values())) > self.limits.kept:
-                self._kept.popitem(last=False)
-        return content
+        return pack_volume(self.pipeline.cropped(volume), self.pipeline.output_grid.affine, self.pipeline.mark)
 
     def description(self) -> dict[str, Any]:
         """What the page needs to know of the model, as JSON values."""
@@ -128,6 +137,7 @@ class Studio:
             "covariates": [_control(c) for c in self.pipeline.schema],
             "sampling": {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "seed")},
             "samplers": list(SAMPLERS),
+            "edits": self.pipeline.autoencoder.in_channels == 1 and bool(len(self.pipeline.schema)),
             "guides": bool(len(self.pipeline.schema)) and not self.pipeline.schema.required,
             "preview_steps": self.preview_steps,
             "max_steps": self.limits.steps,

@@ -24,9 +24,10 @@ export class Brains {
     await this.draw();
   }
 
-  async keep() {
-    if (!this.current) return;
-    this.kept = this.current;
+  async keep(brain = this.current) {
+    if (!brain) return;
+    this.kept = brain;
+    this.current ??= brain;
     await this.draw();
   }
 
@@ -87,6 +88,7 @@ export class Panel {
 
   async show(volume, text, difference = null) {
     this.volume = difference ?? volume;
+    this.mark = volume.mark.toLowerCase();
     this.text = text;
     this.say();
     await this.viewer.show(volume, difference);
@@ -101,7 +103,7 @@ export class Panel {
   say() {
     const title = this.title ? [Object.assign(document.createElement("b"), { textContent: `${this.title}: ` })] : [];
     const place = this.voxel && this.volume ? ` [${this.volume.millimetres(this.voxel).map((mm) => mm.toFixed(0)).join(", ")} mm: ${this.volume.at(this.voxel).toFixed(2)}]` : "";
-    this.caption.replaceChildren(...title, `synthetic; ${this.text}${place}`);
+    this.caption.replaceChildren(...title, `${this.mark}; ${this.text}${place}`);
   }
 
   remove() {

@@ -7,8 +7,19 @@ export async function modelOf() {
 }
 
 // The bytes of a .nii.gz; `tell` gets every line that comes before. Aborting the signal cancels it on the server, too.
-export async function fetchVolume(request, tell, signal) {
-  const answer = await fetch("volume", { method: "POST", body: JSON.stringify(request), signal });
+// A request for a scan's edit has its name in it.
+export function fetchVolume(request, tell, signal) {
+  return fetchLines(request.scan ? "edit" : "volume", JSON.stringify(request), tell, signal);
+}
+
+// Hand a scan over; as above, with its name.
+export function sendScan(file, tell) {
+  const kind = [".nii.gz", ".nii", ".mgz"].find((ending) => file.name.toLowerCase().endsWith(ending)) ?? file.name.slice(-4);
+  return fetchLines(`scan?kind=${encodeURIComponent(kind)}`, file, tell);
+}
+
+async function fetchLines(address, body, tell, signal) {
+  const answer = await fetch(address, { method: "POST", body, signal });
   if (!answer.ok) throw new Error(await messageOf(answer));
   const reader = answer.body.getReader();
   let held = new Uint8Array(0);
@@ -27,6 +38,7 @@ export async function fetchVolume(request, tell, signal) {
       tell(line);
       continue;
     }
+    if (line.remarks) tell({ remarks: line.remarks });
     const content = new Uint8Array(line.bytes);
     content.set(held);
     for (let have = held.length; have < line.bytes; ) {

@@ -2,9 +2,10 @@
 
 const HEADER = 352;
 
-export async function readVolume(packed) {
+// `mark` is what every picture of it says.
+export async function readVolume(packed, mark = "SYNTHETIC") {
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Volume(await new Response(stream).arrayBuffer());
+  return Object.assign(new Volume(await new Response(stream).arrayBuffer()), { mark });
 }
 
 export class Volume {

@@ -42,6 +42,7 @@ export class Rendered {
 
   async update(volume, difference) {
     this.volume = volume;
+    this.picture.dataset.mark = volume.mark;
     if (!this.nv) await this.begin();
     const layers = difference ? [volume, difference.above(), difference.below()] : [volume];
     if (this.nv.volumes.length !== layers.length) {

@@ -5,6 +5,7 @@ import { Controls, describe } from "./controls.js";
 import { Film } from "./film.js";
 import { readVolume } from "./nifti.js";
 import { Brains } from "./brains.js";
+import { Scan } from "./scan.js";
 
 const SETTLED = 350; // ms without a change, until the full volume is made
 const byId = (id) => document.getElementById(id);
@@ -27,7 +28,8 @@ class Follower {
   }
 
   changed() {
-    this.wanted = this.controls.request();
+    if (this.scan?.waits()) return; // for the scan's own covariates
+    this.wanted = this.scan?.asked(this.controls.request()) ?? this.controls.request();
     document.body.dataset.state = "waiting";
     this.abort?.abort(); // a full volume that nobody wants any more; a coarse one may end, so that the brain keeps moving
     if (!this.running) this.run();
@@ -61,7 +63,7 @@ class Follower {
 
   async make(request, signal) {
     const { content, coarse, steps } = await fetchVolume(request, progress, signal);
-    const volume = await readVolume(content);
+    const volume = await readVolume(content, request.scan ? "DERIVED FROM YOUR SCAN" : "SYNTHETIC");
     const quality = coarse ? `coarse preview, ${steps} steps` : `full, ${steps} steps`;
     await this.brains.show(volume, `${describe(request, this.model)}; ${quality}`);
     say(coarse ? "Coarse preview; the full volume follows." : "Full volume.");
@@ -80,8 +82,9 @@ async function begin() {
   const controls = new Controls(model, () => follower.changed());
   follower = new Follower(controls, brains, model);
   new Film(model, controls, brains, say);
+  follower.scan = new Scan(model, controls, brains, say, () => follower.changed());
   byId("keep").addEventListener("click", () => brains.keep());
-  byId("drop").addEventListener("click", () => brains.drop());
+  byId("drop").addEventListener("click", () => follower.scan.leave());
   for (const format of model.formats) {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: { nifti: "NIfTI", bids: "BIDS", dicom: "DICOM" }[format] });
     button.addEventListener("click", () => {

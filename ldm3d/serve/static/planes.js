@@ -12,7 +12,7 @@ export class Planes {
     this.canvas = document.createElement("canvas");
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "img");
-    this.canvas.setAttribute("aria-label", "Synthetic brain: axial, coronal and sagittal plane. Arrows, Page Up and Page Down move.");
+    this.canvas.setAttribute("aria-label", "A brain: axial, coronal and sagittal plane. Arrows, Page Up and Page Down move.");
     this.moved = moved;
     picture.replaceChildren(this.canvas);
     this.picture = picture;
@@ -83,7 +83,7 @@ export class Planes {
     pen.fillStyle = "#ffb38f"; // in the picture itself, so that a saved one says it
     pen.font = "600 12px system-ui, sans-serif";
     pen.textAlign = "left";
-    pen.fillText("SYNTHETIC (ldm3d)", 8, 15);
+    pen.fillText(`${this.volume.mark} (ldm3d)`, 8, 15);
   }
 
   drawPlane(pen, { plane, left, top, width, height }) {
