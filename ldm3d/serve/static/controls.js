@@ -49,7 +49,7 @@ export function describe(request, model) {
   const asked = model.covariates
     .filter(({ name }) => request.covariates[name] !== undefined)
     .map(({ name, label, unit }) => `${label} ${request.covariates[name]}${unit ? ` ${unit}` : ""}`);
-  return [...(asked.length ? asked : ["nothing asked"]), `seed ${request.seed}`].join(", ");
+  return [...(asked.length ? asked : ["nothing asked"]), ...(request.scan ? [] : [`seed ${request.seed}`])].join(", ");
 }
 
 class Control {

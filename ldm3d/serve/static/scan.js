@@ -43,6 +43,7 @@ export class Scan {
     this.source = this.controls.request().covariates;
     byId("own").hidden = true;
     byId("edited").hidden = false;
+    byId("downloads").hidden = true; // they are of generated volumes
     this.changed();
   }
 
@@ -60,6 +61,7 @@ export class Scan {
   async leave() {
     this.name = this.source = null;
     byId("own").hidden = byId("edited").hidden = true;
+    byId("downloads").hidden = false;
     await this.brains.drop();
     this.changed();
   }
