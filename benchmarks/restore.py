@@ -41,7 +41,7 @@ from ldm3d.pipeline import Pipeline
 
 NOISE = 0.005
 RADIUS_MM = 27.0
-ADAM_STEPS, ADAM_RATE = 60, 0.1
+ADAM_STEPS, ADAM_RATE = 50, 0.1
 BRAIN = 0.05
 
 
@@ -77,16 +77,17 @@ def main() -> None:
             rows.append({"person": person["participant_id"], "task": task, **found})
             shown += pictures if number == 0 else []
             print(json.dumps(rows[-1]), flush=True)
-    table = pd.DataFrame(rows)
-    means = {task: of.mean(numeric_only=True).round(3).to_dict() for task, of in table.groupby("task")}
-    print(json.dumps(means, indent=2))
-    settings = {key: getattr(arguments, key) for key in ("num", "samples", "levels", "corrections", "without")}
+        _write(pipe, rows, arguments)  # after each, for a run that is stopped
+        if arguments.picture and number == 0:
+            volumes, titles = [volume[0].numpy() for _, volume in shown], [title for title, _ in shown]
+            figures.save(figures.mosaic(volumes, titles, pipe.grid.spacing_mm, columns=5), arguments.picture)
+
+
+def _write(pipe: Pipeline, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    means = {task: of.mean(numeric_only=True).round(3).to_dict() for task, of in pd.DataFrame(rows).groupby("task")}
+    settings = {key: getattr(arguments, key) for key in ("samples", "levels", "corrections", "without")}
     results = {"model": pipe.model_hash, "processor": processor(), **settings, "means": means, "people": rows}
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.picture:
-        volumes = [volume[0].numpy() for _, volume in shown]
-        titles = [title for title, _ in shown]
-        figures.save(figures.mosaic(volumes, titles, pipe.grid.spacing_mm, columns=5), arguments.picture)
 
 
 def _people(table: Path, number: int) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ def _restored(
     drawn = module.posterior_volumes(
         *(pipe, linear, y, row, NOISE, range(arguments.samples), arguments.levels), corrections=arguments.corrections
     )
-    draws, expected = (torch.stack(each) for each in zip(*drawn))
+    draws, expected, _ = (torch.stack(each) for each in zip(*drawn))
     seconds = (time.process_time() - cpu) / arguments.samples
     mean = expected.mean(0, keepdim=True).clamp(0, 1)
     found = {"mean": _psnr(mean, truth, where), "one": _psnr(expected[:1].clamp(0, 1), truth, where)}
@@ -154,14 +155,15 @@ def _cubic(y: Tensor, shape: torch.Size) -> Tensor:
 def _optimised(pipe: Pipeline, placed: PlacedScan, linear: Linear, y: Tensor, task: str) -> tuple[Tensor, float]:
     """The latent that explains the measurement best, by Adam from the mean latent; no prior but where it starts."""
     start, decoder = time.process_time(), LatentDecoder(pipe)
-    z = torch.zeros_like(placed.z, requires_grad=True)
-    optimiser = torch.optim.Adam([z], ADAM_RATE)
+    scales = torch.tensor(pipe.scales or [1.0] * placed.z.shape[1])[:, None, None, None]  # else some channels hardly move
+    u = torch.zeros_like(placed.z, requires_grad=True)
+    optimiser = torch.optim.Adam([u], ADAM_RATE)
     for _ in range(ADAM_STEPS):
         optimiser.zero_grad()
-        (linear(decoder(z)) - y).square().sum().backward()
+        (linear(decoder(scales * u)) - y).square().sum().backward()
         optimiser.step()
     with torch.no_grad():
-        return decoder(z).clamp(0, 1), time.process_time() - start
+        return decoder(scales * u).clamp(0, 1), time.process_time() - start
 
 
 def _psnr(volume: Tensor, truth: Tensor, where: Tensor) -> float:

@@ -50,3 +50,9 @@ class Applied:
         from ldm3d.applications.edit import edit
 
         return edit(self, image, source, to, **options)
+
+    def counterpart(self, image: Any, covariates: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """The scan as healthy people's are; see `ldm3d.applications.counterpart.counterpart`."""
+        from ldm3d.applications.counterpart import counterpart
+
+        return counterpart(self, image, covariates, **options)

@@ -12,7 +12,7 @@ from ldm3d.applications.decoding import Exact, LatentDecoder, LinearPath
 from ldm3d.applications.degraded import degraded
 from ldm3d.applications.placed import place
 from ldm3d.applications.restore import interval_of, posterior_volumes, restore, spread_of
-from ldm3d.applications.restore_files import RestoredFile
+from ldm3d.applications.restore_files import restored_files, write_restored
 from ldm3d.data.nifti import to_image, write_volume
 from ldm3d.diffusion.operators import Identity, slices
 from ldm3d.errors import InputError
@@ -69,7 +69,7 @@ def test_what_was_measured_is_explained(pipe, scan):
     placed, linear = place(pipe, scan), slices(2, 20, 2.0, profile="box")
     y = linear(placed.volume)
     (row,) = pipe.parse([{}])
-    ((volume, expected),) = posterior_volumes(pipe, linear, y, row, 0.005, [0], 3)
+    ((volume, expected, _),) = posterior_volumes(pipe, linear, y, row, 0.005, [0], 3)
     for each in (volume, expected):
         assert (linear(each[None]) - y).square().mean().sqrt() < 0.015
 
@@ -177,7 +177,7 @@ def test_a_model_without_a_gaussian_or_a_linear_path():
     v = torch.randn(1, 4, 5, 6, 5)
     torch.testing.assert_close(white.covariance(v), v / 2)
     y = torch.rand(1, 1, 20, 24, 20, generator=torch.Generator().manual_seed(0))
-    ((volume, _),) = posterior_volumes(pipe, Identity(), y, pipe.parse([{}])[0], 0.05, [0], 2)
+    ((volume, *_),) = posterior_volumes(pipe, Identity(), y, pipe.parse([{}])[0], 0.05, [0], 2)
     assert torch.isfinite(volume).all()
 
 
@@ -185,9 +185,9 @@ def test_files(pipe, scan, tmp_path):
     path = tmp_path / "raw" / "sub-07_ses-2_T1w.nii.gz"
     write_volume(path, np.asarray(scan.dataobj)[None], AFFINE)
     restored = restore(pipe, path, "missing=z:10-12", samples=2, levels=2)
-    file = RestoredFile(tmp_path / "out", pipe, path, {"operator": "a"})
+    file = restored_files(tmp_path / "out", pipe, path, {"operator": "a"})
     assert not file.is_done
-    mean = file.write(restored)
+    mean = write_restored(file, restored)
     assert mean == tmp_path / "out/sub-07/ses-2/anat/sub-07_ses-2_desc-restored_T1w.nii.gz"
     assert nibabel.load(file.path("samples")).shape == (40, 46, 38, 2)
     np.testing.assert_allclose(nibabel.load(mean).affine, AFFINE)
@@ -195,8 +195,8 @@ def test_files(pipe, scan, tmp_path):
     assert sidecar["Sources"] == ["sub-07_ses-2_T1w.nii.gz"]
     assert sidecar["Restoration"]["operator"] == "missing=z:10-12"
     assert (tmp_path / "out/figures/sub-07_ses-2_desc-restored_T1w.png").is_file()
-    assert RestoredFile(tmp_path / "out", pipe, path, {"operator": "a"}).is_done
-    with pytest.raises(InputError, match="of another operator"):
-        assert RestoredFile(tmp_path / "out", pipe, path, {"operator": "b"}).is_done
-    with pytest.raises(InputError, match="holds no restored scans"):
-        RestoredFile(tmp_path / "raw", pipe, path, {})
+    assert restored_files(tmp_path / "out", pipe, path, {"operator": "a"}).is_done
+    with pytest.raises(InputError, match="asked for otherwise"):
+        assert restored_files(tmp_path / "out", pipe, path, {"operator": "b"}).is_done
+    with pytest.raises(InputError, match="not of ldm3d restore"):
+        restored_files(tmp_path / "raw", pipe, path, {})

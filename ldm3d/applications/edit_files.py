@@ -13,7 +13,6 @@ BIDS knows no T1w images that are maps or have four dimensions, so validators ar
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 import ldm3d
 from ldm3d import figures
+from ldm3d.applications.derived import source_of
 from ldm3d.applications.edit import Edit
 from ldm3d.covariates import Value, describe
 from ldm3d.data.derivative import as_json, derivative_files
@@ -195,7 +195,7 @@ class EditFolder:
     ) -> dict[str, Any]:
         return {
             "Description": f"A {self.pipe.suffix} scan edited to other covariates by ldm3d: derived, and synthetic in part",
-            "Sources": [_source(job.scan, self.folder)],
+            "Sources": [source_of(job.scan)],
             "SkullStripped": self.pipe.skull_stripped,
             "model_hash": self.pipe.model_hash,
             "Edit": {
@@ -220,11 +220,3 @@ def _given(row: Mapping[str, Value]) -> dict[str, Value]:
 
 def _numbers(row: Mapping[str, float]) -> dict[str, float | None]:
     return {name: round(float(value), 3) if np.isfinite(value) else None for name, value in row.items()}
-
-
-def _source(scan: Path, out: Path) -> str:
-    """The scan by its path in its own BIDS dataset, or else by its name: nothing that tells of folders outside of it."""
-    for folder in scan.resolve().parents:
-        if (folder / "dataset_description.json").is_file():
-            return os.fspath(scan.resolve().relative_to(folder).as_posix())
-    return scan.name

@@ -10,7 +10,7 @@ Legend: K samples; volumes on the Grid (K, C, X, Y, Z) in [0, 1].
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,13 +137,27 @@ def restore(
         if progress:
             progress(done, samples * levels)
 
-    draws, means = zip(
-        *posterior_volumes(pipe, found.linear, found.measured, row, noise, range(samples), levels, seed, progress=level)
+    drawn = list(
+        posterior_volumes(pipe, found.linear, found.measured, row, noise, range(samples), levels, seed, progress=level)
     )
     settings = {"operator": found.name, "noise": noise, "covariates": {k: v for k, v in row.items() if v is not None}}
     settings |= {"samples": samples, "levels": levels, "seed": seed}
-    mean = torch.stack(means).mean(dim=0)[None].clamp(0, 1)
-    return Restored(placed, found, torch.stack(draws), mean, settings)
+    mean = torch.stack([each.expected for each in drawn]).mean(dim=0)[None].clamp(0, 1)
+    return Restored(placed, found, torch.stack([each.drawn for each in drawn]), mean, settings)
+
+
+class Drawn(NamedTuple):
+    """A draw of a volume x = D(z) + r, (C, X, Y, Z) each, not clipped.
+
+    Attributes:
+        drawn: x with r drawn.
+        expected: x with r as it is to be expected.
+        decoded: D(z).
+    """
+
+    drawn: Tensor
+    expected: Tensor
+    decoded: Tensor
 
 
 def posterior_volumes(
@@ -157,7 +171,7 @@ def posterior_volumes(
     seed: int = 0,
     corrections: int = CORRECTIONS,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Drawn]:
     """Draws of what was measured: one after another, so that each is the same whichever others are asked for.
 
     Args:
@@ -169,9 +183,6 @@ def posterior_volumes(
         numbers: of the draws; draw i follows from (seed, i).
         levels, seed, progress: see `restore`; progress is called after each level.
         corrections: see `sample_posterior`.
-
-    Yields:
-        x = D(z) + r with r drawn, and with r as expected: (C, X, Y, Z) each, not clipped.
     """
     channels, *latent = pipe.autoencoder.latent_shape(pipe.grid.shape)
     shape = (channels, *pipe.unet.padded_shape(latent))
@@ -193,7 +204,8 @@ def posterior_volumes(
         with torch.no_grad():
             volume = decoder(z)
             residual = y - linear(volume)
-            yield (volume + remainder.draw(residual, draw))[0], (volume + remainder.mean(residual))[0]
+            drawn, expected = volume + remainder.draw(residual, draw), volume + remainder.mean(residual)
+            yield Drawn(drawn[0], expected[0], volume[0])
 
 
 def level_times(pipe: Pipeline, levels: int) -> list[float]:

@@ -5,6 +5,7 @@ R a variance for each channel: x ~ N(m, U V U' + R). D = C X Y Z. With features 
 x ~ N(m + B f, U V U' + R), where the features are Gaussian, too, so that missing ones are integrated out.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,8 +68,8 @@ class Gaussian:
     def precision(self, v: Tensor) -> Tensor:
         """(U V U' + R)^-1 v, like v, by Woodbury's identity; R above 0."""
         weighed = v / self.rest[:, None, None, None]
-        inverse, root = self._inner(1 / self.rest), self.variances.sqrt()
-        scores = root * ((torch.einsum("kcxyz,ncxyz->nk", self.directions, weighed) * root) @ inverse)
+        root = self.variances.sqrt()
+        scores = root * ((torch.einsum("kcxyz,ncxyz->nk", self.directions, weighed) * root) @ self._inner_of_rest)
         return weighed - torch.einsum("nk,kcxyz->ncxyz", scores, self.directions) / self.rest[:, None, None, None]
 
     def narrowed(self, precision: float | Tensor) -> "Gaussian":
@@ -82,6 +83,10 @@ class Gaussian:
         mixing = self.variances.sqrt()[:, None] * vectors * values.clamp_min(0).sqrt()  # M = mixing mixing'
         directions = torch.einsum("kj,kcxyz->jcxyz", mixing, self.directions) * shrink[:, None, None, None]
         return Gaussian(self.mean, directions, torch.ones_like(self.variances), self.rest * shrink)
+
+    @functools.cached_property
+    def _inner_of_rest(self) -> Tensor:
+        return self._inner(1 / self.rest)
 
     def _inner(self, weights: Tensor) -> Tensor:
         """(1 + V^1/2 U' w U V^1/2)^-1, (k, k), with weights (C,)."""

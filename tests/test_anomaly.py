@@ -1,0 +1,90 @@
+"""A scan against its healthy counterpart: what is kept, what is drawn again, and a planted lesion."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_placed import head, tiny_pipeline
+
+from ldm3d.applications.anomaly import about_of, anomaly, anomaly_files, calibrate, write_anomaly
+from ldm3d.applications.calibration import LEAST_PEOPLE, Calibration
+from ldm3d.applications.counterpart import agreement, counterpart
+from ldm3d.data.nifti import to_image, write_volume
+from ldm3d.errors import InputError
+
+AFFINE = np.diag([4.0, 4, 4, 1])
+OPTIONS = {"strengths": (0.3,), "steps": 2, "samples": 2, "levels": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def scan(seed, lesion=False):
+    volume = 700 * head(seed)[None]
+    if lesion:
+        volume[0, 8:12, 8:12, 8:12] = 0
+    return to_image(volume, AFFINE)
+
+
+@pytest.fixture(scope="module")
+def calibration(pipe):
+    return calibrate(pipe, [(scan(seed), {"age": 50}) for seed in range(LEAST_PEOPLE)], **OPTIONS)
+
+
+def test_where_they_agree_the_counterpart_is_the_scan(pipe):
+    found = counterpart(pipe, scan(20), {"age": 60}, doubted=0.2, **OPTIONS)
+    volume = found.placed.volume
+    assert torch.equal(found.mean[0, 0][found.agreed], volume[0, 0][found.agreed])
+    assert not torch.equal(found.mean, volume)
+    assert found.samples.shape == (2, 1, 20, 24, 20)
+    torch.testing.assert_close(found.residual, volume - found.decoded)
+    again = counterpart(pipe, scan(20), {"age": 60}, doubted=0.2, **OPTIONS)
+    assert torch.equal(again.samples, found.samples)
+    data = np.asarray(found.image().dataobj)
+    assert data.shape == (20, 24, 20) and b"DERIVED" in found.image().header["descrip"].tobytes()
+
+
+def test_what_differs_most_is_doubted():
+    volume = torch.zeros(1, 1, 16, 16, 16)
+    volume[..., 2:-2, 2:-2, 2:-2] = 0.5
+    guess = volume.clone()
+    guess[..., 6:9, 6:9, 6:9] = 0.9
+    agreed = agreement(volume, guess, 0.05)
+    assert not agreed[6:9, 6:9, 6:9].any() and agreed[:4].all()
+    brain = 12**3
+    assert abs((~agreed).sum() / brain - 0.05) < 0.01
+    with pytest.raises(InputError, match="black"):
+        agreement(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4), 0.1)
+
+
+def test_a_planted_lesion_is_found_and_written(pipe, calibration, tmp_path):
+    path = tmp_path / "raw" / "sub-3_T1w.nii.gz"
+    write_volume(path, np.asarray(scan(30, lesion=True).dataobj)[None], AFFINE)
+    found = anomaly(pipe, path, calibration, {"age": 50}, **OPTIONS)
+    # The voxel of the Grid that lies at the lesion's middle
+    place = np.linalg.solve(found.counterpart.placed.info["grid_affine"], [38, 38, 38, 1])[:3].round().astype(int)
+    brain = np.abs(found.score[calibration.brain])
+    assert found.score[tuple(place)] < 0
+    assert abs(found.score[tuple(place)]) > 2 * brain.mean()
+    assert (found.score[~calibration.brain] == 0).all() and found.p.min() > 0
+    files = anomaly_files(tmp_path / "out", pipe, path, {})
+    assert write_anomaly(files, found, calibration) == tmp_path / "out/sub-3/anat/sub-3_desc-zscore_T1w.nii.gz"
+    sidecar = json.loads(files.path("zscore", ".json").read_text())
+    assert sidecar["Anomaly"]["HealthyPeople"] == LEAST_PEOPLE and sidecar["Sources"] == ["sub-3_T1w.nii.gz"]
+    assert files.is_done and files.path("counterpart").is_file() and files.path("clusters").is_file()
+
+
+def test_a_calibration_belongs_to_a_procedure(pipe, calibration, tmp_path):
+    calibration.save(tmp_path / "healthy.npz")
+    Calibration.load(tmp_path / "healthy.npz", json.loads(json.dumps(about_of(pipe, OPTIONS))))
+    with pytest.raises(InputError, match="steps: 2, not 3"):
+        Calibration.load(tmp_path / "healthy.npz", json.loads(json.dumps(about_of(pipe, {**OPTIONS, "steps": 3}))))
+
+
+@pytest.mark.parametrize("wrong", [{"strengths": ()}, {"strengths": (0.01,)}, {"doubted": 1.0}, {"samples": 0}])
+def test_settings_out_of_range(pipe, wrong):
+    with pytest.raises(InputError, match="doubted between 0 and 1"):
+        counterpart(pipe, scan(1), **{**OPTIONS, **wrong})
