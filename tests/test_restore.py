@@ -1,11 +1,13 @@
 """Restoring: what is known stays, what was asked is understood, and a sample depends on nothing but its number."""
 
 import json
+import subprocess
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from test_phantoms import VALIDATOR
 from test_placed import head, tiny_pipeline
 
 from ldm3d.applications.decoding import Exact, LatentDecoder, LinearPath
@@ -195,6 +197,8 @@ def test_files(pipe, scan, tmp_path):
     assert sidecar["Sources"] == ["sub-07_ses-2_T1w.nii.gz"]
     assert sidecar["Restoration"]["operator"] == "missing=z:10-12"
     assert (tmp_path / "out/figures/sub-07_ses-2_desc-restored_T1w.png").is_file()
+    checked = subprocess.run([VALIDATOR, tmp_path / "out", "--json"], capture_output=True, text=True)
+    assert not [issue for issue in json.loads(checked.stdout)["issues"]["issues"] if issue["severity"] == "error"]
     assert restored_files(tmp_path / "out", pipe, path, {"operator": "a"}).is_done
     with pytest.raises(InputError, match="asked for otherwise"):
         assert restored_files(tmp_path / "out", pipe, path, {"operator": "b"}).is_done

@@ -87,7 +87,8 @@ class Derived:
         made_by = {"Name": "ldm3d", "Version": ldm3d.__version__, "Description": f"{self.kind}, model {self.pipe.model_hash}"}
         files = derivative_files(self.readme.partition(":")[0].partition(".")[0] + " (DERIVED)", [made_by], self.readme)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in [*files.items(), (".bidsignore", "figures/\n*.tsv\n")]:
+        ignored = "".join(f"{line}\n" for line in ("figures", *(f"*_desc-{desc}_*" for desc in images if desc != self.main)))
+        for name, content in [*files.items(), (".bidsignore", ignored)]:
             write_atomic(self.folder / name, content)
         for desc, image in images.items():
             write_volume(self.path(desc), np.asarray(image), affine, mark)

@@ -45,7 +45,7 @@ README = (
 TABLE = "volumes.tsv"
 EDITED, TRAJECTORY = "edited", "trajectory"
 MAPS = ("difference", "tissuechange", "spread")
-IGNORED = "".join(f"{line}\n" for line in ("figures/", TABLE, *(f"*_desc-{name}_*" for name in (TRAJECTORY, *MAPS))))
+IGNORED = "".join(f"{line}\n" for line in ("figures", TABLE, *(f"*_desc-{name}_*" for name in (TRAJECTORY, *MAPS))))
 
 
 @dataclass(frozen=True)
