@@ -34,8 +34,9 @@ def write_restored(files: Derived, restored: Restored) -> Path:
         "restored": degraded.back(placed, restored.mean),
         "samples": np.concatenate([degraded.back(placed, sample[None]) for sample in restored.samples]),
     }
-    shown = [restored.placed.volume, restored.mean, restored.samples[:1]]
-    titles = ["scan", f"mean of {len(restored.samples)}", "a sample"]
+    masked = degraded.known is not None
+    shown = [degraded.linear(placed.volume) if masked else placed.volume, restored.mean, restored.samples[:1]]
+    titles = ["what is known" if masked else "scan", f"mean of {len(restored.samples)}", "a sample"]
     if len(restored.samples) > 1:
         images["deviation"] = degraded.deviation_back(placed, restored.deviation)
         most = float(restored.deviation.max())
