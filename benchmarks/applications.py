@@ -39,6 +39,7 @@ def main() -> None:
         task = {"part": part, "config": arguments.config, "steps": arguments.steps}
         rows.append({"part": part, **protocol.in_own_process(__file__, task, 3600, 12.0)})
         print(json.dumps(rows[-1]), flush=True)
+    protocol.write("applications", rows)
 
 
 def perform(part: str, config: str, steps: int) -> dict:

@@ -1,6 +1,6 @@
 """How true an edit is: the change that it shows against the change that happened.
 
-    python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--out FILE]
+    python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--name NAME]
 
 DATA is a BIDS folder with two or more sessions a subject, or a table with participant_id, session_id, path and the covariates:
 phantom twins (`ldm3d phantoms --twins age=15`), or visits years apart. The first session is edited to the last one's
@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import protocol
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=8, help="pairs that are also edited back")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--measure", default="ldm3d.rulers.volumetry:measure_volumes")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", help="of the data: writes results/edit-NAME-DEVICE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
@@ -88,18 +89,17 @@ def main() -> None:
     names = [*arguments.known, arguments.changed]
     pairs = read_pairs(pipe, arguments.data, arguments.root, names, arguments.num, measure)
     by = np.array([pair.rows[1][arguments.changed] - pair.rows[0][arguments.changed] for pair in pairs])
-    result = {"model": pipe.model_hash, "pairs": len(pairs), "changed": arguments.changed, "years": by.tolist()}
+    asked = {"model": pipe.model_hash, "pairs": len(pairs), "changed": arguments.changed, "steps": arguments.steps}
     shown = baselines(pairs, by, measure, pipe.grid.spacing_mm)
-    result["methods"] = {name: summary(pairs, by, *shown[name]) for name in BASELINES}
+    methods = {name: summary(pairs, by, *shown[name]) for name in BASELINES}
     for name in arguments.methods:
         start = time.perf_counter()
-        result["methods"][name] = of_method(pairs, by, arguments, fixed, METHODS[name], measure)
-        result["methods"][name]["seconds_a_scan"] = round((time.perf_counter() - start) / len(pairs), 2)
-        print(name, json.dumps(result["methods"][name]), flush=True)
-    text = json.dumps(result, indent=1)
-    print(table(result["methods"]))
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+        methods[name] = of_method(pairs, by, arguments, fixed, METHODS[name], measure)
+        methods[name]["seconds_a_scan"] = round((time.perf_counter() - start) / len(pairs), 2)
+        print(name, json.dumps(methods[name]), flush=True)
+    print(table(methods))
+    if arguments.name:
+        protocol.write(f"edit-{arguments.name}", [{"method": name, **asked, **found} for name, found in methods.items()])
 
 
 def read_pairs(pipe: Pipeline, data: Path, root: Path | None, names: Sequence[str], most: int, measure) -> list[Pair]:
