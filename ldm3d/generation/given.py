@@ -17,7 +17,7 @@ from torch.nn.functional import max_pool3d
 
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
-from ldm3d.data.conditions import at, on_grid
+from ldm3d.data.conditions import as_t1w, at, on_grid
 from ldm3d.data.given import read_given
 from ldm3d.data.placing import restore
 from ldm3d.data.registration import placed as placed_scan
@@ -211,7 +211,7 @@ def place(
         try:
             alone = lies is None or (isinstance(condition, ImageCondition) and bool(condition.visit))
             if alone:
-                shape = (scan > 0).astype(np.float32) if isinstance(condition, LabelsCondition) else scan
+                shape = as_t1w(scan) if isinstance(condition, LabelsCondition) else scan
                 volume, info = placed_scan(shape, affine, grid, preparation.percentiles, preparation.registration, stripped)
                 lies = lies or at(grid, info)
             if not alone or isinstance(condition, LabelsCondition):
