@@ -223,7 +223,7 @@ def test_noise_is_rician():
 def test_bias_is_smooth_and_of_its_strength():
     fields = [worse(0.3, "bias", volume=torch.ones(1, 20, 24, 20), seed=seed)[0].log() for seed in range(30)]
     assert torch.stack(fields).std().item() == pytest.approx(0.3, rel=0.6)
-    assert max(field.diff(dim=1).abs().max() / field.std() for field in fields) < 1
+    assert max(field.diff(dim=1).abs().max() / (field.max() - field.min()) for field in fields) < 0.3
 
 
 def test_channels_say_what_is_known():
