@@ -125,8 +125,8 @@ class Covariate:
 
     @property
     def label(self) -> str:
-        """Name with its unit, for axes and tables."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
+        """Name in words with its unit, for axes and tables: "ventricular volume (ml)"."""
+        return f"{in_words(self.name)} ({self.unit})" if self.unit else in_words(self.name)
 
     @property
     def answers(self) -> str:
@@ -203,6 +203,11 @@ class Covariate:
         if self.kind == "categorical":
             return float(self.categories.index(value)), 1.0
         return (float(value) - self.mean) / self.std, 1.0
+
+
+def in_words(text: str) -> str:
+    """Names in a text as people write them, without the unit at their end: "ventricular volume" for ventricular_volume_ml."""
+    return re.sub(r"\w*[a-z]_\w+", lambda name: re.sub("_(ml|mm2|mm)$", "", name[0]).replace("_", " "), text)
 
 
 def as_name(text: str) -> str:
@@ -331,7 +336,7 @@ def describe(row: Mapping[str, Value]) -> str:
     def text(value: Value) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    given = [f"{name.removesuffix('_ml').replace('_', ' ')} {text(v)}" for name, v in row.items() if v is not None]
+    given = [f"{in_words(name)} {text(v)}" for name, v in row.items() if v is not None]
     return ", ".join(given) or "nothing asked"
 
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from ldm3d.geometry import slices
 
 INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
+SCALE_MM = 50  # length of the bar beside slices
+FARTHEST = 4  # of what a forest plot shows, in units of its band
 
 
 def mosaic(
@@ -43,6 +45,69 @@ def mosaic(
     if heading:
         figure.suptitle(heading, fontsize=11, color=INK, y=1 - 0.1 / tall, va="top")
     figure.subplots_adjust(0.005, 0.05 / tall, 0.995, 1 - (top + above) / tall, 0.03, above / image_tall)
+    return figure
+
+
+def lightbox(volumes: Sequence[NDArray], titles: Sequence[str], affine: NDArray, count: int = 7) -> Figure:
+    """Axial slices of every volume, a row each, as on a radiologist's lightbox: with left and right, heights and a scale.
+
+    Args:
+        volumes: all on one grid.
+        titles: of the rows, one a volume.
+        affine: (4, 4) voxel to RAS+ mm, along the axes; heights are its z.
+        count: of slices, at the same heights in all volumes, from where the first has signal.
+    """
+    stack = np.clip(np.nan_to_num(np.stack([np.asarray(v, np.float32)[0] for v in volumes])), 0, 1)  # (N, X, Y, Z)
+    filled = np.flatnonzero((stack[0] > 0.1).mean(axis=(0, 1)) > 0.02)
+    bottom, top = (filled[0], filled[-1]) if len(filled) else (0, stack.shape[3] - 1)
+    chosen = np.unique(np.round(np.linspace(bottom + 0.12 * (top - bottom), top - 0.08 * (top - bottom), count)).astype(int))
+    wide, deep = (n * spacing for n, spacing in zip(stack.shape[1:3], np.abs(np.diag(affine)[:2])))  # mm
+    cell, above = 9.6 / len(chosen), 0.3  # inches
+    tall = cell * deep / wide + above
+    figure = Figure(figsize=(9.6, tall * len(stack)), facecolor="black")
+    for n, (volume, title) in enumerate(zip(stack, titles)):
+        bottom_of_row = 1 - (n + 1) / len(stack)
+        for k, z in enumerate(chosen):
+            place = k / len(chosen), bottom_of_row, 1 / len(chosen), (tall - above) / tall / len(stack)
+            axis = figure.add_axes(place)
+            axis.imshow(
+                volume[:, :, z].T, cmap="gray", vmin=0, vmax=1, origin="lower", extent=(0, wide, 0, deep), aspect="auto"
+            )
+            axis.axis("off")
+            _letter(axis, 0.5, 0.01, f"z = {affine[2, 2] * z + affine[2, 3]:+.0f} mm", va="bottom")
+            _letter(axis, 0.03, 0.5, "L", ha="left")
+            _letter(axis, 0.97, 0.5, "R", ha="right")
+            if k == 0:
+                axis.plot([0.05 * wide, 0.05 * wide + SCALE_MM], [0.95 * deep] * 2, color="white", linewidth=1.5)
+                _letter(axis, 0.07 + SCALE_MM / wide, 0.95, f"{SCALE_MM} mm", ha="left")
+        figure.text(0.005, bottom_of_row + (tall - 0.06) / tall / len(stack), title, color="white", fontsize=9, va="top")
+    return figure
+
+
+def _letter(axis, x: float, y: float, text: str, ha: str = "center", va: str = "center") -> None:
+    axis.text(x, y, text, color="white", fontsize=7, ha=ha, va=va, transform=axis.transAxes)
+
+
+def forest(rows: Sequence[tuple[str, float, float, float, float, str]], label: str) -> Figure:
+    """A forest plot: a figure with its interval in each row, drawn up to `FARTHEST`, beside a grey band from 0 to 1.
+
+    Args:
+        rows: (name, value, low, high, what chance gives, colour); NaN for what is not known.
+        label: of the axis.
+    """
+    figure = Figure(figsize=(8.2, 0.75 + 0.21 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvspan(0, 1, color=MUTED, alpha=0.18, linewidth=0)
+    for place, (_, *numbers, colour) in enumerate(rows):
+        value, low, high, chance = np.clip(numbers, -0.5, FARTHEST)
+        axis.hlines(place, low, high, color=colour, linewidth=1.6)
+        axis.scatter(value, place, s=18, color=colour, zorder=3, marker=">" if numbers[0] > FARTHEST else "o")
+        axis.scatter(chance, place, s=34, color=INK, marker="|", linewidths=1, zorder=2)
+    axis.axvline(1, color=INK, linewidth=0.8, linestyle="--")
+    axis.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], xlim=(-0.5, FARTHEST + 0.1))
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    _plain(axis, label, "")
+    axis.tick_params(axis="y", labelcolor=INK)
     return figure
 
 

@@ -108,7 +108,8 @@ def evaluate(
 
     quantities = [c.name for c in schema if c.kind == "continuous" and c.name in real[0].measured]
     for name in quantities:
-        values = ([sample.measured[name] for sample in group] for group in (real, reconstructed, generated))
+        values = [[sample.measured[name] for sample in group] for group in (real, reconstructed, generated)]
+        result.measured[name] = dict(zip(("real", "reconstructed", "generated"), values))
         result.comparisons += compare_kinds(name, result, *values)
     result.scores = group_scores(result)
     for covariate in schema:
@@ -219,6 +220,8 @@ def assess(
     result = evaluate(
         pipeline, subjects, load, measure, sampling, num_generated, **others, segmenter=segmenter, classifier=classifier
     )
+    if training is not None:
+        result.training, result.training_people = schema.parse_all(training), list(trained["subject"])
     if names:
         result.predicted = names, len(learnt.rows)
     if learnt and predict and result.features:

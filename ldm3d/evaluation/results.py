@@ -40,6 +40,8 @@ class Evaluation:
         scores: of each volume, to be compared between groups of people.
         realism_gaps: gaps between groups in the metrics of `realism`, not yet corrected for their number.
         gaps: all gaps between groups, from `analyse_subgroups`.
+        measured: covariate -> "real", "reconstructed" and "generated" -> what was measured on each volume, NaN for nothing.
+        training, training_people: covariates of each training volume, and its person; None if they are not available.
         outside: requests outside of the training data; `joint`: whether combinations of values were checked.
         features: "real" (held-out), "reconstructed" and "generated" -> (N, D), if features were computed.
         realism: metrics of the generated volumes beside the held-out ones.
@@ -68,6 +70,9 @@ class Evaluation:
     scores: list[VolumeScores] = field(default_factory=list)
     realism_gaps: list[Gap] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    measured: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    training: list[dict[str, Value]] | None = None
+    training_people: list[Hashable] | None = None
     outside: list[OutsideTraining] = field(default_factory=list)
     joint: bool = False
     features: dict[str, NDArray] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm3d import figures
-from ldm3d.covariates import Value, describe
+from ldm3d.covariates import Value, describe, in_words
 from ldm3d.data.nifti import write_volume
 from ldm3d.evaluation.explanation import ALL, FAMILY_WISE_ERROR, NOTABLE, Contrast, Explanation, smallest_p
 from ldm3d.files import checked_name
@@ -123,7 +123,7 @@ def _maps(found: Explanation) -> Iterator[tuple[str, NDArray]]:
 def _change(found: Explanation, contrast: Contrast) -> str:
     """In words: "age 60 to 80"."""
     names = [name for name, value in contrast.request.items() if value != found.request[name]]
-    values = [(name.removesuffix("_ml").replace("_", " "), found.request[name], contrast.request[name]) for name in names]
+    values = [(in_words(name), found.request[name], contrast.request[name]) for name in names]
     words = [f"{name} {_value(before)} to {_value(after)}" for name, before, after in values]
     return ("together: " if contrast.name == ALL else "") + ", ".join(words)
 

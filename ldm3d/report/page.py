@@ -96,6 +96,7 @@ class Section:
         pictures, plots: {"source": data: URI, "caption": text}; full width, and side by side.
         lights: text of a cell that is a verdict -> "green", "amber", "red" or "grey".
         note: details, in small print below.
+        fold: of a table that is long: the line that it is folded behind; "" shows it.
     """
 
     title: str
@@ -106,6 +107,7 @@ class Section:
     plots: list[dict[str, str]] = field(default_factory=list)
     lights: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    fold: str = ""
 
 
 def write_page(
@@ -175,7 +177,7 @@ def with_interval(value: float, interval: tuple[float, float]) -> str:
 
 def picture(pictures: Mapping[str, str], name: str, caption: str) -> dict[str, str]:
     """One of a section's pictures; `pictures`: name -> data: URI."""
-    return {"source": pictures[name], "caption": caption}
+    return {"source": pictures[name], "caption": caption, "name": name}
 
 
 def save_pictures(folder: Path, drawn: Mapping[str, figures.Figure]) -> dict[str, str]:

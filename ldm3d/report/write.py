@@ -1,26 +1,40 @@
-"""The output of an evaluation: a self-contained HTML page, metrics.json, fidelity.tsv and the pictures."""
+"""The output of an evaluation: a self-contained HTML page, metrics.json, tables and the pictures."""
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.covariates import describe
+from ldm3d.data.tables import write_table
 from ldm3d.description import Sampling
+from ldm3d.evaluation.coverage import coverage
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.findings import Audit
 from ldm3d.report.page import METRICS, Goal, command, now, save_pictures, write_json, write_page
-from ldm3d.report.sections import anatomy
+from ldm3d.report.pictures import all_pictures, draw, lightbox_pictures, number_pictures
 from ldm3d.report.sections import audit as privacy
-from ldm3d.report.sections.evaluation import lights, sections
+from ldm3d.report.sections.coverage import matrices
+from ldm3d.report.sections.evaluation import sections, verdicts
 from ldm3d.report.sections.fidelity import fidelity_table
 from ldm3d.report.sections.training import denoising_section
+from ldm3d.report.volumes import people_section, volume_table
 
-FIDELITY = "fidelity.tsv"
+FIDELITY, VOLUMES = "fidelity.tsv", "volumes.tsv"
+TEMPLATE = "evaluation.html"
+LEAD = (
+    "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not the "
+    "same person."
+)
+LEAD_OPEN = "Held-out people, and generated volumes."
+FILES = {
+    METRICS: "every figure of this page, with its interval",
+    FIDELITY: "requested or true, and measured: how they agree, a row for each covariate and kind of volumes",
+    VOLUMES: "a row for each volume: its covariates, what was measured on it, and the quality of its reconstruction. It names "
+    "nobody, but holds the covariates of single held-out people: share it as you may share your table",
+}
 
 
 def write_report(
@@ -32,10 +46,10 @@ def write_report(
     goals: Sequence[Goal] = (),
     audit: Audit | None = None,
 ) -> Path:
-    """Write report.html, metrics.json, fidelity.tsv and every picture as PNG.
+    """Write report.html, metrics.json, fidelity.tsv, volumes.tsv and every picture as PNG.
 
     Args:
-        goals: for the summary at the top, before the lights of the evaluation.
+        goals: beside the lights of the evaluation.
         audit: of the same model; the page then shows training subjects.
 
     Returns:
@@ -44,16 +58,26 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = save_pictures(folder, draw(pipeline, evaluation))
     fidelity_table(evaluation).to_csv(folder / FIDELITY, sep="\t", index=False)
-    parts, goals = sections(evaluation, pipeline.schema, pictures), [*goals, *lights(evaluation)]
-    if pipeline.denoising:
-        parts.append(denoising_section(pipeline.denoising, pictures))
+    write_table(folder / VOLUMES, volume_table(evaluation, pipeline.schema))
     metrics, made = evaluation.to_dict(), provenance(pipeline, sampling)
-    if audit:
-        drawn = {name: figures.to_data_uri(figure) for name, figure in privacy.draw(pipeline, audit).items()}
-        parts, goals = parts + privacy.sections(audit, drawn), goals + privacy.lights(audit)
+    shown = dict(pictures)
+    if audit:  # its pictures, of training subjects, are on the page only
+        shown |= {name: figures.to_data_uri(figure) for name, figure in privacy.draw(pipeline, audit).items()}
         metrics["audit"] = audit.to_dict()
-    write_json(folder / METRICS, metrics | {"goals": [goal.to_dict() for goal in goals], "provenance": made})
-    return write_page(folder, title, parts, made, goals)
+    covered = coverage(pipeline.schema, evaluation)
+    metrics["coverage"] = [each.to_dict() for each in covered]
+    detail = sections(evaluation, pipeline.schema, shown, audit)
+    answers = [replace(verdict, sections=detail[verdict.question]) for verdict in verdicts(evaluation, audit)]
+    metrics["verdicts"] = {each.question.key: {"answer": each.answer, "light": each.light} for each in answers}
+    every = [*goals, *(goal for verdict in answers for goal in verdict.goals)]
+    write_json(folder / METRICS, metrics | {"goals": [goal.to_dict() for goal in every], "provenance": made})
+    parts = [denoising_section(pipeline.denoising, shown)] if pipeline.denoising else []
+    parts.append(people_section(evaluation, pipeline.schema))
+    lightbox = lightbox_pictures(evaluation, shown)
+    number_pictures([lightbox, *(all_pictures(each.sections) for each in answers), all_pictures(parts)], set(pictures))
+    more = {"verdicts": answers, "lightbox": lightbox, "lead": LEAD if len(pipeline.schema) else LEAD_OPEN}
+    more |= {"matrices": matrices(covered), "files": FILES}
+    return write_page(folder, title, parts, made, goals, TEMPLATE, **more)
 
 
 def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
@@ -69,42 +93,6 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
         "command": command(),
         "made": now(),
     }
-
-
-def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure]:
-    """Every picture of the page, by name."""
-    spacing = pipeline.grid.spacing_mm
-    columns = min(3, len(evaluation.real))
-    titles = [f"{kind}: {describe(row)}" for kind in ("real", "synthetic") for row in evaluation.requests[:columns]]
-    shown = evaluation.real[:columns] + evaluation.generated[:columns]
-    found = {"generated": figures.mosaic(shown, titles, spacing, columns)}
-    qualities = [f"{evaluation.psnr_foreground_db[i]:.1f} dB" for i in evaluation.order[:columns]]
-    shown = evaluation.real[:columns] + evaluation.reconstructed[:columns]
-    found["reconstructions"] = figures.mosaic(shown, ["original"] * columns + qualities, spacing, columns)
-    for c in evaluation.comparisons:
-        if c.kind == "kept":  # in a table only
-            continue
-        name = "requested" if c.kind == "generated" else "true"
-        label, title = pipeline.schema[c.covariate].label, f"{c.kind}: r = {c.agreement.r:.3f}"
-        figure = figures.scatter(c.reference, c.measured, f"{name} {label}", f"measured {label}", title, c.band)
-        found[f"scatter-{c.covariate}-{c.kind}"] = figure
-    for s in evaluation.sweeps:
-        covariate = pipeline.schema[s.covariate]
-        titles = [f"{s.covariate} {value:g} {covariate.unit}" for value in s.values]
-        found[f"sweep-{s.covariate}"] = figures.mosaic(s.volumes, titles, spacing, columns=3)
-        for name, values in s.measured.items():
-            title = f"rank correlation {s.rank_correlation[name]:.2f}"
-            figure = figures.lines(s.values, {name: values}, f"requested {covariate.label}", f"measured {name}", title)
-            found[f"curve-{s.covariate}-{name}"] = figure
-    if evaluation.likelihood is not None:
-        bound = evaluation.likelihood["bound"].to_numpy()
-        found["likelihood"] = figures.histogram(bound, "nats per latent dimension", "bound of held-out volumes")
-    if pipeline.denoising:
-        levels = [float(level) for level in pipeline.denoising]
-        own, best = np.array(list(pipeline.denoising.values())).T
-        errors = {"this model": own, "best Gaussian": best}
-        found["denoising"] = figures.lines(levels, errors, "sigma / alpha", "error / variance", "denoising error", log=True)
-    return found | anatomy.draw(evaluation.anatomy)
 
 
 def _count(network) -> int:

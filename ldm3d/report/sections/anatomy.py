@@ -34,14 +34,19 @@ NOTE = (
 )
 
 
-def lights(anatomy: Anatomy | None, found: Discriminability | None) -> list[Goal]:
-    """Of anatomy, reconstructed tissues, classifier and variety; those that were not measured have none."""
-    goals = []
+def dice_lights(anatomy: Anatomy | None) -> list[Goal]:
+    """Of reconstructed tissues; none if they were not measured."""
     if anatomy:
         means = {name: anatomy.mean_dice(name) for name in anatomy.dice}
         worst = min(means, key=lambda name: np.nan_to_num(means[name][0], nan=-1))
         dice = Goal(f"Dice of reconstructions, {_words(worst)}", means[worst][0], MIN_DICE, interval=means[worst][1])
-        goals += [anatomy_light(anatomy.generated), _with_enough(dice, len(set(anatomy.people)))]
+        return [_with_enough(dice, len(set(anatomy.people)))]
+    return []
+
+
+def lights(anatomy: Anatomy | None, found: Discriminability | None) -> list[Goal]:
+    """Of anatomy, classifier and variety; those that were not measured have none."""
+    goals = [anatomy_light(anatomy.generated)] if anatomy else []
     if found:
         told = Goal("Generated told from reconstructed volumes, AUC", found.auc, high=MAX_AUC, interval=found.auc_interval)
         variety = found.variety, MIN_VARIETY, MAX_VARIETY

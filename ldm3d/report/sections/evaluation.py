@@ -1,44 +1,77 @@
-"""The page of an evaluation: its lights and sections in their order, and the summary for the terminal."""
+"""The page of an evaluation: its verdicts, and the sections of each in their order, and the summary for the terminal."""
 
 from collections.abc import Mapping
 
 from ldm3d.covariates import CovariateSchema
 from ldm3d.evaluation.likelihood import COLUMNS
 from ldm3d.evaluation.results import Evaluation
+from ldm3d.privacy.findings import Audit
 from ldm3d.report.page import Goal, Section, picture, with_interval
 from ldm3d.report.sections import anatomy, fidelity, realism, regression, subgroups
+from ldm3d.report.sections import audit as privacy
+from ldm3d.report.verdicts import FOLLOWS, QUESTIONS, REAL, RECONSTRUCTION, SAFE, Question, Verdict
 
 
-def lights(found: Evaluation) -> list[Goal]:
-    """The lights of the summary."""
-    goals = fidelity.lights(found)
-    if found.realism:
-        goals.append(realism.light(found.realism))
-    goals += anatomy.lights(found.anatomy, found.discriminability)
-    if found.gaps:
-        goals.append(subgroups.light(found.gaps))
-    goals += regression.categories_lights(found.categories)
-    return goals + [regression.utility_light(each) for each in found.utility or ()]
+def verdicts(found: Evaluation, audit: Audit | None = None) -> list[Verdict]:
+    """The four verdicts with their lights, without sections."""
+    missing: dict[Question, list[str]] = {question: [] for question in QUESTIONS}
+    goals = {
+        RECONSTRUCTION: [*fidelity.reconstruction_lights(found), *anatomy.dice_lights(found.anatomy)],
+        FOLLOWS: [
+            *fidelity.conditioning_lights(found),
+            *regression.categories_lights(found.categories),
+            *(regression.utility_light(each) for each in found.utility or ()),
+        ],
+        REAL: [
+            *([realism.light(found.realism)] if found.realism else []),
+            *anatomy.lights(found.anatomy, found.discriminability),
+        ],
+        SAFE: [*([subgroups.light(found.gaps)] if found.gaps else []), *(privacy.lights(audit) if audit else [])],
+    }
+    if not any(found.requests):
+        missing[FOLLOWS].append("the model takes no covariates")
+    elif not any(c.kind == "generated" for c in found.comparisons) and not found.categories:
+        missing[FOLLOWS].append("no covariate could be measured on volumes")
+    if not found.realism:
+        missing[REAL].append("metrics of realism were not computed")
+    if not found.gaps:
+        missing[SAFE].append("there are no groups of people to compare")
+    if audit is None:
+        missing[SAFE].append("copies of training subjects were not looked for (`--audit`)")
+    return [Verdict(question, goals[question], missing[question]) for question in QUESTIONS]
 
 
-def sections(found: Evaluation, schema: CovariateSchema, pictures: Mapping[str, str]) -> list[Section]:
-    """All sections; `pictures` are data: URIs by name, see `ldm3d.report.write.draw`."""
-    parts = [fidelity.generated_section(schema, pictures)]
+def lights(found: Evaluation, audit: Audit | None = None) -> list[Goal]:
+    """The lights of all verdicts."""
+    return [goal for verdict in verdicts(found, audit) for goal in verdict.goals]
+
+
+def sections(
+    found: Evaluation, schema: CovariateSchema, pictures: Mapping[str, str], audit: Audit | None = None
+) -> dict[Question, list[Section]]:
+    """The detail of each verdict; `pictures` are data: URIs by name, see `ldm3d.report.write.draw`."""
+    follows = fidelity.sweep_sections(found, pictures)
     if len(schema):  # a model without covariates has no requests
-        parts += [fidelity.conditioning_section(found, schema, pictures), fidelity.outside_section(found)]
-    parts += realism.sections(found.realism, found.realism_of_reconstructions)
-    parts += anatomy.sections(found.anatomy, found.discriminability, pictures)
-    parts += fidelity.sweep_sections(found, pictures)
-    parts.append(fidelity.reconstruction_section(found, schema, pictures))
-    parts += subgroups.subgroup_sections(found.gaps)
+        follows = [fidelity.conditioning_section(found, schema, pictures), *follows, fidelity.outside_section(found)]
     if found.predicted:
-        parts.append(regression.prediction_section(found, schema))
+        follows.append(regression.prediction_section(found, schema))
     if found.categories:
-        parts.append(regression.categories_section(found.categories))
-    parts += [regression.utility_section(each) for each in found.utility or ()]
+        follows.append(regression.categories_section(found.categories))
+    follows += [regression.utility_section(each) for each in found.utility or ()]
+    real = [
+        *realism.sections(found.realism, found.realism_of_reconstructions),
+        *anatomy.sections(found.anatomy, found.discriminability, pictures),
+    ]
     if found.likelihood is not None:
-        parts.append(likelihood_section(found, pictures))
-    return parts
+        real.append(likelihood_section(found, pictures))
+    units = {covariate.name: covariate.unit for covariate in schema}
+    safe = subgroups.subgroup_sections(found.gaps, pictures, units)
+    return {
+        RECONSTRUCTION: [fidelity.reconstruction_section(found, schema, pictures)],
+        FOLLOWS: follows,
+        REAL: real,
+        SAFE: [*(privacy.sections(audit, pictures) if audit else []), *safe],
+    }
 
 
 def likelihood_section(found: Evaluation, pictures: Mapping[str, str]) -> Section:

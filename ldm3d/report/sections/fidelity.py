@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ldm3d.covariates import CovariateSchema
+from ldm3d.covariates import CovariateSchema, in_words
 from ldm3d.evaluation.fidelity import KINDS
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.support import PERCENT_WITHIN
@@ -32,8 +32,8 @@ LEGEND = (
 )
 
 
-def lights(found: Evaluation) -> list[Goal]:
-    """Of reconstruction, conditioning and requests; figures that were not measured have none."""
+def reconstruction_lights(found: Evaluation) -> list[Goal]:
+    """Of reconstruction; figures that were not measured have none."""
     goals = []
     psnr = "PSNR", "psnr_foreground_db", MIN_PSNR_DB, "dB"
     for name, key, least, unit in (psnr, ("SSIM", "ssim_foreground", MIN_SSIM, "")):
@@ -45,8 +45,16 @@ def lights(found: Evaluation) -> list[Goal]:
             part = 100 / max(abs(float(c.reference.mean())), 1e-9)
             bias, ends = c.agreement.bias * part, tuple(end * part for end in c.intervals["bias"])
             most = 100 * MAX_AUTOENCODER_BIAS
-            goals.append(Goal(f"{c.covariate}, bias by the autoencoder", bias, -most, most, "%", ends))
-        elif c.kind == "generated" and real:
+            goals.append(Goal(f"{in_words(c.covariate)}, bias by the autoencoder", bias, -most, most, "%", ends))
+    return goals
+
+
+def conditioning_lights(found: Evaluation) -> list[Goal]:
+    """Of conditioning and requests; figures that were not measured have none."""
+    goals = []
+    for c in found.comparisons:
+        real = found.find(c.covariate, "real")
+        if c.kind == "generated" and real:
             goals += _conditioning(c, real)
     generated = [c for c in found.comparisons if c.kind == "generated"]
     if generated:
@@ -61,7 +69,7 @@ def lights(found: Evaluation) -> list[Goal]:
 def _conditioning(c: Comparison, real: Comparison) -> list[Goal]:
     """Generated volumes beside what the same measure reaches on real ones; the intervals are of both."""
     made, known = c.agreement, real.agreement
-    title = f"{c.covariate}, requested and measured"
+    title = f"{in_words(c.covariate)}, requested and measured"
     if known.r < MIN_MEASURE_R:
         judged = GREY, f"not measurable on real volumes either (r = {known.r:.2f})"
         return [Goal(f"{title}: r", made.r, judged=judged)]
@@ -74,19 +82,6 @@ def _conditioning(c: Comparison, real: Comparison) -> list[Goal]:
         Goal(f"{title}: slope, minus that of real", slope, -most, most, interval=slope_ends),
         Goal(f"{title}: mean absolute error, relative to real", error, high=MAX_MAE, interval=error_ends),
     ]
-
-
-def generated_section(schema: CovariateSchema, pictures: Mapping[str, str]) -> Section:
-    """Pictures of real and generated volumes."""
-    slices = [picture(pictures, "generated", "Axial, coronal and sagittal slices.")]
-    if not len(schema):
-        return Section("Generated volumes", "Above, held-out subjects; below, generated volumes.", pictures=slices)
-    return Section(
-        "Generated for the covariates of held-out subjects",
-        "Above, held-out subjects; below, volumes generated for their covariates. They share these covariates, but are not "
-        "images of the same person.",
-        pictures=slices,
-    )
 
 
 def conditioning_section(found: Evaluation, schema: CovariateSchema, pictures: Mapping[str, str]) -> Section:
@@ -102,7 +97,7 @@ def conditioning_section(found: Evaluation, schema: CovariateSchema, pictures: M
         "of people. Covariates that are predicted by regression (see the end of the page) are biased towards the mean on real "
         "volumes as well: compare slopes with that of real volumes. Shaded in the plots: 95% interval of the fitted line.",
         plots=[
-            picture(pictures, f"scatter-{c.covariate}-{c.kind}", f"{c.covariate} on {c.kind} volumes")
+            picture(pictures, f"scatter-{c.covariate}-{c.kind}", f"{in_words(c.covariate)} on {c.kind} volumes")
             for c in found.comparisons
             if c.kind != "kept"
         ],
@@ -129,11 +124,17 @@ def sweep_sections(found: Evaluation, pictures: Mapping[str, str]) -> list[Secti
     """One covariate requested alone."""
     return [
         Section(
-            f"Only {sweep.covariate} requested",
+            f"Only {in_words(sweep.covariate)} requested",
             "All other covariates are left open, and all values start from the same noise. Lines are means over noises, bands "
             "their range.",
-            pictures=[picture(pictures, f"sweep-{sweep.covariate}", f"The first noise at each {sweep.covariate}. Synthetic.")],
-            plots=[picture(pictures, f"curve-{sweep.covariate}-{name}", f"measured {name}") for name in sweep.measured],
+            pictures=[
+                picture(
+                    pictures, f"sweep-{sweep.covariate}", f"The first noise at each {in_words(sweep.covariate)}. Synthetic."
+                )
+            ],
+            plots=[
+                picture(pictures, f"curve-{sweep.covariate}-{name}", f"measured {in_words(name)}") for name in sweep.measured
+            ],
         )
         for sweep in found.sweeps
     ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ldm3d.covariates import CovariateSchema
+from ldm3d.covariates import CovariateSchema, in_words
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.utility import Utility
 from ldm3d.report.page import GREY, Goal, Section, number, with_interval
@@ -35,7 +35,7 @@ def categories_section(found: Sequence[Hits]) -> Section:
     for hits in found:
         each = ", ".join(f"{name} {share:.0%}" for name, share in hits.by_category.items())
         share = with_interval(hits.share, hits.interval)
-        rows.append([hits.covariate, hits.kind, str(hits.n), share, each, number(hits.commonest)])
+        rows.append([in_words(hits.covariate), hits.kind, str(hits.n), share, each, number(hits.commonest)])
     return Section(
         "Categories, requested and recognised",
         "Share of volumes on which the requested category is recognised; on real volumes and their reconstructions, that "
@@ -55,7 +55,7 @@ def categories_lights(found: Sequence[Hits]) -> list[Goal]:
             if real.interval[0] <= real.commonest:
                 judged = GREY, f"not recognised on real volumes either ({real.share:.0%} correct)"
             share, ends = relative(made.share, real.share, made.draws, real.draws)
-            title = f"{made.covariate}, requested and recognised: share correct, relative to real"
+            title = f"{in_words(made.covariate)}, requested and recognised: share correct, relative to real"
             goals.append(Goal(title, share, MIN_R, interval=ends, judged=judged))
     return goals
 
@@ -67,7 +67,7 @@ def utility_section(found: Utility) -> Section:
         ratio = with_interval(found.ratio[kind], found.ratio_intervals[kind]) if kind in found.ratio else "1"
         rows.append([kind, str(found.volumes[kind]), with_interval(mae, found.intervals[kind]), ratio])
     return Section(
-        f"Downstream utility: {found.covariate} predicted after training on synthetic volumes",
+        f"Downstream utility: {in_words(found.covariate)} predicted after training on synthetic volumes",
         f"The same regressor trained on real volumes, on synthetic volumes and on both, and tested on {found.tested} held-out "
         "real volumes. The label of a synthetic volume is the requested value.",
         {"columns": ["trained on", "volumes", "mean absolute error", "relative to real"], "rows": rows},
@@ -78,5 +78,5 @@ def utility_section(found: Utility) -> Section:
 
 def utility_light(found: Utility) -> Goal:
     """Whether synthetic volumes can replace real ones in training."""
-    title = f"Downstream utility: {found.covariate}, error after training on synthetic volumes, relative to real"
+    title = f"Downstream utility: {in_words(found.covariate)}, error after training on synthetic volumes, relative to real"
     return Goal(title, found.ratio["synthetic"], high=MAX_UTILITY_RATIO, interval=found.ratio_intervals["synthetic"])

@@ -1,10 +1,14 @@
 """Subgroup analysis on the page: gaps between groups of people."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+from ldm3d import figures
+from ldm3d.covariates import in_words
 from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, FEW, GAP, MEAN_TOLERANCE, MIN_GROUP, NO_GAP, SMALL_GAP, Gap, Group
-from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number, with_interval
+from ldm3d.report.page import AMBER, GREEN, GREY, RED, Goal, Section, number, picture, with_interval
 
+INKS = {RED: "#b3261e", AMBER: "#8a6000", GREEN: "#1f7a55", GREY: "#5d6a76"}  # as on the page
 LIGHTS = {GAP: RED, SMALL_GAP: AMBER, FEW: GREY, NO_GAP: GREEN}  # the bad news first
 
 NOTE = (
@@ -23,6 +27,12 @@ NOTE = (
     "generated are certain to have none; shares and distances can show a gap, but hardly ever prove that there is none."
 )
 
+CAPTION = (
+    "Points: the gap between the worst and the best group; lines: its 95% interval. Grey band: gaps that are small enough to be "
+    f"tolerated. Ticks: gaps that random groups have by chance (95th percentile). Red: {GAP}; amber: {SMALL_GAP}; green: "
+    f"{NO_GAP}; grey: {FEW}. Arrowheads lie beyond the picture."
+)
+
 
 def light(gaps: Sequence[Gap]) -> Goal:
     """One for all gaps but those of the measure itself."""
@@ -34,8 +44,31 @@ def light(gaps: Sequence[Gap]) -> Goal:
     return Goal("Gaps between groups of people", verdicts.count(GAP), high=0, judged=(colour, words))
 
 
-def subgroup_sections(gaps: Sequence[Gap]) -> list[Section]:
-    """One section for each covariate that people are grouped by."""
+def draw(gaps: Sequence[Gap]) -> dict[str, figures.Figure]:
+    """A forest plot for each covariate that people are grouped by, of those gaps that could be tested."""
+    drawn, order = {}, list(LIGHTS)
+    for grouping in dict.fromkeys(gap.grouping for gap in gaps):
+        own = [gap for gap in gaps if gap.grouping == grouping and math.isfinite(gap.gap) and gap.tolerance > 0]
+        rows = []
+        for gap in sorted(own, key=lambda gap: (gap.of_measure, order.index(gap.verdict))):
+            sizes = [value / gap.tolerance for value in (gap.gap, gap.low, gap.high, gap.chance)]
+            name = f"{in_words(gap.figure)}{' (the measure itself)' if gap.of_measure else ''}"
+            rows.append((name, *sizes, INKS[LIGHTS[gap.verdict]]))
+        if rows:
+            drawn[_picture(grouping)] = figures.forest(rows, f"gap by {in_words(grouping)}, in units of its tolerance")
+    return drawn
+
+
+def subgroup_sections(
+    gaps: Sequence[Gap], pictures: Mapping[str, str] | None = None, units: Mapping[str, str] | None = None
+) -> list[Section]:
+    """One section for each covariate that people are grouped by.
+
+    Args:
+        gaps: to be shown.
+        pictures: of `draw`, name -> data: URI, before tables that are then folded; None: tables only.
+        units: of covariates, by name.
+    """
     found, order = [], list(LIGHTS)
     for grouping in dict.fromkeys(gap.grouping for gap in gaps):
         own = [gap for gap in gaps if gap.grouping == grouping]
@@ -46,13 +79,32 @@ def subgroup_sections(gaps: Sequence[Gap]) -> list[Section]:
             by_label = {group.label: group for group in gap.groups}
             cells = [_group(by_label.get(label), sizes) for label in labels]
             size = with_interval(gap.gap, (gap.low, gap.high))
-            rows.append([gap.figure, *cells, size, number(gap.chance), number(gap.tolerance), gap.verdict])
+            rows.append(
+                [_title(gap.figure, units or {}), *cells, size, number(gap.chance), number(gap.tolerance), gap.verdict]
+            )
         text = f"People in each group: {', '.join(f'{label}: {n}' for label, n in sizes.items())}."
         if small := [f"{label} ({n})" for label, n in sizes.items() if n < MIN_GROUP]:
             text += f" Not tested, with fewer than {MIN_GROUP} people: {', '.join(small)}."
         table = {"columns": ["figure", *labels, "gap", "by chance", "tolerance", "verdict"], "rows": rows}
-        found.append(Section(f"Subgroup analysis by {grouping}", text, table, lights=LIGHTS, note=NOTE))
+        section = Section(f"Subgroup analysis by {in_words(grouping)}", text, table, lights=LIGHTS, note=NOTE)
+        if pictures is not None:
+            section.fold = f"Table of all {len(rows)} figures"
+            if any(math.isfinite(gap.gap) for gap in own):
+                section.pictures = [picture(pictures, _picture(grouping), CAPTION)]
+            if untested := sum(not math.isfinite(gap.gap) for gap in own):
+                section.text += f" {untested} of {len(own)} figures could not be tested, as too few groups are large enough."
+        found.append(section)
     return found
+
+
+def _picture(grouping: str) -> str:
+    return f"gaps-{grouping}"
+
+
+def _title(figure: str, units: Mapping[str, str]) -> str:
+    """A score in words, errors with their unit."""
+    unit = units.get(figure.split(",")[0], "") if figure.endswith((": MAE", ": bias")) else ""
+    return in_words(figure) + (f" ({unit})" if unit else "")
 
 
 def _group(group: Group | None, sizes: dict[str, int]) -> str:
