@@ -16,7 +16,7 @@ from ldm3d.covariates import Covariate, CovariateSchema, Value
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.subgroups import label, labels_of
 from ldm3d.evaluation.utility import Utility
-from ldm3d.statistics.bootstrap import interval, means, relative, resamples
+from ldm3d.statistics.bootstrap import means, relative, resamples
 
 BAND_YEARS = 10
 SEXES = ("sex", "gender")

@@ -56,18 +56,19 @@ class Verdict:
         return ANSWERS[self.light]
 
     @property
-    def reason(self) -> str:
-        """Which lights decide, in a sentence or two."""
-        decides = [goal for goal in self.goals if goal.verdict[0] == self.light]
-        if self.light == GREEN:
-            return f"All {len(self.goals)} figures are as they should be."
-        named = [_named(goal) for goal in decides[:NAMED]]
-        if more := len(decides) - NAMED:
-            named += [f"{more} more"] if more > 0 else []
-        said = [f"{'; '.join(named)}."] if named else []
+    def count(self) -> str:
+        """How many lights are green, in a sentence."""
+        if not self.goals:
+            return "Nothing was measured."
         good = sum(goal.verdict[0] == GREEN for goal in self.goals)
-        said += [f"{good} of {len(self.goals)} figures are as they should be."] if self.goals else []
-        return " ".join([*said, *(f"{each[0].upper()}{each[1:]}." for each in self.missing)])
+        return f"{good} of {len(self.goals)} figures {'is' if good == 1 else 'are'} within the threshold."
+
+    @property
+    def reasons(self) -> list[str]:
+        """What decides: the lights of its colour, unless that is green, and what is missing."""
+        decides = [] if self.light == GREEN else [goal for goal in self.goals if goal.verdict[0] == self.light]
+        more = [f"{len(decides) - NAMED} more"] if len(decides) > NAMED else []
+        return [*(_named(goal) for goal in decides[:NAMED]), *more, *self.missing]
 
     @property
     def figures(self) -> list[str]:

@@ -55,7 +55,7 @@ def people_section(found: Evaluation, schema: CovariateSchema) -> Section:
             table[covariate.name] = table[covariate.name].astype(float)
     text = (
         f"Table 1: {len(found.training or []) or 'an unknown number of'} scans that the model was trained on, and "
-        f"{len(found.subjects)} held-out scans that it was tested on. Mean ± standard deviation and range, or numbers and shares. "
-        f"{len(found.requests)} synthetic volumes were requested with the covariates of held-out people."
+        f"{len(found.subjects)} held-out scans that it was tested on. Mean ± standard deviation and range, or numbers and "
+        f"shares. {len(found.requests)} synthetic volumes were requested with the covariates of held-out people."
     )
-    return Section("Who was trained on, and who was tested", text, table_1(table, schema, {}))
+    return Section("Who was trained on, and who was tested", text, table_1(table, schema.covariates, {}))

@@ -25,8 +25,8 @@ from ldm3d.report.volumes import people_section, volume_table
 FIDELITY, VOLUMES = "fidelity.tsv", "volumes.tsv"
 TEMPLATE = "evaluation.html"
 LEAD = (
-    "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not the "
-    "same person."
+    "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not "
+    "the same person."
 )
 LEAD_OPEN = "Held-out people, and generated volumes."
 FILES = {

@@ -73,9 +73,9 @@ def in_row(label: str, found: Coverage) -> str:
 
 def _text(found: Coverage, task: str) -> str:
     known = (
-        f"Yes: a regressor of {task} that was trained on synthetic volumes errs at most {MAX_UTILITY_RATIO:g} times as much on "
-        "held-out real people of this group as one trained on as many real volumes; the whole 95% interval says so. No: the "
-        "whole interval lies above, or the model has never seen such people. "
+        f"Yes: a regressor of {task} that was trained on synthetic volumes errs at most {MAX_UTILITY_RATIO:g} times as much "
+        "on held-out real people of this group as one trained on as many real volumes; the whole 95% interval says so. No: "
+        "the whole interval lies above, or the model has never seen such people. "
         if task
         else "No regressor was trained on synthetic volumes, so no group can be answered with yes: run `ldm3d evaluate` with "
         "`--downstream`, and with the training data in --data. "
@@ -84,7 +84,7 @@ def _text(found: Coverage, task: str) -> str:
         "" if found.cells[-1].trained is not None else "Without the training data, numbers of training people are unknown. "
     )
     return (
-        f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not tested: fewer than {MIN_GROUP} held-out people. "
-        f"Numbers from 1 to {FEWEST_SHOWN - 1} are not told apart, so that nobody is identified. The answer holds for this "
-        "task and this simple regressor, for scans like those of the held-out people."
+        f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not tested: fewer than {MIN_GROUP} held-out "
+        f"people. Numbers from 1 to {FEWEST_SHOWN - 1} are not told apart, so that nobody is identified. The answer holds "
+        "for this task and this simple regressor, for scans like those of the held-out people."
     )
