@@ -9,7 +9,8 @@ from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.subgroups import VolumeScores, gaps
 from ldm3d.evaluation.support import OutsideTraining, outside_training
-from ldm3d.report.sections.evaluation import lights, sections
+from ldm3d.report.sections.evaluation import lights
+from ldm3d.report.sections.evaluation import sections as sections_by_question
 from ldm3d.report.sections.fidelity import fidelity_table
 from ldm3d.report.sections.regression import categories_lights
 from ldm3d.report.sections.training import denoising_section
@@ -145,6 +146,10 @@ def test_the_measure_s_own_gap_is_not_the_model_s():
     assert "F: 60, M: 60" in section.text
     assert [row[-2:] for row in section.table["rows"]] == [["1.000", "gap"], ["1.000", "no gap"]]
     assert section.lights["gap"] == "red"
+
+
+def sections(*arguments) -> list:
+    return [section for detail in sections_by_question(*arguments).values() for section in detail]
 
 
 def pictures() -> dict[str, str]:

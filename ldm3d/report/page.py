@@ -134,16 +134,22 @@ def write_page(
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d.report", ""), autoescape=True)
+    environment.filters["rows"] = goal_rows
     page = environment.get_template(template).render(
         title=title,
         subtitle=f"ldm3d {ldm3d.__version__}, {provenance.get('made', '')[:10]}".rstrip(", "),
-        goals=[{**goal.to_dict(), "found": found(goal)} for goal in goals],
+        goals=goals,
         sections=sections,
         provenance=provenance,
         **more,
     )
     write_atomic(folder / PAGE, page)
     return folder / PAGE
+
+
+def goal_rows(goals: Sequence[Goal]) -> list[dict[str, Any]]:
+    """What the table of lights shows of each."""
+    return [{**goal.to_dict(), "found": found(goal)} for goal in goals]
 
 
 def with_unit(value: str, unit: str) -> str:

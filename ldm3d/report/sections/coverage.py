@@ -77,8 +77,8 @@ def _text(found: Coverage, task: str) -> str:
         "on held-out real people of this group as one trained on as many real volumes; the whole 95% interval says so. No: "
         "the whole interval lies above, or the model has never seen such people. "
         if task
-        else "No regressor was trained on synthetic volumes, so no group can be answered with yes: run `ldm3d evaluate` with "
-        "`--downstream`, and with the training data in --data. "
+        else "No regressor was trained on synthetic volumes, so no group can be answered with yes: run ldm3d evaluate with "
+        "--downstream, and with the training data in --data. "
     )
     where = (
         "" if found.cells[-1].trained is not None else "Without the training data, numbers of training people are unknown. "

@@ -37,7 +37,7 @@ def verdicts(found: Evaluation, audit: Audit | None = None) -> list[Verdict]:
     if not found.gaps:
         missing[SAFE].append("there are no groups of people to compare")
     if audit is None:
-        missing[SAFE].append("copies of training subjects were not looked for (`--audit`)")
+        missing[SAFE].append("copies of training subjects were not looked for (--audit looks for them)")
     return [Verdict(question, goals[question], missing[question]) for question in QUESTIONS]
 
 
