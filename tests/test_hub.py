@@ -161,6 +161,15 @@ def test_a_pushed_model_comes_back(hub, model, capsys):
     assert "16 x 16 x 16 voxels" in capsys.readouterr().out
 
 
+def test_of_a_folder_with_a_card_the_rest_stays_behind(hub, model):
+    """It is pushed as it is, so only the list of files keeps experiment.json and pickles here."""
+    (model / "README.md").write_text("---\nlicense: mit\n---\nmine")
+    command_line("push", model, "ann/toys")
+    files = hub.commits["ann/toys"][-1][1]
+    assert files["README.md"].decode().endswith("mine") and set(files) < set(client.FILES)
+    assert files["unet/model.safetensors"] == (model / "unet/model.safetensors").read_bytes()
+
+
 def test_an_older_revision_can_be_had(hub, model):
     first = Pipeline.from_pretrained(model, "cpu", torch.float32)
     address = first.push_to_hub("ann/toys", precision="float32")

@@ -33,6 +33,7 @@ from ldm3d.shipped import model_folder, shipped
 
 ROOT = Path(__file__).parents[1]
 MAX_MB = 12  # of a shipped model
+KINDS = (".py", ".html", ".typed", ".js", ".css", ".txt")  # of the package's files
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_a_wheel_holds_the_models(sources, tiny):
     weights = unpacked / "ldm3d/weights"
     assert {str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file()} == inside
     assert {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"} == {"ldm3d"}  # nothing called models
-    files = {path.relative_to(ROOT) for path in (ROOT / "ldm3d").rglob("*") if path.suffix in (".py", ".html", ".typed")}
+    files = {path.relative_to(ROOT) for path in (ROOT / "ldm3d").rglob("*") if path.suffix in KINDS}
     assert len(files) > 100 and all((unpacked / path).is_file() for path in files)
     hashed = weights_hash(tiny / "autoencoder", tiny / "unet")
     assert says(str(unpacked)) == [str(unpacked / "ldm3d/__init__.py"), "tiny", str(weights / "tiny"), hashed]
