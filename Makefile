@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old-cpu test-long torture bench gpu lint clean
+.PHONY: demo test test-old-cpu test-long torture bench gpu lint docs notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -58,6 +58,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format ldm3d tests benchmarks
 	$(BIN)/mypy
 
+# The documentation as a site, in site/; nothing is fetched from a network
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Runs the notebooks of docs/notebooks
+notebooks: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_notebooks.py -m slow
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm3d needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -66,4 +74,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs *.egg-info
+	rm -rf $(VENV) demo runs site *.egg-info

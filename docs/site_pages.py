@@ -64,12 +64,17 @@ def pages() -> dict[str, str]:
     return PAGES | {card.relative_to(ROOT).as_posix(): f"models/{card.parent.name}.md" for card in cards}
 
 
+def page_of(source: str) -> str | None:
+    """The page of a file or folder outside of docs/; all configs are on one."""
+    return pages()["configs"] if source.startswith("configs/") else pages().get(source)
+
+
 def text_of(source: str) -> str:
     path = ROOT / source
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    files = sorted(path.glob("*.yaml"))
-    shown = [f"## {file.name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for file in files]
+    files = sorted(path.rglob("*.yaml"))
+    shown = [f"## {file.relative_to(path).as_posix()}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for file in files]
     return "# Configs that work\n\nThe files of the folder `configs/`. [Every key](docs/config.md) is explained.\n\n" + "\n".join(shown)
 
 
@@ -82,7 +87,7 @@ def turned(markdown: str, source: str, page: str) -> str:
             return link[0]
         folder = "" if source == "configs" else PurePosixPath(source).parent.as_posix()
         there = os.path.normpath(os.path.join(folder, target)).replace(os.sep, "/")
-        on_site = pages().get(there) or (there.removeprefix("docs/") if there.startswith("docs/") else f"files/{there}")
+        on_site = page_of(there) or (there.removeprefix("docs/") if there.startswith("docs/") else f"files/{there}")
         return f"{link[1]}{os.path.relpath(on_site, PurePosixPath(page).parent)}{link[3] or ''}{link[4]}"
 
     parts = FENCE.split(markdown)
@@ -97,7 +102,7 @@ def linked_files() -> set[str]:
             continue
         for _, target, *_ in LINK.findall(FENCE.sub("", text_of(source))):
             there = os.path.normpath(os.path.join(PurePosixPath(source).parent, target))
-            if "://" not in target and there not in pages() and not there.startswith("docs/") and (ROOT / there).is_file():
+            if "://" not in target and not page_of(there) and not there.startswith("docs/") and (ROOT / there).is_file():
                 found.add(there)
     return found
 

@@ -1,4 +1,7 @@
-"""The documentation is up to date: links, anchors, named files, options of commands, the reference of config keys."""
+"""The documentation is up to date: links, anchors, named files, imports of examples, the reference of config keys.
+
+Commands and settings: tests/test_commands.py; examples that run: tests/test_examples.py; the site: tests/test_site.py.
+"""
 
 import importlib
 import re
@@ -7,16 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-
-from ldm3d.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:ldm3d|tests|benchmarks|docs|configs)/[\w./-]+\.\w+)`")
 CODE = re.compile(r"```.*?```", re.DOTALL)
-COMMANDS = typer.main.get_command(app).commands
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -52,18 +51,6 @@ def test_links_lead_somewhere(page):
 def test_named_files_exist(page):
     for name in NAMED.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
-
-
-@every_page
-def test_options_exist(page):
-    """Of the commands in code blocks; those of `generate` may be covariates."""
-    for block in CODE.findall(page.read_text(encoding="utf-8")):
-        for line in (line.split(" #")[0] for line in block.replace("\\\n", " ").splitlines()):
-            used = re.search(r"\bldm3d ([a-z][a-z-]+) ", line)
-            if used and used[1] in set(COMMANDS) - {"generate"}:
-                parameters = COMMANDS[used[1]].params
-                known = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
-                assert set(re.findall(r" (--[a-z-]+)", line[used.start() :])) <= known, line
 
 
 @every_page

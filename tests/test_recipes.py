@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -36,6 +39,14 @@ def test_the_dockerfile_knows_its_instructions_and_files():
             for source in shlex.split(rest)[:-1]:
                 assert (ROOT / source).exists() and source not in ignored, source
     assert ["USER", "ldm3d"] in lines  # not root
+
+
+def test_a_linter_finds_nothing_in_the_dockerfile():
+    hadolint = shutil.which("hadolint", path=Path(sys.executable).parent)
+    if hadolint is None:
+        pytest.skip("there is no hadolint for this system")
+    done = subprocess.run([hadolint, "--failure-threshold", "warning", DOCKER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_apptainer_recipe_knows_its_sections_and_files():
