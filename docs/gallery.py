@@ -1,6 +1,6 @@
 """Run the Python code of docs/gallery.md, which writes its pictures into docs/images.
 
-    python docs/gallery.py
+python docs/gallery.py
 """
 
 import os

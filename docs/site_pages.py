@@ -75,7 +75,10 @@ def text_of(source: str) -> str:
         return path.read_text(encoding="utf-8")
     files = sorted(path.rglob("*.yaml"))
     shown = [f"## {file.relative_to(path).as_posix()}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for file in files]
-    return "# Configs that work\n\nThe files of the folder `configs/`. [Every key](docs/config.md) is explained.\n\n" + "\n".join(shown)
+    return (
+        "# Configs that work\n\nThe files of the folder `configs/`. [Every key](docs/config.md) is explained.\n\n"
+        + "\n".join(shown)
+    )
 
 
 def turned(markdown: str, source: str, page: str) -> str:

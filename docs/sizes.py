@@ -81,7 +81,8 @@ def tables() -> str:
     direct = asked(project["dependencies"])
     everything = closure(direct)
     rows = [
-        (megabytes([name]), megabytes(everything - closure(direct - {(name, extras)})), name) for name, extras in sorted(direct)
+        (megabytes([name]), megabytes(everything - closure(direct - {(name, extras)})), name)
+        for name, extras in sorted(direct)
     ]
     others = megabytes(everything - {name for name, _ in direct})
     lines = [f"All that `pip install ldm3d` brings takes {megabytes(everything):,.0f} MB.\n"]

@@ -1,4 +1,4 @@
-"""The site of the documentation: every page is in its navigation, its links are turned rightly, it builds without a warning."""
+"""The site of the documentation: all pages are in its navigation, links are turned rightly, it builds without a warning."""
 
 import importlib.util
 import os
