@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -71,6 +72,45 @@ class RegistrationConfig(Section):
     kind: Literal["rigid", "affine"] = "rigid"  # affine changes the size of brains
 
 
+# Programs that extract brains, and what they are given beside options of the user's
+BRAIN_TOOLS = {
+    "mri_synthstrip": "-i {scan} -m {mask}",
+    "hd-bet": "-i {scan} -o {folder}/out.nii.gz --save_bet_mask --no_bet_image",
+    "bet": "{scan} {folder}/out -m -n",
+}
+
+
+class BrainExtractionConfig(Section):
+    """Brain extraction by a program that is installed (`ldm3d.data.extraction`).
+
+    `command` is a name of BRAIN_TOOLS, with further options or without; or a whole command with {scan} for the file that it
+    reads, and {mask} or {brain} for the one that it writes.
+    """
+
+    command: str
+
+    @field_validator("command")
+    @classmethod
+    def _says_where(cls, command: str) -> str:
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"{shown(command)} is no command ({error}); close its quotes") from None
+        if not words:
+            raise ValueError(f"the command is empty; use {', '.join(BRAIN_TOOLS)} or a command with {{scan}} and {{mask}}")
+        has = [name for name in ("{scan}", "{mask}", "{brain}") if any(name in word for word in words[1:])]
+        if not has and words[0] in BRAIN_TOOLS:
+            return command
+        if "{scan}" not in has or len(has) < 2:
+            close = nearest(words[0], BRAIN_TOOLS)
+            raise ValueError(
+                f"{shown(command)} does not say where the scan and the mask belong: write {{scan}}, and {{mask}} (or "
+                f"{{brain}}, if the program writes no mask). {' and '.join(BRAIN_TOOLS)} are known by name"
+                + (f"; did you mean {close!r}?" if close else "")
+            )
+        return command
+
+
 class SplitConfig(Section):
     """Share of the subjects held out; the rest trains."""
 
@@ -85,6 +125,15 @@ class SplitConfig(Section):
         if self.validation + self.test >= 1:
             raise ValueError(f"validation {self.validation} and test {self.test} leave no subject to train on")
         return self
+
+
+class BalanceConfig(Section):
+    """Rare values of covariates are drawn more often (`ldm3d.data.balance`)."""
+
+    by: Annotated[tuple[str, ...], Field(min_length=1)]
+    power: Annotated[float, Field(ge=0, le=1)] = 0.5  # 0: as often as they are; 1: all bins and categories alike
+    most: Annotated[float, Field(ge=1)] = 5.0  # times as often as the least drawn one
+    bins: Annotated[int, Field(ge=2, le=1000)] = 10  # of a number, of equal width
 
 
 def _texts(values: Any) -> Any:
@@ -125,6 +174,9 @@ class DataConfig(Section):
     derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
     # Of each scan, by its entities and suffix: {desc: brain, suffix: mask}; `root`: the folder of the masks, if it is another
     mask: Annotated[dict[str, Any] | None, Field(exclude_if=_is_none)] = None
+    # Of scans for which no masks are there: by a program that makes them
+    brain_extraction: Annotated[BrainExtractionConfig | None, Field(exclude_if=_is_none)] = None
+    bias_correction: Annotated[Literal["n4"] | None, Field(exclude_if=_is_none)] = None
     # Into the space of a template, before a scan is placed; None: as it lies
     registration: Annotated[RegistrationConfig | None, Field(exclude_if=_is_none)] = None
     skull_stripped: bool = False  # whether the scans are; BIDS requires it of generated volumes
@@ -145,6 +197,8 @@ class DataConfig(Section):
     group_column: Annotated[str | None, Field(exclude_if=_is_none)] = None  # of families or sites, which share a split
     # What an epoch of training has once: every scan, or one scan of every subject, each in turn
     sample: Annotated[Literal["by-scan", "by-subject"], Field(exclude_if=lambda kind: kind == "by-scan")] = "by-scan"
+    # How often each comes up, by its covariates; None: all alike
+    balance: Annotated[BalanceConfig | None, Field(exclude_if=_is_none)] = None
 
     @field_validator("exclude", mode="before")
     @classmethod
@@ -157,8 +211,10 @@ class DataConfig(Section):
     @classmethod
     def _brain_mask_strips(cls, values: Any) -> Any:
         """A mask of the brain makes scans skull-stripped, unless the config says otherwise."""
-        if isinstance(values, dict) and isinstance(values.get("mask"), dict) and values["mask"].get("desc") == "brain":
-            return {"skull_stripped": True, **values}
+        if isinstance(values, dict):
+            masked = isinstance(values.get("mask"), dict) and values["mask"].get("desc") == "brain"
+            if masked or values.get("brain_extraction"):
+                return {"skull_stripped": True, **values}
         return values
 
     @field_validator("filter", "mask")
@@ -187,6 +243,8 @@ class DataConfig(Section):
             if getattr(self, name) and not self.bids:
                 instead = "; a `table` has the covariates itself" if name in ("participants", "sessions") else ""
                 raise ValueError(f"`{name}` goes with `bids`{instead}")
+        if self.mask is not None and self.brain_extraction is not None:
+            raise ValueError("give either mask, which are there, or brain_extraction, which makes them")
         if self.mask is not None and not self.mask.keys() - {"root"}:
             raise ValueError("mask is empty; say which files are masks, such as {desc: brain, suffix: mask}")
         if self.percentiles[0] >= self.percentiles[1]:

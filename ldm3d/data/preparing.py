@@ -22,21 +22,21 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm3d.config.sections import Config
-from ldm3d.data import registration
 from ldm3d.data.bids import read_scans
-from ldm3d.data.inside import root_of
-from ldm3d.data.masks import find_masks, mask_root
+from ldm3d.data.masks import find_masks
 from ldm3d.data.oddities import warn_of_oddities, who
-from ldm3d.data.one_scan import DAMAGED, VERSION, prepare_scan, read_stored
+from ldm3d.data.one_scan import DAMAGED, REMOVED, VERSION, prepare_scan, read_stored, steps_of
 from ldm3d.data.people import kept_splits, split_columns, split_subjects
-from ldm3d.data.placing import BLOCK_MM, grid_of
+from ldm3d.data.placing import BLOCK_MM, grid_of, restore
 from ldm3d.data.quality import read_look
+from ldm3d.data.removed import read_removed
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
@@ -183,6 +183,30 @@ def load_info(config: Config, key: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def restore_scan(config: Config, key: str, volume: NDArray, scan: NDArray | None = None) -> tuple[NDArray, NDArray]:
+    """The whole way back from the Grid to a scan's own voxels and intensities: placing, registration, bias field and mask.
+
+    Args:
+        config: whose scans are prepared.
+        key: of the scan.
+        volume: (1, X, Y, Z) on the Grid, in [0, 1]: what was prepared, or what a model made of it.
+        scan: (1, X, Y, Z) as it was read, from which comes what a mask hid; None: it becomes 0.
+
+    Returns:
+        float32 (1, X, Y, Z) in the scan's shape, and the scan's affine.
+
+    Raises:
+        InputError: nothing is prepared for the key, or what was kept of it is damaged.
+    """
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}{REMOVED}"
+    back, affine = restore(volume, load_info(config, key))
+    try:
+        removed = read_removed(path)
+    except (*DAMAGED, KeyError, BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}); delete the volumes of {key} and run `ldm3d prepare` again") from None
+    return removed.put_back(back, affine, scan), affine
+
+
 def fingerprint(config: Config) -> str:
     """16 hex digits that change with any prepared volume, covariate, subject or split, but not with where files lie."""
     table = read_scan_table(config).drop(columns="path")
@@ -193,11 +217,9 @@ def fingerprint(config: Config) -> str:
 def _work(config: Config, paths: Sequence[str], folder: Path) -> list[tuple]:
     """The arguments of `prepare_scan` for each scan."""
     data = config.data
-    if data.registration:  # once, and not for each scan, if it cannot be done
-        registration.settings_of(data.registration, data.skull_stripped)
+    steps = steps_of(data)  # once, and not for each scan, if a program or a template is not there
     masks = find_masks(data, paths) if data.mask else [None] * len(paths)
-    shared = (root_of(data), folder, grid_of(data.grid), data.percentiles, data.registration, data.skull_stripped)
-    return [(path, mask, mask_root(data), *shared) for path, mask in zip(paths, masks)]
+    return [(path, mask, folder, data, steps) for path, mask in zip(paths, masks)]
 
 
 def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -235,7 +257,7 @@ def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[s
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the prepared folder depends on, by its name in the config."""
-    data = config.data.model_dump(mode="json", exclude={"sample"})  # which concerns training alone
+    data = config.data.model_dump(mode="json", exclude={"sample", "balance"})  # which concern training alone
     settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}

@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm3d.config.data import MNI152, RegistrationConfig
+from ldm3d.data.itk import TO_LPS, as_image, at_working_size, simple_itk
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import to_grid
 from ldm3d.errors import InputError
-from ldm3d.geometry import Grid, resample
+from ldm3d.geometry import Grid
 
 VERSION = 1  # raise it when the transforms that this file finds change
-WORKING_MM = 4.0  # voxels that are compared: a pose needs no more
 POOR = 0.6  # correlation below which a scan is named: rendered and real brains on MNI152 have 0.92 to 0.97
 _STARTS_DEGREES = (0.0, 30.0, -30.0)  # of pitch, by which heads differ most
-_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is left and posterior
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def register(volume: NDArray, affine: NDArray, config: RegistrationConfig, strip
     Raises:
         InputError: SimpleITK is not installed, there is no such template, or no transform was found.
     """
-    itk = _simple_itk()
-    fixed, moving = (_image(itk, *_at_working_size(*each)) for each in (_template(config.to, stripped), (volume, affine)))
+    itk = simple_itk("data.registration")
+    fixed, moving = (as_image(itk, *at_working_size(*each)) for each in (_template(config.to, stripped), (volume, affine)))
     kind = itk.Similarity3DTransform() if config.kind == "rigid" else itk.AffineTransform(3)
     centred = itk.CenteredTransformInitializer(
         fixed, moving, itk.Similarity3DTransform(), itk.CenteredTransformInitializerFilter.MOMENTS
@@ -153,41 +152,7 @@ def _as_matrix(transform: Any, kind: str) -> NDArray:
         matrix = matrix / np.cbrt(np.linalg.det(matrix))
     forth = np.eye(4)
     forth[:3, :3], forth[:3, 3] = matrix, centre + shift - matrix @ centre
-    return _TO_LPS @ np.linalg.inv(forth) @ _TO_LPS
-
-
-def _at_working_size(volume: NDArray, affine: NDArray) -> tuple[NDArray, NDArray]:
-    """(X, Y, Z) of WORKING_MM along the world's axes, in the range 0 to 1, and its affine."""
-    shape = np.array(volume.shape[1:])
-    corners = np.array([np.where(end, shape - 0.5, -0.5) for end in np.ndindex(2, 2, 2)])
-    corners = corners @ affine[:3, :3].T + affine[:3, 3]
-    low, high = corners.min(axis=0), corners.max(axis=0)
-    to = np.diag([WORKING_MM] * 3 + [1.0])
-    to[:3, 3] = low + WORKING_MM / 2
-    placed = resample(volume[:1], affine, to, np.maximum(np.ceil((high - low) / WORKING_MM), 8).astype(int))[0]
-    bottom = np.median(placed[[0, -1]]) if placed.min() < 0 else 0.0  # of standardised scans, the background
-    placed = np.maximum(placed - bottom, 0)
-    top = np.percentile(placed[placed > 0], 99.5) if (placed > 0).any() else 1.0
-    return (placed / top).clip(0, 1), to
-
-
-def _image(itk: Any, voxels: NDArray, affine: NDArray) -> Any:
-    image = itk.GetImageFromArray(np.ascontiguousarray(voxels.T.astype(np.float32)))
-    in_lps = _TO_LPS @ affine
-    spacing = np.linalg.norm(in_lps[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(in_lps[:3, 3].tolist())
-    image.SetDirection((in_lps[:3, :3] / spacing).ravel().tolist())
-    return image
-
-
-def _simple_itk() -> Any:
-    try:
-        import SimpleITK
-    except ImportError:
-        raise InputError("data.registration needs SimpleITK; install it with: pip install 'ldm3d[prepare]'") from None
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # scans go through in parallel, and sums stay the same
-    return SimpleITK
+    return TO_LPS @ np.linalg.inv(forth) @ TO_LPS
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,68 @@
+"""What preparing took from a scan before it was placed, and how it is given back: what a mask hid, and the bias field."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm3d.data.bias import BiasField
+from ldm3d.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Of one scan.
+
+    Attributes:
+        kept: bool (1, X, Y, Z), what a mask left of the scan; None without a mask.
+        field: by which it was divided; None without correction.
+    """
+
+    kept: NDArray | None = None
+    field: BiasField | None = None
+
+    def put_back(self, volume: NDArray, affine: NDArray, scan: NDArray | None) -> NDArray:
+        """The scan as it was, from what preparing made of it.
+
+        Args:
+            volume: (1, X, Y, Z) on the scan's own voxels, corrected and masked.
+            affine: (4, 4) of both.
+            scan: (1, X, Y, Z), from which comes what the mask hid; None: it stays background.
+        """
+        if self.field is not None:
+            volume = volume * self.field.on(affine, volume.shape[1:])
+        if self.kept is None:
+            return volume
+        return np.where(self.kept, volume, np.float32(0) if scan is None else scan).astype(np.float32)
+
+    def write(self, path: Path) -> None:
+        """As .npz; nothing where nothing was removed."""
+        arrays: dict[str, NDArray] = {}
+        if self.kept is not None:
+            arrays |= {"kept": np.packbits(self.kept), "shape": np.array(self.kept.shape)}
+        if self.field is not None:
+            arrays |= {"log_field": self.field.log, "field_affine": self.field.affine}
+        if arrays:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+            write_atomic(path, buffer.getvalue())
+
+
+def read_removed(path: Path) -> Removed:
+    """Of a file of `Removed.write`; nothing where there is none.
+
+    Raises:
+        OSError, ValueError, KeyError, EOFError or zipfile.BadZipFile: the file is damaged.
+    """
+    if not path.is_file():
+        return Removed()
+    with np.load(path) as arrays:
+        kept = field = None
+        if "kept" in arrays:
+            shape = tuple(arrays["shape"].tolist())
+            kept = np.unpackbits(arrays["kept"], count=int(np.prod(shape))).astype(bool).reshape(shape)
+        if "log_field" in arrays:
+            field = BiasField(arrays["log_field"], arrays["field_affine"])
+    return Removed(kept, field)
