@@ -6,7 +6,7 @@ setup(
     packages=[*find_packages(include=["ldm3d*"]), "ldm3d.weights"],
     package_dir={"ldm3d.weights": "models"},
     package_data={
-        "ldm3d": ["py.typed"],
+        "ldm3d": ["py.typed", "references.bib"],
         "ldm3d.report": ["*.html"],
         "ldm3d.serve": ["static/*"],
         "ldm3d.weights": ["**/*"],

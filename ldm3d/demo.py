@@ -10,6 +10,7 @@ from types import FrameType
 
 import numpy as np
 
+from ldm3d.account import read_account
 from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
 from ldm3d.data.preparing import load_prepared
@@ -121,7 +122,10 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Pa
     found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, GENERATED, extractor=RandomFeatures())
     found.analyse_subgroups(pipeline.schema)
     goals = demo_goals(found)
-    page = write_report(out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals)
+    account = read_account(out / "run/model")
+    page = write_report(
+        out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals, account=account
+    )
     print(summary(found) + "\n")
     return goals, page
 

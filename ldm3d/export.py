@@ -1,27 +1,26 @@
 """A model folder for others: weights in half precision, a segmenter beside them if there is one, and a model card."""
 
-import shlex
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import ldm3d
 from ldm3d import hub
-from ldm3d.covariates import Covariate
+from ldm3d.account import read_account, write_account
+from ldm3d.card import card
+from ldm3d.description import DESCRIPTION, ROUNDED_FROM
 from ldm3d.errors import InputError, choose
 from ldm3d.files import write_atomic
+from ldm3d.methods import methods_text, write_methods
+from ldm3d.models.pretrained import read_json
 from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.shipped import SEGMENTER, model_folder, segmenter_folder
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 CARD = "README.md"
-NOT_DESCRIBED = """## Data, training, figures
-
-Not described. Write a text about whose data the model was trained on, how, and how well it does, and export it again with
-`--about FILE.md`."""
+METRICS = "metrics.json"  # of an evaluation
 
 
 def export(
@@ -32,6 +31,7 @@ def export(
     segmenter: Path | str | None = None,
     licence: str = "apache-2.0",
     called: str | None = None,
+    evaluation: Path | str | None = None,
 ) -> int:
     """Write a copy of a model that can be given away; returns its size in bytes.
 
@@ -39,13 +39,15 @@ def export(
         model: pipeline folder, or the name of a shipped model.
         out: folder to write, whose name becomes the model's; must be empty or absent.
         precision: of the weights in the files, see `PRECISIONS`.
-        about: Markdown text of the card: data and whose they are, training, figures, limits.
+        about: Markdown text for the card, after what is known of data, training and figures: whose data, approval, limits.
         segmenter: folder of one that measures the model's volumes; None for the one beside the model's networks, if any.
         licence: of the weights, an identifier of Hugging Face's list.
         called: what the card calls the model; None for the name of `out`.
+        evaluation: folder that `ldm3d evaluate` wrote about this model; its figures go into the card and the methods.
 
     Raises:
-        InputError: no such model, segmenter or text, `out` is not empty, or weights beyond the range of the precision.
+        InputError: no such model, segmenter, text or evaluation, one of another model, `out` is not empty, or weights beyond
+            the range of the precision.
     """
     model, out = model_folder(model), Path(out)
     kind = PRECISIONS[choose("precision", precision, PRECISIONS)]
@@ -53,8 +55,12 @@ def export(
         raise InputError(f"{out} is not empty; choose another folder")
     if about is not None and not Path(about).is_file():
         raise InputError(f"no file {about}; give a Markdown text about data, training, figures and limits")
-    text = Path(about).read_text(encoding="utf-8").strip() if about is not None else NOT_DESCRIBED
+    text = Path(about).read_text(encoding="utf-8").strip() if about is not None else ""
     pipeline = Pipeline.from_pretrained(model, "cpu", torch.float32)
+    account, metrics = (
+        read_account(model),
+        _metrics(evaluation, model, pipeline.model_hash) if evaluation is not None else None,
+    )
     beside = segmenter_folder(segmenter or model)
     measured = None
     if segmenter is not None or beside.is_dir():
@@ -65,7 +71,11 @@ def export(
         measured.save_pretrained(out / SEGMENTER, kind)
     exported = Pipeline.from_pretrained(out, "cpu", torch.float32)
     structures = list(measured.groups) if measured is not None else []
-    write_atomic(out / CARD, card(called or out.resolve().name, exported, precision, text, structures, licence))
+    if account:
+        write_account(account, out)
+    write_methods(out, methods_text(account, exported.sampling, metrics))
+    about_it = {"account": account, "metrics": metrics, "about": text, "structures": structures, "licence": licence}
+    write_atomic(out / CARD, card(called or out.resolve().name, exported, precision, **about_it))
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
@@ -98,87 +108,13 @@ def push(
         return hub.push(folder, name, private)
 
 
-def card(name: str, pipeline: Pipeline, precision: str, about: str, structures: Sequence[str], licence: str) -> str:
-    """The model card as Hugging Face reads it: front matter, then Markdown.
-
-    Args:
-        name: of the model.
-        pipeline: as it was written.
-        precision: of its files.
-        about: Markdown text on data, training, figures and limits.
-        structures: what the segmenter beside it measures; empty for none.
-        licence: of the weights.
-    """
-    asked = [each for i, each in enumerate(pipeline.schema) if each.required or i < 2]
-    options = "".join(f" --{each.name.replace('_', '-')} {shlex.quote(str(_example(each)))}" for each in asked)
-    arguments = ", ".join(f"{each.name}={_example(each)!r}" for each in asked)
-    measure = f"\nA segmenter lies beside the networks and measures {', '.join(structures)}: `--measure segmenter:{name}`.\n"
-    without = " without skull" if pipeline.skull_stripped else ""
-    grid, sampling = pipeline.output_grid, pipeline.sampling
-    millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (pipeline.autoencoder, pipeline.unet)]
-    rows = [f"| {each.name} | {_cell(each.answers)} | {'yes' if each.required else 'no'} |" for each in pipeline.schema]
-    covariates = "\n".join(["| covariate | values | must be given |", "|---|---|---|", *rows]) if rows else "Nothing."
-    return f"""---
-license: {licence}
-library_name: ldm3d
-tags:
-- medical
-- mri
-- brain
-- 3d
-- latent-diffusion
-- synthetic-data
----
-
-# {name}
-
-A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {pipeline.suffix} volumes{without}.
-
-**For research only.** It is no medical device. What it generates is no patient's image and no basis of a diagnosis.
-
-```bash
-ldm3d generate {name}{options} --out synthetic
-```
-
-```python
-import ldm3d
-
-pipe = ldm3d.Pipeline.from_pretrained("{name}")
-pipe({arguments}).save("synthetic")
-```
-
-`{name}` is this folder, or the model's name where it comes with ldm3d or lies at a hub. Everything that it generates is
-marked as synthetic: in the header of each file, in its name and in its sidecar.
-{measure if structures else ""}
-## What it can be asked for
-
-{covariates}
-
-Covariates that are not given are left open. "Training saw" gives the lowest and highest value among the training subjects.
-
-## Networks and volumes
-
-- volumes: {" x ".join(map(str, grid.shape))} voxels of {" x ".join(f"{s:g}" for s in grid.spacing_mm)} mm
-- autoencoder: {millions[0]:.2f} M parameters; U-Net: {millions[1]:.2f} M
-- diffusion: {pipeline.process.kind}, the U-Net predicts {pipeline.target}
-- sampling by default: {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}
-- weights: {precision}; biases, norms and statistics float32; hash {pipeline.model_hash}; safetensors and JSON, no code
-
-{about}
-
-## Licence
-
-Weights: {licence}. The rights in the training data stay with those who made them.
-"""
-
-
-def _example(covariate: Covariate) -> str | int | float:
-    """A value that can be requested: a category, or the mean of the training subjects, rounded."""
-    if covariate.kind == "categorical":
-        return covariate.categories[0]
-    return round(covariate.mean) if abs(covariate.mean) >= 10 else float(f"{covariate.mean:.2g}")
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+def _metrics(folder: Path | str, model: Path, model_hash: str) -> dict[str, Any]:
+    """The figures of an evaluation of this model."""
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise InputError(f"no {path}; give the folder that `ldm3d evaluate --out FOLDER` wrote")
+    values = read_json(path)
+    known = (model_hash, read_json(model / DESCRIPTION).get(ROUNDED_FROM))
+    if (found := values.get("provenance", {}).get("model")) not in known:
+        raise InputError(f"{path} is of model {found}, and this is {model_hash}; give the evaluation of this model")
+    return values

@@ -19,9 +19,10 @@ from ldm3d.data.nifti import read_volume, write_volume
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.preparing import Prepared, load_look
 from ldm3d.data.quality import MEASURES, look_at, write_look
+from ldm3d.data.table_one import table_1
 from ldm3d.data.tables import read_table
 from ldm3d.report import preparation
-from ldm3d.report.preparation import lines_of, table_1, write_preparation
+from ldm3d.report.preparation import lines_of, write_preparation
 
 SUBJECTS = 12
 

@@ -21,6 +21,7 @@ from ldm3d import demo, demo_clock, precision
 from ldm3d import shipped as registry
 from ldm3d.config.read import load_config
 from ldm3d.demo_clock import Clock
+from ldm3d.description import hash_of_model
 from ldm3d.errors import InputError
 from ldm3d.experiment import find_experiment
 from ldm3d.export import export
@@ -199,7 +200,7 @@ def test_an_export_gives_away_no_path_and_no_scan(experiment, model, tmp_path):
     export(model, tmp_path / "out", segmenter=None)
     files = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     names = {f"{part}/{name}" for part in ("autoencoder", "unet") for name in ("config.json", "model.safetensors")}
-    assert files.keys() == {"README.md", "pipeline.json", *names}
+    assert files.keys() == {"README.md", "pipeline.json", "training.json", "methods.md", "references.bib", *names}
     known = json.loads((experiment / "run/experiment.json").read_text())
     secrets = [str(experiment), str(tmp_path), *known["train"], *known["validation"], *known["subjects"], "sub-"]
     assert len(secrets) > 20
@@ -224,7 +225,43 @@ def test_card(tiny, model, tmp_path, capsys):
     assert weights_hash(out / "autoencoder", out / "unet") in text
     other = (tiny / "README.md").read_text()
     assert front_matter(tiny / "README.md")["license"] == "apache-2.0"
-    assert "--measure segmenter:tiny" in other and "ball_ml" in other and "Not described" in other
+    assert "--measure segmenter:tiny" in other and "ball_ml" in other
+
+
+def test_what_is_known_of_the_training_is_in_the_card_and_the_methods(experiment, model, tmp_path, fails):
+    """And figures of an evaluation, with their intervals, if it is of this model."""
+    likeness = {"name": "MMD", "value": 0.1234, "low": 0.1, "high": 0.15, "verdict": "beyond the margin", "synthetic": 9}
+    interval = {"r_low": 0.7, "r_high": 0.95, "slope_low": 0.5, "slope_high": 0.8}
+    quality = {name: {"mean": 30.25, "low": 29.0, "high": 31.5} for name in ("psnr_foreground_db", "ssim_foreground")}
+    metrics = {
+        "reconstruction": {"volumes": 5, **quality},
+        "held_out": {"generated_for": [0] * 9},
+        "fidelity": [{"covariate": "age", "kind": "generated", "r": 0.876, "slope": 0.66, "n": 9, **interval}],
+        "likeness": [likeness],
+        "goals": [{"name": "age, r", "light": "red"}, {"name": "copies", "light": "grey"}],
+        "provenance": {"model": hash_of_model(model), "made": "2026-01-02T00:00:00", "sampling": "heun"},
+    }
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/metrics.json").write_text(json.dumps(metrics))
+    command_line("export", model, "--out", tmp_path / "out", "--evaluation", tmp_path / "evaluation")
+    card = (tmp_path / "out/README.md").read_text()
+    for line in (
+        "| subjects | 20 | 11 | 4 | 5 |",
+        "| steps | 8 | 8 |",
+        "| age: requested and measured, r | 0.876 | 0.7 to 0.95 | 9 |",
+        "| MMD (beyond the margin) | 0.123 | 0.1 to 0.15 | 9 |",
+        "- Not reached: age, r.",
+        "- 11 people are few",
+        "- No privacy audit stands here",
+    ):
+        assert line in card, line
+    assert "Not described" not in card
+    text = (tmp_path / "out/methods.md").read_text()
+    assert "11 (11 scans) for training" in text and "r = 0.876 (0.700 to 0.950)" in text
+    metrics["provenance"]["model"] = "another"
+    (tmp_path / "evaluation/metrics.json").write_text(json.dumps(metrics))
+    assert "is of model another" in fails("export", model, "--out", tmp_path / "new", "--evaluation", tmp_path / "evaluation")
+    assert "ldm3d evaluate --out FOLDER" in fails("export", model, "--out", tmp_path / "new", "--evaluation", tmp_path)
 
 
 def test_examples_of_a_card_run(tiny, tmp_path):

@@ -162,14 +162,15 @@ def export(
     model: ModelPath,
     out: Annotated[Path, typer.Option(help="Folder to write, named like the model; must be empty or absent.")],
     precision: Annotated[str, typer.Option(help="Of the weights in the files: float16, bfloat16 or float32.")] = "float16",
-    about: Annotated[Path | None, typer.Option(help="Markdown: whose data, training, figures, limits; for the card.")] = None,
+    about: Annotated[Path | None, typer.Option(help="Markdown for the card: whose data, approval, further limits.")] = None,
     segmenter: Annotated[Path | None, typer.Option(help="Folder of `ldm3d segmenter`, to lie beside the networks.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Folder of `ldm3d evaluate`: its figures go into the card.")] = None,
     licence: Annotated[str, typer.Option("--license", help="Of the weights, as Hugging Face calls it.")] = "apache-2.0",
 ) -> None:
-    """Copy a model for others: half of the size, with a model card (README.md)."""
+    """Copy a model for others: half of the size, with a model card (README.md) made from what is known of it."""
     from ldm3d.export import export as write
 
-    size = write(model, out, precision, about, segmenter, licence)
+    size = write(model, out, precision, about, segmenter, licence, evaluation)
     print(f"model written to {out}: {size / 1e6:.1f} MB; read its README.md before you publish it")
 
 

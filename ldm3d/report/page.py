@@ -96,6 +96,7 @@ class Section:
         pictures, plots: {"source": data: URI, "caption": text}; full width, and side by side.
         lights: text of a cell that is a verdict -> "green", "amber", "red" or "grey".
         note: details, in small print below.
+        quote: text to be copied, kept as it is.
         fold: of a table that is long: the line that it is folded behind; "" shows it.
     """
 
@@ -107,6 +108,7 @@ class Section:
     plots: list[dict[str, str]] = field(default_factory=list)
     lights: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    quote: str = ""
     fold: str = ""
 
 

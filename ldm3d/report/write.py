@@ -1,9 +1,10 @@
 """The output of an evaluation: a self-contained HTML page, metrics.json, tables and the pictures."""
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ldm3d
 from ldm3d import figures
@@ -11,9 +12,10 @@ from ldm3d.data.tables import write_table
 from ldm3d.description import Sampling
 from ldm3d.evaluation.coverage import coverage
 from ldm3d.evaluation.results import Evaluation
+from ldm3d.methods import METHODS, REFERENCES, bibtex, methods_text, write_methods
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.findings import Audit
-from ldm3d.report.page import METRICS, Goal, command, now, save_pictures, write_json, write_page
+from ldm3d.report.page import METRICS, Goal, Section, command, now, save_pictures, write_json, write_page
 from ldm3d.report.pictures import all_pictures, draw, lightbox_pictures, number_pictures
 from ldm3d.report.sections import audit as privacy
 from ldm3d.report.sections.coverage import matrices
@@ -34,6 +36,7 @@ FILES = {
     FIDELITY: "requested or true, and measured: how they agree, a row for each covariate and kind of volumes",
     VOLUMES: "a row for each volume: its covariates, what was measured on it, and the quality of its reconstruction. It names "
     "nobody, but holds the covariates of single held-out people: share it as you may share your table",
+    METHODS: f"text for a methods section; {REFERENCES} has what it cites",
 }
 
 
@@ -45,12 +48,14 @@ def write_report(
     sampling: Sampling,
     goals: Sequence[Goal] = (),
     audit: Audit | None = None,
+    account: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write report.html, metrics.json, fidelity.tsv, volumes.tsv and every picture as PNG.
+    """Write report.html, metrics.json, fidelity.tsv, volumes.tsv, methods.md with its references, and every picture as PNG.
 
     Args:
         goals: beside the lights of the evaluation.
         audit: of the same model; the page then shows training subjects.
+        account: of the model's training (`ldm3d.account`), for the text of the methods.
 
     Returns:
         The page.
@@ -73,11 +78,23 @@ def write_report(
     write_json(folder / METRICS, metrics | {"goals": [goal.to_dict() for goal in every], "provenance": made})
     parts = [denoising_section(pipeline.denoising, shown)] if pipeline.denoising else []
     parts.append(people_section(evaluation, pipeline.schema))
+    text = methods_text(account, sampling, metrics)
+    write_methods(folder, text)
+    parts.append(methods_section(text))
     lightbox = lightbox_pictures(evaluation, shown)
     number_pictures([lightbox, *(all_pictures(each.sections) for each in answers), all_pictures(parts)], set(pictures))
     more = {"verdicts": answers, "lightbox": lightbox, "lead": LEAD if len(pipeline.schema) else LEAD_OPEN}
     more |= {"matrices": matrices(covered), "files": FILES}
     return write_page(folder, title, parts, made, goals, TEMPLATE, **more)
+
+
+def methods_section(text: str) -> Section:
+    """The text of the methods, to be copied, with what it cites."""
+    about = (
+        f"To paste into a paper and to be completed; also in {METHODS} and {REFERENCES}. Citations are [@key], as pandoc and "
+        "Quarto read them."
+    )
+    return Section("Text for a methods section", about, quote=f"{text}\n{bibtex(text)}")
 
 
 def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:

@@ -1,0 +1,224 @@
+"""The model card: what a model is, made of, trained on and found to do, from its files alone."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ldm3d
+from ldm3d.covariates import Covariate
+from ldm3d.pipeline import Pipeline
+
+MOST_SITES = 12  # that are named
+FEW, MANY = 20, 100  # training subjects of a category; of a model
+TRAINING = {
+    "steps": "steps",
+    "batch_size": "batch",
+    "learning_rate": "learning rate",
+    "optimizer": "optimiser",
+    "schedule": "schedule",
+    "ema": "decay of averages",
+    "keep": "kept",
+}
+NOT_DESCRIBED = """## Data, training, figures
+
+Not described: this model has no `training.json`, which a training writes. Write a text about whose data it was trained
+on, how, and how well it does, and export it again with `--about FILE.md`."""
+
+
+def card(
+    name: str,
+    pipeline: Pipeline,
+    precision: str,
+    *,
+    account: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    about: str = "",
+    structures: Sequence[str] = (),
+    licence: str = "apache-2.0",
+) -> str:
+    """The model card as Hugging Face reads it: front matter, then Markdown.
+
+    Args:
+        name: of the model.
+        pipeline: as it was written.
+        precision: of its files.
+        account: of `ldm3d.account`; None where the model has none.
+        metrics: of an evaluation of this model; None without one.
+        about: Markdown text of the model's makers.
+        structures: what the segmenter beside it measures; empty for none.
+        licence: of the weights.
+    """
+    asked = [each for i, each in enumerate(pipeline.schema) if each.required or i < 2]
+    options = "".join(f" --{each.name.replace('_', '-')} {shlex.quote(str(_example(each)))}" for each in asked)
+    arguments = ", ".join(f"{each.name}={_example(each)!r}" for each in asked)
+    measure = f"\nA segmenter lies beside the networks and measures {', '.join(structures)}: `--measure segmenter:{name}`.\n"
+    without = " without skull" if pipeline.skull_stripped else ""
+    grid, sampling = pipeline.output_grid, pipeline.sampling
+    millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (pipeline.autoencoder, pipeline.unet)]
+    rows = [f"| {each.name} | {_cell(each.answers)} | {'yes' if each.required else 'no'} |" for each in pipeline.schema]
+    covariates = "\n".join(["| covariate | values | must be given |", "|---|---|---|", *rows]) if rows else "Nothing."
+    return f"""---
+license: {licence}
+library_name: ldm3d
+tags:
+- medical
+- mri
+- brain
+- 3d
+- latent-diffusion
+- synthetic-data
+---
+
+# {name}
+
+A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {pipeline.suffix} volumes{without}.
+
+**For research only.** It is no medical device. What it generates is no patient's image and no basis of a diagnosis.
+
+```bash
+ldm3d generate {name}{options} --out synthetic
+```
+
+```python
+import ldm3d
+
+pipe = ldm3d.Pipeline.from_pretrained("{name}")
+pipe({arguments}).save("synthetic")
+```
+
+`{name}` is this folder, or the model's name where it comes with ldm3d or lies at a hub. Everything that it generates is
+marked as synthetic: in the header of each file, in its name and in its sidecar.
+{measure if structures else ""}
+## What it can be asked for
+
+{covariates}
+
+Covariates that are not given are left open. "Training saw" gives the lowest and highest value among the training subjects.
+
+## Networks and volumes
+
+- volumes: {" x ".join(map(str, grid.shape))} voxels of {" x ".join(f"{s:g}" for s in grid.spacing_mm)} mm
+- autoencoder: {millions[0]:.2f} M parameters; U-Net: {millions[1]:.2f} M
+- diffusion: {pipeline.process.kind}, the U-Net predicts {pipeline.target}
+- sampling by default: {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}
+- weights: {precision}; biases, norms and statistics float32; hash {pipeline.model_hash}; safetensors and JSON, no code
+
+{_known(pipeline, account, metrics, about)}
+
+## Licence
+
+Weights: {licence}. The rights in the training data stay with those who made them.
+"""
+
+
+def _known(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, about: str) -> str:
+    """Data, training, figures and limits, as far as files say."""
+    parts = [*(_data_and_training(account) if account else []), *([_figures(metrics)] if metrics else []), about]
+    if not account and not about:
+        parts.append(NOT_DESCRIBED)
+    if account or metrics:
+        parts.append("## Limits that follow from these figures\n\n" + "\n".join(_limits(pipeline, account, metrics)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _data_and_training(account: Mapping[str, Any]) -> list[str]:
+    data, table = account["data"], account["data"]["table"]
+    lines = ["| |" + "|".join(table["columns"][1:]) + "|", "|---" * len(table["columns"]) + "|"]
+    lines += ["| " + " | ".join(_cell(cell).replace("\n", "; ") for cell in row) + " |" for row in table["rows"]]
+    sites = ", ".join(f"{site} ({count})" for site, count in list(data["sites"].items())[:MOST_SITES])
+    more = len(data["sites"]) - MOST_SITES
+    if sites:
+        lines.append(f"\nSites of the training subjects: {sites}{f' and {more} more' if more > 0 else ''}.")
+    training = ["| |" + " | ".join(account["stages"]) + " |", "|---" * (1 + len(account["stages"])) + "|"]
+    for key, label in TRAINING.items():
+        training.append(
+            f"| {label} | "
+            + " | ".join(
+                f"{stage[key]:,}" if isinstance(stage[key], int) else str(stage[key]) for stage in account["stages"].values()
+            )
+            + " |"
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in account["versions"].items())
+    return [
+        "## Data\n\n" + "\n".join(lines),
+        "## Training\n\n" + "\n".join(training) + f"\n\nVersions: {versions}. `methods.md` has it as text for a paper, with "
+        "citations in `references.bib`.",
+    ]
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """Figures with 95% intervals, as a table."""
+    quality = metrics["reconstruction"]
+    rows = [
+        (
+            f"{label} of reconstructions",
+            _number(quality[name]["mean"]),
+            quality[name]["low"],
+            quality[name]["high"],
+            quality["volumes"],
+        )
+        for name, label in (
+            ("psnr_foreground_db", "PSNR in the foreground, dB,"),
+            ("ssim_foreground", "SSIM in the foreground"),
+        )
+    ]
+    for each in metrics["fidelity"]:
+        if each["kind"] in ("real", "generated"):
+            what = "requested" if each["kind"] == "generated" else "true (held-out scans)"
+            name = f"{each['covariate']}: {what} and measured,"
+            rows.append((f"{name} r", _number(each["r"]), each["r_low"], each["r_high"], each["n"]))
+            rows.append((f"{name} slope", _number(each["slope"]), each.get("slope_low"), each.get("slope_high"), each["n"]))
+    rows += [
+        (f"{each['name']} ({each['verdict']})", _number(each["value"]), each["low"], each["high"], each["synthetic"])
+        for each in metrics["likeness"]
+    ]
+    lines = ["| figure | value | 95% interval | volumes |", "|---|---|---|---|"]
+    for name, value, low, high, volumes in rows:
+        interval = "" if low is None or high is None else f"{_number(low)} to {_number(high)}"
+        lines.append(f"| {_cell(name)} | {value} | {interval} | {volumes} |")
+    made = metrics["provenance"]
+    return "## Figures\n\n" + "\n".join(lines) + f"\n\nOf {made['made'][:10]}, with sampling: {made['sampling']}."
+
+
+def _limits(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> list[str]:
+    """What the figures themselves say against the model."""
+    lines = [
+        f"- Nothing is known of {each.label} below {each.seen[0]:g} and above {each.seen[1]:g}: training saw none."
+        for each in pipeline.schema
+        if each.seen
+    ]
+    if account:
+        few = [f"{name} ({count})" for name, count in account["data"]["few"].items() if count < FEW]
+        if few:
+            lines.append(f"- Categories with fewer than {FEW} training subjects: {', '.join(few)}.")
+        if (people := account["data"]["subjects"].get("train", 0)) < MANY:
+            lines.append(f"- {people} people are few: the model may reproduce some of them. Ask for its audit.")
+        if len(account["data"]["sites"]) == 1:
+            lines.append("- All training scans are of one site.")
+    if metrics is None:
+        lines.append("- No evaluation stands here: how well it does is not known.")
+    else:
+        missed = [goal["name"] for goal in metrics.get("goals", ()) if goal["light"] == "red"]
+        unsure = [goal["name"] for goal in metrics.get("goals", ()) if goal["light"] in ("amber", "grey")]
+        lines += [f"- Not reached: {', '.join(missed)}."] * bool(missed)
+        lines += [f"- Not settled by so many volumes, or not measured: {', '.join(unsure)}."] * bool(unsure)
+        if "audit" not in metrics:
+            lines.append("- No privacy audit stands here: whether it copies training subjects is not known.")
+    return lines or ["- None follows from them."]
+
+
+def _example(covariate: Covariate) -> str | int | float:
+    """A value that can be requested: a category, or the mean of the training subjects, rounded."""
+    if covariate.kind == "categorical":
+        return covariate.categories[0]
+    return round(covariate.mean) if abs(covariate.mean) >= 10 else float(f"{covariate.mean:.2g}")
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits; n/a for what JSON writes as null."""
+    return "n/a" if value is None else f"{value:.3g}"

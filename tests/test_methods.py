@@ -1,0 +1,89 @@
+"""Text for a paper: it says what the files say, cites what it names, and names nobody."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SHAPE, command_line, tiny_settings
+
+from ldm3d import methods
+from ldm3d.account import account_of, read_account, write_account
+from ldm3d.config.read import load_config
+from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.description import Sampling
+from ldm3d.diffusion.samplers import SAMPLERS
+from ldm3d.methods import bibtex, methods_text
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A config with ten prepared toys from three sites."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_dataset(folder / "data", subjects=10, shape=SHAPE, seed=3, workers=1)
+    table = folder / "data/participants.tsv"
+    rows = [row.split("\t") for row in table.read_text().splitlines()]
+    sites = ["site", *("ABC"[i % 3] for i in range(10))]
+    table.write_text("\n".join("\t".join([*row, site]) for row, site in zip(rows, sites)) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tiny_settings(folder)))
+    command_line("prepare", folder / "config.yaml", "--workers", 1)
+    return folder / "config.yaml"
+
+
+def test_the_account_says_what_was_done_and_names_nobody(prepared, tmp_path):
+    account = account_of(load_config(prepared))
+    write_account(account, tmp_path)
+    assert read_account(tmp_path) == json.loads(json.dumps(account))
+    data = account["data"]
+    assert sum(data["subjects"].values()) == sum(data["scans"].values()) == 10
+    assert sum(data["sites"].values()) == data["subjects"]["train"] and set(data["sites"]) <= {"A", "B", "C"}
+    assert sum(count for name, count in data["few"].items() if name.startswith("sex")) == data["subjects"]["train"]
+    assert not re.search(r"sub-|\.nii|/", json.dumps(account))
+
+
+def test_the_text_has_the_figures_and_cites_what_it_names(prepared):
+    account = account_of(load_config(prepared))
+    text = methods_text(account, Sampling("unipc", 30, 2.0))
+    subjects = account["data"]["subjects"]
+    assert f"{subjects['train']} ({subjects['train']} scans) for training" in text
+    assert "24 x 28 x 24 voxels of 7.5 x 7.5 x 7.5 mm centred on the foreground" in text
+    assert "8 steps of 4 with Muon [@jordan2024]" in text and "UniPC [@zhao2023] in 30 steps" in text
+    assert "classifier-free guidance 2 [@ho2022]" in text and "N4" not in text and "extracted" not in text
+    assert {*re.findall(r"@\w+\{(\w+),", bibtex(text))} == {*re.findall(r"@(\w+)", text)} >= {"rombach2022", "zhao2023"}
+
+
+def test_preparing_is_told_with_versions(prepared):
+    account = account_of(load_config(prepared))
+    account["prepared"] |= {
+        "brain_extraction": {"command": "mri_synthstrip", "version": "1.8"},
+        "bias_correction": {"method": "N4", "simpleitk": "2.5", "field": [0.8, 1.2]},
+        "registration": {"to": "mni152", "kind": "rigid"},
+        "registered_with": {"SimpleITK": "2.5"},
+    }
+    text = methods_text(account, Sampling())
+    for part in (
+        "extracted with mri_synthstrip [@hoopes2022] (version 1.8)",
+        "N4 [@tustison2010] in SimpleITK 2.5",
+        "registered to the MNI152 template [@fonov2011] (rigid, correlation) with SimpleITK 2.5",
+    ):
+        assert part in text
+
+
+def test_every_key_that_can_be_cited_is_there_and_every_sampler_has_its_words():
+    source = Path(methods.__file__).read_text()
+    cited = {*re.findall(r"@(\w+\d{4}\w*)", source)}
+    assert len(cited) > 20 and bibtex(" ".join(f"[@{key}]" for key in cited)).count("\n}") == len(cited)
+    assert set(methods._SAMPLERS) == set(SAMPLERS)
+    entries = methods._BIB.read_text("utf-8")
+    assert {*re.findall(r"@\w+\{(\w+),", entries)} == cited  # none that is never cited
+    for entry in entries.split("\n\n"):
+        assert entry.count("{") == entry.count("}") and "author = {" in entry and "year = {" in entry and "title = {" in entry
+
+
+def test_without_an_account_only_sampling_is_told(tmp_path):
+    assert read_account(tmp_path) is None
+    assert (
+        methods_text(None, Sampling("ddim", 50))
+        == "Volumes are sampled with DDIM [@song2021ddim] in 50 steps, without guidance.\n"
+    )
