@@ -32,24 +32,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | 
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; a config starts with `name:` and `output:`")
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise InputError(f"--set {shown(override)}: write --set key.subkey=value")
-        keys = key.split(".")
+        keys, value = parse_override(override)
         if section and keys[0] not in Config.model_fields:
             keys = [section, *keys]
-        try:
-            value = parse_yaml(text, "it")
-        except InputError as error:
-            raise InputError(f"--set {shown(override)}: {shown(text)} is not a YAML value ({error})") from None
-        _set(values, keys, value)
+        set_key(values, keys, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error)}") from None
 
 
-def _set(values: dict, keys: list[str], value: Any) -> None:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """The keys and the value of "key.subkey=value", the value read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {shown(override)}: write --set key.subkey=value")
+    try:
+        return key.split("."), parse_yaml(text, "it")
+    except InputError as error:
+        raise InputError(f"--set {shown(override)}: {shown(text)} is not a YAML value ({error})") from None
+
+
+def set_key(values: dict, keys: list[str], value: Any) -> None:
+    """Set a value deep in mappings, which are made where they are missing."""
     for key in keys[:-1]:
         # A copy: YAML's aliases are one object in several places, of which only this one is meant
         values[key] = dict(values[key]) if isinstance(values.get(key), dict) else {}

@@ -14,6 +14,9 @@ from ldm3d.config.conditions import Condition, ImageCondition
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.covariates import CovariateSchema
+from ldm3d.errors import nearest
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrainingConfig(Section):
@@ -37,7 +40,14 @@ class TrainingConfig(Section):
     validate_every: Positive = 100
     preview_every: Positive = 500
     checkpoint_every: Positive = 500
+    # Beside metrics.jsonl; one, or a list of them, or none: []
+    tracker: Annotated[tuple[Tracker, ...], Field(exclude_if=lambda names: names == ("tensorboard",))] = ("tensorboard",)
     workers: Annotated[int, Field(ge=0)] = 0  # processes that prefetch data; 0: the training process reads
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -242,6 +252,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _covariates_make_sense(self) -> "Config":
         self.schema()  # raises if they do not
+        return self
+
+    @model_validator(mode="after")
+    def _balance_is_by_covariates(self) -> Self:
+        names = [covariate.name for covariate in self.covariates]
+        for name in self.data.balance.by if self.data.balance else ():
+            if name not in names:
+                close = nearest(name, names)
+                hint = f"did you mean {close!r}?" if close else f"use {', '.join(names) or 'none: there are none'}"
+                raise ValueError(f"data.balance.by: {name!r} is no covariate; {hint}")
         return self
 
     @model_validator(mode="after")

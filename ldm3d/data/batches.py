@@ -31,6 +31,8 @@ class TrainingBatches(Dataset):
         num_samples: samples in the training split. Each epoch is one permutation of them; a batch may span two epochs.
         subjects: of each sample; then each epoch is one permutation of the subjects, and a subject's samples take turns from
             epoch to epoch. None: every sample counts on its own.
+        weights: how often each sample comes up in an epoch on average, with mean 1; a subject's weight is its samples' mean.
+            An epoch then has each one as often as its weight, rounded up or down at random. None: once each.
         batch_size: global, over all processes and accumulated parts.
         accumulation: parts of a batch.
         seed: of order and random numbers.
@@ -50,6 +52,7 @@ class TrainingBatches(Dataset):
         rank: int = 0,
         world: int = 1,
         subjects: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
     ):
         if batch_size % (accumulation * world):
             raise InputError(
@@ -64,6 +67,12 @@ class TrainingBatches(Dataset):
             for sample, subject in enumerate(subjects):
                 of.setdefault(subject, []).append(sample)
             self._turns = list(of.values())
+        self._weights = None
+        if weights is not None:
+            own = torch.tensor(
+                [sum(weights[i] for i in samples) / len(samples) for samples in self._turns], dtype=torch.float64
+            )
+            self._weights = own / own.mean()
         self._epoch, self._order = -1, None
 
     def __getitem__(self, micro: int) -> dict[str, Tensor]:
@@ -91,7 +100,10 @@ class TrainingBatches(Dataset):
         epoch, index = divmod(position, len(self._turns))
         if epoch != self._epoch:
             # A position of two numbers, where those of steps have three: no generator is used twice
-            order = torch.randperm(len(self._turns), generator=generator(self.seed, epoch))
+            rng = generator(self.seed, epoch)
+            order = torch.randperm(len(self._turns), generator=rng)
+            if self._weights is not None:
+                order = _resampled(order, self._weights, rng)
             self._epoch, self._order = epoch, order
         turn = int(self._order[index])
         samples = self._turns[turn]
@@ -119,6 +131,15 @@ class TrainingBatches(Dataset):
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+
+def _resampled(order: Tensor, weights: Tensor, rng: torch.Generator) -> Tensor:
+    """As many turns as there are, each as often as its weight, rounded up or down: systematic resampling, then shuffled."""
+    count = len(order)
+    ends = weights[order].cumsum(0)
+    points = torch.arange(count, dtype=torch.float64) + torch.rand((), generator=rng, dtype=torch.float64)
+    chosen = torch.searchsorted(ends, points, right=True).clamp(max=count - 1)
+    return order[chosen][torch.randperm(count, generator=rng)]
 
 
 def _close(batches: weakref.ref) -> None:

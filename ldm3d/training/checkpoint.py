@@ -35,7 +35,7 @@ TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 ROUNDING = ("accumulation", "activation_checkpointing", "attention_backend")  # a changed one is announced
 FREE_SETTINGS = (
     *("steps", "log_every", "validate_every", "preview_every", "checkpoint_every", "workers", "max_skipped_steps", "keep"),
-    "changed_data",
+    *("changed_data", "tracker"),
     *(*ROUNDING, "mixed_precision"),  # a changed precision is announced, too
 )
 

@@ -114,8 +114,7 @@ class DiffusionTask(Task):
         }
         numbers = self.contexts, self.padded, self.images.readers, file
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), *numbers, settings.mirror)
-        subjects = [scans["subject"].iloc[i] for i in self.split["train"]]
-        self.batches = batches_of(samples, training, config, accelerator, subjects)
+        self.batches = batches_of(samples, training, config, accelerator, scans.iloc[self.split["train"]])
 
     def first_network(self) -> LatentUNet:
         """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too."""

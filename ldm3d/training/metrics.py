@@ -1,4 +1,4 @@
-"""What a training writes while it runs: metrics.jsonl, TensorBoard, loss curves, a progress bar."""
+"""What a training writes while it runs: metrics.jsonl, TensorBoard, other trackers, loss curves, a progress bar."""
 
 import json
 import math
@@ -27,10 +27,12 @@ class Metrics:
         run: folder.
         accelerator: only its main process writes.
         first_step: lines of later steps, from an interrupted run, are removed.
+        tensorboard: whether its files are written. Other trackers are the accelerator's; they only get what is new.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, first_step: int):
+    def __init__(self, run: Path, accelerator: Accelerator, first_step: int, tensorboard: bool = True):
         self.path, self.is_writer = run / "metrics.jsonl", accelerator.is_main_process
+        self.accelerator, self.tensorboard = accelerator, None
         self.rows: list[dict[str, Any]] = []
         if not self.is_writer:
             return
@@ -38,9 +40,10 @@ class Metrics:
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        self.tensorboard = SummaryWriter(run / "tensorboard")
-        for row in self.rows:
-            self._to_tensorboard(row)
+        if tensorboard:
+            self.tensorboard = SummaryWriter(run / "tensorboard")
+            for row in self.rows:
+                self._to_tensorboard(row)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if not self.is_writer:
@@ -52,16 +55,18 @@ class Metrics:
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self._to_tensorboard(row)
+        self.accelerator.log(finite, step=step)
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and self.tensorboard:
                 self.tensorboard.add_scalar(name, value, row["step"])
 
     def to_disk(self) -> None:
         """Flush all rows to disk, before a checkpoint that follows them."""
         if self.is_writer:
-            self.tensorboard.flush()
+            if self.tensorboard:
+                self.tensorboard.flush()
             with open(self.path, "a") as file:
                 os.fsync(file.fileno())
 
@@ -71,7 +76,7 @@ class Metrics:
             figures.save(figures.curves(self.rows), self.path.with_name("curves.png"))
 
     def close(self) -> None:
-        if self.is_writer:
+        if self.tensorboard:
             self.tensorboard.close()
 
 

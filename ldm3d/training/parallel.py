@@ -18,13 +18,14 @@ from ldm3d.preemption import REQUEUE, Stop
 from ldm3d.processes import check_all_started, cores_each
 from ldm3d.training.checkpoint import rounding_changes
 from ldm3d.training.sharding import DTYPES, sharding_plugin
+from ldm3d.training.trackers import external
 
 
 def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Accelerator:
     """Accelerate for a run; initial weights follow from `seed` on every process.
 
     Raises:
-        InputError: fewer processes than were asked for, or a batch that they cannot share.
+        InputError: fewer processes than were asked for, a batch that they cannot share, or a tracker that is not installed.
     """
     run.mkdir(parents=True, exist_ok=True)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as the Accelerator chooses it below
@@ -37,6 +38,7 @@ def start_accelerator(training: TrainingConfig, run: Path, seed: int) -> Acceler
         gradient_accumulation_steps=training.accumulation,
         dataloader_config=DataLoaderConfiguration(),
         fsdp_plugin=sharding_plugin(precision),
+        log_with=external(training) or None,  # an empty list draws a warning
     )
     check_all_started()
     check_convolutions(accelerator.device, DTYPES[precision] or torch.float32)

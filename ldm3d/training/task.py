@@ -1,7 +1,7 @@
 """What differs between trainings. The loop that they share is `ldm3d.training.loop.fit`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm3d.config.sections import Config, TrainingConfig
+from ldm3d.data.balance import balanced_weights
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples
 from ldm3d.models.convolutions import mend_convolutions
@@ -147,15 +148,19 @@ def batches_of(
     training: TrainingConfig,
     config: Config,
     accelerator: Accelerator,
-    subjects: Sequence[str],
+    rows: pd.DataFrame,
 ) -> TrainingBatches:
-    """This process's part of every batch of a run; `subjects` of the samples count where `data.sample` says so."""
+    """This process's part of every batch of a run; `rows` of the samples say whose they are, and what `data.balance` needs."""
     processes = accelerator.process_index, accelerator.num_processes
+    subjects, balance = list(rows["subject"]), config.data.balance
     taking_turns = subjects if config.data.sample == "by-subject" else None
+    weights = balanced_weights(rows, balance, subjects, config.schema()).tolist() if balance else None
     sizes = len(samples), training.batch_size, training.accumulation
-    return TrainingBatches(samples, *sizes, config.seed, *processes, subjects=taking_turns)
+    return TrainingBatches(samples, *sizes, config.seed, *processes, subjects=taking_turns, weights=weights)
 
 
-def sampling_of(config: Config) -> dict[str, str]:
-    """What a run compares of `data.sample`, on which the order of batches depends; {} for the default, as in older runs."""
-    return {} if config.data.sample == "by-scan" else {"sample": config.data.sample}
+def sampling_of(config: Config) -> dict[str, Any]:
+    """What a run compares of `data.sample` and `data.balance`, on which the order of batches depends; {} for the defaults, as
+    in older runs."""
+    found: dict[str, Any] = {} if config.data.sample == "by-scan" else {"sample": config.data.sample}
+    return found | ({"balance": config.data.balance.model_dump(mode="json")} if config.data.balance else {})

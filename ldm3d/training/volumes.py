@@ -52,8 +52,8 @@ class VolumeTask(Task):
         self.trained = {MAIN: main, **self.loss.trained}
         self.settled, self.takes_other_scans = self.loss.settled, config.autoencoder.changed_data == GO_ON
         samples = self.sample_class(config, tuple(self.keys["train"]), space.latent_shape(config.data.grid.shape))
-        subjects = scans.loc[scans["split"] == "train", "subject"]
-        self.batches = batches_of(samples, settings.training, config, accelerator, list(subjects))
+        rows = scans[scans["split"] == "train"]
+        self.batches = batches_of(samples, settings.training, config, accelerator, rows)
 
     def reconstruct(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(volumes made of a batch, posterior moments if the loss counts them), in autocast.

@@ -1,0 +1,92 @@
+"""Trackers through Accelerate: what they get, that a run goes on there, what is said where they are missing."""
+
+import importlib.util
+import json
+import sys
+import types
+
+import pytest
+from accelerate import Accelerator
+from accelerate.utils import LoggerType
+
+from ldm3d.config.sections import TrainingConfig
+from ldm3d.errors import InputError
+from ldm3d.training.metrics import Metrics
+from ldm3d.training.trackers import RECORD, external, start_trackers
+
+TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package; what it was asked for, in its `calls`."""
+    module = types.ModuleType("wandb")
+    module.calls = []
+
+    class Run:
+        def log(self, values, step=None):
+            module.calls.append(("log", step, values))
+
+        def finish(self):
+            module.calls.append(("finish",))
+
+    def init(**options):
+        module.calls.append(("init", options))
+        return Run()
+
+    module.init = init
+    module.config = types.SimpleNamespace(update=lambda values, **_: module.calls.append(("settings", values)))
+    module.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.WANDB])
+    return module
+
+
+def run_of(training: TrainingConfig, folder, first: int) -> None:
+    accelerator = Accelerator(cpu=True, log_with=external(training))
+    start_trackers(accelerator, training, folder)
+    metrics = Metrics(folder, accelerator, first, "tensorboard" in training.tracker)
+    metrics.add(first + 1, {"loss": 0.25, "other": float("nan")})
+    metrics.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def test_a_tracker_gets_numbers_and_settings_and_a_run_goes_on(tmp_path, wandb):
+    folder = tmp_path / "toy/diffusion-training"
+    folder.mkdir(parents=True)
+    training = TrainingConfig(tracker="wandb", **TRAINING)
+    run_of(training, folder, 0)
+    run_of(training, folder, 1)
+    logged = [call[1:] for call in wandb.calls if call[0] == "log"]
+    assert logged == [(1, {"loss": 0.25}), (2, {"loss": 0.25})]
+    first, again = (call[1] for call in wandb.calls if call[0] == "init")
+    assert first["name"] == "toy/diffusion-training" and first["id"] == again["id"] and again["resume"] == "allow"
+    settings = next(call[1] for call in wandb.calls if call[0] == "settings")
+    assert settings["steps"] == 4 and not any("/" in str(value) for value in settings.values())
+    assert json.loads((folder / RECORD).read_text())["wandb"] == first["id"]
+    assert not (folder / "tensorboard").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_tracker_that_does_not_start_ends_in_one_message(tmp_path, wandb):
+    def init(**_):
+        raise RuntimeError("no API key\nconfigured")
+
+    wandb.init = init
+    training = TrainingConfig(tracker=["tensorboard", "wandb"], **TRAINING)
+    with pytest.raises(InputError, match=r"wandb does not start \(RuntimeError: no API key configured\); log in"):
+        start_trackers(Accelerator(cpu=True, log_with=external(training)), training, tmp_path)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="wandb and mlflow are not installed; run `pip install wandb mlflow`"):
+        external(TrainingConfig(tracker=["wandb", "tensorboard", "mlflow"], **TRAINING))
+    assert (
+        external(TrainingConfig(tracker="tensorboard", **TRAINING)) == external(TrainingConfig(tracker=[], **TRAINING)) == []
+    )
+
+
+def test_the_default_is_not_written_so_that_older_runs_go_on():
+    assert "tracker" not in TrainingConfig(**TRAINING).model_dump()
+    assert TrainingConfig(**TRAINING).tracker == ("tensorboard",)
