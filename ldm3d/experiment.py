@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
+from ldm3d.account import account_of, write_account
 from ldm3d.base_model import take_autoencoder
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
@@ -22,11 +23,13 @@ from ldm3d.data.conditions import fingerprint as fingerprint_of_condition
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import fingerprint, prepare, read_scan_table
-from ldm3d.description import DESCRIPTION, ROUNDED_FROM, hash_of_model, read_description
+from ldm3d.description import DESCRIPTION, ROUNDED_FROM, Sampling, hash_of_model, read_description
 from ldm3d.errors import InputError, shown, some
 from ldm3d.files import write_atomic
 from ldm3d.geometry import FOREGROUND, Grid
+from ldm3d.methods import methods_text, write_methods
 from ldm3d.models.pretrained import read_json, weights_hash
+from ldm3d.other_data import config_for
 from ldm3d.processes import ALONE, Processes
 from ldm3d.seen import Seen, seen_by
 from ldm3d.shipped import model_folder
@@ -88,7 +91,7 @@ def latents_origin(config: Config) -> dict[str, str]:
 
 def save_experiment(config: Config, model: Path) -> None:
     """Write OUTPUT/experiment.json for a model of this config: what all stages have seen by their records, or else by the
-    table of prepared scans."""
+    table of prepared scans. What others may know of it is written into the model folder (`ldm3d.account`, `ldm3d.methods`)."""
     first, second = seen_by(config.autoencoder_run), seen_by(config.diffusion_run) or _seen_by_table(config)
     if first and first.network != weights_hash(config.autoencoder_folder):
         first = None  # of another autoencoder
@@ -108,6 +111,9 @@ def save_experiment(config: Config, model: Path) -> None:
         "autoencoder_known": first is not None,
     }
     write_atomic(config.output / EXPERIMENT, json.dumps(values, indent=1) + "\n")
+    account = account_of(config)
+    write_account(account, model)
+    write_methods(model, methods_text(account, Sampling(**config.generation.model_dump())))
     (model / EXPERIMENT).unlink(missing_ok=True)  # an older version's
 
 
@@ -154,6 +160,7 @@ def scans_by_use(
     root: Path | None = None,
     processes: Processes = ALONE,
     experiment: str | Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[Config, pd.DataFrame, pd.DataFrame]:
     """Prepare the scans of a dataset as the model's were, and find those that it was trained on and those it has never seen.
 
@@ -166,6 +173,7 @@ def scans_by_use(
         root: folder that holds all files of `data`, see `DataConfig`; None for its own.
         processes: that share the work; all of them have to call this.
         experiment: see `find_experiment`.
+        overrides: of the config for `data`, see `ldm3d.other_data.config_for`.
 
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table that were trained on, those of subjects that
@@ -178,7 +186,7 @@ def scans_by_use(
     if not data.exists():
         raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
     own = known.file is not None and known.data == data.resolve()
-    config, scans = _prepared(known, data, work, root, own, processes)
+    config, scans = _prepared(known, data, work, root, own, processes, overrides)
     if known.by_file:
         before = settings_of(grid_of(config.data.grid), config.data.percentiles, version=1)
         names = pd.Series([file_key(Path(path), before) for path in scans["path"]], dtype=object)
@@ -193,35 +201,37 @@ def scans_by_use(
 
 
 def _prepared(
-    known: Experiment, data: Path, work: Path, root: Path | None, own: bool, processes: Processes
+    known: Experiment,
+    data: Path,
+    work: Path,
+    root: Path | None,
+    own: bool,
+    processes: Processes,
+    overrides: Sequence[str],
 ) -> tuple[Config, pd.DataFrame]:
     """(config whose prepared folder holds them, table) of a dataset's scans."""
     config = known.config
-    if own and config.prepared_folder.is_dir():
+    if own and config.prepared_folder.is_dir() and not overrides:
         try:
             return config, read_scan_table(config)
         except InputError as error:
             if processes.is_main:
                 print(f"{error}\npreparing the scans in {work} for now", flush=True)
-    if own and root is None and config.data.root:
-        root = known.base / config.data.root
-    source = {"bids": data, "table": None} if data.is_dir() else {"bids": None, "table": data}
-    elsewhere = {name: getattr(config.data, name) for name in ("participants", "derivatives", "sessions")}
-    elsewhere = {name: known.base / path if own and path else None for name, path in elsewhere.items()}
-    tables = [str(known.base / pattern) for pattern in config.data.covariates_tables] if own else []
-    elsewhere["covariates_tables"] = tuple(tables)
-    elsewhere["exclude"] = config.data.exclude if own else None  # which names scans, or a column, of the training's data
-    mask = config.data.mask and dict(config.data.mask)  # other data have masks of their own; a table's scans are stripped
-    if mask and own and "root" in mask:
-        mask["root"] = str(known.base / mask["root"])
-    elif mask:
-        mask = {name: value for name, value in mask.items() if name != "root"} if data.is_dir() else None
-    # Who is held out follows from what the model has seen, whatever columns the training's splits came from
-    rule = {"split_column": None, "group_column": None, "splits": config.data.splits.model_copy(update={"stratify": ()})}
-    data_of = config.data.model_copy(update={**source, **elsewhere, **rule, "root": root, "mask": mask})
-    config = config.model_copy(update={"data": data_of, "output": work})
-    prepare(config, processes=processes)
-    return config, read_scan_table(config)
+    config = config_for(config, known.base, data, work, root, own, overrides)
+    try:
+        prepare(config, processes=processes)
+    except InputError as error:
+        if own:
+            raise
+        raise InputError(
+            f"{error}\n(of other data: --set covariates.NAME.column=COLUMN names another column, null one that is not there; "
+            "--set data.KEY=VALUE sets filter, participants, mask and others)"
+        ) from None
+    scans = read_scan_table(config)
+    for covariate in known.config.covariates:
+        if covariate.name not in scans:  # not in these data, so left open
+            scans[covariate.name] = pd.Series([None] * len(scans), dtype=float if covariate.kind == "continuous" else object)
+    return config, scans
 
 
 def _seen_by_label(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ldm3d.cli import options
-from ldm3d.cli.options import Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps
+from ldm3d.cli.options import DataOverride, Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
@@ -22,6 +22,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
     experiment: Experiment = None,
+    override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
     measure: Annotated[
@@ -57,6 +58,7 @@ def evaluate(
 
     Training volumes in --data are used to fit regressions (age, sex), and by --audit.
     """
+    from ldm3d.account import read_account
     from ldm3d.evaluation.assess import assess, plan
     from ldm3d.evaluation.discriminability import is_quick
     from ldm3d.experiment import scans_by_use
@@ -67,7 +69,7 @@ def evaluate(
     from ldm3d.report.write import write_report
     from ldm3d.rulers.segmenter import Segmenter
     from ldm3d.rulers.volumetry import load_measure
-    from ldm3d.shipped import segmenter_folder
+    from ldm3d.shipped import model_folder, segmenter_folder
 
     processes = started_processes()
     if with_likelihood and precision == "auto":
@@ -81,7 +83,7 @@ def evaluate(
     judge = Segmenter.from_pretrained(segmenter, pipeline.device) if segmenter else None
     if classifier is None:
         classifier = judge is not None and is_quick(pipeline.output_grid.shape, pipeline.device)
-    config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment)
+    config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment, override)
     counts = len(trained), len(held_out), num
     lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood, judge is not None, classifier)
     lines += audit_plan(*counts) if with_audit and len(trained) else []
@@ -99,7 +101,8 @@ def evaluate(
         found.scores += audited.scores
     if processes.is_main:
         found.analyse_subgroups(pipeline.schema)
-        page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling, audit=audited)
+        account = read_account(model_folder(model))
+        page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling, audit=audited, account=account)
         print(summary(found))
         print(f"page written to {page}")
 
@@ -123,6 +126,7 @@ def audit(
     data: Annotated[Path, typer.Option(help="BIDS folder or table with the scans it was trained on, and held-out subjects.")],
     root: Root = None,
     experiment: Experiment = None,
+    override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Where to write; it will show training subjects.")] = Path("audit"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=1, help="To generate (torchrun: --volumes).")] = 200,
     synthetic: Annotated[Path | None, typer.Option(help="Folder of `ldm3d generate` to audit instead.")] = None,
@@ -145,7 +149,7 @@ def audit(
 
     processes = started_processes()
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
-    scans = scans_by_use(model, data, out / "work", root, processes, experiment)
+    scans = scans_by_use(model, data, out / "work", root, processes, experiment, override)
     found, guard = _audit(pipeline, *scans, sampling, num, processes, synthetic, level)
     if processes.is_main:
         page = write_audit(out, f"Audit of {model}", pipeline, found, guard, sampling)
@@ -167,6 +171,7 @@ def segmenter(
     pattern: Pattern = None,
     root: Root = None,
     experiment: Experiment = None,
+    override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Where to write the segmenter.")] = Path("segmenter"),
     painted: Annotated[
         bool,
@@ -186,7 +191,7 @@ def segmenter(
     from ldm3d.rulers.segmenter import dice, train_segmenter
 
     groups, maps = parse_groups(volume), LabelMaps(labels, pattern)
-    config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment)
+    config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment, overrides=override)
     trained, held_out = (
         [
             (config, key, maps.one(subject, session), groups)
@@ -245,6 +250,7 @@ def likelihood(
     data: Annotated[Path, typer.Option(help="BIDS folder or table; subjects that were trained on are left out.")],
     root: Root = None,
     experiment: Experiment = None,
+    override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Table to write, a row for each subject.")] = Path("likelihood.tsv"),
     method: Annotated[str, typer.Option(help="bound, ode or both.")] = "both",
     times: Annotated[int, typer.Option(min=1, help="U-Net calls of the bound, for each subject.")] = 128,
@@ -262,7 +268,8 @@ def likelihood(
     # The lowest noise level of likelihoods is below the resolution of bfloat16, which is therefore not the default
     pipeline, _ = options.load_model(model, device, "float32" if precision == "auto" else precision)
     pipeline.threads = 1
-    config, _, scans = scans_by_use(model, data, out.with_name(f"{out.stem}-work"), root, experiment=experiment)
+    work = out.with_name(f"{out.stem}-work")
+    config, _, scans = scans_by_use(model, data, work, root, experiment=experiment, overrides=override)
     subjects = scans[pipeline.schema.names].to_dict("records")
 
     def load(i: int):

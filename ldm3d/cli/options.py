@@ -29,6 +29,10 @@ def _before(context: typer.Context) -> None:
 
 ConfigPath = Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the config.")]
+DataOverride = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Of --data: data.KEY=VALUE, covariates.NAME.column=COLUMN (null: none)."),
+]
 Device = Annotated[str | None, typer.Option(help="Where to compute; the first GPU if there is one, else the CPU.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 if the device supports it.")]
 ModelPath = Annotated[
