@@ -36,6 +36,27 @@ def phantoms(
     print(f"{subjects} phantoms written to {folder}" + (f", each with a twin: {twins}" if twins else ""))
 
 
+@app.command("import-dicom")
+def import_dicom(
+    folder: Annotated[Path, typer.Argument(help="With a folder of DICOM files for each person.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="BIDS dataset to write; must be empty or absent.")],
+    series: Annotated[str | None, typer.Option(help="Regular expression in the description of the wanted series.")] = None,
+    suffix: Annotated[str, typer.Option(help="BIDS suffix of the scans.")] = "T1w",
+    sessions: Annotated[bool, typer.Option("--sessions", help="Folders of people hold one for each session.")] = False,
+) -> None:
+    """Convert DICOM files into a BIDS dataset, with dcm2niix, which has to be installed."""
+    from ldm3d.data.from_dicom import T1W, convert
+
+    if series is None and suffix != "T1w":
+        raise InputError(f"--suffix {suffix} goes with --series: say what the series is called in the files, such as flair")
+    table = convert(folder, out, series or T1W, suffix, sessions)
+    known = [name for name in ("age", "sex") if table[name].notna().all()]
+    print(
+        f"{len(table)} scans of {table['participant_id'].nunique()} people written to {out}"
+        + (f"; the files say everybody's {' and '.join(known)}" if known else "; add ages and sexes to participants.tsv")
+    )
+
+
 @app.command()
 def check(
     config: ConfigPath,

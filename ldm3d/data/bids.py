@@ -14,6 +14,7 @@ from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.covariates import as_name
 from ldm3d.data import exclusion
 from ldm3d.data.cells import Where, read_cells, warn_of_constant_ages
+from ldm3d.data.from_dicom import holds_dicom
 from ldm3d.data.inside import check_inside, dataset_of, root_of, tables_root_of
 from ldm3d.data.joined import read_joined
 from ldm3d.data.layouts import label_of
@@ -181,10 +182,10 @@ def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
         raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
     named = [(file.path, entities) for file in found if "subject" in (entities := file.get_entities())]
     if not named:
-        raise InputError(
-            f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
-            f"check {setting} and data.suffix"
-        )
+        message = f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
+        if file := holds_dicom(dataset):
+            raise InputError(f"{message}there is DICOM ({file}): run `ldm3d import-dicom {dataset} --out DATASET` first")
+        raise InputError(f"{message}check {setting} and data.suffix")
     chosen = choose_scans([Candidate.of(*each) for each in named], data.filter, suffix)
     return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
