@@ -1,6 +1,7 @@
 """The command line, all but training.
 
-ldm3d phantoms | check | prepare | measure | encode | generate | edit | restore | calibrate | anomaly | dicom | info |
+ldm3d phantoms | import-dicom | check | prepare | measure | encode | generate | edit | restore | calibrate | anomaly |
+dicom | info |
 evaluate | segmenter | compare | audit | likelihood | explain | export | push | import-monai | serve | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
