@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm3d import figures
 from ldm3d.applications.derived import Derived
@@ -39,8 +40,11 @@ def write_restored(files: Derived, restored: Restored) -> Path:
     titles = ["what is known" if masked else "scan", f"mean of {len(restored.samples)}", "a sample"]
     if len(restored.samples) > 1:
         images["deviation"] = degraded.deviation_back(placed, restored.deviation)
-        most = float(restored.deviation.max())
-        shown.append(restored.deviation / max(most, 1e-6))
+        deviation = restored.deviation
+        if masked:
+            deviation = deviation * (1 - degraded.linear(torch.ones_like(deviation)))
+        most = float(deviation.max())
+        shown.append(deviation / max(most, 1e-6))
         titles.append(f"deviation, white: {100 * most:.0f}% of the range")
     volumes = [volume[0].cpu().numpy() for volume in shown]
     heading = "derived, synthetic in part"
