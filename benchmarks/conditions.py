@@ -25,7 +25,7 @@ from ldm3d import figures
 from ldm3d.config.conditions import DegradedCondition
 from ldm3d.config.read import load_config
 from ldm3d.data.batches import evenly
-from ldm3d.data.conditions import find_files, load_condition
+from ldm3d.data.conditions import cached_conditions, find_files, load_condition
 from ldm3d.data.degrade import degraded
 from ldm3d.data.preparing import load_prepared, read_scan_table
 from ldm3d.generation.given import Given, Images
@@ -36,8 +36,8 @@ from ldm3d.randomness import generator
 BRAIN = 0.05  # intensity from which on a voxel counts
 
 
-def given_of(config, table, row, only):
-    """(truth, what is given, region) of a held-out scan."""
+def given_of(config, files, table, row, only):
+    """(truth, what is given, region) of a scan; `files` are those of the conditions, by name and key."""
     key, volumes, measured = table["key"].iloc[row], {}, {}
     truth = load_prepared(config, key)
     for condition in config.given_conditions:
@@ -51,20 +51,13 @@ def given_of(config, table, row, only):
         elif condition not in config.diffusion.conditions:  # the scan itself
             volumes[condition.name] = torch.from_numpy(truth)
             made = next(each for each in config.diffusion.conditions if each.name == config.diffusion.makes)
-            truth = cached(config, made, table, row)
+            truth = load_condition(config, made, files[made.name], key)
         else:
-            volumes[condition.name] = torch.from_numpy(cached(config, condition, table, row))
+            volumes[condition.name] = torch.from_numpy(load_condition(config, condition, files[condition.name], key))
     region = truth[0] > BRAIN
     for known in measured.values():
         region = region & (known[0].numpy() == 0)
     return truth, Given(volumes, measured, {}), region
-
-
-def cached(config, condition, table, row):
-    scan = table.iloc[[row]]
-    return load_condition(
-        config, condition, {scan["key"].iloc[0]: find_files(config, condition, scan)[0]}, scan["key"].iloc[0]
-    )
 
 
 def figures_of(volume, truth, region):
@@ -111,12 +104,13 @@ def main() -> None:
     pipeline.threads = None
     held_out = evenly([i for i, split in enumerate(table["split"]) if split == "test"], asked.scans)
     training = evenly([i for i, split in enumerate(table["split"]) if split == "train"], 32)
-    average = np.mean([given_of(config, table, row, asked.only)[0] for row in training], axis=0)
+    files = {each.name: dict(zip(table["key"], find_files(config, each, table))) for each in cached_conditions(config)}
+    average = np.mean([given_of(config, files, table, row, asked.only)[0] for row in training], axis=0)
     sampling = pipeline.sampling.replace(steps=asked.steps)
     rows: dict[str, list[dict]] = {}
     shown = []
     for row in held_out:
-        truth, given, region = given_of(config, table, row, asked.only)
+        truth, given, region = given_of(config, files, table, row, asked.only)
         covariates = [{c.name: table[c.name].iloc[row] for c in config.schema()}]
         covariates = pipeline.parse(covariates)
         one = pipeline.given(Images(pipeline.conditions, lambda _, given=given: given, {}, None))
