@@ -37,7 +37,7 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
 
 METHODS = ("ode", "noise", "linear")
-STRENGTH = {"ode": 1.0, "noise": 0.5}  # by default
+STRENGTH = {"ode": 1.0, "noise": 0.9}  # by default
 SAMPLER = "heun"
 
 Report = Callable[[int, int], None]
@@ -143,7 +143,7 @@ def edit(
             covariate is not called like an argument.
         method: see the top of this file; None: "ode" for one sample, "noise" for several.
         strength: the noise level from which is sampled, sigma / (alpha + sigma), above 0 to 1: 1 is pure noise. None: 1 for
-            "ode", 0.5 for "noise". At low levels only fine structure can change.
+            "ode", 0.9 for "noise". At low levels only fine structure can change, and ventricles hardly do.
         samples: N, draws of the noise; more than one for "noise" alone.
         average: one latent, the mean of the samples'. It is smoother than any of them.
         steps: of the sampler over all noise levels.

@@ -26,7 +26,7 @@ def edit(
         str | None, typer.Option(help="ode, noise or linear; by default ode, noise for several samples.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Noise level to sample from, 0 to 1; by default 1 for ode, 0.5 for noise.")
+        float | None, typer.Option(help="Noise level to sample from, 0 to 1; by default 1 for ode, 0.9 for noise.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Draws of noise; from 2 on, the spread of the change is written.")] = 1,
     average: Annotated[bool, typer.Option("--average", help="One latent, the mean of the samples': smoother.")] = False,
