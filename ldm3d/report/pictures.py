@@ -39,7 +39,7 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
         found[f"scatter-{c.covariate}-{c.kind}"] = figure
     for s in evaluation.sweeps:
         covariate = schema[s.covariate]
-        titles = [f"synthetic: {in_words(s.covariate)} {value:g} {covariate.unit}".rstrip() for value in s.values]
+        titles = [f"synthetic: {in_units({s.covariate: value}, schema)}" for value in s.values]
         found[f"sweep-{s.covariate}"] = figures.mosaic(s.volumes, titles, spacing, columns=3)
         for name, values in s.measured.items():
             title = f"rank correlation {s.rank_correlation[name]:.2f}"

@@ -114,7 +114,7 @@ def outside_section(found: Evaluation) -> Section:
     )
     if not found.joint:
         text += " The table of the training data is not available, so each covariate was checked alone."
-    rows = [[str(each.number), each.asked, each.reason] for each in found.outside[:SHOWN]]
+    rows = [[str(each.number), each.asked, in_words(each.reason)] for each in found.outside[:SHOWN]]
     table = {"columns": ["volume", "request", "reason"], "rows": rows} if rows else None
     note = f"The first {SHOWN}; all are in metrics.json." if count > SHOWN else ""
     return Section("Requests outside of the training data", text, table, labels=3, note=note)
