@@ -48,7 +48,7 @@ def draw(gaps: Sequence[Gap]) -> dict[str, figures.Figure]:
     """A forest plot for each covariate that people are grouped by, of those gaps that could be tested."""
     drawn, order = {}, list(LIGHTS)
     for grouping in dict.fromkeys(gap.grouping for gap in gaps):
-        own = [gap for gap in gaps if gap.grouping == grouping and math.isfinite(gap.gap) and gap.tolerance > 0]
+        own = [gap for gap in gaps if gap.grouping == grouping and _is_drawn(gap)]
         rows = []
         for gap in sorted(own, key=lambda gap: (gap.of_measure, order.index(gap.verdict))):
             sizes = [value / gap.tolerance for value in (gap.gap, gap.low, gap.high, gap.chance)]
@@ -89,12 +89,17 @@ def subgroup_sections(
         section = Section(f"Subgroup analysis by {in_words(grouping)}", text, table, lights=LIGHTS, note=NOTE)
         if pictures is not None:
             section.fold = f"Table of all {len(rows)} figures"
-            if any(math.isfinite(gap.gap) for gap in own):
+            if any(map(_is_drawn, own)):
                 section.pictures = [picture(pictures, _picture(grouping), CAPTION)]
             if untested := sum(not math.isfinite(gap.gap) for gap in own):
                 section.text += f" {untested} of {len(own)} figures could not be tested, as too few groups are large enough."
         found.append(section)
     return found
+
+
+def _is_drawn(gap: Gap) -> bool:
+    """Whether it could be tested, and has a unit."""
+    return math.isfinite(gap.gap) and gap.tolerance > 0
 
 
 def _picture(grouping: str) -> str:
