@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian
+from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, denoising_errors, fit_gaussian
 from ldm3d.diffusion.samplers import sample
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
@@ -86,3 +86,28 @@ def test_too_few_samples_are_refused_with_how_many_components_they_can_have():
     with pytest.raises(InputError, match="at most 7"):
         fit_gaussian(random(10, *SHAPE), 8)
     fit_gaussian(random(10, *SHAPE), 7)
+
+
+def test_autocast_leaves_it_alone(gaussian):
+    """Trainings ask it within autocast, and its variances may differ by many orders of magnitude."""
+    process, z = make_process("flow"), 100 * random(3, *SHAPE, seed=6).float()
+    parts = gaussian.mean, gaussian.directions, gaussian.variances * 100, gaussian.rest / 100
+    single = Gaussian(*(part.float() for part in parts))
+    conditional = ConditionalGaussian(single, random(2, *SHAPE, seed=7).float(), torch.zeros(2), torch.eye(2))
+    known = torch.tensor([[True, False]] * 3)
+
+    def answers():
+        features = random(3, 2, seed=8).float()
+        yield from (
+            single.denoiser(process)(z, 0.4),
+            single.covariance(z),
+            single.precision(z),
+            single.narrowed(2.0).directions,
+        )
+        yield from (single.sample(z, features[:, [0, 0, 1]]))
+        yield conditional.denoiser(features, known, process)(z, 0.4)
+
+    plain = list(answers())
+    with torch.autocast("cpu", torch.bfloat16):
+        again = list(answers())
+    assert all(torch.equal(one, other) for one, other in zip(plain, again))

@@ -6,8 +6,9 @@ x ~ N(m + B f, U V U' + R), where the features are Gaussian, too, so that missin
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ from ldm3d.errors import InputError
 
 RIDGE = 1e-3  # in units of a feature's variance
 FOLDS = 5  # of a cross-validation; sample n is in fold n mod folds
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
+def full_precision(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """The same function out of autocast: in bfloat16 a system whose parts are large and small has another solution."""
+
+    @functools.wraps(function)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return called
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Gaussian:
     variances: Tensor
     rest: Tensor
 
+    @full_precision
     def denoiser(self, process: Process) -> Denoiser:
         """(z, t) -> E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m) with S = U V U' + R.
 
@@ -44,6 +60,7 @@ class Gaussian:
         u = self.directions.flatten(2)  # (k, C, positions)
         gram = torch.einsum("icp,jcp->cij", u, u)  # U_c' U_c of each channel
 
+        @full_precision
         def denoise(z: Tensor, t: float) -> Tensor:
             alpha, sigma = process.alpha(t), process.sigma(t)
             known = alpha**2 * self.rest + sigma**2  # A, (C,)
@@ -60,11 +77,13 @@ class Gaussian:
 
         return denoise
 
+    @full_precision
     def covariance(self, v: Tensor) -> Tensor:
         """(U V U' + R) v, like v (N, C, X, Y, Z)."""
         scores = torch.einsum("kcxyz,ncxyz->nk", self.directions, v) * self.variances
         return torch.einsum("nk,kcxyz->ncxyz", scores, self.directions) + self.rest[:, None, None, None] * v
 
+    @full_precision
     def precision(self, v: Tensor) -> Tensor:
         """(U V U' + R)^-1 v, like v, by Woodbury's identity; R above 0."""
         weighed = v / self.rest[:, None, None, None]
@@ -72,6 +91,7 @@ class Gaussian:
         scores = root * ((torch.einsum("kcxyz,ncxyz->nk", self.directions, weighed) * root) @ self._inner_of_rest)
         return weighed - torch.einsum("nk,kcxyz->ncxyz", scores, self.directions) / self.rest[:, None, None, None]
 
+    @full_precision
     def narrowed(self, precision: float | Tensor) -> "Gaussian":
         """What is left of the covariance after a look at x with noise of this precision, (S^-1 + p)^-1; the mean as it was.
 
@@ -94,6 +114,7 @@ class Gaussian:
         system = torch.einsum("icxyz,jcxyz,c->ij", scaled, scaled, weights.to(scaled))
         return torch.linalg.inv(torch.eye(len(system)).to(system) + system)
 
+    @full_precision
     def sample(self, noise: Tensor, scores: Tensor) -> Tensor:
         """x (N, C, X, Y, Z) from standard normal `noise`, like x, and `scores` (N, k)."""
         along = torch.einsum("nk,kcxyz->ncxyz", scores.to(self.mean) * self.variances.sqrt(), self.directions)
@@ -159,6 +180,7 @@ class ConditionalGaussian:
     centre: Tensor
     covariance: Tensor
 
+    @full_precision
     def given(self, features: Tensor, known: Tensor) -> Gaussian:
         """The distribution of x given some of the features, with a mean for each row.
 
