@@ -74,8 +74,11 @@ def export(
     if account:
         write_account(account, out)
     write_methods(out, methods_text(account, exported.sampling, metrics))
-    about_it = {"account": account, "metrics": metrics, "about": text, "structures": structures, "licence": licence}
-    write_atomic(out / CARD, card(called or out.resolve().name, exported, precision, **about_it))
+    name = called or out.resolve().name
+    known = card(
+        name, exported, precision, account=account, metrics=metrics, about=text, structures=structures, licence=licence
+    )
+    write_atomic(out / CARD, known)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

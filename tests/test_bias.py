@@ -14,12 +14,12 @@ from ldm3d.data.nifti import read_volume
 from ldm3d.data.preparing import load_info, load_prepared, read_scan_table, restore_scan
 from ldm3d.errors import InputError
 
-SHAPE, SPACING = (28, 34, 28), 4.5
+SHAPE, SPACING = (40, 48, 40), 4.5
 AFFINE = np.diag([SPACING] * 3 + [1.0])
 
 
 def brain() -> np.ndarray:
-    """Three tissues without a field, (1, 28, 34, 28)."""
+    """Three tissues without a field, (1, 40, 48, 40)."""
     x, y, z = (np.linspace(-1, 1, n) for n in SHAPE)
     x, y, z = np.meshgrid(x, y, z, indexing="ij")
     radius = np.sqrt((x / 0.8) ** 2 + (y / 0.85) ** 2 + (z / 0.8) ** 2)
@@ -31,7 +31,7 @@ def brain() -> np.ndarray:
 
 
 def field() -> np.ndarray:
-    """From 0.7 to 1.5 along a diagonal, with a bow, (1, 28, 34, 28)."""
+    """From 0.7 to 1.5 along a diagonal, with a bow, (1, 40, 48, 40)."""
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
     return np.exp(0.25 * x + 0.15 * z - 0.2 * y**2)[None].astype(np.float32)
 
@@ -76,7 +76,7 @@ def test_prepared_scans_are_corrected_and_find_their_way_back(tmp_path, fails, m
     settings["data"] |= {
         "bias_correction": "n4",
         "splits": {"validation": 0, "test": 0},
-        "grid": {"shape": [36, 28, 28], "spacing_mm": 4.5},
+        "grid": {"shape": [48, 40, 40], "spacing_mm": 4.5},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command_line("prepare", tmp_path / "config.yaml", "--workers", 1)
