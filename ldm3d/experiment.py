@@ -329,6 +329,7 @@ def _config_of(model: Path) -> Config:
             "skull_stripped": parts["skull_stripped"],
             "suffix": parts["suffix"],
             "splits": {"validation": 0, "test": 0},
+            **(parts["preparation"].to_dict() if parts["preparation"] else {}),
         },
         "covariates": [{name: getattr(c, name) for name in columns} | {"range": c.range} for c in schema],
         "autoencoder": {"network": {"latent_channels": 1, "downsampling": 1, "channels": [1]}, "training": unused},

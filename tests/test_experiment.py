@@ -215,6 +215,15 @@ def test_a_model_folder_names_no_subject(tmp_path, train_here, monkeypatch):
         assert not [secret for secret in secrets if secret.encode() in held], path
 
 
+def test_a_model_alone_says_how_its_scans_were_prepared(experiment, tmp_path):
+    shutil.copytree(experiment / "run/model", tmp_path / "shared")
+    description = json.loads((tmp_path / "shared/pipeline.json").read_text())
+    description["preparation"] = {"percentiles": [1, 99], "registration": {"to": "mni152", "kind": "affine"}}
+    (tmp_path / "shared/pipeline.json").write_text(json.dumps(description))
+    data = find_experiment(tmp_path / "shared", "none").config.data
+    assert data.percentiles == (1, 99) and data.registration.kind == "affine"
+
+
 def test_a_model_without_its_experiment_says_what_cannot_be_told(experiment, tmp_path, fails):
     shutil.copytree(experiment / "run/model", tmp_path / "shared")
     asked = ["evaluate", tmp_path / "shared", "--data", experiment / "data", "--num", 3, "--out", tmp_path / "out"]
