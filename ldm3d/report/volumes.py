@@ -7,10 +7,10 @@ import pandas as pd
 
 from ldm3d.covariates import CovariateSchema
 from ldm3d.data.splits import TEST, TRAIN
+from ldm3d.data.table_one import table_1
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.samples import QUALITIES
 from ldm3d.report.page import Section
-from ldm3d.report.preparation import table_1
 
 HELD_OUT, SYNTHETIC = "held-out", "synthetic"
 
