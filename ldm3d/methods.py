@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm3d.covariates import in_words
 from ldm3d.description import Sampling
 from ldm3d.files import write_atomic
 
@@ -184,7 +185,9 @@ def _evaluated(metrics: Mapping[str, Any]) -> str:
         if each["kind"] == "generated":
             r = _interval(each["r"], each["r_low"], each["r_high"], ".3f")
             slope = _interval(each["slope"], each.get("slope_low"), each.get("slope_high"), ".2f")
-            sentences.append(f"Requested and measured {each['covariate']} correlated by r = {r}, with a slope of {slope}.")
+            sentences.append(
+                f"Requested and measured {in_words(each['covariate'])} correlated by r = {r}, with a slope of {slope}."
+            )
     if likeness := metrics["likeness"]:
         found = [f"{each['name']} {_interval(each['value'], each['low'], each['high'], '.3g')}" for each in likeness]
         sentences.append(f"Realism, by two one-sided tests against real volumes [@schuirmann1987]: {'; '.join(found)}.")
