@@ -14,7 +14,7 @@ from ldm3d.config.data import CovariateConfig
 from ldm3d.config.read import load_config
 from ldm3d.config.yaml import parse_yaml
 from ldm3d.covariates import CovariateSchema
-from ldm3d.data import one_scan
+from ldm3d.data import registration
 from ldm3d.data.nifti import read_volume, write_volume
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.preparing import Prepared, load_look
@@ -98,7 +98,7 @@ def test_every_entry_on_the_page_names_its_scan_alone(config):
 
 
 def test_a_run_that_was_stopped_shows_everything_after_the_next(config, monkeypatch):
-    real, count = one_scan.to_grid, []
+    real, count = registration.to_grid, []
 
     def stopped(*arguments):
         count.append(1)
@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_shows_everything_after_the_next(config, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(one_scan, "to_grid", stopped)
+    monkeypatch.setattr(registration, "to_grid", stopped)
     with pytest.raises(SystemExit):
         prepared(config)
     monkeypatch.undo()

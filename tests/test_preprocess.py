@@ -278,7 +278,7 @@ def test_unexpected_failure_is_named_too(dataset, monkeypatch):
     def fail(volume, *_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("ldm3d.data.one_scan.to_grid", fail)
+    monkeypatch.setattr("ldm3d.data.registration.to_grid", fail)
     with pytest.raises(InputError, match="unexpected ZeroDivisionError: a bug"):
         prepare(dataset(), workers=1)
 
