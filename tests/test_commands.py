@@ -24,7 +24,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MODEL = "brains-4.5mm"
 # Programs of others, whose options are not known here; and words of the shell
-OTHERS = {"cp", "conda", ".", "export", "head", "[", "scontrol", "mri_synthseg", "pre-commit", "hf"}
+OTHERS = {"cp", "mkdir", "tar", "conda", ".", "export", "head", "[", "scontrol", "mri_synthseg", "pre-commit", "hf"}
 BASE = yaml.safe_load((ROOT / "configs/age-and-sex.yaml").read_text(encoding="utf-8"))
 
 

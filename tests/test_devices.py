@@ -7,7 +7,7 @@ from accelerate.utils.other import compile_regions_fsdp2
 from test_end_to_end import another_run
 from torture.generation import make_pipeline
 
-from ldm3d import devices, pipeline
+from ldm3d import devices
 from ldm3d.config.sections import TrainingConfig
 from ldm3d.covariates import drop_covariates
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
@@ -15,7 +15,7 @@ from ldm3d.diffusion.denoiser import call_network
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.errors import InputError
-from ldm3d.generation import run, sampling
+from ldm3d.generation import identity, run, sampling
 from ldm3d.generation import series as series_format
 from ldm3d.generation.series import SERIES
 from ldm3d.models.autoencoder import Autoencoder
@@ -88,7 +88,7 @@ def test_a_series_that_does_not_say_its_gpu_is_refused_and_one_of_a_cpu_goes_on(
     rows = model.parse(ROWS[:1])
     assert run.generate(model, out, rows, model.sampling).made == 1
     assert run.generate(model, out, rows, model.sampling).kept == 1
-    monkeypatch.setattr(pipeline, "described", lambda device: "cuda, NVIDIA X")
+    monkeypatch.setattr(identity, "described", lambda device: "cuda, NVIDIA X")
     with pytest.raises(InputError, match="device: cpu -> cuda, NVIDIA X"):
         run.generate(model, out, rows, model.sampling)
     series = out / SERIES

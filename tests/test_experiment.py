@@ -209,7 +209,9 @@ def test_a_model_folder_names_no_subject(tmp_path, train_here, monkeypatch):
     run = (tmp_path / "run" / EXPERIMENT).read_text()
     assert all(secret in run for secret in ("AgeAtSecretVisit", str(tmp_path), scan_of(scans["key"][0]))), "the test sees them"
     files = [path for path in (tmp_path / "run/model").rglob("*") if path.is_file()]
-    assert sorted(path.name for path in files) == sorted(["pipeline.json", *["config.json", "model.safetensors"] * 2])
+    assert sorted(path.name for path in files) == sorted(
+        ["pipeline.json", "methods.md", "references.bib", "training.json", *["config.json", "model.safetensors"] * 2]
+    )
     for path in files:
         held = path.read_bytes()
         assert not [secret for secret in secrets if secret.encode() in held], path

@@ -178,7 +178,7 @@ def test_evaluation_finds_derivatives_and_masks_of_its_own_data_and_the_masks_of
     known = experiment.Experiment(trained, base=tmp_path)
 
     def data_of(data, own):
-        experiment._prepared(known, data, tmp_path / "work", None, own, ALONE)
+        experiment._prepared(known, data, tmp_path / "work", None, own, ALONE, ())
         return asked["data"]
 
     own = data_of(tmp_path / "bids", own=True)
