@@ -22,6 +22,7 @@ from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import ChannelNorm, normalise_channels
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import CovariateTokens, UNet, double_last_planes, pad_to_even
+from ldm3d.pipeline import Pipeline
 from ldm3d.processes import own_device
 from ldm3d.training.ema import EMA
 from ldm3d.training.losses import kl_divergence
@@ -123,7 +124,7 @@ def test_a_gpu_takes_more_volumes_at_a_time(monkeypatch, shape, device, expected
     model = make_pipeline(channels=16)
     latents = tuple(n // (8 if shape[0] > 100 else 4) for n in shape)
     monkeypatch.setattr(type(model.autoencoder), "latent_shape", lambda self, shape: (3, *latents))
-    monkeypatch.setattr(pipeline.Pipeline, "device", torch.device(device))
+    monkeypatch.setattr(Pipeline, "device", torch.device(device))
     assert model.group_size == expected
 
 

@@ -172,7 +172,7 @@ def test_masks_outside_of_the_dataset_are_not_read(dataset, tmp_path):
 def test_evaluation_finds_derivatives_and_masks_of_its_own_data_and_the_masks_of_others(dataset, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(experiment, "prepare", lambda config, processes: asked.update(data=config.data))
-    monkeypatch.setattr(experiment, "read_scan_table", lambda config: None)
+    monkeypatch.setattr(experiment, "read_scan_table", lambda config: [each.name for each in config.covariates])
     settings = "data.derivatives=prep", "data.mask={desc: brain, root: masks}", "data.covariates_tables=[t.csv]"
     trained = dataset(*settings, "data.exclude=qc")
     known = experiment.Experiment(trained, base=tmp_path)
