@@ -254,7 +254,7 @@ def test_what_is_known_of_the_training_is_in_the_card_and_the_methods(experiment
         "- 11 people are few",
         "- No privacy audit stands here",
     ):
-        assert line in card, card
+        assert line in card, line
     assert "Not described" not in card
     text = (tmp_path / "out/methods.md").read_text()
     assert "11 (11 scans) for training" in text and "r = 0.876 (0.700 to 0.950)" in text

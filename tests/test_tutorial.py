@@ -49,7 +49,7 @@ def ixi(tmp_path, monkeypatch) -> Path:
         tilt[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
         tilt[:3, 3] = 5 * i, -3 * i, 10
         nib.save(nib.Nifti1Image((head + i).astype(np.float32), tilt @ coarse), tmp_path / f"ixi/T1/{name}-T1.nii.gz")
-    people = {"IXI_ID": [2, 12, 12, 13, 25], "SEX_ID (1=m, 2=f)": [2, 1, 1, 1, 2], "AGE": [35.8, 38.78, 38.78, np.nan, 46.7]}
+    people = {"IXI_ID": [2, 12, 12, 13, 25], "SEX_ID (1=m, 2=f)": [2, 1, 1, 1, 2], "AGE": [35.8, 38.78, 38.78, 50.1, 46.7]}
     pd.DataFrame(people).to_excel(tmp_path / "ixi/IXI.xlsx", index=False)
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/mri_synthstrip"
@@ -66,10 +66,7 @@ def test_the_first_steps_work_as_they_are_written(ixi, capsys):
     assert table["participant_id"].tolist() == [name.split("-")[0] for name in NAMES]
     assert table["site"].tolist() == ["Guys", "HH", "HH", "Guys", "IOP"]
     assert table["sex"].tolist()[:4] == ["F", "M", "M", "F"] and table["age"].isna().tolist() == [
-        False,
-        False,
-        True,
-        False,
+        *([False] * 4),
         True,
     ]
     written = yaml.safe_load(blocks("yaml")[0])

@@ -170,7 +170,7 @@ def export(
     """Copy a model for others: half of the size, with a model card (README.md) made from what is known of it."""
     from ldm3d.export import export as write
 
-    size = write(model, out, precision, about, segmenter, licence, evaluation)
+    size = write(model, out, precision, about, segmenter, licence, evaluation=evaluation)
     print(f"model written to {out}: {size / 1e6:.1f} MB; read its README.md before you publish it")
 
 

@@ -18,7 +18,21 @@ MAX_VOXELS = 2**30  # of the grid: 1024^3
 RESERVED_NAMES = frozenset(
     {
         *("subject", "session", "path", "key", "split", "participant_id", "session_id"),
-        *("ask", "audit", "batch_size", "check", "compile", "device", "dicom", "group", "guidance", "help", "no_check", "num", "out"),
+        *(
+            "ask",
+            "audit",
+            "batch_size",
+            "check",
+            "compile",
+            "device",
+            "dicom",
+            "group",
+            "guidance",
+            "help",
+            "no_check",
+            "num",
+            "out",
+        ),
         *("precision", "sampler", "seed", "steps", "table", "threads", "volumes"),
         *("guidance_interval", "guidance_rescale", "num_volumes", "progress", "rows", "self", "spacing"),
         *("bids", "condition", "conditions", "image_guidance", "like", "measured"),
