@@ -89,7 +89,7 @@ class DiffusionTask(Task):
         file = condition_file(settings.makes) if settings.makes else MOMENTS
         if settings.makes:
             moments = self.moments = np.load(config.latents_folder / file, mmap_mode="r")
-        # What is made may be missing for some scans; a scan's own latent that is not finite is a fault, which steps skip and name
+        # What is made may be missing for some scans; a scan's own latent that is not finite is a fault, which steps skip
         there = np.isfinite(moments[:, 0, 0, 0, 0]) if settings.makes else np.ones(len(scans), bool)
         self.split = {
             name: [i for i, s in enumerate(scans["split"]) if s == name and there[i]] for name in ("train", "validation")
