@@ -283,9 +283,11 @@ def _regression(covariance: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _principal_components(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    """(mean, (k, D)) of samples fewer than dimensions, by their Gram matrix."""
+    """(mean, (k, D)), by the Gram matrix of the samples or, where they are more than the dimensions, by their covariance."""
     mean = x.mean(dim=0)
     rows = (x - mean).flatten(1)
+    if len(rows) > rows.shape[1]:
+        return mean, torch.linalg.eigh(rows.T @ rows)[1].flip(1)[:, :components].T
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # ascending
     leading = vectors.flip(1)[:, :components]
     return mean, (leading / values.flip(0)[:components].clamp_min(1e-30).sqrt()).T @ rows
