@@ -169,7 +169,13 @@ def _figures(metrics: Mapping[str, Any]) -> str:
             rows.append((f"{name} r", _number(each["r"]), each["r_low"], each["r_high"], each["n"]))
             rows.append((f"{name} slope", _number(each["slope"]), each.get("slope_low"), each.get("slope_high"), each["n"]))
     rows += [
-        (f"{each['name']} ({each['verdict']})", _number(each["value"]), each["low"], each["high"], each["synthetic"])
+        (
+            f"{each.get('title', each['name'])} ({each['verdict']})",
+            _number(each["value"]),
+            each["low"],
+            each["high"],
+            each["synthetic"],
+        )
         for each in metrics["likeness"]
     ]
     lines = ["| figure | value | 95% interval | volumes |", "|---|---|---|---|"]

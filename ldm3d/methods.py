@@ -189,7 +189,10 @@ def _evaluated(metrics: Mapping[str, Any]) -> str:
                 f"Requested and measured {in_words(each['covariate'])} correlated by r = {r}, with a slope of {slope}."
             )
     if likeness := metrics["likeness"]:
-        found = [f"{each['name']} {_interval(each['value'], each['low'], each['high'], '.3g')}" for each in likeness]
+        found = [
+            f"{each.get('title', each['name'])} {_interval(each['value'], each['low'], each['high'], '.3g')}"
+            for each in likeness
+        ]
         sentences.append(f"Realism, by two one-sided tests against real volumes [@schuirmann1987]: {'; '.join(found)}.")
     return " ".join(sentences)
 

@@ -230,7 +230,15 @@ def test_card(tiny, model, tmp_path, capsys):
 
 def test_what_is_known_of_the_training_is_in_the_card_and_the_methods(experiment, model, tmp_path, fails):
     """And figures of an evaluation, with their intervals, if it is of this model."""
-    likeness = {"name": "MMD", "value": 0.1234, "low": 0.1, "high": 0.15, "verdict": "beyond the margin", "synthetic": 9}
+    likeness = {
+        "name": "rbf_mmd",
+        "title": "MMD",
+        "value": 0.1234,
+        "low": 0.1,
+        "high": 0.15,
+        "verdict": "beyond the margin",
+        "synthetic": 9,
+    }
     interval = {"r_low": 0.7, "r_high": 0.95, "slope_low": 0.5, "slope_high": 0.8}
     quality = {name: {"mean": 30.25, "low": 29.0, "high": 31.5} for name in ("psnr_foreground_db", "ssim_foreground")}
     metrics = {

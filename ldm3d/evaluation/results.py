@@ -12,6 +12,7 @@ from ldm3d.evaluation import subgroups
 from ldm3d.evaluation.anatomy import Anatomy
 from ldm3d.evaluation.discriminability import Discriminability
 from ldm3d.evaluation.likelihood import COLUMNS
+from ldm3d.evaluation.realism_metrics import REALISM_METRICS
 from ldm3d.evaluation.samples import QUALITIES
 from ldm3d.evaluation.subgroups import Gap, VolumeScores
 from ldm3d.evaluation.support import OutsideTraining
@@ -94,8 +95,8 @@ class Evaluation:
             "fairness": [gap.to_dict() for gap in self.gaps],
             "beyond_training": [each.to_dict() for each in self.outside],
             "sweeps": [each.to_dict() for each in self.sweeps],
-            "likeness": [finding.to_dict() for finding in self.realism],
-            "likeness_of_reconstructions": [finding.to_dict() for finding in self.realism_of_reconstructions],
+            "likeness": [_named(finding) for finding in self.realism],
+            "likeness_of_reconstructions": [_named(finding) for finding in self.realism_of_reconstructions],
         }
         if self.anatomy:
             found["anatomy"] = self.anatomy.to_dict()
@@ -140,3 +141,8 @@ class Evaluation:
 
     def find(self, covariate: str, kind: str) -> Comparison | None:
         return next((c for c in self.comparisons if (c.covariate, c.kind) == (covariate, kind)), None)
+
+
+def _named(finding: Finding) -> dict[str, Any]:
+    """A finding of realism, with the title of its metric."""
+    return {**finding.to_dict(), "title": REALISM_METRICS[finding.name].title}
