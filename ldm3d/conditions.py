@@ -1,8 +1,9 @@
 """Images as conditions: from volumes on the Grid to channels on the latent grid, which a U-Net is given beside z.
 
-An image becomes its latent, by the model's own autoencoder. A label map, as shares of each voxel, becomes shares of each block
-of voxels. Each channel has a second one that says whether it is given (`ldm3d.models.conditioning.Conditions.known`): 1, 0,
-or where voxels are missing the share of the block that is there.
+An image becomes its latent, by the model's own autoencoder; covariates that another visit tells are channels that are the same
+everywhere. A label map, as shares of each voxel, becomes shares of each block of voxels. What is made worse on the fly becomes
+the voxels of each block: nothing is encoded in a step, and nothing is lost. Each channel has a second one that says whether it
+is given (`ldm3d.models.conditioning.Conditions.known`).
 
 Legend: (N, C, X, Y, Z) volumes; (N, c, x, y, z) channels on the latent grid, f = X / x.
 """
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
-from ldm3d.config.conditions import Condition, LabelsCondition
+from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.models.autoencoder import LatentSpace
+from ldm3d.models.blocks import space_to_depth
 
 
 class ImageChannels:
@@ -27,25 +29,49 @@ class ImageChannels:
 
     def __init__(self, conditions: Sequence[Condition], autoencoder: LatentSpace):
         self.conditions, self.autoencoder = tuple(conditions), autoencoder
-        self.widths = [
-            len(each.groups) if isinstance(each, LabelsCondition) else autoencoder.latent_channels for each in self.conditions
-        ]
+        self.widths = [self._width(each) for each in self.conditions]
 
     @property
     def count(self) -> int:
         """Channels of all conditions together."""
         return sum(self.widths)
 
-    def encoded(self, condition: Condition, volumes: Tensor) -> Tensor:
-        """Volumes (N, C, X, Y, Z) of a condition as raw channels (N, c, x, y, z), as the latent cache stores them."""
+    def _width(self, condition: Condition) -> int:
+        if isinstance(condition, LabelsCondition):
+            return len(condition.groups)
+        if isinstance(condition, ImageCondition):
+            return self.autoencoder.latent_channels + len(condition.tells)
+        return self.autoencoder.in_channels * self.autoencoder.downsampling**3
+
+    def encoded(self, condition: Condition, volumes: Tensor, told: Tensor | None = None) -> Tensor:
+        """Volumes (N, C, X, Y, Z) of a condition as raw channels (N, c, x, y, z), as the latent cache stores them.
+
+        Args:
+            condition: of which they are.
+            volumes: on the Grid.
+            told: of a visit, standardised covariates that it `tells`, (N, K), NaN for unknown; None: all are.
+        """
         if isinstance(condition, LabelsCondition):
             return self.shares(volumes.float())
+        if isinstance(condition, DegradedCondition):
+            return space_to_depth(volumes.float(), self.autoencoder.downsampling)
+        if told is None:
+            told = torch.full((len(volumes), len(condition.tells)), torch.nan)
+        return with_told(self.latents(volumes), told)
+
+    def latents(self, volumes: Tensor) -> Tensor:
+        """The means of the posteriors of volumes, raw: (N, C, X, Y, Z) -> (N, c, x, y, z)."""
         dtype = next(self.autoencoder.parameters()).dtype
         return self.autoencoder.sample(self.autoencoder.encode(volumes.to(dtype))).float()
 
     def shares(self, volumes: Tensor) -> Tensor:
         """The mean of each block of f^3 voxels: (N, C, X, Y, Z) -> (N, C, x, y, z)."""
         return avg_pool3d(volumes, self.autoencoder.downsampling)
+
+    def measured(self, masks: Tensor) -> Tensor:
+        """Which voxels of a degraded volume are there, (N, 1, X, Y, Z), as its channels are: (N, C f^3, x, y, z)."""
+        whole = masks.expand(-1, self.autoencoder.in_channels, -1, -1, -1)
+        return space_to_depth(whole, self.autoencoder.downsampling)
 
     def stacked(
         self, raw: Mapping[str, Tensor], measured: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
@@ -54,7 +80,7 @@ class ImageChannels:
 
         Args:
             raw: by a condition's name its channels from `encoded`, NaN where nothing is given; a condition may be missing.
-            measured: by name the share of each block that is there, (N, 1, x, y, z); 1 where a condition is missing in it.
+            measured: by name what `measured` says; a condition that is missing in it is there as a whole.
             given: by name whether each sample has the condition, (N,); None: all of `raw`.
         """
         example = next(iter(raw.values()))
@@ -68,6 +94,21 @@ class ImageChannels:
             share = channels.isfinite().to(channels) * measured.get(condition.name, 1.0)
             if given is not None:
                 share = share * given[condition.name].to(share).reshape(-1, 1, 1, 1, 1)
-            images.append(channels if isinstance(condition, LabelsCondition) else self.autoencoder.normalise(channels))
+            images.append(self._scaled(condition, channels))
             known.append(share)
         return torch.cat(images, dim=1), torch.cat(known, dim=1)
+
+    def _scaled(self, condition: Condition, raw: Tensor) -> Tensor:
+        """Raw channels in about the range of a network's inputs."""
+        if isinstance(condition, LabelsCondition):
+            return raw
+        if isinstance(condition, DegradedCondition):
+            return 2 * raw - 1
+        latent, told = raw.tensor_split([self.autoencoder.latent_channels], dim=1)
+        return torch.cat([self.autoencoder.normalise(latent), told], dim=1)
+
+
+def with_told(latents: Tensor, told: Tensor) -> Tensor:
+    """Latents (..., c, x, y, z) with numbers (..., K) behind, each as a channel that is the same everywhere."""
+    spread = told.to(latents)[..., None, None, None].expand(*told.shape, *latents.shape[-3:])
+    return torch.cat([latents, spread], dim=-4)

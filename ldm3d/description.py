@@ -16,6 +16,7 @@ from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, in_words, without_sources
 from ldm3d.config.data import MAX_VOXELS, DataConfig, RegistrationConfig, Suffix
 from ldm3d.covariates import CovariateSchema
+from ldm3d.data.contrast import Contrast, blocks_of
 from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.diffusion.schedules import make_process
@@ -31,7 +32,7 @@ DESCRIPTION = "pipeline.json"
 # What it describes
 PARTS = (
     *("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising"),
-    *("preparation", "conditions"),
+    *("preparation", "conditions", "contrasts"),
 )
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
@@ -129,6 +130,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **({"starts": True} if parts["starts"] else {}),
         **({"denoising": parts["denoising"]} if parts["denoising"] else {}),
         **({"conditions": [*map(without_sources, parts["conditions"])]} if parts["conditions"] else {}),
+        **({"contrasts": {name: each.to_dict() for name, each in parts["contrasts"].items()}} if parts["contrasts"] else {}),
         **({"preparation": parts["preparation"].to_dict()} if parts["preparation"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
@@ -155,6 +157,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "starts": bool(values.get("starts", False)),
             "denoising": TypeAdapter(Denoising).validate_python(values.get("denoising", {})),
             "conditions": TypeAdapter(ImageConditions).validate_python(values.get("conditions", ())),
+            "contrasts": TypeAdapter(dict[str, Contrast]).validate_python(values.get("contrasts", {})),
             "preparation": TypeAdapter(Preparation | None).validate_python(values.get("preparation")),
         }
     except ValidationError as error:
@@ -235,6 +238,11 @@ def check_parts(
         raise InputError(
             f"{folder}: {START} is of latents {start.shape} and covariates with {list(start.num_categories)} categories, the "
             f"networks are of {latent} and {schema.num_categories}; they are of different models"
+        )
+    wanted_blocks = blocks_of(grid.shape, grid.spacing_mm)
+    if odd := [name for name, each in parts["contrasts"].items() if each.shape != wanted_blocks]:
+        raise InputError(
+            f"{folder}: the contrast of {odd[0]} is of another grid; it is damaged or of another version of ldm3d"
         )
     if any(n % factor for n in grid.shape):
         raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

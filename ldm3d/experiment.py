@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from ldm3d.account import account_of, write_account
 from ldm3d.base_model import take_autoencoder
+from ldm3d.config.conditions import without_sources
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
-from ldm3d.data.conditions import cached_conditions, find_files
+from ldm3d.data.conditions import ScanImages, cached_conditions, find_files
 from ldm3d.data.conditions import fingerprint as fingerprint_of_condition
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.placing import grid_of
@@ -29,7 +30,7 @@ from ldm3d.files import write_atomic
 from ldm3d.geometry import FOREGROUND, Grid
 from ldm3d.methods import methods_text, write_methods
 from ldm3d.models.pretrained import read_json, weights_hash
-from ldm3d.other_data import config_for
+from ldm3d.other_data import config_for, found_from
 from ldm3d.processes import ALONE, Processes
 from ldm3d.seen import Seen, seen_by
 from ldm3d.shipped import model_folder
@@ -177,7 +178,8 @@ def scans_by_use(
 
     Returns:
         (config whose prepared folder holds the scans, rows of its scan table that were trained on, those of subjects that
-        were not seen in any way). Subjects of the validation split are in neither.
+        were not seen in any way). Subjects of the validation split are in neither; nor are scans that lack an image which
+        the model takes or makes.
 
     Raises:
         InputError: what `find_experiment` raises; no such data, or nothing held out in it.
@@ -194,6 +196,9 @@ def scans_by_use(
         names = scans["key"].map(scan_of)
     seen = set(scans.loc[names.isin(known.seen), "subject"])
     seen |= _seen_by_label(known, scans, seen, data, own, processes.is_main)
+    if config.diffusion.conditions:  # those that lack an image are of no use; `ScanImages` warns of them
+        complete = ScanImages(config, scans).complete
+        scans, names = scans.iloc[complete], names.iloc[complete]
     held_out = scans[~scans["subject"].isin(seen)].reset_index(drop=True)
     if held_out.empty:
         raise InputError(f"all {len(scans)} scans of {data} are of subjects that the model was trained on; give others")
@@ -213,7 +218,7 @@ def _prepared(
     config = known.config
     if own and config.prepared_folder.is_dir() and not overrides:
         try:
-            return config, read_scan_table(config)
+            return found_from(config, known.base), read_scan_table(config)
         except InputError as error:
             if processes.is_main:
                 print(f"{error}\npreparing the scans in {work} for now", flush=True)
@@ -333,6 +338,10 @@ def _config_of(model: Path) -> Config:
         },
         "covariates": [{name: getattr(c, name) for name in columns} | {"range": c.range} for c in schema],
         "autoencoder": {"network": {"latent_channels": 1, "downsampling": 1, "channels": [1]}, "training": unused},
-        "diffusion": {"network": {"channels": [1], "attention": [False]}, "training": unused},
+        "diffusion": {
+            "network": {"channels": [1], "attention": [False]},
+            "training": unused,
+            "conditions": [*map(without_sources, parts["conditions"])],
+        },
     }
     return Config.model_validate(values)

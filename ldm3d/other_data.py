@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ldm3d.config.conditions import Condition
 from ldm3d.config.data import BRAIN_TOOLS
 from ldm3d.config.explain import explain
 from ldm3d.config.read import parse_override, set_key
@@ -58,7 +59,9 @@ def config_for(
     # Who is held out follows from what the model has seen, whatever columns the training's splits came from
     rule = {"split_column": None, "group_column": None, "splits": config.data.splits.model_copy(update={"stratify": ()})}
     data_of = config.data.model_copy(update={**source, **elsewhere, **rule, "root": root, "mask": mask})
-    config = config.model_copy(update={"data": data_of, "output": work})
+    conditions = tuple(_of_data(each, base if own else None) for each in config.diffusion.conditions)
+    diffusion = config.diffusion.model_copy(update={"conditions": conditions})
+    config = config.model_copy(update={"data": data_of, "diffusion": diffusion, "output": work})
     trusted = any(override.startswith("data.brain_extraction") for override in overrides)
     config = _overridden(config, overrides) if overrides else config
     tool = config.data.brain_extraction
@@ -69,6 +72,20 @@ def config_for(
             "--set data.brain_extraction=null for skull-stripped scans"
         )
     return config
+
+
+def found_from(config: Config, base: Path) -> Config:
+    """The same config with the folders in which images of conditions are found, if these are relative to `base`."""
+    folders = {name: base / path for name in ("bids", "derivatives") if (path := getattr(config.data, name))}
+    conditions = tuple(_of_data(each, base) for each in config.diffusion.conditions)
+    diffusion = config.diffusion.model_copy(update={"conditions": conditions})
+    return config.model_copy(update={"data": config.data.model_copy(update=folders), "diffusion": diffusion})
+
+
+def _of_data(condition: Condition, base: Path | None) -> Condition:
+    """A condition whose files are in the same folder as in the training, relative to `base`; None: in the data's own."""
+    folder = getattr(condition, "derivatives", None)
+    return condition.model_copy(update={"derivatives": base / folder if base else None}) if folder else condition
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:

@@ -20,6 +20,7 @@ from ldm3d.applied import Applied
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition
 from ldm3d.covariates import CovariateSchema, Value
+from ldm3d.data.contrast import Contrast
 from ldm3d.data.nifti import to_image
 from ldm3d.description import NO_CROP, Preparation, Sampling, summary
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser, in_turn
@@ -59,6 +60,7 @@ class Pipeline(Applied):
             variance; what is known of it from training.
         conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.
         preparation: how the scans of the training were brought to the Grid; None where that is not known.
+        contrasts: how the images of conditions looked in the training, by the condition's name; others are warned of.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -89,6 +91,7 @@ class Pipeline(Applied):
         denoising: Mapping[str, tuple[float, float]] | None = None,
         conditions: Sequence[Condition] = (),
         preparation: Preparation | None = None,
+        contrasts: Mapping[str, Contrast] | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
@@ -96,7 +99,7 @@ class Pipeline(Applied):
         self.start, self.schema, self.grid = start, schema, grid
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
-        self.denoising, self.preparation = dict(denoising or {}), preparation
+        self.denoising, self.preparation, self.contrasts = dict(denoising or {}), preparation, dict(contrasts or {})
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -74,6 +77,38 @@ def experiment(tmp_path_factory) -> Path:
     launch("ldm3d.training.autoencoder", config)
     command_line("encode", config)
     launch("ldm3d.training.diffusion", config)
+    return folder
+
+
+GROUPS = {"inside": [4, 43], "rest": [3]}
+CONDITIONS = [
+    {"name": "T2w", "kind": "image", "suffix": "T2w", "drop": 0.5},
+    {"name": "labels", "kind": "labels", "derivatives": "labels", "groups": GROUPS},
+    {"name": "holed", "kind": "degraded", "degradations": [{"operator": "hole", "strength": [40, 80]}]},
+]
+
+
+@pytest.fixture(scope="session")
+def conditioned(experiment, tmp_path_factory):
+    """An experiment with three conditions that starts from the tiny model; all but one subject have a T2w and labels."""
+    folder = tmp_path_factory.mktemp("conditioned")
+    shutil.copytree(experiment / "data", folder / "data")
+    for path in sorted(folder.glob("data/sub-*/anat/*_T1w.nii.gz"))[1:]:
+        image = nib.load(path)
+        voxels = image.get_fdata(dtype=np.float32)
+        nib.save(nib.Nifti1Image(voxels.max() - voxels, image.affine), str(path).replace("T1w", "T2w"))
+        labels = np.where(voxels > 0.6 * voxels.max(), 4, np.where(voxels > 0.2 * voxels.max(), 3, 0)).astype(np.int16)
+        target = folder / "labels" / path.parents[1].name / path.name.replace("T1w", "dseg")
+        target.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(labels, image.affine), target)
+    settings = tiny_settings(folder)
+    settings["diffusion"]["init_from"] = str(experiment / "run/model")
+    settings["diffusion"]["conditions"] = [dict(each) for each in CONDITIONS]
+    settings["diffusion"]["conditions"][1]["derivatives"] = str(folder / "labels")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command_line("prepare", config, "--workers", 1)
+    command_line("encode", config)
     return folder
 
 

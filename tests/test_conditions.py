@@ -14,44 +14,14 @@ from ldm3d.config.conditions import Degradation, DegradedCondition, ImageConditi
 from ldm3d.config.read import load_config
 from ldm3d.data.degrade import degraded
 from ldm3d.data.latents import read_latents
-from ldm3d.data.samples import IMAGE, LatentSamples
+from ldm3d.data.samples import IMAGE, LatentSamples, Visits
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
+from ldm3d.models.blocks import depth_to_space
 from ldm3d.models.unet import LatentUNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
-
-GROUPS = {"inside": [4, 43], "rest": [3]}
-CONDITIONS = [
-    {"name": "T2w", "kind": "image", "suffix": "T2w", "drop": 0.5},
-    {"name": "labels", "kind": "labels", "derivatives": "labels", "groups": GROUPS},
-    {"name": "holed", "kind": "degraded", "degradations": [{"operator": "hole", "strength": [40, 80]}]},
-]
-
-
-@pytest.fixture(scope="module")
-def conditioned(experiment, tmp_path_factory):
-    """An experiment with three conditions that starts from the tiny model; all but one subject have a T2w and labels."""
-    folder = tmp_path_factory.mktemp("conditioned")
-    shutil.copytree(experiment / "data", folder / "data")
-    for path in sorted(folder.glob("data/sub-*/anat/*_T1w.nii.gz"))[1:]:
-        image = nib.load(path)
-        voxels = image.get_fdata(dtype=np.float32)
-        nib.save(nib.Nifti1Image(voxels.max() - voxels, image.affine), str(path).replace("T1w", "T2w"))
-        labels = np.where(voxels > 0.6 * voxels.max(), 4, np.where(voxels > 0.2 * voxels.max(), 3, 0)).astype(np.int16)
-        target = folder / "labels" / path.parents[1].name / path.name.replace("T1w", "dseg")
-        target.parent.mkdir(parents=True)
-        nib.save(nib.Nifti1Image(labels, image.affine), target)
-    settings = tiny_settings(folder)
-    settings["diffusion"]["init_from"] = str(experiment / "run/model")
-    settings["diffusion"]["conditions"] = [dict(each) for each in CONDITIONS]
-    settings["diffusion"]["conditions"][1]["derivatives"] = str(folder / "labels")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    command_line("prepare", config, "--workers", 1)
-    command_line("encode", config)
-    return folder
 
 
 def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experiment, train_here, monkeypatch):
@@ -64,7 +34,7 @@ def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experi
     task, old = seen["task"], Pipeline.from_pretrained(experiment / "run/model", "cpu", torch.float32)
     assert [(c.mean, c.std) for c in task.schema] == [(c.mean, c.std) for c in old.schema]
     given = task.conditions_of([2, 3, 4])
-    assert given.images.shape[1] == 3 + 2 + 3 and given.known.any()
+    assert given.images.shape[1] == 3 + 2 + 64 and given.known.any()
     z, times = torch.randn(3, 3, *task.padded, generator=generator(1)), torch.tensor([10.0, 500.0, 990.0])
     for network in (task.trained["model"].network, task.trained["model"].average.network):
         with torch.no_grad():
@@ -73,7 +43,7 @@ def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experi
     (_, loss, _) = next(task.losses(batch, 0))
     loss.backward()
     gradient = task.trained["model"].network.conv_images.weight.grad
-    assert all(part.abs().sum() > 0 for part in gradient[:, :8].split([3, 2, 3], dim=1))  # each condition is looked at
+    assert all(part.abs().sum() > 0 for part in gradient[:, :69].split([3, 2, 64], dim=1))  # each condition is looked at
 
 
 def test_what_is_given_is_what_the_files_hold(conditioned):
@@ -120,7 +90,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(conditioned, train_here):
     train_here("diffusion", config, steps, "training.checkpoint_every=2", "training.workers=1")
     assert weights.read_bytes() == once
     unet = LatentUNet.from_pretrained(conditioned / "run/model/unet")
-    assert unet.image_channels == 8 and unet.conv_images.weight.abs().sum() > 0
+    assert unet.image_channels == 69 and unet.conv_images.weight.abs().sum() > 0
 
 
 def test_the_base_model_has_to_fit(conditioned, tmp_path):
@@ -130,7 +100,7 @@ def test_the_base_model_has_to_fit(conditioned, tmp_path):
 
             config = load_config(conditioned / "config.yaml", changes)
             take_autoencoder(config)
-            first_unet(config, 8)
+            first_unet(config, 69)
         return str(error.value)
 
     assert "its covariates are age (years)" in wrong("covariates=[]")
@@ -146,6 +116,8 @@ def test_the_base_model_has_to_fit(conditioned, tmp_path):
         ([{"name": "a", "kind": "image"}], "either `suffix: T2w`"),
         ([{"name": "a", "kind": "image", "suffix": "T2w", "visit": "earlier"}], "either"),
         ([{"name": "a", "kind": "picture", "suffix": "T2w"}], "picture"),
+        ([{"name": "a", "kind": "image", "suffix": "T2w", "tells": ["age"]}], "drop `tells`"),
+        ([{"name": "a", "kind": "image", "visit": "other", "tells": ["sex"]}], "use age, ventricular_volume_ml"),
         ([{"name": "a b", "kind": "image", "suffix": "T2w"}], "a b"),
         ([{"name": "a", "kind": "labels", "groups": {}}], "at least one group"),
         ([{"name": "a", "kind": "labels", "groups": {"x": [4], "y": [4]}}], "listed twice"),
@@ -234,7 +206,7 @@ def test_channels_say_what_is_known():
     labels = LabelsCondition(name="labels", kind="labels", groups={"a": [1], "b": [2]})
     holed = DegradedCondition(name="holed", kind="degraded", degradations=[Degradation(operator="hole", strength=(9, 9))])
     channels = ImageChannels([image, labels, holed], autoencoder)
-    assert channels.count == 8
+    assert channels.count == 3 + 2 + 64
     shares = torch.zeros(2, 2, 8, 8, 8)
     shares[0, 0, :4, :4, :2] = 1
     raw = {"labels": channels.encoded(labels, shares), "T2w": torch.full((2, 3, 2, 2, 2), 2.0)}
@@ -242,9 +214,44 @@ def test_channels_say_what_is_known():
     images, known = channels.stacked(raw, {"T2w": torch.full((2, 1, 2, 2, 2), 0.25)})
     assert images[0, :3].eq(0).all() and known[0, :3].eq(0.25).all() and known[1, :3].eq(0).all()
     assert images[0, 3, 0, 0, 0] == 0.5 and images[0, 3:5].sum() == 0.5 and known[:, 3:5].eq(1).all()
-    assert known[:, 5:].eq(0).all() and images.shape == known.shape == (2, 8, 2, 2, 2)
+    assert known[:, 5:].eq(0).all() and images.shape == known.shape == (2, 69, 2, 2, 2)
     _, dropped = channels.stacked(raw, {}, {"labels": torch.tensor([True, False]), "T2w": torch.tensor([False, True])})
     assert dropped[0, 3:5].eq(1).all() and dropped[1, 3:5].eq(0).all() and dropped[:, :3].eq(0).all()
+
+
+def test_a_visit_tells_its_own_age(tmp_path):
+    """A channel that is the same everywhere, of the visit that is given, in training and in requests; NaN where unknown."""
+    autoencoder = Autoencoder(latent_channels=3, downsampling=4, channels=[8, 16], blocks=1).eval()
+    autoencoder.latent_mean.fill_(2.0)
+    visit = ImageCondition(name="visit", kind="image", visit="other", tells=["age"])
+    channels = ImageChannels([visit], autoencoder)
+    assert channels.count == 4
+    volumes, ages = torch.rand(2, 1, 8, 8, 8), torch.tensor([[1.5], [torch.nan]])
+    with torch.no_grad():
+        raw = channels.encoded(visit, volumes, ages)
+        images, known = channels.stacked({"visit": raw}, {})
+        torch.testing.assert_close(images[:, :3], autoencoder.normalise(channels.latents(volumes)))
+        assert images[0, 3].eq(1.5).all() and known[0].eq(1).all() and known[1, :3].eq(1).all() and known[1, 3].eq(0).all()
+        assert channels.encoded(visit, volumes)[:, 3].isnan().all()
+    np.save(tmp_path / "moments.npy", np.arange(3)[:, None, None, None, None] * np.ones((1, 6, 2, 2, 2), np.float32))
+    read = Visits("visit", tmp_path, ((1,), (0, 2), ()), torch.tensor([[0.1], [0.2], [0.3]]))
+    of_first, of_last = read(0, generator(0))[f"{IMAGE}visit"], read(2, generator(0))[f"{IMAGE}visit"]
+    assert of_first[:3].eq(1).all() and of_first[3].eq(0.2).all() and of_first.shape == (4, 2, 2, 2)
+    assert of_last.isnan().all()
+
+
+def test_a_degraded_volume_is_given_voxel_by_voxel(monkeypatch):
+    """Nothing is encoded in a training step, no detail is lost, and a missing voxel is known to be missing."""
+    autoencoder = Autoencoder(latent_channels=3, downsampling=4, channels=[8, 16], blocks=1).eval()
+    monkeypatch.setattr(autoencoder, "encode", lambda x: pytest.fail("encoded"))
+    hole = Degradation(operator="hole", strength=(9, 9))
+    channels = ImageChannels([DegradedCondition(name="holed", kind="degraded", degradations=[hole])], autoencoder)
+    volume, mask = torch.rand(2, 1, 8, 12, 8), (torch.rand(2, 1, 8, 12, 8) > 0.1).float()
+    images, known = channels.stacked(
+        {"holed": channels.encoded(channels.conditions[0], volume)}, {"holed": channels.measured(mask)}
+    )
+    torch.testing.assert_close(depth_to_space((images + 1) / 2, 4), volume)
+    assert torch.equal(depth_to_space(known, 4), mask)
 
 
 def test_the_other_contrast_is_made_from_the_scan(conditioned, tmp_path, train_here, monkeypatch):

@@ -1,6 +1,7 @@
 """Volumes from images: known voxels stay, nothing shows where they end, answers lie where they were asked for."""
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import command_line
 
+from ldm3d.cli.generation import named_files
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Degradation, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.covariates import Covariate, CovariateSchema
@@ -17,6 +19,7 @@ from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.guidance import apart, classifier_free
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
+from ldm3d.generation.dataset import find_sessions, images_of
 from ldm3d.generation.given import Images, place
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
@@ -205,6 +208,35 @@ def test_guidance_weighs_covariates_and_images_apart():
     assert apart(denoise, asked, *opened, 1.0, 1.0)(z, 0.5).item() == 1 + 2 + 5
     assert apart(denoise, asked, *opened, 3.0, 2.0, interval=(0.6, 1.0))(z, 0.5).item() == 1 + 2 + 5
     assert classifier_free(denoise, asked, asked.open(), 2.0)(z, 0.5).item() == 1 + 2 * 7
+
+
+def test_a_visit_comes_with_its_age(head):
+    """The answer follows the age of the scan that is given; without one it is left open; another covariate is refused."""
+    torch.manual_seed(1)
+    conditions = (ImageCondition(name="visit", kind="image", visit="other", tells=["age"]),)
+    schema = CovariateSchema((Covariate("age", "continuous", unit="years", mean=50, std=20),))
+    autoencoder = Autoencoder(2, 4, (4, 8), blocks=1)
+    unet = UNet(2, 2, [0], (16, 16), 1, (False, True), head_channels=16, context_dim=16, image_channels=3)
+    for parameter in [*autoencoder.parameters(), *unet.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    grid, sampling = Grid.centred((SIDE,) * 3, (10.0,) * 3), Sampling(sampler="euler", steps=2)
+    model = Pipeline(autoencoder, unet, schema, grid, make_process("flow"), "v", sampling, conditions=conditions)
+    scan = files(head)["T1w"]
+
+    def of(told):
+        return model(1, age=70, conditions={"visit": (scan, told) if told else scan}).images[0].get_fdata()
+
+    assert np.abs(of({"age": 40}) - of({"age": 65})).max() > 1e-5
+    assert np.abs(of({"age": 50}) - of(None)).max() > 1e-6  # the mean age is not the same as an unknown one
+    with pytest.raises(InputError, match="it tells age, not sex"):
+        of({"sex": "F"})
+    sessions = find_sessions(head, conditions, "T1w", ["age"])
+    assert [session["visit"][1] for session in sessions.files][:2] == [{"age": "40"}, {"age": "70"}]
+    images = images_of(sessions, model, head, 1, None)
+    assert images.of(0).told["visit"].item() == pytest.approx(-0.5)
+    assert named_files(["visit=a.nii"], [], ["visit.age=63"]) == {"visit": (Path("a.nii"), {"age": "63"})}
+    with pytest.raises(InputError, match="write NAME"):
+        named_files(["visit=a.nii"], [], ["T1w.age=63"])
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def generate(
     dicom: Annotated[Path | None, typer.Option(help="Write the volumes as DICOM into this folder, too.")] = None,
     condition: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="An image that the model takes.")] = [],  # noqa: B006
     measured: Annotated[list[str], typer.Option(metavar="NAME=MASK", help="Which voxels of it were measured.")] = [],  # noqa: B006
+    told: Annotated[list[str], typer.Option(metavar="NAME.COVARIATE=VALUE", help="Of a visit that is given: its age.")] = [],  # noqa: B006
     bids: Annotated[Path | None, typer.Option(help="Dataset with the images: --num volumes for each session.")] = None,
     like: Annotated[str | None, typer.Option(help="Condition on whose own voxels the volumes are written.")] = None,
     image_guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the images.")] = None,
@@ -61,10 +62,10 @@ def generate(
     if bids is not None or condition:
         if table is not None or audit is not None or (bids is not None and condition):
             raise InputError("--bids and --condition go with covariates and --num, and with neither --table nor --audit")
-        pipeline, rows = with_images(pipeline, asked, num or 1, named_files(condition, measured), bids, like)
+        pipeline, rows = with_images(pipeline, asked, num or 1, named_files(condition, measured, told), bids, like)
     else:
-        if like or measured:
-            raise InputError("--like and --measured go with images: give --condition NAME=FILE, or --bids DIR")
+        if like or measured or told:
+            raise InputError("--like, --measured and --told go with images: give --condition NAME=FILE, or --bids DIR")
         rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:
@@ -239,8 +240,11 @@ def read_requests(table: Path) -> list[dict]:
     return [dict(zip(frame.columns, row)) for row in frame.to_numpy().tolist()]
 
 
-def named_files(conditions: list[str], measured: list[str]) -> dict:
-    """["T1w=scan.nii.gz"], ["T1w=mask.nii.gz"] -> {"T1w": (scan, mask)}, or {"T1w": scan} without a mask."""
+def named_files(conditions: list[str], measured: list[str], told: list[str]) -> dict:
+    """["T1w=scan.nii.gz"], ["T1w=mask.nii.gz"] -> {"T1w": (scan, mask)}, or {"T1w": scan} without a mask.
+
+    With ["visit.age=63"], of a visit: {"visit": (scan, {"age": "63"})}.
+    """
     found: list[dict[str, Path]] = [{}, {}]
     for texts, into, option in zip((conditions, measured), found, ("--condition", "--measured")):
         for text in texts:
@@ -251,7 +255,15 @@ def named_files(conditions: list[str], measured: list[str]) -> dict:
     files, masks = found
     if strangers := masks.keys() - files.keys():
         raise InputError(f"--measured {', '.join(sorted(strangers))}: there is no such --condition")
-    return {name: (path, masks[name]) if name in masks else path for name, path in files.items()}
+    covariates: dict[str, dict[str, str]] = {}
+    for text in told:
+        name, _, rest = text.partition(".")
+        covariate, separator, value = rest.partition("=")
+        if not separator or not value or name not in files or name in masks:
+            raise InputError(f"--told {shown(text)}: write NAME.COVARIATE=VALUE for a visit that is given: visit.age=63")
+        covariates.setdefault(name, {})[covariate.replace("-", "_")] = value
+    beside = {**masks, **covariates}
+    return {name: (path, beside[name]) if name in beside else path for name, path in files.items()}
 
 
 def with_images(pipeline, asked: dict, num: int, files: dict, bids: Path | None, like: str | None) -> tuple:

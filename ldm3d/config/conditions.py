@@ -1,5 +1,6 @@
 """Sections of the images that a diffusion model is given beside covariates (`diffusion.conditions`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,8 @@ class ImageCondition(_Condition):
     kind: Literal["image"]
     suffix: Annotated[Suffix | None, Field(exclude_if=_is_none)] = None
     visit: Annotated[Literal["earlier", "later", "other"] | None, Field(exclude_if=_is_none)] = None
+    # Continuous covariates of that visit, which are given with its image: its age, beside the age that is asked for
+    tells: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
     # The BIDS dataset that holds it, if it is not the one of the scans
     derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
 
@@ -47,6 +50,8 @@ class ImageCondition(_Condition):
             )
         if self.visit and self.derivatives:
             raise ValueError(f"{self.name}: visits are among the scans themselves; drop `derivatives`")
+        if self.tells and not self.visit:
+            raise ValueError(f"{self.name}: a contrast of the same session has the covariates of the request; drop `tells`")
         return self
 
 
@@ -117,6 +122,22 @@ Condition = Annotated[
     | Annotated[DegradedCondition, Tag("degraded")],
     Discriminator(_kind),
 ]
+
+
+def check_names(conditions: Sequence[Condition]) -> None:
+    """Raise ValueError where two conditions have one name."""
+    names = [condition.name for condition in conditions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+
+
+def check_told(conditions: Sequence[Condition], continuous: Sequence[str]) -> None:
+    """Raise ValueError where a visit tells something else than one of the continuous covariates."""
+    for each in conditions:
+        told = each.tells if isinstance(each, ImageCondition) else ()
+        if strangers := [name for name in told if name not in continuous]:
+            known = ", ".join(continuous) or "none: there are none"
+            raise ValueError(f"diffusion.conditions {each.name}: tells {strangers[0]}, no continuous covariate; use {known}")
 
 
 def without_sources(condition: ImageCondition | LabelsCondition | DegradedCondition) -> dict[str, Any]:

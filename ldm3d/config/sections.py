@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Sampler, Section
-from ldm3d.config.conditions import Condition, ImageCondition
+from ldm3d.config.conditions import Condition, ImageCondition, check_names, check_told
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.covariates import CovariateSchema
@@ -183,9 +183,7 @@ class DiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _conditions_fit(self) -> Self:
-        names = [condition.name for condition in self.conditions]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+        check_names(self.conditions)
         if self.conditions and self.mirror:
             raise ValueError("mirror: leave it out, the images of conditions are not mirrored")
         if self.conditions and self.start:
@@ -262,6 +260,11 @@ class Config(Section):
                 close = nearest(name, names)
                 hint = f"did you mean {close!r}?" if close else f"use {', '.join(names) or 'none: there are none'}"
                 raise ValueError(f"data.balance.by: {name!r} is no covariate; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _told_covariates_exist(self) -> Self:
+        check_told(self.diffusion.conditions, [each.name for each in self.covariates if each.kind == "continuous"])
         return self
 
     @model_validator(mode="after")

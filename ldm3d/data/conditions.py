@@ -13,18 +13,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ldm3d.config.conditions import Condition, ImageCondition, LabelsCondition
+from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
-from ldm3d.data.keys import file_key
+from ldm3d.data.degrade import degraded
+from ldm3d.data.keys import file_key, scan_of
 from ldm3d.data.labels import LabelMaps, read_labels, shares_on_grid
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import grid_of, to_grid
-from ldm3d.data.preparing import load_info
+from ldm3d.data.preparing import load_info, load_prepared
 from ldm3d.errors import InputError, some
 from ldm3d.geometry import WORLD, Grid
+from ldm3d.randomness import generator
 
 # FreeSurfer's labels
 _WHITE = (2, 41, 7, 46, 16, 28, 60, 77, 251, 252, 253, 254, 255)
@@ -105,6 +109,96 @@ def load_condition(config: Config, condition: Cached, files: Mapping[str, Path |
         return on_grid(condition, file, at(grid, load_info(config, key)), config.data.percentiles)[0]
     except InputError as error:
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+
+
+class ScanImages:
+    """What a model makes of each prepared scan, and what it is given to make it.
+
+    Args:
+        config: whose prepared folder holds the scans.
+        scans: rows of its table.
+
+    Raises:
+        InputError: what `find_files` raises.
+    """
+
+    def __init__(self, config: Config, scans: pd.DataFrame):
+        self.config, self.scans, self.keys = config, scans.reset_index(drop=True), list(scans["key"])
+        self.files = {each.name: dict(zip(self.keys, find_files(config, each, scans))) for each in cached_conditions(config)}
+        of_visits = (each for each in config.given_conditions if isinstance(each, ImageCondition) and each.visit)
+        self.visits = {each.name: visits_of(each, scans) for each in of_visits}
+
+    @property
+    def complete(self) -> list[int]:
+        """The scans that lack nothing, neither what is made nor what is given."""
+        return [
+            i
+            for i, key in enumerate(self.keys)
+            if all(files[key] for files in self.files.values()) and all(others[i] for others in self.visits.values())
+        ]
+
+    def made(self, i: int) -> NDArray:
+        """What the model should make of a scan, (C, X, Y, Z) in [0, 1]: the scan itself, or the condition `makes`."""
+        makes = self.config.diffusion.makes
+        return self._cached(makes, i) if makes else load_prepared(self.config, self.keys[i])
+
+    def given(self, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By name: the images of a scan, (C, X, Y, Z), and which voxels are there of those that miss some, (1, X, Y, Z).
+
+        What is made worse is drawn from random numbers that follow from the scan's voxels, so a scan is always given the same.
+        """
+        volumes, measured = {}, {}
+        for condition in self.config.given_conditions:
+            name, key = condition.name, self.keys[i]
+            if isinstance(condition, DegradedCondition):
+                scan = torch.from_numpy(load_prepared(self.config, key))
+                drawn = generator("image of a scan", name, scan_of(key))
+                volumes[name], known = degraded(scan, self.config.data.grid.spacing_mm, condition.degradations, drawn)
+                if condition.hides:
+                    measured[name] = known
+            elif name in self.files:
+                volumes[name] = torch.from_numpy(self._cached(name, i))
+            else:  # a scan: that of another visit, or the own one, of which something else is made
+                volumes[name] = torch.from_numpy(load_prepared(self.config, self.keys[self._visit(name, i)]))
+        return volumes, measured
+
+    def told(self, i: int) -> dict[str, dict[str, Any]]:
+        """By name: the covariates that the visit which a scan is given tells."""
+        tells = {each.name: each.tells for each in self.config.given_conditions if isinstance(each, ImageCondition)}
+        return {
+            name: self.scans.loc[self._visit(name, i), list(covariates)].to_dict()
+            for name, covariates in tells.items()
+            if covariates
+        }
+
+    def _visit(self, name: str, i: int) -> int:
+        """The row of a scan's other visit, the first of those that may be given; its own where there is none."""
+        return next(iter(self.visits[name][i]), i) if name in self.visits else i
+
+    def _cached(self, name: str, i: int) -> NDArray:
+        condition = next(each for each in cached_conditions(self.config) if each.name == name)
+        return load_condition(self.config, condition, self.files[name], self.keys[i])
+
+
+def visits_of(condition: ImageCondition, scans: pd.DataFrame) -> tuple[tuple[int, ...], ...]:
+    """For each row those of the same subject's other visits that the condition allows, by the order of their sessions.
+
+    Raises:
+        InputError: there is none for any row.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, subject in enumerate(scans["subject"]):
+        rows.setdefault(subject, []).append(row)
+    sessions = list(scans["session"])
+
+    def allowed(row: int, other: int) -> bool:
+        before, after = sessions[other] < sessions[row], sessions[other] > sessions[row]
+        return {"earlier": before, "later": after, "other": before or after}[str(condition.visit)]
+
+    others = [tuple(o for o in rows[s] if allowed(row, o)) for row, s in enumerate(scans["subject"])]
+    if not any(others):
+        raise InputError(f"diffusion.conditions {condition.name}: no subject has an {condition.visit} visit (session)")
+    return tuple(others)
 
 
 def at(grid: Grid, info: Mapping[str, Any]) -> Grid:

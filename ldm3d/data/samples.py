@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
+from ldm3d.conditions import with_told
 from ldm3d.config.conditions import DegradedCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.degrade import degraded
@@ -96,11 +97,15 @@ class CachedImages:
 
 @dataclass(frozen=True)
 class Visits:
-    """The latent (c, x, y, z) of another visit of the subject, a random one of those in `others` of a row; NaN for none."""
+    """The latent (c, x, y, z) of another visit of the subject, a random one of those in `others` of a row; NaN for none.
+
+    What that visit tells, a row of `told` (scans, K), follows as channels that are the same everywhere.
+    """
 
     name: str
     folder: Path
     others: tuple[tuple[int, ...], ...]
+    told: Tensor
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
@@ -111,8 +116,9 @@ class Visits:
 
     def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
         others, chosen = self.others[row], float(torch.rand((), generator=rng))
-        mean = torch.from_numpy(self._rows[others[int(chosen * len(others))] if others else row].copy()).chunk(2)[0]
-        return {f"{IMAGE}{self.name}": mean if others else torch.full_like(mean, torch.nan)}
+        visit = others[int(chosen * len(others))] if others else row
+        image = with_told(torch.from_numpy(self._rows[visit].copy()).chunk(2)[0], self.told[visit])
+        return {f"{IMAGE}{self.name}": image if others else torch.full_like(image, torch.nan)}
 
 
 @dataclass(frozen=True)

@@ -7,42 +7,42 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm3d.config.sections import Config
-from ldm3d.covariates import CovariateSchema
-from ldm3d.data.preparing import load_prepared
+from ldm3d.data.conditions import ScanImages
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation import sweeps
 from ldm3d.evaluation.anatomy import REFERENCES, class_names, compare_anatomy
 from ldm3d.evaluation.discriminability import tell_apart
 from ldm3d.evaluation.fidelity import compare_kinds, group_scores
+from ldm3d.evaluation.learnt import add_categories, add_utility, features_of_training
 from ldm3d.evaluation.likelihood import COLUMNS, score
 from ldm3d.evaluation.realism import PAIRED_VOLUMES, FeatureSet, assess_realism
 from ldm3d.evaluation.realism_by_group import realism_gaps
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.samples import Measure, Sample, Sampler, usable
 from ldm3d.evaluation.selection import in_turn
-from ldm3d.evaluation.subgroups import ERROR_TOLERANCE, MEAN_TOLERANCE, VolumeScores, groupings, minus_real
+from ldm3d.evaluation.simpler import Simpler
+from ldm3d.evaluation.subgroups import MEAN_TOLERANCE, VolumeScores, groupings
 from ldm3d.evaluation.support import outside_training
-from ldm3d.evaluation.utility import downstream_utility
+from ldm3d.evaluation.truth import SAMPLES, SUBJECTS, compare_with_truth
+from ldm3d.generation.given import Given, Images, told_of
 from ldm3d.metrics.discriminability import FOLDS, STEPS
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
-from ldm3d.rulers.categories import Reader, count_hits
-from ldm3d.rulers.regression import MAX_VOLUMES, TrainingFeatures, fit_predictor, together, training_features
+from ldm3d.rulers.regression import MAX_VOLUMES, fit_predictor, together
 from ldm3d.rulers.segmenter import Segmenter
 from ldm3d.rulers.volumetry import apply_measure
 
 SHOWN = 3  # volumes that are kept for pictures
 BOUND_TIMES, SCORED = 32, 50  # U-Net calls of the bound for each volume, and volumes: minutes, not hours
-CATEGORY_TOLERANCE, NATS_TOLERANCE = 0.1, 0.05  # small gaps: in the share of hits, and in nats per latent dimension
+NATS_TOLERANCE = 0.05  # a small gap, in nats per latent dimension
 
 
 def evaluate(
@@ -58,6 +58,8 @@ def evaluate(
     training: Sequence[Mapping[str, Any]] | None = None,
     segmenter: Segmenter | None = None,
     classifier: bool = False,
+    given: Callable[[int], Given] | None = None,
+    simpler: Simpler | None = None,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -75,6 +77,8 @@ def evaluate(
         training: covariates of the training volumes, to find requests outside of them; None if not available.
         segmenter: of anatomy, which is compared if there is one.
         classifier: whether to train one to tell generated from reconstructed volumes.
+        given: index of a subject -> its images, of a model that takes some; volumes are then generated from them, too.
+        simpler: answers without a model, fitted to training scans, that such volumes are compared with.
 
     Returns:
         The evaluation without gaps between groups, for which `analyse_subgroups` is called when all scores are there.
@@ -89,6 +93,9 @@ def evaluate(
     order = in_turn(people, sampling.seed)
     requests = [rows[order[i % len(order)]] for i in range(num_generated)]
     extractor = usable(extractor, pipeline)
+    alone = pipeline
+    if given:
+        pipeline = _with_images(alone, lambda number: given(order[number % len(order)]))
     sampler = Sampler(pipeline, measure, extractor, order, SHOWN, processes, segmenter, classifier)
 
     real, reconstructed, qualities = sampler.reconstructed(load)
@@ -112,10 +119,18 @@ def evaluate(
         result.measured[name] = dict(zip(("real", "reconstructed", "generated"), values))
         result.comparisons += compare_kinds(name, result, *values)
     result.scores = group_scores(result)
+    one = _with_images(alone, lambda _: given(order[0])) if given else alone  # of one person in all of a sweep
     for covariate in schema:
         if covariate.seen and quantities:
-            result.sweeps.append(sweeps.sweep(pipeline, covariate.name, measure, sampling, quantities, processes))
+            result.sweeps.append(sweeps.sweep(one, covariate.name, measure, sampling, quantities, processes))
+    if given:
+        result.truth = compare_with_truth(alone, rows, people, load, given, order, sampling, simpler, processes)
     return result
+
+
+def _with_images(pipeline: Pipeline, of_request: Callable[[int], Given]) -> Pipeline:
+    """The pipeline, given the images of each request in a series."""
+    return pipeline.given(Images(pipeline.conditions, of_request, {"images": "of held-out scans"}, None))
 
 
 def _add_realism(result: Evaluation, pipeline: Pipeline, samples: Sequence[Sequence[Sample]], processes: Processes) -> None:
@@ -168,6 +183,8 @@ def plan(
     if classifier:
         each = min(held_out, num, PAIRED_VOLUMES)
         lines.append(f"train {FOLDS} classifiers of {each} generated and {each} reconstructed volumes, {STEPS} steps each")
+    if pipeline.conditions:
+        lines.append(f"generate {SAMPLES} volumes from the images of each of {min(held_out, SUBJECTS)} held-out scans")
     if swept:
         lines.append(f"generate {swept * sweeps.VALUES * sweeps.REPEATS} volumes that sweep {swept} covariates")
     if likelihood:
@@ -205,18 +222,21 @@ def assess(
     subjects, people = held_out[schema.names].to_dict("records"), list(held_out["subject"])
     training = trained[schema.names].to_dict("records") if len(trained) else None
 
-    def load(i: int) -> NDArray:
-        return load_prepared(config, held_out["key"][i])
-
-    given = apply_measure(measure, pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
-    missing = [c.name for c in schema if c.kind == "continuous" and c.name not in given]
+    scans = ScanImages(config, held_out)
+    load, given, simpler = scans.made, None, None
+    if pipeline.conditions:
+        given = lambda i: _given(pipeline, scans, i)  # noqa: E731
+        simpler = _simpler(config, trained)
+    measured = apply_measure(measure, pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
+    missing = [c.name for c in schema if c.kind == "continuous" and c.name not in measured]
     learnt, names = None, []
     if (missing or any(c.categories for c in schema)) and (predict or downstream):
-        learnt = _training_features(pipeline, config, trained, extractor, processes)
+        learnt = features_of_training(pipeline, config, trained, extractor, processes)
     if learnt and predict:
         predictor = fit_predictor(learnt, missing, extractor, pipeline.device)
         names, measure = list(predictor.ridges), together(predictor, measure)
     others = {"extractor": extractor, "people": people, "processes": processes, "training": training}
+    others |= {"given": given, "simpler": simpler}
     result = evaluate(
         pipeline, subjects, load, measure, sampling, num_generated, **others, segmenter=segmenter, classifier=classifier
     )
@@ -225,92 +245,26 @@ def assess(
     if names:
         result.predicted = names, len(learnt.rows)
     if learnt and predict and result.features:
-        _add_categories(result, learnt, schema)
+        add_categories(result, learnt, schema)
     if downstream and learnt and result.features:
-        _add_utility(result, learnt, missing)
+        add_utility(result, learnt, missing)
     if likelihood and processes.is_main:
         _add_likelihood(result, pipeline, subjects, load, sampling.seed)
     return result
 
 
-def _training_features(
-    pipeline: Pipeline, config: Config, trained: pd.DataFrame, extractor: Extractor, processes: Processes
-) -> TrainingFeatures | None:
-    """Features of training volumes; None, with a warning, if there are none."""
-    try:
-        if trained.empty:
-            raise InputError("the regression is fitted to volumes that the model was trained on, and --data has none of them")
-        keys, people = list(trained["key"]), list(trained["subject"])
-        rows = trained[pipeline.schema.names].to_dict("records")
-        return training_features(pipeline, rows, people, lambda i: load_prepared(config, keys[i]), extractor, processes)
-    except InputError as error:  # the other figures are still useful
-        warnings.warn(f"no covariate is predicted: {error}", stacklevel=2)
+def _given(pipeline: Pipeline, scans: ScanImages, i: int) -> Given:
+    """The images of a held-out scan."""
+    told = {name: (None, covariates) for name, covariates in scans.told(i).items()}
+    return Given(*scans.given(i), {}, told_of(pipeline.conditions, told, pipeline.schema))
+
+
+def _simpler(config: Config, trained: pd.DataFrame) -> Simpler | None:
+    """Fitted to training scans that lack nothing; None without such."""
+    if trained.empty:
         return None
-
-
-def _add_categories(result: Evaluation, learnt: TrainingFeatures, schema: CovariateSchema) -> None:
-    """Whether the requested category is recognised on generated volumes."""
-    for covariate in schema:
-        if covariate.kind == "categorical":
-            try:
-                features, values, people = learnt.labelled(covariate.name)
-                reader = Reader(features, values, people)
-            except InputError as error:  # the other figures are still useful
-                warnings.warn(f"{covariate.name} is not predicted: {error}", stacklevel=2)
-                continue
-            _recognise(result, covariate.name, reader)
-
-
-def _recognise(result: Evaluation, name: str, reader: Reader) -> None:
-    """A category on real, reconstructed and generated volumes; by group, the latter two minus real."""
-    known = np.full(len(result.subjects), np.nan)
-    real = result.subjects, result.people, range(len(result.subjects))
-    for kind, (rows, people, sources) in (
-        ("real", real),
-        ("reconstructed", real),
-        ("generated", (result.requests, result.requested_people, result.sources)),
-    ):
-        given = [i for i, row in enumerate(rows) if row[name] is not None]
-        if not given:
-            continue
-        rows, people, sources = ([each[i] for i in given] for each in (rows, people, sources))
-        hits = count_hits(name, kind, reader(result.features[kind][given]), [row[name] for row in rows], people)
-        result.categories.append(hits)
-        values, title = hits.right, f"{name} recognised, {kind}"
-        if kind == "real":
-            known[given] = values
-        else:
-            values, title = minus_real(values, known, sources), f"{title} minus real"
-        small = CATEGORY_TOLERANCE, kind == "real"
-        result.scores.append(VolumeScores(f"{title}: share correct", values, rows, people, "high", *small))
-
-
-def _add_utility(result: Evaluation, learnt: TrainingFeatures, names: Sequence[str]) -> None:
-    """Regressors of each covariate, fitted to real volumes, to synthetic volumes and to both."""
-    result.utility = []
-    for name in names:
-        own, values = learnt.with_value(name)
-        real = learnt.features[own], np.array(values, dtype=float)
-        synthetic = _with_value(result.features["generated"], result.requests, name)
-        tested = _with_value(result.features["real"], result.subjects, name)
-        rows = [row for row in result.subjects if row[name] is not None]
-        people = [person for person, row in zip(result.people, result.subjects) if row[name] is not None]
-        try:
-            useful = downstream_utility(name, real, synthetic, tested, people)
-        except InputError as error:  # the other figures are still useful
-            warnings.warn(f"downstream utility for {name} is not assessed: {error}", stacklevel=2)
-            continue
-        result.utility.append(useful)
-        for kind, errors in useful.errors.items():
-            title, small, of_real = f"{name}, trained on {kind}", ERROR_TOLERANCE * useful.mae[kind], kind == "real"
-            if not of_real:
-                errors, title = minus_real(errors, useful.errors["real"], range(len(errors))), f"{title} minus real"
-            result.scores.append(VolumeScores(f"{title}: MAE", errors, rows, people, "low", small, of_real))
-
-
-def _with_value(features: NDArray, rows: list[dict], name: str) -> tuple[NDArray, NDArray]:
-    own = [i for i, row in enumerate(rows) if row[name] is not None]
-    return features[own], np.array([rows[i][name] for i in own], dtype=float)
+    scans = ScanImages(config, trained)
+    return Simpler.fit(scans.made, lambda i: scans.given(i)[0], scans.complete) if scans.complete else None
 
 
 def _add_likelihood(

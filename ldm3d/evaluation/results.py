@@ -17,6 +17,7 @@ from ldm3d.evaluation.samples import QUALITIES
 from ldm3d.evaluation.subgroups import Gap, VolumeScores
 from ldm3d.evaluation.support import OutsideTraining
 from ldm3d.evaluation.sweeps import Sweep
+from ldm3d.evaluation.truth import Truth
 from ldm3d.evaluation.utility import Utility
 from ldm3d.rulers.categories import Hits
 from ldm3d.statistics.agreement import Comparison
@@ -52,6 +53,7 @@ class Evaluation:
         predicted: covariates that were predicted by regression, and the number of training volumes; None: none.
         categories: how often the requested category was recognised.
         utility: of each covariate; None if it was not assessed.
+        truth: how near volumes come to each subject's own, of a model that takes images; None of others.
         likelihood: a row for each scored volume, see `ldm3d.evaluation.likelihood.score`; None if it was not assessed.
     """
 
@@ -84,6 +86,7 @@ class Evaluation:
     predicted: tuple[list[str], int] | None = None
     categories: list[Hits] = field(default_factory=list)
     utility: list[Utility] | None = None
+    truth: Truth | None = None
     likelihood: pd.DataFrame | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +105,8 @@ class Evaluation:
             found["anatomy"] = self.anatomy.to_dict()
         if self.discriminability:
             found["discriminability"] = self.discriminability.to_dict()
+        if self.truth:
+            found["truth"] = self.truth.to_dict()
         if self.predicted:
             found["predicted"] = dict(zip(("covariates", "training_volumes"), self.predicted))
         if self.categories:

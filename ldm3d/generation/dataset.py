@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ldm3d.data.layouts import label_of
 from ldm3d.data.tables import read_table
 from ldm3d.description import Preparation
 from ldm3d.errors import InputError, itemised
-from ldm3d.generation.given import Given, Images, place
+from ldm3d.generation.given import Given, Images, odd_contrasts, place, told_of
 
 LABELS, MEASURED = "*dseg*", "*desc-measured_mask*"  # names of label maps, and of masks of what was measured
 LINK = "source"  # what BIDS URIs call the dataset
@@ -28,7 +28,8 @@ class Sessions:
     Attributes:
         names: of the sessions, "sub-01 ses-1".
         rows: covariates of each, as the table has them.
-        files: images of each by the condition's name; a pair with its mask where voxels may be missing.
+        files: images of each by the condition's name; a pair with its mask where voxels may be missing, or with the covariates
+            that a visit tells.
     """
 
     names: list[str]
@@ -69,21 +70,34 @@ def find_sessions(folder: Path, conditions: Sequence[Condition], suffix: str, co
     kept = [each for each in sessions if _name(each) not in lacking]
     asked = _covariates(folder, covariates)
     files = [{name: of[each] for name, of in found.items()} for each in kept]
-    return Sessions(list(map(_name, kept)), [dict(asked.get(subject, {})) for subject, _ in kept], files)
+    rows: list[dict[str, Any]] = [dict(asked.get(subject, {})) for subject, _ in kept]
+    for condition in conditions:
+        tells = condition.tells if isinstance(condition, ImageCondition) else ()
+        for of_session, row in zip(files, rows):
+            if tells and condition.name in of_session:
+                told = {name: row[name] for name in tells if name in row}
+                of_session[condition.name] = of_session[condition.name], told
+    return Sessions(list(map(_name, kept)), rows, files)
 
 
 def placeable(sessions: Sessions, pipeline: Any, folder: Path) -> Sessions:
-    """The sessions whose images can be placed on the model's Grid; the others are named with the reason and left out."""
-    reasons = {}
+    """The sessions whose images can be placed on the model's Grid; the others are named with the reason and left out.
+
+    Sessions with an image of another contrast are named, too, and kept.
+    """
+    reasons, odd = {}, {}
     for name, files in zip(sessions.names, sessions.files):
         try:
-            place_for(pipeline, files)
+            if said := odd_contrasts(pipeline, place_for(pipeline, files)):
+                odd[name] = "; ".join(said)
         except InputError as error:
             reasons[name] = str(error)
     if len(reasons) == len(sessions.names):
         raise InputError(f"none of {len(reasons)} sessions of {folder} can be used:\n{itemised(reasons)}")
     if reasons:
         print(f"{len(reasons)} of {len(sessions.names)} sessions cannot be used:\n{itemised(reasons)}", flush=True)
+    if odd:
+        print(f"{len(odd)} of {len(sessions.names)} sessions are odd, and are not left out:\n{itemised(odd)}", flush=True)
     good = [i for i, name in enumerate(sessions.names) if name not in reasons]
     names, rows, images = ([each[i] for i in good] for each in (sessions.names, sessions.rows, sessions.files))
     return Sessions(names, rows, images)  # type: ignore[arg-type]  # each of its own kind
@@ -91,7 +105,8 @@ def placeable(sessions: Sessions, pipeline: Any, folder: Path) -> Sessions:
 
 def place_for(pipeline: Any, files: Mapping[str, Any]) -> Given:
     """See `ldm3d.generation.given.place`."""
-    return place(pipeline.conditions, files, pipeline.grid, pipeline.preparation or Preparation(), pipeline.skull_stripped)
+    placed = place(pipeline.conditions, files, pipeline.grid, pipeline.preparation or Preparation(), pipeline.skull_stripped)
+    return replace(placed, told=told_of(pipeline.conditions, files, pipeline.schema))
 
 
 def images_of(sessions: Sessions, pipeline: Any, folder: Path, each: int, like: str | None) -> Images:
@@ -99,8 +114,8 @@ def images_of(sessions: Sessions, pipeline: Any, folder: Path, each: int, like: 
     digest = hashlib.sha256()
     for files in sessions.files:
         for name in sorted(files):
-            for file in files[name] if isinstance(files[name], tuple) else (files[name],):
-                digest.update(f"{name} {file_key(file, {})}\n".encode())
+            for each in files[name] if isinstance(files[name], tuple) else (files[name],):
+                digest.update(f"{name} {each if isinstance(each, dict) else file_key(each, {})}\n".encode())
     identity = {"dataset": digest.hexdigest()[:16], "each": each}
     root = folder.resolve()
     images = Images(pipeline.conditions, lambda n: place_for(pipeline, sessions.files[n // each]), identity, like)

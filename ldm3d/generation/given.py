@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.functional import max_pool3d
 
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
+from ldm3d.covariates import CovariateSchema
 from ldm3d.data.conditions import as_t1w, at, on_grid
 from ldm3d.data.given import read_given
 from ldm3d.data.placing import restore
@@ -62,11 +64,13 @@ class Given:
         volumes: by the condition's name, (C, X, Y, Z).
         measured: of conditions with voxels missing, by name: (1, X, Y, Z), 1 where a voxel is there.
         own: by name, the image as it came.
+        told: of visits, by name: standardised covariates that they tell, (K,), NaN for unknown; see `told_of`.
     """
 
     volumes: Mapping[str, Tensor]
     measured: Mapping[str, Tensor]
     own: Mapping[str, Own]
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Images:
@@ -102,12 +106,17 @@ class Images:
 
     @torch.no_grad()
     def _encode(self, given: Given, channels: ImageChannels, device: torch.device) -> tuple[Tensor, ...]:
-        raw = {name: channels.encoded(self.conditions[name], v[None].to(device)) for name, v in given.volumes.items()}
-        measured = {name: channels.shares(mask[None].to(device)) for name, mask in given.measured.items()}
-        images, known = channels.stacked(raw, measured)
+        told = {name: numbers[None] for name, numbers in given.told.items()}
+        raw = {
+            name: channels.encoded(self.conditions[name], volume[None].to(device), told.get(name))
+            for name, volume in given.volumes.items()
+        }
+        masks = {name: mask[None].to(device) for name, mask in given.measured.items()}
+        images, known = channels.stacked(raw, {name: channels.measured(mask) for name, mask in masks.items()})
         stays, missing = torch.zeros_like(images[:, :1]), torch.ones_like(images[:, :1])
         if (name := self._hidden(given)) is not None:
-            stays, missing = channels.autoencoder.normalise(raw[name]), 1 - (measured[name] >= WHOLE).float()
+            stays = channels.autoencoder.normalise(channels.latents(given.volumes[name][None].to(device)))
+            missing = 1 - (channels.shares(masks[name]) >= WHOLE).float()
         # A block beside one with voxels missing was encoded with them in view
         return images.float(), known, stays.float(), 1 - max_pool3d(missing, 3, stride=1, padding=1)
 
@@ -178,7 +187,17 @@ def for_all(pipeline: Any, images: Mapping[str, Any], like: str | None) -> Image
         raise InputError(f"like {like!r} is no condition that is given; given are: {given}. Name one of them")
     conditions, preparation = pipeline.conditions, pipeline.preparation or Preparation()
     placed = place(conditions, images, pipeline.grid, preparation, pipeline.skull_stripped)
+    placed = replace(placed, told=told_of(conditions, images, pipeline.schema))
+    for odd in odd_contrasts(pipeline, placed):
+        warnings.warn(odd, stacklevel=3)
     return Images(conditions, lambda _: placed, {"given": identity_of(images)}, like)
+
+
+def odd_contrasts(pipeline: Any, placed: Given) -> list[str]:
+    """What is odd about images of a request that look unlike those of the training."""
+    known = {name: each for name, each in pipeline.contrasts.items() if name in placed.volumes}
+    found = (each.warning(name, placed.volumes[name].numpy(), pipeline.grid.spacing_mm) for name, each in known.items())
+    return [each for each in found if each]
 
 
 def place(
@@ -190,7 +209,7 @@ def place(
         conditions: of the model.
         images: by the condition's name a path or a nibabel image in any space; or a pair of it and a mask, which is above 0
             where the image was measured. Those of one subject and session share a world. A scan of another visit is placed
-            by itself.
+            by itself; it may be a pair with covariates, see `told_of`.
         grid, preparation, stripped: of the model.
 
     Raises:
@@ -235,6 +254,7 @@ def place(
 def _read(name: str, condition: Condition, image: Any) -> tuple[NDArray, NDArray, tuple[NDArray, NDArray] | None, str]:
     """(voxels, affine, mask with its affine or None, path or "") of an image."""
     image, mask = image if isinstance(image, tuple) else (image, None)
+    mask = None if isinstance(mask, Mapping) else mask  # covariates of a visit
     hides = isinstance(condition, DegradedCondition) and condition.hides
     if hides and mask is None:
         raise InputError(
@@ -250,6 +270,32 @@ def _read(name: str, condition: Condition, image: Any) -> tuple[NDArray, NDArray
         raise InputError(f"{name}: {error}") from None
     path = source if isinstance(image, str | Path) or Path(source).is_file() else ""
     return scan, affine, None if mask is None else read_given(mask)[:2], path
+
+
+def told_of(conditions: Sequence[Condition], images: Mapping[str, Any], schema: CovariateSchema) -> dict[str, Tensor]:
+    """What visits tell, standardised, by the condition's name; those that are not given are NaN.
+
+    Args:
+        conditions: of the model.
+        images: as `place` takes them; a visit's may be a pair of an image and its covariates, {"age": 63}.
+        schema: of the model.
+
+    Raises:
+        InputError: covariates that the condition does not tell, or a value that is none.
+    """
+    told = {}
+    for condition in conditions:
+        pair = images.get(condition.name)
+        values = pair[1] if isinstance(pair, tuple) and isinstance(pair[1], Mapping) else {}
+        names = condition.tells if isinstance(condition, ImageCondition) else ()
+        if strangers := [name for name in values if name not in names]:
+            tells = ", ".join(names) or "no covariates"
+            raise InputError(f"{condition.name}: it tells {tells}, not {strangers[0]}; leave that out")
+        if names and condition.name in images:
+            value, known = schema.encode([values])[0].unbind(-1)  # (K,) each
+            of = [schema.names.index(name) for name in names]
+            told[condition.name] = torch.where(known > 0, value, torch.nan)[of]
+    return told
 
 
 def _check_one_subject(sources: Mapping[str, str]) -> None:
@@ -268,6 +314,9 @@ def identity_of(images: Mapping[str, Any]) -> str:
     for name in sorted(images):
         pair = images[name] if isinstance(images[name], tuple) else (images[name],)
         for each in pair:
+            if isinstance(each, Mapping):
+                digest.update(json.dumps([name, {key: str(value) for key, value in each.items()}], sort_keys=True).encode())
+                continue
             voxels, affine, _ = read_given(each)
             digest.update(json.dumps([name, voxels.shape, np.round(affine, 4).tolist()]).encode())
             digest.update(np.ascontiguousarray(voxels).tobytes())

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ldm3d.config.sections import Config
 from ldm3d.covariates import Value
+from ldm3d.data.conditions import ScanImages
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preparing import load_prepared
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
@@ -62,7 +62,7 @@ def of_subjects(
 def of_scans(config: Config, scans: pd.DataFrame, pipeline: Pipeline) -> Volumes:
     """Prepared scans of a table from `ldm3d.experiment.scans_by_use`."""
     rows = scans[pipeline.schema.names].to_dict("records")
-    return of_subjects(list(scans["subject"]), rows, lambda i: load_prepared(config, scans["key"][i]), pipeline)
+    return of_subjects(list(scans["subject"]), rows, ScanImages(config, scans).made, pipeline)
 
 
 def generated_for(

@@ -9,7 +9,7 @@ from ldm3d.covariates import CovariateSchema, Value, in_words
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.page import Section, picture
-from ldm3d.report.sections import anatomy, subgroups
+from ldm3d.report.sections import anatomy, subgroups, truth
 
 PAIR = "pair-"  # and a number: a real and a synthetic volume of the same covariates
 CAPTION = (
@@ -54,6 +54,7 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
         own, best = np.array(list(pipeline.denoising.values())).T
         errors = {"this model": own, "best Gaussian": best}
         found["denoising"] = figures.lines(levels, errors, "sigma / alpha", "error / variance", "denoising error", log=True)
+    found |= truth.draw(pipeline, evaluation.truth)
     return found | anatomy.draw(evaluation.anatomy) | subgroups.draw(evaluation.gaps)
 
 

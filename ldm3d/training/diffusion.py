@@ -20,9 +20,11 @@ from torch.optim import Adam
 
 from ldm3d import figures
 from ldm3d.base_model import first_unet, seen_ranges
+from ldm3d.conditions import ImageChannels
 from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
+from ldm3d.data.contrast import Contrast
 from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file, read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
@@ -43,7 +45,7 @@ from ldm3d.randomness import generator
 from ldm3d.start import GaussianStart
 from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
-from ldm3d.training.images import TrainingImages
+from ldm3d.training.images import TrainingImages, contrasts_of
 from ldm3d.training.loop import fit
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_pairs, in_words
@@ -98,9 +100,9 @@ class DiffusionTask(Task):
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
         by_channel = config.autoencoder.latent_scaling == "voxels"
         self.scales = deviations(self.autoencoder, moments, self.split["train"]) if by_channel else ()
-        self.images = TrainingImages(config, self.autoencoder, scans, accelerator)
         model = self.first_network().to(accelerator.device)
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
+        self.images = TrainingImages(config, self.autoencoder, scans, self.contexts)
         self.objective = make_objective(**settings.objective(), scales=self.scales)
         self.padded = model.padded_shape(moments.shape[2:])
         self.trained = {MAIN: Trained.of(model, training)}
@@ -119,7 +121,7 @@ class DiffusionTask(Task):
 
     def first_network(self) -> LatentUNet:
         """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too."""
-        settings, images = self.config.diffusion, self.images.channels.count
+        settings, images = self.config.diffusion, ImageChannels(self.config.given_conditions, self.autoencoder).count
         if settings.init_from:
             model, schema, parts = first_unet(self.config, images)
             self.schema, self.scales = seen_ranges(schema, self.schema), parts["scales"]
@@ -261,6 +263,11 @@ class DiffusionTask(Task):
             if errors:
                 print(in_words(errors))
 
+    @functools.cached_property
+    def contrasts(self) -> dict[str, Contrast]:
+        """How the images look that the network is given."""
+        return contrasts_of(self.config, self.scans.iloc[self.split["train"]].reset_index(drop=True))
+
     def pipeline(self, unet: LatentUNet) -> Pipeline:
         """The pipeline of these networks with the config's defaults for generation, on as many threads as the training."""
         data, target, process = self.config.data, self.config.diffusion.target, self.objective.process
@@ -274,6 +281,7 @@ class DiffusionTask(Task):
         }
         facts["conditions"] = self.config.given_conditions
         facts["preparation"] = Preparation.of(data)
+        facts["contrasts"] = self.contrasts
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
 
 

@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import Generator, Tensor
 
 from ldm3d.conditions import ImageChannels
-from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition
+from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
+from ldm3d.data.batches import evenly
+from ldm3d.data.conditions import ScanImages, visits_of
+from ldm3d.data.contrast import Contrast
 from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, Visits
-from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.randomness import generator
 
+LOOKED_AT = 64  # scans from which is learned how an image looks
 Reader = Callable[[int, Generator], dict[str, Tensor]]
 
 
@@ -24,15 +26,15 @@ class TrainingImages:
 
     Args:
         config: of the experiment.
-        autoencoder: of stage 1, on the accelerator's device.
+        autoencoder: of stage 1, on the device of the run.
         scans: table of the latent cache.
-        accelerator: of the run.
+        contexts: encoded covariates of all its rows, (scans, K, 2).
     """
 
-    def __init__(self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, accelerator: Accelerator):
-        self.conditions, self.accelerator = config.given_conditions, accelerator
+    def __init__(self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, contexts: Tensor):
+        self.conditions = config.given_conditions
         self.channels = ImageChannels(self.conditions, autoencoder)
-        self.readers = tuple(_reader(config, each, scans) for each in self.conditions)
+        self.readers = tuple(_reader(config, each, scans, contexts) for each in self.conditions)
 
     def __len__(self) -> int:
         return len(self.conditions)
@@ -49,9 +51,10 @@ class TrainingImages:
         raw, measured, given = {}, {}, {}
         for i, condition in enumerate(self.conditions):
             name = condition.name
-            raw[name] = self._raw(condition, batch[f"{IMAGE}{name}"])
-            if f"{MEASURED}{name}" in batch:
-                measured[name] = self.channels.shares(batch[f"{MEASURED}{name}"])
+            raw[name] = batch[f"{IMAGE}{name}"]  # channels of the cache, or a volume that is worse since it was read
+            if isinstance(condition, DegradedCondition):
+                raw[name] = self.channels.encoded(condition, raw[name])
+                measured[name] = self.channels.measured(batch[f"{MEASURED}{name}"])
             if "drop_images" in batch:
                 given[name] = batch["drop_images"][:, i] >= condition.drop
         return Conditions(covariates, *self.channels.stacked(raw, measured, given or None))
@@ -66,38 +69,24 @@ class TrainingImages:
             samples.append(sample)
         return {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
 
-    @torch.no_grad()
-    def _raw(self, condition: Condition, images: Tensor) -> Tensor:
-        """Channels on the latent grid: of the cache as they are, of a volume that is worse since this step by the encoder."""
-        if not isinstance(condition, DegradedCondition):
-            return images
-        with self.accelerator.autocast():
-            return self.channels.encoded(condition, images)
+
+def contrasts_of(config: Config, scans: pd.DataFrame) -> dict[str, Contrast]:
+    """How the images of each condition look, on some of the scans that lack none, by the condition's name."""
+    names = [each.name for each in config.given_conditions if not isinstance(each, LabelsCondition)]
+    images = ScanImages(config, scans) if names else None
+    given = [images.given(i)[0] for i in evenly(images.complete, LOOKED_AT)] if images else []
+    fitted = {name: Contrast.fit([each[name].numpy() for each in given], config.data.grid.spacing_mm) for name in names}
+    return {name: each for name, each in fitted.items() if each}
 
 
-def _reader(config: Config, condition: Condition, scans: pd.DataFrame) -> Reader:
+def _reader(config: Config, condition: Condition, scans: pd.DataFrame, contexts: Tensor) -> Reader:
     """What reads a condition of a row of the cache."""
     if isinstance(condition, DegradedCondition):
         return DegradedVolumes(condition, config, tuple(scans["key"]))
     if condition not in config.diffusion.conditions:  # the scan itself, where something else is made
-        return Visits(condition.name, config.latents_folder, tuple((row,) for row in range(len(scans))))
+        return Visits(condition.name, config.latents_folder, tuple((row,) for row in range(len(scans))), contexts[:, :0, 0])
     if isinstance(condition, ImageCondition) and condition.visit:
-        return Visits(condition.name, config.latents_folder, _visits(condition, scans))
+        told = contexts[:, [config.schema().names.index(name) for name in condition.tells]]  # (scans, K', 2)
+        told = torch.where(told[..., 1] > 0, told[..., 0], torch.nan)
+        return Visits(condition.name, config.latents_folder, visits_of(condition, scans), told)
     return CachedImages(condition.name, config.latents_folder)
-
-
-def _visits(condition: ImageCondition, scans: pd.DataFrame) -> tuple[tuple[int, ...], ...]:
-    """For each row those of the same subject's other visits that the condition allows, by the order of their sessions."""
-    rows: dict[str, list[int]] = {}
-    for row, subject in enumerate(scans["subject"]):
-        rows.setdefault(subject, []).append(row)
-    sessions = list(scans["session"])
-
-    def allowed(row: int, other: int) -> bool:
-        before, after = sessions[other] < sessions[row], sessions[other] > sessions[row]
-        return {"earlier": before, "later": after, "other": before or after}[str(condition.visit)]
-
-    others = [tuple(o for o in rows[s] if allowed(row, o)) for row, s in enumerate(scans["subject"])]
-    if not any(others):
-        raise InputError(f"diffusion.conditions {condition.name}: no subject has an {condition.visit} visit (session)")
-    return tuple(others)

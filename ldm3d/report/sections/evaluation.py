@@ -7,7 +7,7 @@ from ldm3d.evaluation.likelihood import COLUMNS
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.privacy.findings import Audit
 from ldm3d.report.page import Goal, Section, picture, with_interval
-from ldm3d.report.sections import anatomy, fidelity, realism, regression, subgroups
+from ldm3d.report.sections import anatomy, fidelity, realism, regression, subgroups, truth
 from ldm3d.report.sections import audit as privacy
 from ldm3d.report.verdicts import FOLLOWS, QUESTIONS, REAL, RECONSTRUCTION, SAFE, Question, Verdict
 
@@ -18,6 +18,7 @@ def verdicts(found: Evaluation, audit: Audit | None = None) -> list[Verdict]:
     goals = {
         RECONSTRUCTION: [*fidelity.reconstruction_lights(found), *anatomy.dice_lights(found.anatomy)],
         FOLLOWS: [
+            *truth.lights(found.truth),
             *fidelity.conditioning_lights(found),
             *regression.categories_lights(found.categories),
             *(regression.utility_light(each) for each in found.utility or ()),
@@ -28,7 +29,7 @@ def verdicts(found: Evaluation, audit: Audit | None = None) -> list[Verdict]:
         ],
         SAFE: [*([subgroups.light(found.gaps)] if found.gaps else []), *(privacy.lights(audit) if audit else [])],
     }
-    if not any(found.requests):
+    if not any(found.requests) and not found.truth:
         missing[FOLLOWS].append("the model takes no covariates")
     elif not any(c.kind == "generated" for c in found.comparisons) and not found.categories:
         missing[FOLLOWS].append("no covariate could be measured on volumes")
@@ -50,9 +51,10 @@ def sections(
     found: Evaluation, schema: CovariateSchema, pictures: Mapping[str, str], audit: Audit | None = None
 ) -> dict[Question, list[Section]]:
     """The detail of each verdict; `pictures` are data: URIs by name, see `ldm3d.report.write.draw`."""
-    follows = fidelity.sweep_sections(found, pictures)
+    follows = [*([truth.section(found.truth, pictures)] if found.truth else [])]
     if len(schema):  # a model without covariates has no requests
-        follows = [fidelity.conditioning_section(found, schema, pictures), *follows, fidelity.outside_section(found)]
+        follows.append(fidelity.conditioning_section(found, schema, pictures))
+        follows += [*fidelity.sweep_sections(found, pictures), fidelity.outside_section(found)]
     if found.predicted:
         follows.append(regression.prediction_section(found, schema))
     if found.categories:
@@ -96,5 +98,5 @@ def likelihood_section(found: Evaluation, pictures: Mapping[str, str]) -> Sectio
 
 def summary(found: Evaluation) -> str:
     """What was found, as tables for the terminal."""
-    parts = fidelity.summary(found), subgroups.summary(found.gaps), realism.summary(found.realism)
+    parts = fidelity.summary(found), truth.summary(found.truth), subgroups.summary(found.gaps), realism.summary(found.realism)
     return "\n".join(line for part in (*parts, anatomy.summary(found.anatomy, found.discriminability)) for line in part)
