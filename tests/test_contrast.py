@@ -61,5 +61,5 @@ def test_it_is_saved_with_the_model_and_heard_of(pipeline, head, tmp_path, capsy
     values = json.loads((folder / "pipeline.json").read_text())
     values["contrasts"]["T2w"]["shape"] = [1, 1, 1]
     (folder / "pipeline.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="damaged or of another version"):
+    with pytest.raises(InputError, match="of another grid"):
         Pipeline.from_pretrained(folder)

@@ -225,8 +225,8 @@ def assess(
     scans = ScanImages(config, held_out)
     load, given, simpler = scans.made, None, None
     if pipeline.conditions:
-        given = lambda i: _given(pipeline, scans, i)  # noqa: E731
-        simpler = _simpler(config, trained)
+        given = lambda i: given_of(pipeline, scans, i)  # noqa: E731
+        simpler = fit_simpler(config, trained)
     measured = apply_measure(measure, pipeline.cropped(load(0)), pipeline.grid.spacing_mm)
     missing = [c.name for c in schema if c.kind == "continuous" and c.name not in measured]
     learnt, names = None, []
@@ -253,13 +253,13 @@ def assess(
     return result
 
 
-def _given(pipeline: Pipeline, scans: ScanImages, i: int) -> Given:
+def given_of(pipeline: Pipeline, scans: ScanImages, i: int) -> Given:
     """The images of a held-out scan."""
     told = {name: (None, covariates) for name, covariates in scans.told(i).items()}
     return Given(*scans.given(i), {}, told_of(pipeline.conditions, told, pipeline.schema))
 
 
-def _simpler(config: Config, trained: pd.DataFrame) -> Simpler | None:
+def fit_simpler(config: Config, trained: pd.DataFrame) -> Simpler | None:
     """Fitted to training scans that lack nothing; None without such."""
     if trained.empty:
         return None

@@ -30,6 +30,7 @@ LEAD = (
     "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not "
     "the same person."
 )
+LEAD_IMAGES = "Held-out people, and volumes that were generated from their images and covariates: answers for the same person."
 LEAD_OPEN = "Held-out people, and generated volumes."
 FILES = {
     METRICS: "every figure of this page, with its interval",
@@ -83,9 +84,16 @@ def write_report(
     parts.append(methods_section(text))
     lightbox = lightbox_pictures(evaluation, shown)
     number_pictures([lightbox, *(all_pictures(each.sections) for each in answers), all_pictures(parts)], set(pictures))
-    more = {"verdicts": answers, "lightbox": lightbox, "lead": LEAD if len(pipeline.schema) else LEAD_OPEN}
+    more = {"verdicts": answers, "lightbox": lightbox, "lead": _lead(pipeline)}
     more |= {"matrices": matrices(covered), "files": FILES}
     return write_page(folder, title, parts, made, goals, TEMPLATE, **more)
+
+
+def _lead(pipeline: Pipeline) -> str:
+    """What the pairs of real and generated volumes have in common."""
+    if pipeline.conditions:
+        return LEAD_IMAGES
+    return LEAD if len(pipeline.schema) else LEAD_OPEN
 
 
 def methods_section(text: str) -> Section:
