@@ -59,7 +59,9 @@ def test_it_is_saved_with_the_model_and_heard_of(pipeline, head, tmp_path, capsy
     assert "1 of 1 sessions are odd, and are not left out:" in capsys.readouterr().out
     assert len(list(tmp_path.glob("out/sub-*/anat/*.nii.gz"))) == 1
     values = json.loads((folder / "pipeline.json").read_text())
-    values["contrasts"]["T2w"]["shape"] = [1, 1, 1]
-    (folder / "pipeline.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="of another grid"):
-        Pipeline.from_pretrained(folder)
+    blocks = model.contrasts["T2w"].shape
+    for shape, said in (([1, 1, 1], "has not the 1 blocks"), ([blocks[0] * blocks[1], blocks[2], 1], "is of another grid")):
+        values["contrasts"]["T2w"]["shape"] = shape
+        (folder / "pipeline.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=said):
+            Pipeline.from_pretrained(folder)

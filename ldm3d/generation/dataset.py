@@ -114,8 +114,8 @@ def images_of(sessions: Sessions, pipeline: Any, folder: Path, each: int, like: 
     digest = hashlib.sha256()
     for files in sessions.files:
         for name in sorted(files):
-            for each in files[name] if isinstance(files[name], tuple) else (files[name],):
-                digest.update(f"{name} {each if isinstance(each, dict) else file_key(each, {})}\n".encode())
+            for part in files[name] if isinstance(files[name], tuple) else (files[name],):
+                digest.update(f"{name} {part if isinstance(part, dict) else file_key(part, {})}\n".encode())
     identity = {"dataset": digest.hexdigest()[:16], "each": each}
     root = folder.resolve()
     images = Images(pipeline.conditions, lambda n: place_for(pipeline, sessions.files[n // each]), identity, like)
