@@ -25,19 +25,32 @@ def images(i: int):
 
 def test_a_regression_finds_a_map_of_intensities_and_a_blur():
     """The truth is a polynomial of the voxel, or a mean over neighbours: both are within what it can say."""
-    given = lambda i: {"a": torch.from_numpy(images(i))}  # noqa: E731
+    given = lambda i: ({"a": torch.from_numpy(images(i))}, {})  # noqa: E731
     for made in (
         lambda x: 0.2 + 0.5 * x - 0.3 * x**2,
         lambda x: uniform_filter(x, (0, 3, 3, 3), mode="nearest"),
     ):
         fitted = Simpler.fit(lambda i, made=made: made(images(i)), given, range(4))
-        error = np.abs(fitted.regression(given(9)) - made(images(9)))
+        error = np.abs(fitted.regression(given(9)[0]) - made(images(9)))
         assert error.max() < 0.02
         assert np.abs(fitted.mean - np.mean([made(images(i)) for i in range(4)], axis=0)).max() < 1e-6
 
 
+def test_a_regression_answers_for_what_is_missing():
+    """Elsewhere the holed image is the answer; in the hole the other contrast has to be looked at."""
+
+    def given(i):
+        known = torch.ones(1, 12, 14, 12)
+        known[:, i : i + 5, 4:9, 4:9] = 0
+        truth = torch.from_numpy(images(i))
+        return {"holed": truth * known, "other": 1 - truth}, {"holed": known}
+
+    fitted, hole = Simpler.fit(images, given, range(6)), given(2)[1]["holed"].numpy() == 0
+    assert np.abs(fitted.regression(given(2)[0]) - images(2))[hole].mean() < 0.02
+
+
 def test_what_is_left_open_counts_as_nothing():
-    fitted = Simpler.fit(images, lambda i: {"a": torch.full((1, 12, 14, 12), torch.nan)}, range(4))
+    fitted = Simpler.fit(images, lambda i: ({"a": torch.full((1, 12, 14, 12), torch.nan)}, {}), range(4))
     assert np.isfinite(fitted.regression({"a": torch.zeros(1, 12, 14, 12)})).all()
 
 

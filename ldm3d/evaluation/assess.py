@@ -264,7 +264,7 @@ def fit_simpler(config: Config, trained: pd.DataFrame) -> Simpler | None:
     if trained.empty:
         return None
     scans = ScanImages(config, trained)
-    return Simpler.fit(scans.made, lambda i: scans.given(i)[0], scans.complete) if scans.complete else None
+    return Simpler.fit(scans.made, scans.given, scans.complete) if scans.complete else None
 
 
 def _add_likelihood(

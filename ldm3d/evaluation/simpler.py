@@ -36,20 +36,28 @@ class Simpler:
 
     @classmethod
     def fit(
-        cls, made: Callable[[int], NDArray], given: Callable[[int], Mapping[str, Tensor]], scans: Sequence[int]
+        cls,
+        made: Callable[[int], NDArray],
+        given: Callable[[int], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        scans: Sequence[int],
     ) -> "Simpler":
         """Of training scans, `SCANS` of them at most, and of `VOXELS` voxels in the foreground of each.
 
+        Where voxels are missing in what is given, it is fitted to these: they are what is asked for.
+
         Args:
             made: number of a scan -> what should be made of it, (C, X, Y, Z).
-            given: number of a scan -> what is given of it, by name, (c, X, Y, Z).
+            given: number of a scan -> what is given of it, by name, (c, X, Y, Z), and which voxels are there of those that
+                miss some, (1, X, Y, Z).
             scans: their numbers.
         """
         total, left, right, used = 0.0, 0.0, 0.0, evenly(scans, SCANS)
         for i in used:
-            truth, features = made(i).astype(np.float64), features_of(given(i))
-            total = total + truth
-            inside = np.flatnonzero((truth > 0).any(axis=0))
+            truth, (volumes, measured) = made(i).astype(np.float64), given(i)
+            total, features, counts = total + truth, features_of(volumes), (truth > 0).any(axis=0)
+            for mask in measured.values():
+                counts &= mask[0].numpy() == 0
+            inside = np.flatnonzero(counts)
             chosen = inside[torch.randperm(len(inside), generator=generator("voxels of a scan", i))[:VOXELS].numpy()]
             x = np.stack([*(each.reshape(-1)[chosen] for each in features), np.ones(len(chosen))], axis=1)  # (V, F + 1)
             left, right = left + x.T @ x, right + x.T @ truth.reshape(len(truth), -1)[:, chosen].T
