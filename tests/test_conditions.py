@@ -233,7 +233,9 @@ def test_a_visit_tells_its_own_age(tmp_path):
         torch.testing.assert_close(images[:, :3], autoencoder.normalise(channels.latents(volumes)))
         assert images[0, 3].eq(1.5).all() and known[0].eq(1).all() and known[1, :3].eq(1).all() and known[1, 3].eq(0).all()
         assert channels.encoded(visit, volumes)[:, 3].isnan().all()
-    np.save(tmp_path / "moments.npy", np.arange(3)[:, None, None, None, None] * np.ones((1, 6, 2, 2, 2), np.float32))
+    np.save(
+        tmp_path / "moments.npy", np.arange(3, dtype=np.float32)[:, None, None, None, None] * np.ones((1, 6, 2, 2, 2), "f")
+    )
     read = Visits("visit", tmp_path, ((1,), (0, 2), ()), torch.tensor([[0.1], [0.2], [0.3]]))
     of_first, of_last = read(0, generator(0))[f"{IMAGE}visit"], read(2, generator(0))[f"{IMAGE}visit"]
     assert of_first[:3].eq(1).all() and of_first[3].eq(0.2).all() and of_first.shape == (4, 2, 2, 2)

@@ -33,6 +33,7 @@ from ldm3d.randomness import generator
 # FreeSurfer's labels
 _WHITE = (2, 41, 7, 46, 16, 28, 60, 77, 251, 252, 253, 254, 255)
 _FLUID = (4, 5, 14, 15, 24, 43, 44, 72)
+DSEG = "*dseg*"  # what label maps are called among scans
 Cached = ImageCondition | LabelsCondition  # of a file of their own
 
 
@@ -78,7 +79,8 @@ def _label_maps(config: Config, condition: LabelsCondition, scans: pd.DataFrame)
     folder = condition.derivatives or config.data.derivatives or config.data.bids
     if folder is None or not folder.is_dir():
         raise InputError(f"diffusion.conditions {condition.name}: no folder {folder} (derivatives) with label maps")
-    maps = LabelMaps(folder, condition.pattern)
+    beside = DSEG if folder == config.data.bids else None  # where the scans themselves are, too
+    maps = LabelMaps(folder, condition.pattern or beside)
     return [
         maps.one(subject, session) if maps.find(subject, session) else None
         for subject, session in zip(scans["subject"], scans["session"])

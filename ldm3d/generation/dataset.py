@@ -9,6 +9,7 @@ from typing import Any
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.data import DataConfig
 from ldm3d.data.bids import read_scans
+from ldm3d.data.conditions import DSEG
 from ldm3d.data.keys import file_key
 from ldm3d.data.labels import LabelMaps
 from ldm3d.data.layouts import label_of
@@ -17,7 +18,7 @@ from ldm3d.description import Preparation
 from ldm3d.errors import InputError, itemised
 from ldm3d.generation.given import Given, Images, odd_contrasts, place, told_of
 
-LABELS, MEASURED = "*dseg*", "*desc-measured_mask*"  # names of label maps, and of masks of what was measured
+MEASURED = "*desc-measured_mask*"  # what masks of what was measured are called
 LINK = "source"  # what BIDS URIs call the dataset
 
 
@@ -128,7 +129,7 @@ def _files(folder: Path, condition: Condition, suffix: str) -> dict[tuple[str, s
     """(subject, session) -> file of a condition, or a pair with its mask."""
     suffix = (condition.suffix or suffix) if isinstance(condition, ImageCondition) else suffix
     grid = {"shape": (1, 1, 1), "spacing_mm": (1, 1, 1)}
-    maps = LabelMaps(folder, (condition.pattern or LABELS) if isinstance(condition, LabelsCondition) else MEASURED)
+    maps = LabelMaps(folder, (condition.pattern or DSEG) if isinstance(condition, LabelsCondition) else MEASURED)
     try:
         scans = read_scans(DataConfig.model_validate({"bids": folder, "suffix": suffix, "grid": grid}), ())
         keys = list(zip(scans["subject"], scans["session"]))
