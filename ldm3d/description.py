@@ -15,8 +15,8 @@ import ldm3d
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, in_words, without_sources
 from ldm3d.config.data import MAX_VOXELS, DataConfig, RegistrationConfig, Suffix
+from ldm3d.contrast import Contrast, blocks_of
 from ldm3d.covariates import CovariateSchema
-from ldm3d.data.contrast import Contrast, blocks_of
 from ldm3d.diffusion.process import TARGETS
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.diffusion.schedules import make_process

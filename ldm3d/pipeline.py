@@ -19,8 +19,8 @@ import ldm3d
 from ldm3d.applied import Applied
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition
+from ldm3d.contrast import Contrast
 from ldm3d.covariates import CovariateSchema, Value
-from ldm3d.data.contrast import Contrast
 from ldm3d.data.nifti import to_image
 from ldm3d.description import NO_CROP, Preparation, Sampling, summary
 from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser, in_turn

@@ -66,7 +66,7 @@ LAYERS = (
     ("errors",),
     ("files", "hub", "geometry", "covariates", "randomness", "precision", "preemption", "processes", "devices", "statistics"),
     ("config", "models", "diffusion"),
-    ("start", "conditions"),
+    ("start", "conditions", "contrast"),
     ("data", "memory", "description"),
     ("seen", "metrics", "environment", "figures", "shipped", "account", "methods", "other_data"),
     ("base_model",),

@@ -9,7 +9,7 @@ import torch
 from conftest import command_line
 from test_given import CONDITIONS, files, head, pipeline  # noqa: F401  # its fixtures
 
-from ldm3d.data.contrast import Contrast
+from ldm3d.contrast import Contrast
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
 

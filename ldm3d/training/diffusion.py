@@ -22,9 +22,9 @@ from ldm3d import figures
 from ldm3d.base_model import first_unet, seen_ranges
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.sections import Config, DiffusionConfig
+from ldm3d.contrast import Contrast
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
-from ldm3d.data.contrast import Contrast
 from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file, read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
+from ldm3d.contrast import Contrast
 from ldm3d.data.batches import evenly
 from ldm3d.data.conditions import ScanImages, visits_of
-from ldm3d.data.contrast import Contrast
 from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, Visits
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
