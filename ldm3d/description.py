@@ -3,10 +3,11 @@
 import importlib.metadata
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -14,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 import ldm3d
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Condition, in_words, without_sources
-from ldm3d.config.data import MAX_VOXELS, DataConfig, RegistrationConfig, Suffix
+from ldm3d.config.data import MAX_VOXELS, BrainExtractionConfig, DataConfig, RegistrationConfig, Suffix
 from ldm3d.contrast import Contrast, blocks_of
 from ldm3d.covariates import CovariateSchema
 from ldm3d.diffusion.process import TARGETS
@@ -97,22 +98,35 @@ class Preparation:
     Args:
         percentiles: of its intensities, which become 0 and 1, see `ldm3d.data.placing.to_grid`.
         registration: to which template, and how; None: placed as it lay. A template of the user's is a file's name here.
+        brain_extraction: the command that took the skull away; None: none did. A program's folder is not kept.
+        bias_correction: by which the bias field was divided out; None: it was not.
     """
 
     percentiles: tuple[Percentile, Percentile] = (0.0, 99.8)
     registration: RegistrationConfig | None = None
+    brain_extraction: BrainExtractionConfig | None = None
+    bias_correction: Literal["n4"] | None = None
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (no field)
 
     @classmethod
     def of(cls, data: DataConfig) -> "Preparation":
-        """That of a config's data; without the folder of a template, for a model folder can be published."""
+        """That of a config's data; without folders of the user's, for a model folder can be published."""
         to = data.registration and data.registration.model_copy(update={"to": Path(data.registration.to).name})
-        return cls(data.percentiles, to)
+        tool = data.brain_extraction
+        if tool:
+            program, *words = shlex.split(tool.command)
+            tool = BrainExtractionConfig(command=shlex.join([Path(program).name, *words]))
+        return cls(data.percentiles, to, tool, data.bias_correction)
 
     def to_dict(self) -> dict[str, Any]:
-        to = self.registration
-        return {"percentiles": self.percentiles, **({"registration": {"to": to.to, "kind": to.kind}} if to else {})}
+        to, tool = self.registration, self.brain_extraction
+        return {
+            "percentiles": self.percentiles,
+            **({"registration": {"to": to.to, "kind": to.kind}} if to else {}),
+            **({"brain_extraction": {"command": tool.command}} if tool else {}),
+            **({"bias_correction": self.bias_correction} if self.bias_correction else {}),
+        }
 
 
 def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | None = None) -> None:

@@ -1,13 +1,17 @@
 """A scan through a model's Grid and latent, and back on its own voxels."""
 
+import os
+import sys
+
 import nibabel
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from ldm3d.config.data import RegistrationConfig
+from ldm3d.config.data import BrainExtractionConfig, DataConfig, RegistrationConfig
 from ldm3d.covariates import Covariate, CovariateSchema
+from ldm3d.data.bias import BiasField
 from ldm3d.data.registration import Registered
 from ldm3d.description import Preparation
 from ldm3d.diffusion.schedules import make_process
@@ -129,7 +133,8 @@ def test_registration_is_the_models_unless_asked_otherwise(monkeypatch):
 
 
 def test_the_folder_remembers_how_scans_were_prepared(tmp_path):
-    preparation = Preparation((1.0, 99.0), RegistrationConfig(kind="affine"))
+    tool = BrainExtractionConfig(command="mri_synthstrip")
+    preparation = Preparation((1.0, 99.0), RegistrationConfig(kind="affine"), tool, "n4")
     tiny_pipeline(preparation=preparation).save_pretrained(tmp_path / "model")
     assert Pipeline.from_pretrained(tmp_path / "model").preparation == preparation
     tiny_pipeline().save_pretrained(tmp_path / "model")
@@ -184,3 +189,62 @@ def test_gradients_by_computing_again_are_the_same(monkeypatch):
     monkeypatch.setattr("ldm3d.memory.KEPT", KEPT)
     pipe.decode(z.clone().requires_grad_())
     assert saved == [1]
+
+
+THRESHOLD = """#!{python}
+import sys
+import nibabel as nib
+import numpy as np
+image = nib.load(sys.argv[1])
+nib.save(nib.Nifti1Image((np.asarray(image.dataobj) > 400).astype(np.uint8), image.affine), sys.argv[2])
+"""
+
+
+def whole_head(affine: np.ndarray) -> nibabel.Nifti1Image:
+    """A brain of 500 to 1,200 in a skull of 300, both brighter to the right."""
+    brain = head(9, (40, 46, 38))
+    skull = ndimage.binary_dilation(brain > 0, iterations=3)
+    values = np.where(brain > 0, 500 + 500 * brain, np.where(skull, 300, 20))
+    return nibabel.Nifti1Image((values * np.linspace(0.9, 1.1, 40)[:, None, None]).astype(np.float32), affine)
+
+
+def test_skull_and_bias_field_are_taken_away_as_in_training_and_given_back(tmp_path, monkeypatch):
+    program = tmp_path / "threshold"
+    program.write_text(THRESHOLD.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    field = BiasField(np.full((4, 4, 4), np.log(1.25), np.float16), np.diag([30.0, 30, 30, 1]))
+    monkeypatch.setattr("ldm3d.data.bias.estimate_field", lambda *_: field)
+    image, tool = whole_head(AFFINES["along the axes"]), BrainExtractionConfig(command="threshold {scan} {mask}")
+    pipe = tiny_pipeline(preparation=Preparation(brain_extraction=tool, bias_correction="n4"))
+    placed = pipe.encode(image)
+    given, brain = np.asarray(image.dataobj), np.asarray(image.dataobj) > 400
+    factor = field.on(image.affine, given.shape)[0]
+    np.testing.assert_allclose(placed.seen[0], np.where(brain, given / factor, 0), rtol=1e-5)
+    assert np.abs(placed.back(placed.reconstruction)[0] - given).max() <= 1e-3 * np.ptp(given)
+
+    moved = placed.back((placed.reconstruction + 0.1).clamp(0, 2))[0] - given
+    per_unit = factor * (placed.info["high"] - placed.info["low"])
+    inside = ndimage.binary_erosion(brain, iterations=3)
+    np.testing.assert_allclose(moved[inside], 0.1 * per_unit[inside], rtol=1e-3)
+    assert not moved[~brain].any()
+    alone = placed.back(placed.volume, keep_residual=False)[0]
+    np.testing.assert_array_equal(alone[~brain], given[~brain])
+    assert np.corrcoef(alone[inside], given[inside])[0, 1] > 0.8
+
+    assert (placed.volume > 0).sum() < (pipe.encode(image, stripped=True).volume > 0).sum()
+    program.unlink()
+    with pytest.raises(InputError, match="no such program on PATH"):
+        pipe.encode(image)
+    pipe.encode(image, stripped=True)
+
+
+def test_what_training_did_to_scans_is_known_without_its_folders():
+    data = {"table": "t.csv", "grid": {"shape": [16, 16, 16], "spacing_mm": 4}, "bias_correction": "n4"}
+    data |= {"brain_extraction": {"command": "/home/me/bin/strip {scan} {mask}"}, "percentiles": [0, 99]}
+    preparation = Preparation.of(DataConfig.model_validate(data))
+    assert preparation.to_dict() == {
+        "percentiles": (0, 99),
+        "brain_extraction": {"command": "strip '{scan}' '{mask}'"},
+        "bias_correction": "n4",
+    }

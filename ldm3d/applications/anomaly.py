@@ -102,7 +102,7 @@ def about_of(pipe: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
     """What residuals follow from beside a scan, for files of calibrations."""
     return {
         "model": pipe.model_hash,
-        **{name: options[name] for name in sorted(options) if name not in ("progress", "register")},
+        **{name: options[name] for name in sorted(options) if name not in ("progress", "register", "stripped")},
     }
 
 

@@ -76,6 +76,7 @@ def counterpart(
     levels: int = 6,
     seed: int = 0,
     register: RegistrationConfig | bool | None = None,
+    stripped: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Counterpart:
     """Draw the healthy counterpart of a scan, by a model of healthy people.
@@ -90,7 +91,7 @@ def counterpart(
         samples: K.
         levels: see `ldm3d.applications.restore.restore`.
         seed: of all random numbers.
-        register: see `place`.
+        register, stripped: see `place`.
         progress: called with the numbers of strengths and samples that are done and that there will be.
 
     Raises:
@@ -102,7 +103,7 @@ def counterpart(
             f"must be above {LOWEST:g}, doubted between 0 and 1, the others at least 1"
         )
     (row,) = pipe.parse([dict(covariates or {})])
-    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register)
+    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register, stripped)
     total, done = len(strengths) + samples, 0
 
     def count() -> None:

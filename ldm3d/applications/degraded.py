@@ -13,7 +13,7 @@ Legend: v the scan on the Grid (1, C, X, Y, Z); y what was measured of it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ldm3d.applications.placed import PlacedScan
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.placing import restore
 from ldm3d.diffusion.operators import Chain, Identity, Linear, Sampled, Scaled, blur, mask
 from ldm3d.errors import InputError, choose
 from ldm3d.geometry import resample, spacing_of
@@ -64,18 +63,26 @@ class Degraded:
             shape = [n * k for n, k in zip(placed.scan.shape[1:], self.finer)]
             change = (volume - placed.volume)[0].cpu().numpy() * (placed.info["high"] - placed.info["low"])
             moved = resample(change, np.array(placed.info["grid_affine"]), self.affine, shape)
-            return resample(placed.scan, placed.affine, self.affine, shape) + moved
+            return resample(placed.scan, placed.affine, self.affine, shape) + self._put_back(placed, moved)
         restored = placed.back(volume, keep_residual=False)
         return restored if self.known is None else np.where(self.known, placed.scan, restored)
 
     def deviation_back(self, placed: PlacedScan, deviation: Tensor) -> NDArray:
         """A deviation (1, C, X, Y, Z) likewise; 0 where the scan was kept."""
-        info = {**placed.info, "low": 0.0, "high": placed.info["high"] - placed.info["low"]}
+        values = deviation[0].cpu().numpy()
         if self.finer != (1, 1, 1):
             shape = [n * k for n, k in zip(placed.scan.shape[1:], self.finer)]
-            info |= {"source_shape": shape, "source_affine": self.affine}
-        moved = restore(deviation[0].cpu().numpy(), info)[0]
+            values = values * (placed.info["high"] - placed.info["low"])
+            return self._put_back(placed, resample(values, np.array(placed.info["grid_affine"]), self.affine, shape))
+        moved = placed.back_change(values)
         return moved if self.known is None else np.where(self.known, np.float32(0), moved)
+
+    def _put_back(self, placed: PlacedScan, change: NDArray) -> NDArray:
+        """A change on the finer voxels as one of the scan, with its bias field; none where its skull was taken away."""
+        kept = placed.removed.kept
+        if kept is not None:
+            kept = resample(kept.astype(np.float32), placed.affine, self.affine, change.shape[1:], "nearest") > 0.5
+        return replace(placed.removed, kept=kept).put_back(change, self.affine, None)
 
 
 def degraded(placed: PlacedScan, operator: str | Sequence[str] | Linear) -> Degraded:
@@ -143,7 +150,7 @@ class _Reader:
         lattice[:3, :3] *= step / own
         middle = (np.array(self.shape) - 1) / 2, (np.array(shape) - 1) / 2
         lattice[:3, 3] += placed.affine[:3, :3] @ middle[0] - lattice[:3, :3] @ middle[1]
-        scaled = (placed.scan - placed.info["low"]) / (placed.info["high"] - placed.info["low"])
+        scaled = (placed.seen - placed.info["low"]) / (placed.info["high"] - placed.info["low"])
         y = resample(scaled.clip(0, 1).astype(np.float32), placed.affine, lattice, shape)
         parts = [max(round(thick[axis] / grid.min()), 1) if axis in thick else 1 for axis in range(3)]
         offsets = [

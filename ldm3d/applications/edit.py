@@ -125,6 +125,7 @@ def edit(
     guidance: float = 1.0,
     seed: int = 0,
     register: RegistrationConfig | bool | None = None,
+    stripped: bool = False,
     progress: Report | None = None,
     **changes: Any,
 ) -> Edit:
@@ -149,7 +150,7 @@ def edit(
         steps: of the sampler over all noise levels.
         guidance: of the samples (not of the inversion), see `classifier_free`; more makes the change larger, not truer.
         seed: of the noise; sample i is the same among any number.
-        register: see `place`.
+        register, stripped: see `place`.
         progress: called with the numbers of sampled latents that are done and that there will be, N (T + 1).
 
     Raises:
@@ -164,7 +165,7 @@ def edit(
     pipe.check_sampling(pipe.sampling.replace(guidance=guidance))
     (own,) = pipe.schema.parse_all([dict(source or {})])
     targets = pipe.parse(targets_of(pipe.schema, own, {**(to or {}), **changes}))
-    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register)
+    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register, stripped)
     with torch.no_grad():
         if name == "linear":
             latents = _linear(pipe, placed.z, own, targets)

@@ -147,8 +147,7 @@ class EditFolder:
             tissue = tissue_change(before[0], volumes[-1][0], spacing)
             maps["tissuechange"].append(restore(tissue[None], {**placed.info, "low": 0.0, "high": 1.0})[0])
             if spread is not None:
-                high = placed.info["high"] - placed.info["low"]
-                maps["spread"].append(restore(spread[0].cpu().numpy(), {**placed.info, "low": 0.0, "high": high})[0])
+                maps["spread"].append(placed.back_change(spread[0].cpu().numpy()))
             measured.append(dict(apply_measure(self.measure, volumes[-1], spacing)))
         for name, found in maps.items():
             if found:

@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor
 import ldm3d
 from ldm3d.config.data import MNI152, RegistrationConfig
 from ldm3d.data import registration
+from ldm3d.data.extraction import Tool, find_tool
 from ldm3d.data.given import read_given
 from ldm3d.data.nifti import to_image
 from ldm3d.data.placing import restore
+from ldm3d.data.removed import Removed, remove
 from ldm3d.description import Preparation
-from ldm3d.errors import InputError
+from ldm3d.errors import InputError, shown
 from ldm3d.geometry import WORLD
 from ldm3d.pipeline import Pipeline
 
@@ -34,6 +37,8 @@ class PlacedScan:
         pipe: the model.
         name: what messages call the scan: its path, where it has one.
         scan: (1, X', Y', Z') float32, its own voxels, axes and intensities.
+        seen: like it, what of it was placed: without skull and bias field, where the model's scans were prepared so.
+        removed: what it was relieved of.
         affine: (4, 4) of `scan` to RAS+ mm.
         info: of `ldm3d.data.placing.to_grid`, in the scan's own world: how it lies on the Grid, which intensities
             became 0 and 1.
@@ -44,6 +49,8 @@ class PlacedScan:
     pipe: Pipeline
     name: str
     scan: NDArray
+    seen: NDArray
+    removed: Removed
     affine: NDArray
     info: Mapping[str, Any]
     volume: Tensor
@@ -61,6 +68,7 @@ class PlacedScan:
         With the residual kept this is scan + R(w - D(z)), where R resamples from the Grid to the scan: what the Grid or the
         autoencoder cannot hold (finer detail, what lies outside of the Grid, intensities beyond its range) is the scan's
         own, and w = D(z) gives the scan back exactly. An edge that w moves leaves the finest part of its old place behind.
+        Where a skull was taken away the scan stays as it is; a bias field that was divided out multiplies the change.
 
         Args:
             volume: w, (1, C, X, Y, Z) or (C, X, Y, Z) in [0, 1].
@@ -69,10 +77,14 @@ class PlacedScan:
                 autoencoder.
         """
         if not keep_residual:
-            return restore(_as_array(volume), self.info)[0]
+            return self.removed.put_back(restore(_as_array(volume), self.info)[0], self.affine, self.scan)
         change = _as_array(volume) - _as_array(self.reconstruction if reference is None else reference)
+        return self.scan + self.back_change(change)
+
+    def back_change(self, change: NDArray) -> NDArray:
+        """A change (1, X, Y, Z) of `volume`, or a deviation of it, as a change of the scan, (1, X', Y', Z')."""
         moved, _ = restore(change, {**self.info, "low": 0.0, "high": self.info["high"] - self.info["low"]})
-        return self.scan + moved
+        return self.removed.put_back(moved, self.affine, None)
 
     def image(self, volume: Tensor, keep_residual: bool = True, reference: Tensor | None = None) -> Any:
         """`back` as a nibabel image that is marked as derived."""
@@ -84,39 +96,59 @@ class PlacedScan:
         return f"DERIVED ldm3d {ldm3d.__version__} model {self.pipe.model_hash}"
 
 
-def place(pipe: Pipeline, image: Any, register: RegistrationConfig | bool | None = None) -> PlacedScan:
+def place(pipe: Pipeline, image: Any, register: RegistrationConfig | bool | None = None, stripped: bool = False) -> PlacedScan:
     """Bring a scan to a model's Grid as the scans of its training were, and encode it.
 
+    `pipe.preparation` says which steps these were, for models of this version on: brain extraction, correction of the bias
+    field, registration.
+
     A model whose training scans were registered to a template needs that of every other scan: it has never seen a brain that
-    lies otherwise. `pipe.preparation` says so, for models of this version on. The scan itself is not resampled on its way
-    back: `info` is in its own world.
+    lies otherwise. The scan itself is not resampled on its way back: `info` is in its own world.
 
     Args:
         pipe: the model.
         image: a path (NIfTI, .mgz) or a nibabel image, in any orientation; without skull if `pipe.skull_stripped`.
         register: to what, before it is placed. None: as the training's were, where that is known, else not at all. False:
             not at all, because the scan lies in that space already. True: rigidly to MNI152.
+        stripped: the scan has no skull any more, so no brain is extracted.
 
     Raises:
-        InputError: an unreadable scan, see `read_volume`; one that cannot be placed, see `to_grid`, or registered; a model
-            of volumes with several channels.
+        InputError: an unreadable scan, see `read_volume`; one that cannot be placed, see `to_grid`, or registered; no
+            program that extracts its brain; a model of volumes with several channels.
     """
     scan, affine, name = read_given(image)
     channels = pipe.autoencoder.in_channels
     if channels != 1:
         raise InputError(f"this model is of volumes with {channels} channels, and {name} is one; that is not supported yet")
     known = pipe.preparation or Preparation()
+    wanted = _wanted(pipe, register)
+    tool = None if stripped else _tool(known)
     try:
-        volume, info = registration.placed(
-            scan, affine, pipe.grid, known.percentiles, _wanted(pipe, register), pipe.skull_stripped
-        )
+        # An image in memory has no file of these voxels
+        path = Path(image) if isinstance(image, str | Path) else Path("image")
+        seen, removed, _ = remove(scan, affine, path, None, tool, bool(known.bias_correction))
+        volume, info = registration.placed(seen, affine, pipe.grid, known.percentiles, wanted, pipe.skull_stripped)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     on_grid = torch.from_numpy(volume)[None].to(pipe.device)
     with torch.no_grad():
         moments = pipe.autoencoder.encode(on_grid.to(pipe.dtype)).float()
         z = pipe.autoencoder.normalise(pipe.autoencoder.sample(moments)).float()
-    return PlacedScan(pipe, name, scan, affine, info, on_grid, z)
+    return PlacedScan(pipe, name, scan, seen, removed, affine, info, on_grid, z)
+
+
+def _tool(known: Preparation) -> Tool | None:
+    """The program that extracts brains as those of the training were."""
+    if known.brain_extraction is None:
+        return None
+    try:
+        return find_tool(known.brain_extraction)
+    except InputError:
+        raise InputError(
+            f"the brains of the model's scans were extracted by {shown(known.brain_extraction.command)}, and there is no such "
+            "program on PATH; install it, or extract the scan's brain otherwise and say that it is done (stripped=True, "
+            "--stripped)"
+        ) from None
 
 
 def _wanted(pipe: Pipeline, register: RegistrationConfig | bool | None) -> RegistrationConfig | None:

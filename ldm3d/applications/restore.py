@@ -102,6 +102,7 @@ def restore(
     levels: int = 8,
     seed: int = 0,
     register: RegistrationConfig | bool | None = None,
+    stripped: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Restored:
     """Draw what a degraded scan can have been.
@@ -118,7 +119,7 @@ def restore(
         samples: K.
         levels: of noise, from pure noise down; each costs a call of the U-Net and a few of the decoder.
         seed: of all random numbers; sample i is the same among any number.
-        register: see `place`.
+        register, stripped: see `place`.
         progress: called with the numbers of levels that are done and that there will be, over all samples.
 
     Raises:
@@ -127,7 +128,7 @@ def restore(
     if samples < 1 or levels < 1 or not noise > 0:
         raise InputError(f"samples {samples}, levels {levels}, noise {noise:g}: at least 1, 1, and above 0")
     (row,) = pipe.parse([dict(covariates or {})])
-    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register)
+    placed = image if isinstance(image, PlacedScan) else place(pipe, image, register, stripped)
     found = degraded(placed, operator)
     done = 0
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, ModelPath, Precision, app, load_model
+from ldm3d.cli.options import Device, ModelPath, Precision, app
+from ldm3d.cli.placing import Register, Stripped, Template, ready
 from ldm3d.errors import InputError
 
 
@@ -33,10 +34,9 @@ def edit(
     steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="1: none. More makes the change larger, not truer.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
-    register: Annotated[
-        str, typer.Option(help="model (as its training scans were), none (lies there already), rigid or affine.")
-    ] = "model",
-    template: Annotated[str, typer.Option(help="For rigid and affine: mni152, or a NIfTI file.")] = "mni152",
+    register: Register = "model",
+    template: Template = "mni152",
+    stripped: Stripped = False,
     measure: Annotated[
         str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
     ] = "ldm3d.rulers.volumetry:measure_volumes",
@@ -52,19 +52,14 @@ def edit(
     from ldm3d.applications.changes import parse_pairs
     from ldm3d.applications.edit import edit as apply
     from ldm3d.applications.edit_files import EditFolder, Job
-    from ldm3d.config.data import RegistrationConfig
-    from ldm3d.errors import choose
     from ldm3d.rulers.volumetry import load_measure
 
     if (scan is None) == (table is None):
         raise InputError("give either one scan, or --table with a path column")
-    choose("--register", register, ("model", "none", "rigid", "affine"))
-    pipe, _ = load_model(model, device, precision)
-    wanted = {"model": None, "none": False}
-    placing = wanted[register] if register in wanted else RegistrationConfig(to=template, kind=register)
+    pipe, placing = ready(model, device, precision, register, template, stripped)
     given, changes = parse_pairs(source, "--from"), parse_pairs(to, "--to")
     options = {"method": method, "strength": strength, "samples": samples, "average": average, "steps": steps}
-    options |= {"guidance": guidance, "seed": seed, "register": placing}
+    options |= {"guidance": guidance, "seed": seed, **placing}
     rows = _rows(table, pipe.schema.names) if table is not None else [(scan, {})]
     jobs = [Job(path, {**own, **given}, changes, options) for path, own in rows]
     if len({job.label for job in jobs}) < len(jobs):

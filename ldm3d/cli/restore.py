@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, ModelPath, Precision, app, load_model
-from ldm3d.errors import InputError, choose
+from ldm3d.cli.options import Device, ModelPath, Precision, app
+from ldm3d.cli.placing import Register, Stripped, Template, ready
 
 Scan = Annotated[Path, typer.Argument(help="A scan (NIfTI, .mgz).", show_default=False)]
 Source = Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The person's covariates.")]
 Draws = Annotated[int, typer.Option(min=1, help="Draws; their deviation says how far to trust the mean.")]
 Levels = Annotated[int, typer.Option(min=1, help="Of noise, from pure noise down.")]
 RandomSeed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
-Register = Annotated[str, typer.Option(help="model (as its training scans were), none (lies there already), rigid or affine.")]
-Template = Annotated[str, typer.Option(help="For rigid and affine: mni152, or a NIfTI file.")]
 Doubted = Annotated[float, typer.Option(help="Share of the brain that is drawn again.")]
 
 
@@ -40,6 +38,7 @@ def restore(
     seed: RandomSeed = 0,
     register: Register = "model",
     template: Template = "mni152",
+    stripped: Stripped = False,
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
@@ -51,15 +50,15 @@ def restore(
     from ldm3d.applications.restore import restore as apply
     from ldm3d.applications.restore_files import restored_files, write_restored
 
-    pipe, placing = _ready(model, scan, device, precision, register, template)
+    pipe, placing = ready(model, device, precision, register, template, stripped, scan)
     given = parse_pairs(source, "--from")
     asked = {"operator": operator, "noise": noise, "from": given, "samples": samples, "levels": levels, "seed": seed}
-    files = restored_files(out, pipe, scan, {**asked, "register": [register, template]})
+    files = restored_files(out, pipe, scan, {**asked, "register": [register, template], **_told(stripped)})
     if files.is_done:
         print(f"{files.path('restored')} is there already")
         return
     with _bar("restore", "level") as show:
-        options = {"samples": samples, "levels": levels, "seed": seed, "register": placing, "progress": show}
+        options = {"samples": samples, "levels": levels, "seed": seed, "progress": show, **placing}
         restored = apply(pipe, scan, operator, noise, covariates=given, **options)
     print(f"restored scan, derived and synthetic in part: {write_restored(files, restored)}")
 
@@ -75,6 +74,7 @@ def calibrate(
     seed: RandomSeed = 0,
     register: Register = "model",
     template: Template = "mni152",
+    stripped: Stripped = False,
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
@@ -82,7 +82,7 @@ def calibrate(
     from ldm3d.applications.anomaly import calibrate as apply
     from ldm3d.data.tables import check_column, read_table
 
-    pipe, placing = _ready(model, None, device, precision, register, template)
+    pipe, placing = ready(model, device, precision, register, template, stripped)
     frame = read_table(table)
     check_column(table, list(frame), "path", "the healthy scans")
     names = [name for name in pipe.schema.names if name in frame]
@@ -98,7 +98,7 @@ def calibrate(
             show(done, len(people))
 
         options = {"samples": samples, "levels": levels, "doubted": doubted, "seed": seed}
-        found = apply(pipe, people, count, register=placing, **options)
+        found = apply(pipe, people, count, **placing, **options)
     found.save(out)
     print(
         f"{found.people} of {len(people)} healthy people written to {out}; use it with the same --samples, --levels, --doubted"
@@ -118,6 +118,7 @@ def anomaly(
     seed: RandomSeed = 0,
     register: Register = "model",
     template: Template = "mni152",
+    stripped: Stripped = False,
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
@@ -127,32 +128,25 @@ def anomaly(
     from ldm3d.applications.calibration import Calibration
     from ldm3d.applications.changes import parse_pairs
 
-    pipe, placing = _ready(model, scan, device, precision, register, template)
+    pipe, placing = ready(model, device, precision, register, template, stripped, scan)
     options = {"samples": samples, "levels": levels, "doubted": doubted, "seed": seed}
     healthy = Calibration.load(calibration, about_of(pipe, options))
     given = parse_pairs(source, "--from")
-    asked = {**options, "from": given, "register": [register, template], "calibration": healthy.identity}
+    asked = {**options, "from": given, "register": [register, template], "calibration": healthy.identity, **_told(stripped)}
     files = anomaly_files(out, pipe, scan, asked)
     if files.is_done:
         print(f"{files.path('zscore')} is there already")
         return
     with _bar("anomaly", "part") as show:
-        found = apply(pipe, scan, healthy, given, register=placing, progress=show, **options)
+        found = apply(pipe, scan, healthy, given, **placing, progress=show, **options)
     path = write_anomaly(files, found, healthy)
     unusual = sum(row["p"] <= 0.05 for row in found.clusters)
     print(f"{len(found.clusters)} clusters, {unusual} of them unusually large (corrected p at most 0.05): {path}")
 
 
-def _ready(model: Path, scan: Path | None, device: str | None, precision: str, register: str, template: str) -> tuple:
-    """The pipeline, and how scans are registered."""
-    from ldm3d.config.data import RegistrationConfig
-
-    choose("--register", register, ("model", "none", "rigid", "affine"))
-    if scan is not None and not scan.is_file():
-        raise InputError(f"{scan}: no such file")
-    pipe, _ = load_model(model, device, precision)
-    wanted = {"model": None, "none": False}
-    return pipe, wanted[register] if register in wanted else RegistrationConfig(to=template, kind=register)
+def _told(stripped: bool) -> dict[str, bool]:
+    """In what a result follows from; nothing by default."""
+    return {"stripped": True} if stripped else {}
 
 
 @contextlib.contextmanager

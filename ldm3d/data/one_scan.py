@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from ldm3d.config.data import DataConfig
 from ldm3d.data import bias, registration
-from ldm3d.data.extraction import Tool, extract, find_tool
+from ldm3d.data.extraction import Tool, find_tool
 from ldm3d.data.inside import check_inside, root_of
 from ldm3d.data.keys import KEY, file_key, settings_of, volume_key, with_mask
-from ldm3d.data.masks import apply_mask, mask_root
+from ldm3d.data.masks import mask_root
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import grid_of
 from ldm3d.data.quality import look_at, read_look, write_look
-from ldm3d.data.removed import Removed
+from ldm3d.data.removed import Removed, masked, remove
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 
@@ -80,7 +80,7 @@ def prepare_scan(path: str, mask: Path | InputError | None, folder: Path, data: 
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 volume, affine = read_volume(path)
-                scan, kept = _masked(volume, affine, read_volume(mask), mask) if mask else (volume, None)
+                scan, kept = masked(volume, affine, read_volume(mask), mask) if mask else (volume, None)
                 key = volume_key(volume, affine, steps.settings if kept is None else with_mask(steps.settings, kept))
                 info = _read_info(folder, key)  # the same voxels in another file
                 cached = info is not None
@@ -118,30 +118,10 @@ def _placed(
     scan: NDArray, affine: NDArray, kept: NDArray | None, path: Path, data: DataConfig, steps: Steps
 ) -> tuple[NDArray, dict[str, Any], Removed]:
     """Extraction, bias field, registration, Grid: the volume of `to_grid`, its info, and what was removed before."""
-    told: dict[str, Any] = {}
-    field = None
-    if steps.tool:
-        mask = extract(steps.tool, path, scan, affine)
-        scan, kept = _masked(scan, affine, mask, f"the mask of {steps.tool.words[0]}")
-        told["brain_extraction"] = steps.tool.told()
-    if kept is not None:
-        told["mask_keeps"] = round(float(kept.mean()), 4)
-    if data.bias_correction:
-        field = bias.estimate_field(scan, affine)
-        scan = scan / field.on(affine, scan.shape[1:])
-        told["bias_correction"] = field.told()
-    removed = Removed(kept, field)
+    scan, removed, told = remove(scan, affine, path, kept, steps.tool, bool(data.bias_correction))
     grid, wanted = grid_of(data.grid), data.registration
     volume, info = registration.placed(scan, affine, grid, data.percentiles, wanted, data.skull_stripped)
     return volume, info | told, removed
-
-
-def _masked(volume: NDArray, affine: NDArray, mask: tuple[NDArray, NDArray], name: Path | str) -> tuple[NDArray, NDArray]:
-    """See `apply_mask`; an InputError names the mask."""
-    try:
-        return apply_mask(volume, affine, *mask)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
 
 
 def _read_key(path: Path) -> str | None:

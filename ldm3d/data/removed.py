@@ -1,13 +1,18 @@
-"""What preparing took from a scan before it was placed, and how it is given back: what a mask hid, and the bias field."""
+"""What preparing takes from a scan before it is placed, and how it is given back: what a mask hides, and the bias field."""
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm3d.data import bias
 from ldm3d.data.bias import BiasField
+from ldm3d.data.extraction import Tool, extract
+from ldm3d.data.masks import apply_mask
+from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 
 
@@ -48,6 +53,48 @@ class Removed:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
             write_atomic(path, buffer.getvalue())
+
+
+def remove(
+    scan: NDArray, affine: NDArray, path: Path, kept: NDArray | None, tool: Tool | None, correct: bool
+) -> tuple[NDArray, Removed, dict[str, Any]]:
+    """Take the skull and the bias field from a scan, in this order.
+
+    Args:
+        scan: (1, X, Y, Z), masked already where `kept` is given.
+        affine: (4, 4) of `scan`.
+        path: of its file, which the tool reads; one without the ending of NIfTI is not read, see `extract`.
+        kept: bool (1, X, Y, Z), what a mask left of it.
+        tool: that extracts brains; None: none is wanted.
+        correct: whether the bias field is divided out.
+
+    Returns:
+        The scan without them, what was removed, and what a sidecar says of it.
+
+    Raises:
+        InputError: what `extract`, `apply_mask` and `ldm3d.data.bias.estimate_field` raise.
+    """
+    told: dict[str, Any] = {}
+    field = None
+    if tool:
+        mask = extract(tool, path, scan, affine)
+        scan, kept = masked(scan, affine, mask, f"the mask of {tool.words[0]}")
+        told["brain_extraction"] = tool.told()
+    if kept is not None:
+        told["mask_keeps"] = round(float(kept.mean()), 4)
+    if correct:
+        field = bias.estimate_field(scan, affine)
+        scan = scan / field.on(affine, scan.shape[1:])
+        told["bias_correction"] = field.told()
+    return scan, Removed(kept, field), told
+
+
+def masked(volume: NDArray, affine: NDArray, mask: tuple[NDArray, NDArray], name: Path | str) -> tuple[NDArray, NDArray]:
+    """See `apply_mask`; an InputError names the mask."""
+    try:
+        return apply_mask(volume, affine, *mask)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def read_removed(path: Path) -> Removed:
