@@ -7,12 +7,13 @@ TABLE has a path column and covariates of people that the model has not seen, --
 Each scan is placed on the model's Grid as for `pipe.restore`; there it is the truth. From it are made
 
     slices   two voxels thick (box profile), with noise of 0.5% of the intensity range
+    missing  every other slice is lost
     hole     everything within 27 mm of a place in the brain, which differs by person, is lost
 
-and restored by cubic interpolation (slices), by the mean brain (hole), by optimising the latent alone (Adam on the decoder's
-input, as InverseSR's second stage; Wang et al. 2023), and by `posterior_volumes`. PSNR is of the voxels above 5% of the range
-(in the hole for hole), for the mean of the draws and for one of them. "held" is the share of true voxels in the 90%
-interval. Seconds are of one core, CPU time, for a draw.
+and restored by cubic and linear interpolation (slices, missing), by the mean brain (hole), by optimising the latent alone
+(Adam on the decoder's input, as InverseSR's second stage; Wang et al. 2023), and by `posterior_volumes`. PSNR is of the voxels
+above 5% of the range (of these in the hole, or in missing slices), for the mean of the draws and for one of them. "held" is
+the share of true voxels in the 90% interval. Seconds are of one core, CPU time, for a draw.
 
 Ablations: without the network (the Gaussian at every level), the remainder, or the Gaussian's spread (white instead).
 "baselines" and "adam" leave out what takes the most time.
@@ -31,11 +32,11 @@ from protocol import RESULTS
 from scipy import ndimage
 from torch import Tensor
 
-import ldm3d.applications.restore as module
 from ldm3d import figures
 from ldm3d.applications.decoding import LatentDecoder
 from ldm3d.applications.placed import PlacedScan, place
-from ldm3d.applications.remainder import Remainder
+from ldm3d.applications.prior import Prior, latent_shape, prior_of, white_spread
+from ldm3d.applications.restore import CORRECTIONS, interval_of, posterior_volumes
 from ldm3d.diffusion.operators import Linear, Measured, mask, slices
 from ldm3d.environment import processor
 from ldm3d.pipeline import Pipeline
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--mean-num", type=int, default=24)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--levels", type=int, default=8)
-    parser.add_argument("--corrections", type=int, default=module.CORRECTIONS)
+    parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--without", nargs="*", default=[], choices=["network", "remainder", "spread", "baselines", "adam"])
     parser.add_argument("--tasks", nargs="*", default=["slices", "hole"])
     parser.add_argument("--name", default="restore-cpu", help="of the file of results")
@@ -63,7 +64,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
-    _ablate(pipe, arguments.without)
     people = _people(arguments.table, arguments.num)
     average = None
     if "hole" in arguments.tasks:
@@ -102,6 +102,9 @@ def _task(name: str, placed: PlacedScan, number: int) -> tuple[Linear, Tensor]:
     brain = volume > BRAIN
     if name == "slices":
         return slices(2, volume.shape[2], 2.0, profile="box"), brain
+    if name == "missing":
+        known = (torch.arange(volume.shape[2]) % 2 == 0).expand(volume.shape)
+        return mask(known), brain & ~known
     inside = np.argwhere(ndimage.binary_erosion(brain.numpy(), iterations=3))
     centre = inside[np.random.default_rng(number).integers(len(inside))]
     distance = np.linalg.norm((np.moveaxis(np.indices(volume.shape), 0, -1) - centre) * spacing, axis=-1)
@@ -123,8 +126,11 @@ def _restored(
     y = Measured(linear, NOISE).draw(truth, torch.Generator().manual_seed(1))
     (row,) = pipe.parse([{name: person[name] for name in ("age", "sex", "source") if name in pipe.schema.names}])
     start, cpu = time.perf_counter(), time.process_time()
-    drawn = module.posterior_volumes(
-        *(pipe, linear, y, row, NOISE, range(arguments.samples), arguments.levels), corrections=arguments.corrections
+    drawn = posterior_volumes(
+        *(pipe, linear, y, row, NOISE, range(arguments.samples), arguments.levels),
+        corrections=arguments.corrections,
+        prior=_prior(pipe, row, arguments.without),
+        keep_remainder="remainder" not in arguments.without,
     )
     draws, expected, _ = (torch.stack(each) for each in zip(*drawn))
     seconds = (time.process_time() - cpu) / arguments.samples
@@ -132,26 +138,32 @@ def _restored(
     found = {"mean": _psnr(mean, truth, where), "one": _psnr(expected[:1].clamp(0, 1), truth, where)}
     shown = [("the truth", truth), (f"{task}: mean of draws", mean), (f"{task}: a draw", draws[:1].clamp(0, 1))]
     if arguments.samples > 1:
-        low, high = module.interval_of(mean, draws, 0.9)
+        low, high = interval_of(mean, draws, 0.9)
         found["held"] = float(((low <= truth) & (truth <= high))[0, 0][where].float().mean())
         found["deviation"] = float(draws.var(0)[0][where].mean().sqrt())
         shown.append((f"{task}: deviation x 5", 5 * draws.std(0, keepdim=True)))
     found |= {"seconds": seconds, "wall_seconds": (time.perf_counter() - start) / arguments.samples}
     if "baselines" not in arguments.without:
-        plain = _cubic(y, truth.shape) if task == "slices" else average
+        plain = average if task == "hole" else _interpolated(y, truth.shape, task, 3)
         assert plain is not None
         found["plain"] = _psnr(plain, truth, where)
+        if task != "hole":
+            found["linear"] = _psnr(_interpolated(y, truth.shape, task, 1), truth, where)
         if "adam" not in arguments.without:
             optimised, found["optimised_seconds"] = _optimised(pipe, placed, linear, y, task)
             found["optimised"] = _psnr(optimised, truth, where)
-        shown.insert(1, ("cubic interpolation" if task == "slices" else "mean brain", plain))
+        shown.insert(1, ("mean brain" if task == "hole" else "cubic interpolation", plain))
     return {key: round(value, 3) for key, value in found.items()}, shown
 
 
-def _cubic(y: Tensor, shape: torch.Size) -> Tensor:
+def _interpolated(y: Tensor, shape: torch.Size, task: str, order: int) -> Tensor:
+    """Splines of an order across slices: whose middles lie between voxels if they are thick, else on every other one."""
+    known, offset = (y[0, 0, ..., ::2], 0.0) if task == "missing" else (y[0, 0], 0.5)
     places = np.stack(np.meshgrid(*(np.arange(n) for n in shape[2:]), indexing="ij")).astype(float)
-    places[2] = (places[2] - 0.5) / 2
-    return torch.from_numpy(ndimage.map_coordinates(y[0, 0].numpy(), places, order=3, mode="nearest"))[None, None].clamp(0, 1)
+    places[2] = (places[2] - offset) / 2
+    return torch.from_numpy(ndimage.map_coordinates(known.numpy(), places, order=order, mode="nearest"))[None, None].clamp(
+        0, 1
+    )
 
 
 def _optimised(pipe: Pipeline, placed: PlacedScan, linear: Linear, y: Tensor, task: str) -> tuple[Tensor, float]:
@@ -172,34 +184,15 @@ def _psnr(volume: Tensor, truth: Tensor, where: Tensor) -> float:
     return float(-10 * (volume - truth)[0, 0][where].square().mean().log10())
 
 
-def _ablate(pipe: Pipeline, without: list[str]) -> None:
-    """Take parts of the method away."""
+def _prior(pipe: Pipeline, row: dict[str, Any], without: list[str]) -> Prior:
+    """What the method knows of latents, without parts of it."""
+    prior = prior_of(pipe, row)
     if "network" in without:
         assert pipe.start is not None
-        pipe.start.until = 1e-6
-        level_times = module.level_times
-
-        def times(pipe: Pipeline, levels: int) -> list[float]:
-            pipe.start.until, until = 0.8, pipe.start.until
-            found = level_times(pipe, levels)
-            pipe.start.until = until
-            return found
-
-        module.level_times = times
+        prior = prior._replace(denoise=pipe.start.denoiser(pipe.schema.encode([row]), pipe.process))
     if "spread" in without:
-        spread_of = module.spread_of
-
-        def white(pipe: Pipeline, row: Any, shape: Any) -> Any:
-            start, pipe.start = pipe.start, None
-            found = spread_of(pipe, row, shape)
-            pipe.start = start
-            return found
-
-        module.spread_of = white
-    if "remainder" in without:
-        Remainder.learn = lambda self, residual: self.operator  # type: ignore[method-assign]
-        Remainder.draw = lambda self, residual, draw: torch.zeros_like(self.variance)  # type: ignore[method-assign]
-        Remainder.mean = lambda self, residual: torch.zeros_like(self.variance)  # type: ignore[method-assign]
+        prior = prior._replace(spread=white_spread(pipe, latent_shape(pipe)))
+    return prior
 
 
 if __name__ == "__main__":

@@ -14,66 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from ldm3d.errors import SHOWN, InputError, nearest, shown, some
+from ldm3d.following import Following
+from ldm3d.notation import is_missing, read_number
 
 Value = float | str | None
 NAME = r"^[a-z][a-z0-9_]{0,99}$"  # of covariates, in requests, columns and files
 
-MISSING = ("", "n/a", "na", "nan", "none", "null")  # in lower case; a category of such a name stays a category
 # Aliases of the two sexes, for a covariate that has both as categories
 _SEXES = (("f", "female", "woman", "women", "girl"), ("m", "male", "man", "men", "boy"))
-_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
-_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")  # as in 1,234: does the comma part thousands, or decimals?
-_NUMBER = r"[+-]?\d*[.,]?\d+"
-_OPEN_ENDED = re.compile(rf"[<>≤≥]=?\s*(?P<before>{_NUMBER})|(?P<after>{_NUMBER})\s*\+")
-_RANGE = re.compile(rf"(?P<low>{_NUMBER})\s*(?:[-–—]|to)\s*(?P<high>{_NUMBER})")
-
-
-def is_missing(text: str) -> bool:
-    """Whether a cell of a table means a missing value."""
-    return text.strip().lower() in MISSING
-
-
-def read_number(text: str) -> tuple[float, str]:
-    """A number as published tables write it, and the kind of notation.
-
-    Args:
-        text: a cell that is not missing.
-
-    Returns:
-        (value, kind): "plain" is 42.5; "decimal comma" is 42,5; "open-ended" is 89+ or >89, read as its limit; "range" is
-        35-40 or 35 to 40, read as its middle.
-
-    Raises:
-        ValueError: no number, not finite, or a number that can be read in two ways (1,234).
-    """
-    text = text.strip()
-    if len(text) > 100 or "_" in text:  # float("1_2") is 12
-        raise ValueError(f"{shown(text)} is not a number")
-    try:
-        value = float(text)
-    except ValueError:
-        value = None
-    if value is not None:
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is not finite; leave the cell empty for a missing value")
-        return value, "plain"
-    if _THOUSANDS.fullmatch(text):
-        pointed = f"{text.replace(',', '.')} or " if text.count(",") == 1 else ""
-        raise ValueError(f"{shown(text)} can be read in two ways; write {pointed}{text.replace(',', '')}")
-    if _DECIMAL_COMMA.fullmatch(text):
-        return float(text.replace(",", ".")), "decimal comma"
-    if found := _OPEN_ENDED.fullmatch(text):
-        return read_number(found["before"] or found["after"])[0], "open-ended"
-    if found := _RANGE.fullmatch(text):
-        low, high = (read_number(found[end])[0] for end in ("low", "high"))
-        if low < high:
-            return (low + high) / 2, "range"
-    raise ValueError(f"{shown(text)} is not a number")
 
 
 @dataclass(frozen=True)
@@ -90,6 +44,8 @@ class Covariate:
         seen: (lowest, highest) over the training split; a request beyond it draws a warning.
         required: whether it cannot be left open, because the model was trained without open values.
         aliases: other names of a category, {"F": ("2", "femme")}; "female" and its like are known if both sexes are.
+        follows: names of covariates that a continuous one follows from: ventricles from age and sex.
+        following: how, over the training split; set by `CovariateSchema.fit`.
     """
 
     name: str
@@ -102,6 +58,8 @@ class Covariate:
     seen: tuple[float, float] | None = None
     required: bool = False
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    follows: tuple[str, ...] = ()
+    following: Following | None = None
 
     # For the check of a file's values by pydantic in `from_dict`
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (no field)
@@ -122,6 +80,8 @@ class Covariate:
             raise InputError(f"covariate {self.name!r}: std {self.std:g} must be positive")
         if strangers := self.aliases.keys() - set(self.categories):
             raise InputError(f"covariate {self.name!r}: aliases of {some(sorted(strangers))}, which are no categories")
+        if self.follows and self.kind != "continuous":
+            raise InputError(f"covariate {self.name!r}: only a continuous one can follow from others; drop `follows`")
 
     @property
     def label(self) -> str:
@@ -225,6 +185,12 @@ class CovariateSchema:
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
             raise InputError(f"covariates must have different names, got {', '.join(self.names)}")
+        for place, covariate in enumerate(self.covariates):
+            # So there is no circle
+            if later := [name for name in covariate.follows if name not in self.names[:place]]:
+                raise InputError(
+                    f"covariate {covariate.name!r} follows {later[0]!r}, which is none of those before it; list that first"
+                )
 
     def __iter__(self) -> Iterator[Covariate]:
         return iter(self.covariates)
@@ -294,7 +260,28 @@ class CovariateSchema:
                     covariate, mean=float(numbers.mean()), std=std, seen=(float(numbers.min()), float(numbers.max()))
                 )
             fitted.append(covariate)
-        return CovariateSchema(tuple(fitted))
+        schema = CovariateSchema(tuple(fitted))
+        known = schema.parse_all([{name: row.get(name) for name in schema.names} for row in rows])
+        following = {c.name: schema._following(c, known) for c in fitted if c.follows}
+        return CovariateSchema(tuple(replace(c, following=following.get(c.name)) for c in fitted))
+
+    def _following(self, covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> Following:
+        """Of a covariate that follows from others, over the rows in which all of them are known."""
+        complete = [row for row in rows if all(row[name] is not None for name in (covariate.name, *covariate.follows))]
+        x = np.array([self.numbers(covariate.follows, row) for row in complete], dtype=float)
+        try:
+            return Following.fit(x, np.array([row[covariate.name] for row in complete], dtype=float))
+        except InputError as error:
+            raise InputError(f"covariate {covariate.name!r} follows {', '.join(covariate.follows)}: {error}") from None
+
+    def numbers(self, names: Sequence[str], row: Mapping[str, Value]) -> list[float | None]:
+        """Standardised values, and an indicator of each category but the first; None where a value is open."""
+        numbers: list[float | None] = []
+        for covariate in map(self.__getitem__, names):
+            value, given = covariate.encode(row[covariate.name])
+            values = [float(value == k) for k in range(1, len(covariate.categories))] if covariate.categories else [value]
+            numbers += values if given else [None] * len(values)
+        return numbers
 
     def warn_beyond_seen(self, rows: Sequence[Mapping[str, Value]]) -> None:
         """Warn once for every covariate with requests beyond the range of the training split."""
@@ -320,8 +307,9 @@ class CovariateSchema:
     def to_dict(self) -> list[dict]:
         items = [asdict(covariate) for covariate in self.covariates]
         for item in items:
-            if not item["aliases"]:  # as in files of versions without aliases
-                del item["aliases"]
+            for name in ("aliases", "follows", "following"):  # as in files of versions without them
+                if not item[name]:
+                    del item[name]
         return items
 
     @classmethod

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates, read_number
+from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates
 from ldm3d.errors import InputError
+from ldm3d.notation import read_number
 
 AGE = Covariate("age", "continuous", unit="years", range=(0, 120))
 SEX = Covariate("sex", "categorical", categories=("F", "M"))

@@ -13,7 +13,8 @@ from test_placed import head, tiny_pipeline
 from ldm3d.applications.decoding import Exact, LatentDecoder, LinearPath
 from ldm3d.applications.degraded import degraded
 from ldm3d.applications.placed import place
-from ldm3d.applications.restore import interval_of, posterior_volumes, restore, spread_of
+from ldm3d.applications.prior import prior_of, spread_of
+from ldm3d.applications.restore import interval_of, posterior_volumes, restore
 from ldm3d.applications.restore_files import restored_files, write_restored
 from ldm3d.data.nifti import to_image, write_volume
 from ldm3d.diffusion.operators import Identity, slices
@@ -181,6 +182,19 @@ def test_a_model_without_a_gaussian_or_a_linear_path():
     y = torch.rand(1, 1, 20, 24, 20, generator=torch.Generator().manual_seed(0))
     ((volume, *_),) = posterior_volumes(pipe, Identity(), y, pipe.parse([{}])[0], 0.05, [0], 2)
     assert torch.isfinite(volume).all()
+
+
+def test_parts_of_the_method_can_be_left_out(pipe):
+    """Without a remainder a draw is what was decoded; and another prior is asked in place of the model's."""
+    row, y = pipe.parse([{}])[0], torch.rand(1, 1, 20, 24, 20, generator=torch.Generator().manual_seed(0))
+    asked = []
+    prior = prior_of(pipe, row)._replace(denoise=lambda z, t: asked.append(t) or torch.zeros_like(z))
+    (drawn,) = posterior_volumes(pipe, Identity(), y, row, 0.05, [0], 2, prior=prior, keep_remainder=False)
+    torch.testing.assert_close(drawn.drawn, drawn.decoded, rtol=0, atol=0)
+    torch.testing.assert_close(drawn.expected, drawn.decoded, rtol=0, atol=0)
+    assert len(asked) == 2
+    (whole,) = posterior_volumes(pipe, Identity(), y, row, 0.05, [0], 2)
+    assert not torch.equal(whole.drawn, whole.decoded) and not torch.equal(whole.decoded, drawn.decoded)
 
 
 def test_files(pipe, scan, tmp_path):

@@ -1,7 +1,8 @@
 """What an edit is asked for, from text to covariates: "age=72,sex=F", "age=+10", "age=50:90:5"."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm3d.covariates import CovariateSchema, Value
@@ -62,6 +63,61 @@ def targets_of(schema: CovariateSchema, source: Mapping[str, Value], to: Mapping
         else:
             changed[name] = value
     return [changed | {steps[0]: point} for point in steps[1]] if steps else [changed]
+
+
+def with_followers(
+    schema: CovariateSchema,
+    own: Mapping[str, Value],
+    targets: Sequence[Mapping[str, Value]],
+    held: Collection[str],
+    look: Callable[[], Mapping[str, float]],
+) -> tuple[dict[str, Value], list[dict[str, Value]]]:
+    """Own covariates, with those that are to follow; and the targets with what they follow to.
+
+    Args:
+        schema: of the model.
+        own, targets: of the scan and of its edits, None where open.
+        held: covariates that do not follow.
+        look: finds covariates on the scan, called where one is to follow and not known. What is not found, or cannot be,
+            stays open.
+    """
+    known = dict(own)
+    moving = [
+        covariate
+        for covariate in schema
+        if covariate.following
+        and covariate.name not in held
+        and any(target[name] != own[name] for target in targets for name in covariate.follows)
+    ]
+    if any(own[covariate.name] is None for covariate in moving):
+        found = look()
+        for covariate in moving:
+            value, (low, high) = found.get(covariate.name, math.nan), covariate.range or (-math.inf, math.inf)
+            if own[covariate.name] is None and math.isfinite(value) and low <= value <= high:
+                known[covariate.name] = float(value)
+    return known, [followed(schema, known, {**target, **{c.name: known[c.name] for c in moving}}, held) for target in targets]
+
+
+def followed(
+    schema: CovariateSchema, before: Mapping[str, Value], after: Mapping[str, Value], held: Collection[str] = ()
+) -> dict[str, Value]:
+    """`after`, with what follows from changed covariates changed as well, within its range.
+
+    Args:
+        schema: fitted.
+        before, after: of one person, a value or None for every covariate.
+        held: covariates that do not follow.
+    """
+    found = dict(after)
+    for covariate in schema:
+        value = before[covariate.name]
+        moves = any(before[name] != found[name] for name in covariate.follows)
+        if covariate.following is None or covariate.name in held or not moves or value is None:
+            continue
+        points = schema.numbers(covariate.follows, before), schema.numbers(covariate.follows, found)
+        low, high = covariate.range or (-math.inf, math.inf)
+        found[covariate.name] = min(max(covariate.following.moved(float(value), *points), low), high)
+    return found
 
 
 def _points(name: str, first: float, last: float, step: float) -> list[float]:

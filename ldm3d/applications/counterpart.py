@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm3d.applications.placed import PlacedScan, place
-from ldm3d.applications.restore import LOWEST, posterior_volumes
+from ldm3d.applications.prior import LOWEST
+from ldm3d.applications.restore import posterior_volumes
 from ldm3d.config.data import RegistrationConfig
 from ldm3d.covariates import Value
 from ldm3d.diffusion.operators import Chain, blur, mask

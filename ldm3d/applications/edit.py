@@ -13,9 +13,15 @@ so that x' = x where nothing is changed, and errors of the sampler cancel. Start
 - "linear": no sampling: S(c) = E[x | c] by the regression that the model starts with (`ldm3d.start`). The same change for
   everybody: what an edit has to beat.
 
+Covariates that follow from a changed one (`follows` in a config: ventricles from age) are changed as they are among people,
+from the value that is given or measured on the scan: abduction, action and prediction of a structural causal model (Pawlowski
+et al. 2020). Left open they would follow, too, but by nearly the same amount in everybody: where a Gaussian denoises, it moves
+all alike.
+
 Legend: x normalised latent of the scan, (1, c, x, y, z); c, c' covariates; t noise level; N samples, T targets.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm3d.applications.changes import targets_of
+from ldm3d.applications.changes import targets_of, with_followers
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.config.data import RegistrationConfig
 from ldm3d.covariates import Value
@@ -35,10 +41,12 @@ from ldm3d.errors import InputError, choose
 from ldm3d.models.unet import cut_to, pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
+from ldm3d.rulers.volumetry import Measure, apply_measure, load_measure
 
 METHODS = ("ode", "noise", "linear")
 STRENGTH = {"ode": 1.0, "noise": 0.9}  # by default
 SAMPLER = "heun"
+VOLUMETRY = "ldm3d.rulers.volumetry:measure_volumes"
 
 Report = Callable[[int, int], None]
 
@@ -124,6 +132,8 @@ def edit(
     steps: int = 20,
     guidance: float = 1.0,
     seed: int = 0,
+    hold: Sequence[str] = (),
+    measure: str | Measure | None = VOLUMETRY,
     register: RegistrationConfig | bool | None = None,
     stripped: bool = False,
     progress: Report | None = None,
@@ -133,8 +143,8 @@ def edit(
 
     >>> pipe.edit("scan.nii.gz", {"age": 62, "sex": "F"}, age="+10").image()
 
-    What `source` gives and `to` does not change is held. So leave out of `source` what is to follow: with a ventricular volume
-    in it, ten more years would be shown at that volume.
+    What `source` gives and `to` does not change is held, unless it follows from what changes: the model's schema says what
+    does, and how.
 
     Args:
         pipe: the model.
@@ -150,6 +160,9 @@ def edit(
         steps: of the sampler over all noise levels.
         guidance: of the samples (not of the inversion), see `classifier_free`; more makes the change larger, not truer.
         seed: of the noise; sample i is the same among any number.
+        hold: covariates that stay, although they follow from changed ones.
+        measure: finds what follows and is not in `source` on the scan, see `ldm3d.rulers.volumetry.load_measure`; None: it
+            stays open.
         register, stripped: see `place`.
         progress: called with the numbers of sampled latents that are done and that there will be, N (T + 1).
 
@@ -164,8 +177,13 @@ def edit(
         raise InputError("the method linear needs a model that was trained with diffusion.start; use ode or noise")
     pipe.check_sampling(pipe.sampling.replace(guidance=guidance))
     (own,) = pipe.schema.parse_all([dict(source or {})])
-    targets = pipe.parse(targets_of(pipe.schema, own, {**(to or {}), **changes}))
+    asked = {**(to or {}), **changes}
+    targets = pipe.schema.parse_all(targets_of(pipe.schema, own, asked))
+    held = {pipe.schema[name].name for name in (*hold, *asked)}
     placed = image if isinstance(image, PlacedScan) else place(pipe, image, register, stripped)
+    function = load_measure(measure) if isinstance(measure, str) else measure
+    own, targets = with_followers(pipe.schema, own, targets, held, functools.partial(_measured, placed, function))
+    pipe.schema.warn_beyond_seen(targets)
     with torch.no_grad():
         if name == "linear":
             latents = _linear(pipe, placed.z, own, targets)
@@ -174,6 +192,10 @@ def edit(
     if average:
         latents = latents.mean(dim=1, keepdim=True)
     return Edit(placed, own, targets, latents, settings)
+
+
+def _measured(placed: PlacedScan, measure: Measure | None) -> Mapping[str, float]:
+    return apply_measure(measure, placed.volume[0].cpu().numpy(), placed.pipe.grid.spacing_mm) if measure else {}
 
 
 def _linear(pipe: Pipeline, x: Tensor, own: Mapping[str, Value], targets: Sequence[Mapping[str, Value]]) -> Tensor:

@@ -14,7 +14,7 @@ BIDS knows no T1w images that are maps or have four dimensions, so validators ar
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,8 @@ from ldm3d.data.tables import write_table
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 from ldm3d.pipeline import Pipeline
-from ldm3d.rulers.volumetry import apply_measure, tissue_change
+from ldm3d.rulers.volumetry import Measure, apply_measure, tissue_change
 
-Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
 README = (
     "Scans edited by a latent diffusion model (ldm3d): what a person's brain might look like with other covariates. They are "
     "derived from scans and partly synthetic; what they show never happened. Not for diagnosis."

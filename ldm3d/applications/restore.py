@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -21,22 +20,18 @@ from torch import Tensor
 from ldm3d.applications.decoding import LatentDecoder
 from ldm3d.applications.degraded import Degraded, degraded
 from ldm3d.applications.placed import PlacedScan, place
+from ldm3d.applications.prior import Prior, latent_shape, level_times, prior_of
 from ldm3d.applications.remainder import Remainder
 from ldm3d.config.data import RegistrationConfig
 from ldm3d.covariates import Value
 from ldm3d.data.nifti import to_image
-from ldm3d.diffusion.gaussian import Gaussian
-from ldm3d.diffusion.operators import Linear
+from ldm3d.diffusion.operators import Linear, Measured
 from ldm3d.diffusion.posterior import sample_posterior
-from ldm3d.diffusion.process import time_of_ratio
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
-from ldm3d.start import features
 
 CORRECTIONS = 2  # Gauss-Newton steps a level
-LOWEST = 0.05  # sigma / alpha of the last level: what is below is less than the remainder
-HIGHEST = 10.0  # of the first level after pure noise, for a model without a Gaussian to start with
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +166,8 @@ def posterior_volumes(
     levels: int,
     seed: int = 0,
     corrections: int = CORRECTIONS,
+    prior: Prior | None = None,
+    keep_remainder: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Drawn]:
     """Draws of what was measured: one after another, so that each is the same whichever others are asked for.
@@ -184,11 +181,12 @@ def posterior_volumes(
         numbers: of the draws; draw i follows from (seed, i).
         levels, seed, progress: see `restore`; progress is called after each level.
         corrections: see `sample_posterior`.
+        prior: None: `prior_of`.
+        keep_remainder: whether there is r; else x = D(z), for comparison.
     """
-    channels, *latent = pipe.autoencoder.latent_shape(pipe.grid.shape)
-    shape = (channels, *pipe.unet.padded_shape(latent))
-    decoder, denoise, spread = LatentDecoder(pipe), pipe.denoiser([row]), spread_of(pipe, row, shape)
-    times = level_times(pipe, levels)
+    decoder, times = LatentDecoder(pipe), level_times(pipe, levels)
+    denoise, spread = prior or prior_of(pipe, row)
+    shape = latent_shape(pipe)
     for number in numbers:
         stream = generator("restore", seed, number)
 
@@ -196,41 +194,17 @@ def posterior_volumes(
             return torch.randn(1, *shape, generator=stream).to(y)
 
         remainder = Remainder(linear, noise, (pipe.autoencoder.in_channels, *pipe.grid.shape), y)
+        operator = remainder.operator if keep_remainder else Measured(linear, noise)
         z = sample_posterior(
-            *(denoise, spread, decoder, remainder.operator, y, draw(shape), times, pipe.process, draw),
+            *(denoise, spread, decoder, operator, y, draw(shape), times, pipe.process, draw),
             corrections=corrections,
-            renew=remainder.learn,
+            renew=remainder.learn if keep_remainder else None,
             progress=progress,
         )
         with torch.no_grad():
             volume = decoder(z)
-            residual = y - linear(volume)
-            drawn, expected = volume + remainder.draw(residual, draw), volume + remainder.mean(residual)
+            drawn = expected = volume
+            if keep_remainder:
+                residual = y - linear(volume)
+                drawn, expected = volume + remainder.draw(residual, draw), volume + remainder.mean(residual)
             yield Drawn(drawn[0], expected[0], volume[0])
-
-
-def level_times(pipe: Pipeline, levels: int) -> list[float]:
-    """Times of the levels: pure noise; then even in log(sigma / alpha), from where the network takes over; and 0."""
-    first = min(pipe.start.until, HIGHEST) if pipe.start is not None else HIGHEST
-    ratios = np.geomspace(first, LOWEST, levels - 1).tolist() if levels > 1 else []
-    # Just below the first: there the network denoises, not what starts
-    return [1.0, *(time_of_ratio(pipe.process, 0.999 * ratio) for ratio in ratios), 0.0]
-
-
-def spread_of(pipe: Pipeline, row: Mapping[str, Value], shape: Sequence[int]) -> Callable[[float], Gaussian]:
-    """t -> covariance of x given z_t: of the Gaussian that the model starts with; else of white latents.
-
-    For Gaussian latents it is exact. A network knows more than a Gaussian at low noise, and there the spread is too wide: by
-    the ratio of their errors, which the model knows from its training (`Pipeline.denoising`).
-    """
-    if pipe.start is not None:
-        values, known = features(pipe.schema.encode([row]).to(pipe.device), pipe.start.num_categories)
-        prior = pipe.start.gaussian.given(values, known[0])
-    else:
-        rest = torch.tensor(pipe.scales or [1.0] * shape[0], device=pipe.device) ** 2
-        prior = Gaussian(*(rest.new_zeros(size) for size in (tuple(shape), (0, *shape), (0,))), rest)
-
-    def spread(t: float) -> Gaussian:
-        return prior.narrowed((pipe.process.alpha(t) / pipe.process.sigma(t)) ** 2)
-
-    return spread

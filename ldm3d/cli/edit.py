@@ -34,6 +34,7 @@ def edit(
     steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="1: none. More makes the change larger, not truer.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    hold: Annotated[list[str], typer.Option(metavar="NAME", help="Covariates that stay, though they follow.")] = [],  # noqa: B006
     register: Register = "model",
     template: Template = "mni152",
     stripped: Stripped = False,
@@ -45,7 +46,8 @@ def edit(
 ) -> None:
     """Show a scan as it would be with other covariates: ten years older, say. Research only; what it shows never happened.
 
-    Covariates that --from gives and --to does not change are held; all others may follow.
+    Covariates that --from gives and --to does not change are held, but for those that the model knows to follow from changed
+    ones (ventricles from age): these change as they do among people.
     """
     from tqdm import tqdm
 
@@ -60,6 +62,8 @@ def edit(
     given, changes = parse_pairs(source, "--from"), parse_pairs(to, "--to")
     options = {"method": method, "strength": strength, "samples": samples, "average": average, "steps": steps}
     options |= {"guidance": guidance, "seed": seed, **placing}
+    if any(covariate.following for covariate in pipe.schema):
+        options |= {"hold": hold, "measure": measure}
     rows = _rows(table, pipe.schema.names) if table is not None else [(scan, {})]
     jobs = [Job(path, {**own, **given}, changes, options) for path, own in rows]
     if len({job.label for job in jobs}) < len(jobs):

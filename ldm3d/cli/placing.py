@@ -1,15 +1,12 @@
 """How a given scan is brought to a model, as options of the commands edit, restore, calibrate and anomaly."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from ldm3d.cli.options import load_model
 from ldm3d.errors import InputError, choose
-
-if TYPE_CHECKING:
-    from ldm3d.pipeline import Pipeline
 
 Register = Annotated[str, typer.Option(help="model (as its training scans were), none (lies there already), rigid or affine.")]
 Template = Annotated[str, typer.Option(help="For rigid and affine: mni152, or a NIfTI file.")]
@@ -19,7 +16,7 @@ Stripped = Annotated[bool, typer.Option("--stripped", help="The scan has no skul
 class Ready(NamedTuple):
     """A model, and the options of `ldm3d.applications.placed.place` for its scans."""
 
-    pipe: "Pipeline"
+    pipe: Any  # a Pipeline, which commands import late: it takes a second
     placing: dict[str, Any]
 
 

@@ -281,6 +281,8 @@ class CovariateConfig(Section):
     range: tuple[float, float] | None = None
     categories: dict[str, Codes] = Field(default_factory=dict)
     missing: Annotated[Codes | None, Field(exclude_if=lambda codes: codes is None)] = None
+    # Earlier covariates that this one follows from where a scan is edited: [age, sex]
+    follows: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
 
     @field_validator("name")
     @classmethod
@@ -327,4 +329,6 @@ class CovariateConfig(Section):
     def covariate(self) -> Covariate:
         """The covariate, not yet fitted to a training split."""
         aliases = {category: words for category, words in self.categories.items() if words}
-        return Covariate(self.name, self.kind, self.unit, self.range, tuple(self.categories), aliases=aliases)
+        return Covariate(
+            *(self.name, self.kind, self.unit, self.range, tuple(self.categories)), aliases=aliases, follows=self.follows
+        )

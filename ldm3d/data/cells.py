@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ldm3d.config.data import CovariateConfig
-from ldm3d.covariates import Covariate, Value, read_number
+from ldm3d.covariates import Covariate, Value
 from ldm3d.data.outliers import implausible
 from ldm3d.errors import SHOWN, InputError, itemised, shown, some
+from ldm3d.notation import read_number
 
 Where = Callable[[int, str], str]  # (number of the scan, name of the covariate) -> where the cell stands, for messages
 _LENIENT = {"open-ended": "open-ended", "range": "ranges", "decimal comma": "with a decimal comma"}

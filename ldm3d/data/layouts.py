@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm3d.covariates import is_missing
 from ldm3d.errors import InputError
+from ldm3d.notation import is_missing
 
 MM3, ML = "mm3", "ml"
 _IN_MM3, _IN_ML = re.compile(r"mm\^?(3|³)\W*$|mm_?cubed$", re.I), re.compile(r"(^|[\W_])(ml|cm\^?3|cc)\W*$", re.I)

@@ -11,10 +11,10 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from ldm3d.config.data import CovariateConfig, DataConfig
-from ldm3d.covariates import is_missing
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError, nearest, shown, some
+from ldm3d.notation import is_missing
 
 # Columns of scans beside covariates, by the setting that names them; no covariate can have such a name
 SPLIT, GROUP, STRATUM = "data.split_column", "data.group_column", "data.splits.stratify "

@@ -260,7 +260,7 @@ def _settings(config: Config) -> dict[str, Any]:
     data = config.data.model_dump(mode="json", exclude={"sample", "balance"})  # which concern training alone
     settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
-    settings |= {f"covariate {c.name}": c.model_dump(mode="json") for c in config.covariates}
+    settings |= {f"covariate {c.name}": c.model_dump(mode="json", exclude={"follows"}) for c in config.covariates}
     return {"version": VERSION, **settings}
 
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldm3d.covariates import is_missing
 from ldm3d.errors import some
+from ldm3d.notation import is_missing
 
 Scan = tuple[str, str, str]  # subject, session, path
 

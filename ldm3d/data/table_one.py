@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from ldm3d.config.sections import Config
-from ldm3d.covariates import Covariate, as_name, is_missing, read_number
+from ldm3d.covariates import Covariate, as_name
 from ldm3d.data.bids import read_columns
 from ldm3d.data.splits import TEST, TRAIN, VALIDATION
 from ldm3d.errors import InputError
+from ldm3d.notation import is_missing, read_number
 
 # Headers of columns that are read where the table has them, whether or not they are covariates; the first that is there
 COLUMNS = {

@@ -15,7 +15,7 @@ import pandas as pd
 
 import ldm3d
 from ldm3d import figures
-from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name, is_missing, read_number
+from ldm3d.covariates import Covariate, CovariateSchema, Value, as_name
 from ldm3d.data.labels import LabelMaps, count_volumes
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.tables import read_table
@@ -23,6 +23,7 @@ from ldm3d.errors import InputError
 from ldm3d.evaluation import subgroups
 from ldm3d.files import checked_name
 from ldm3d.geometry import spacing_of
+from ldm3d.notation import is_missing, read_number
 from ldm3d.report.page import METRICS, Section, command, now, write_json, write_page
 from ldm3d.report.sections.fidelity import agreement_table
 from ldm3d.report.sections.subgroups import subgroup_sections

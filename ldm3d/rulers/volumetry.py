@@ -204,14 +204,15 @@ def _fluid(volume: NDArray, mask: NDArray) -> float:
     return float(((tissue - volume) / (tissue - FLUID_LEVEL)).clip(0, 1)[rim].sum())
 
 
-def apply_measure(
-    measure: Callable[[NDArray, Sequence[float]], Mapping[str, float]], volume: NDArray, spacing_mm: Sequence[float]
-) -> Mapping[str, float]:
+Measure = Callable[[NDArray, Sequence[float]], Mapping[str, float]]
+
+
+def apply_measure(measure: Measure, volume: NDArray, spacing_mm: Sequence[float]) -> Mapping[str, float]:
     """What a measure, which looks at one image (X, Y, Z), finds in a volume (C, X, Y, Z): in its first channel."""
     return measure(volume[0], spacing_mm)
 
 
-def load_measure(name: str, device: str = "cpu") -> Callable[[NDArray, Sequence[float]], Mapping[str, float]]:
+def load_measure(name: str, device: str = "cpu") -> Measure:
     """The function "package.module:function" of the same form as `measure_volumes`, or the network of "segmenter:FOLDER".
 
     Args:
