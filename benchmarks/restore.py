@@ -85,7 +85,9 @@ def main() -> None:
 
 
 def _write(pipe: Pipeline, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    means = {task: of.mean(numeric_only=True).round(3).to_dict() for task, of in pd.DataFrame(rows).groupby("task")}
+    means = {
+        task: of.dropna(axis=1).mean(numeric_only=True).round(3).to_dict() for task, of in pd.DataFrame(rows).groupby("task")
+    }
     settings = {key: getattr(arguments, key) for key in ("samples", "levels", "corrections", "without")}
     results = {"model": pipe.model_hash, "processor": processor(), **settings, "means": means, "people": rows}
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(results, indent=2) + "\n")

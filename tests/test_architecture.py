@@ -64,6 +64,7 @@ def test_reader_sees_every_form_of_import():
 # Rooms from the ground up: a module may import its own room, and rooms that stand above it in this list
 LAYERS = (
     ("errors",),
+    ("following", "notation"),
     ("files", "hub", "geometry", "covariates", "randomness", "precision", "preemption", "processes", "devices", "statistics"),
     ("config", "models", "diffusion"),
     ("start", "conditions", "contrast"),
