@@ -11,11 +11,12 @@ from typing import Any
 
 from ldm3d.config.sections import Config
 from ldm3d.covariates import CovariateSchema
-from ldm3d.description import DESCRIPTION, read_description
+from ldm3d.description import DESCRIPTION, START, read_description
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import CONFIG, read_json, weights_hash
 from ldm3d.models.unet import LatentUNet, UNet
 from ldm3d.shipped import model_folder
+from ldm3d.start import GaussianStart
 
 
 def take_autoencoder(config: Config) -> bool:
@@ -61,6 +62,12 @@ def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSche
             f"target {config.diffusion.target} and process {config.diffusion.process.kind}, which have to be the same"
         )
     unet = LatentUNet.from_pretrained(folder / "unet")
+    if (unet.in_channels > unet.out_channels) != config.diffusion.learns_residual:
+        raise InputError(
+            f"diffusion.init_from {folder}: its network "
+            + ("does not learn" if config.diffusion.learns_residual else "learns")
+            + " what the Gaussian of the start leaves; set diffusion.start.residual to match, or start from another model"
+        )
     if not isinstance(unet, UNet) or unet.image_channels not in (0, image_channels):
         raise InputError(
             f"diffusion.init_from {folder}: its network takes images of {unet.image_channels} channels; start from a model "
@@ -68,6 +75,14 @@ def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSche
         )
     unet = unet if unet.image_channels == image_channels else unet.with_images(image_channels)
     return unet.train().requires_grad_(True), parts["schema"], parts
+
+
+def first_start(config: Config) -> GaussianStart:
+    """The Gaussian of `diffusion.init_from`, with the `until` of the config."""
+    assert config.diffusion.start is not None
+    start = GaussianStart.from_pretrained(model_folder(str(config.diffusion.init_from)) / START)
+    start.until = start.arguments["until"] = config.diffusion.start.until
+    return start
 
 
 def seen_ranges(of_model: CovariateSchema, fitted: CovariateSchema) -> CovariateSchema:

@@ -54,7 +54,7 @@ def estimate(config: Config, scans: int, device: torch.device) -> Budget:
     with torch.device("meta"):
         autoencoder = make_network("Autoencoder", **one.network.model_dump())
         channels = autoencoder.latent_channels
-        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": config.schema().num_categories}
+        of_data = {**config.diffusion.channels(channels), "num_categories": config.schema().num_categories}
         unet = make_network("UNet", **of_data, **two.network.model_dump())
     latent = tuple(autoencoder.latent_shape(shape))
     padded = (channels, *unet.padded_shape(latent[1:]))

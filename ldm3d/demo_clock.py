@@ -234,5 +234,5 @@ def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, flo
 
 def make_unet(config: Config, channels: int) -> torch.nn.Module:
     """The U-Net of stage 2."""
-    of_data = {"in_channels": channels, "out_channels": channels, "num_categories": config.schema().num_categories}
+    of_data = {**config.diffusion.channels(channels), "num_categories": config.schema().num_categories}
     return make_network("UNet", **of_data, **config.diffusion.network.model_dump())

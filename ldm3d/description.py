@@ -232,11 +232,14 @@ def check_parts(
             f"{folder}: {len(scales)} scales and target {parts['target']}; scales are of all {channels} latent channels, and "
             "need target v"
         )
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
+    inputs = channels * (1 + (start is not None and start.residual))
+    if (unet.in_channels, unet.out_channels) != (inputs, channels):
         raise InputError(
             f"{folder}: the autoencoder has {channels} latent channels, the U-Net takes {unet.in_channels} and gives "
-            f"{unet.out_channels}; they are of different models"
+            f"{unet.out_channels} instead of {inputs} and {channels}; they are of different models"
         )
+    if start is not None and start.residual and not scales:
+        raise InputError(f"{folder}: {START} is of a network that needs scales, and {DESCRIPTION} has none")
     if unet.image_channels != (wanted := ImageChannels(parts["conditions"], autoencoder).count):
         raise InputError(
             f"{folder}: the U-Net takes images of {unet.image_channels} channels, the conditions in {DESCRIPTION} have "

@@ -334,7 +334,8 @@ class Pipeline(Applied):
             numbers: of the requests in their series, whose images `given` has; without these images are left open.
         """
         asked = Conditions(self.schema.encode(requests).to(self.device))
-        denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales)
+        estimate = self.start and self.start.estimate
+        denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales, estimate)
         if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
             guidance = 1.0
         if self.images is None or not numbers:

@@ -2,21 +2,23 @@
 
 At high noise the best denoiser is nearly linear, and a Gaussian that is fitted in closed form gives it (Wang & Vastola 2024).
 A network takes long to learn the same. So the Gaussian denoises down to a noise level `until`, and the network from there on,
-for which alone it is trained.
+for which alone it is trained. With `residual` the network sees the Gaussian's answer and learns what that leaves.
 
 Legend: as in `ldm3d.diffusion.gaussian`.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Self
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.denoiser import Denoiser
+from ldm3d.diffusion.denoiser import BatchDenoiser
 from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, fit_conditional
 from ldm3d.diffusion.process import Process
-from ldm3d.models.pretrained import Pretrained
+from ldm3d.models.pretrained import EIGHT_BITS, Pretrained
 
 
 class GaussianStart(Pretrained):
@@ -27,11 +29,16 @@ class GaussianStart(Pretrained):
         num_categories: of each covariate; 0 for a continuous one.
         components: k.
         until: sigma / alpha down to which it denoises.
+        residual: whether the network has learned what it leaves, see `ldm3d.diffusion.preconditioning`.
     """
 
-    def __init__(self, shape: Sequence[int], num_categories: Sequence[int], components: int, until: float):
+    of_eight_bits = ("directions",)
+
+    def __init__(
+        self, shape: Sequence[int], num_categories: Sequence[int], components: int, until: float, residual: bool = False
+    ):
         super().__init__()
-        self.shape, self.num_categories, self.until = tuple(shape), tuple(num_categories), until
+        self.shape, self.num_categories, self.until, self.residual = tuple(shape), tuple(num_categories), until, residual
         p = sum(max(n - 1, 1) for n in num_categories)
         sizes = {"mean": shape, "directions": (components, *shape), "variances": (components,), "rest": (shape[0],)}
         sizes |= {"slopes": (p, *shape), "centre": (p,), "covariance": (p, p)}
@@ -39,32 +46,65 @@ class GaussianStart(Pretrained):
             self.register_buffer(name, torch.zeros(*size))
 
     @classmethod
-    def fit(cls, latents: Tensor, context: Tensor, num_categories: Sequence[int], components: int, until: float) -> Self:
+    def fit(
+        cls,
+        latents: Tensor,
+        context: Tensor,
+        num_categories: Sequence[int],
+        components: int,
+        until: float,
+        residual: bool = False,
+    ) -> Self:
         """Fit it to training latents (N, C, X, Y, Z) and their covariates (N, K, 2).
 
         Raises:
             InputError: too few latents for so many components.
         """
         fitted = fit_conditional(latents, *features(context, num_categories), components)
-        start = cls(latents.shape[1:], num_categories, components, until)
-        start.load_state_dict({**vars(fitted.residual), **{n: getattr(fitted, n) for n in ("slopes", "centre", "covariance")}})
+        start = cls(latents.shape[1:], num_categories, components, until, residual)
+        rounded = in_eight_bits(fitted.residual)
+        start.load_state_dict({**vars(rounded), **{n: getattr(fitted, n) for n in ("slopes", "centre", "covariance")}})
         return start.requires_grad_(False)
 
     @property
+    def estimate(self) -> Self | None:
+        """Itself where the network has learned what it leaves, see `ldm3d.diffusion.denoiser.NetworkDenoiser`."""
+        return self if self.residual else None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        vars(self).pop("gaussian", None)  # its buffers move
+        return super()._apply(*args, **kwargs)
+
+    @functools.cached_property
     def gaussian(self) -> ConditionalGaussian:
         """In float32: the covariance of a latent has large and small parts."""
         names = ("mean", "directions", "variances", "rest", "slopes", "centre", "covariance")
         mean, directions, variances, rest, *others = (getattr(self, name).float() for name in names)
         return ConditionalGaussian(Gaussian(mean, directions, variances, rest), *others)
 
-    def denoiser(self, context: Tensor, process: Process) -> Denoiser:
+    def denoiser(self, context: Tensor, process: Process) -> BatchDenoiser:
         """(z, t) -> E[x | z, covariates] for covariates (N, K, 2) of a batch, the encoding of `ldm3d.covariates`."""
         return self.gaussian.denoiser(*features(context, self.num_categories), process)
+
+    def left(self, t: float | Tensor, process: Process) -> Tensor:
+        """Standard deviation of what it leaves of each channel, (N or 1, C); see `ConditionalGaussian.left`."""
+        return self.gaussian.left(t, process)
 
     def expected(self, context: Tensor) -> Tensor:
         """E[x | covariates], (N, C, X, Y, Z) in float32, for covariates (N, K, 2); open ones are integrated out."""
         gaussian, rows = self.gaussian, zip(*features(context, self.num_categories))
         return torch.cat([gaussian.given(values[None], known).mean for values, known in rows])
+
+
+def in_eight_bits(gaussian: Gaussian) -> Gaussian:
+    """The same with directions rounded to the numbers that a file has of them, so that nothing changes when it is saved.
+
+    Most of a start's size is its directions. Eight bits change a direction by 3 % of its length.
+    """
+    largest = gaussian.directions.flatten(1).abs().amax(dim=1).clamp_min(1e-30)
+    scale = torch.finfo(EIGHT_BITS).max / largest
+    directions = (gaussian.directions * scale[:, None, None, None, None]).to(EIGHT_BITS).float()
+    return replace(gaussian, directions=directions, variances=gaussian.variances / scale**2)
 
 
 def features(context: Tensor, num_categories: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -42,17 +42,17 @@ def test_times_are_told_in_thousandths_and_never_rounded():
     network = Recorder(X, torch.bfloat16)
     denoise = NetworkDenoiser(network, make_process("flow"), "data")
     for t in (0.9989, torch.full((3,), 0.9989)):
-        denoise.predict(X, t, CONDITIONS)
+        denoise(X, t, CONDITIONS)
         z, timesteps, conditions = network.asked
         torch.testing.assert_close(timesteps, torch.full((3,), 998.9))
         assert z.dtype == torch.bfloat16 and conditions.covariates.dtype == torch.float32
-    assert denoise.predict(X, 0.5, CONDITIONS).dtype == torch.float32
+    assert denoise(X, 0.5, CONDITIONS).dtype == torch.float32
 
 
 def test_a_learned_schedules_network_is_told_the_noise_level():
     process = make_process("vdm", gamma=(-10.0, 0.0, 10.0 / 3, 10.0))
     network = Recorder(X)
-    NetworkDenoiser(network, process, "data").predict(X, 1 / 3, CONDITIONS)
+    NetworkDenoiser(network, process, "data")(X, 1 / 3, CONDITIONS)
     torch.testing.assert_close(network.asked[1], torch.full((3,), 500.0))
 
 

@@ -69,7 +69,8 @@ def test_losses_of_a_network_that_answers_zero_are_the_targets_own(monkeypatch):
     pipeline.target = "noise"
     found = losses_of(pipeline, volume, row)
     np.testing.assert_allclose(found, 1, atol=0.35)
-    np.testing.assert_array_equal(found, losses_of(pipeline, np.zeros_like(volume), row))  # everybody meets the same noise
+    # Everybody meets the same noise; but for the rounding of z, from which it is found again
+    np.testing.assert_allclose(found, losses_of(pipeline, np.zeros_like(volume), row), rtol=1e-6)
     assert len(set(found)) == len(TIMES) and (losses_of(pipeline, volume, row, seed=1) != found).all()
 
 

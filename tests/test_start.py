@@ -1,6 +1,7 @@
 """Sampling that starts with a Gaussian of the training latents: against dense linear algebra, through files and training."""
 
 import contextlib
+import json
 import shutil
 
 import numpy as np
@@ -122,6 +123,24 @@ def test_a_start_is_the_same_from_its_folder(tmp_path):
     assert again.until == 1.5
 
 
+def test_times_of_rows_are_times_of_their_own(truth):
+    f, z, times = random(3, 2, seed=5), random(3, *SHAPE, seed=6), torch.tensor([0.1, 0.5, 0.9]).double()
+    known = torch.tensor([[1, 1], [0, 1], [0, 0]]).bool()
+    denoise = truth.denoiser(f, known, PROCESS)
+    for row, t in enumerate(times):
+        torch.testing.assert_close(denoise(z, times)[row], denoise(z, t.item())[row], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_what_an_estimate_leaves_has_its_deviation(truth, t):
+    """Of 20,000 samples, by channel; the components of the fixture are orthogonal, but not within a channel."""
+    x, f = drawn(truth, 20_000)
+    z = PROCESS.add_noise(x, random(*x.shape, seed=20), t)
+    error = truth.denoiser(f, torch.ones_like(f).bool(), PROCESS)(z, t) - x
+    found = error.square().mean(dim=(0, 2, 3, 4)).sqrt()
+    torch.testing.assert_close(truth.left(t, PROCESS)[0], found, rtol=0.1, atol=0)
+
+
 def test_each_denoises_on_its_side_of_the_ratio():
     denoise = in_turn(lambda z, t: z + 1, lambda z, t: z - 1, 2.0, PROCESS)
     t = time_of_ratio(PROCESS, 2.0)
@@ -146,13 +165,18 @@ def test_training_times_stay_below_and_keep_their_distribution(kind):
 @pytest.fixture
 def pipeline():
     made = make_pipeline()
-    shape = made.autoencoder.latent_shape(made.grid.shape)
-    padded = shape[0], *made.unet.padded_shape(shape[1:])
-    latents, context = random(30, *padded, seed=4).float(), torch.ones(30, len(made.schema), 2)
-    context[:, 0, 0] = torch.linspace(-1, 1, 30)
-    latents += 3 * context[:, 0, 0, None, None, None, None]
+    latents, context = latents_for(made)
     made.start = GaussianStart.fit(latents, context, made.schema.num_categories, components=4, until=1.0)
     return made
+
+
+def latents_for(pipeline):
+    """30 latents that the first covariate moves, and their contexts."""
+    shape = pipeline.autoencoder.latent_shape(pipeline.grid.shape)
+    padded = shape[0], *pipeline.unet.padded_shape(shape[1:])
+    latents, context = random(30, *padded, seed=4).float(), torch.ones(30, len(pipeline.schema), 2)
+    context[:, 0, 0] = torch.linspace(-1, 1, 30)
+    return latents + 3 * context[:, 0, 0, None, None, None, None], context
 
 
 def test_the_start_denoises_above_and_the_network_below(pipeline):
@@ -187,6 +211,45 @@ def test_a_pipeline_keeps_its_start_and_what_it_draws(pipeline, tmp_path):
     assert not np.array_equal(next(without.volumes(requests, sampling)), drawn[0])
 
 
+def test_directions_are_rounded_before_training_and_not_again_when_saved(pipeline, tmp_path):
+    start = pipeline.start
+    start.save_pretrained(tmp_path / "half", torch.float16)
+    again = GaussianStart.from_pretrained(tmp_path / "half")
+    assert torch.equal(again.directions, start.directions) and again.directions.dtype == torch.float32
+    assert start.directions.flatten(1).abs().amax(dim=1).eq(448).all()
+    latents, context = latents_for(pipeline)
+    exact = fit_conditional(latents, *features(context, pipeline.schema.num_categories), 4).residual
+    whole, rounded = (
+        torch.einsum("kcxyz,k->cxyz", g.directions.square(), g.variances) for g in (exact, start.gaussian.residual)
+    )
+    torch.testing.assert_close(rounded, whole, rtol=0.1, atol=1e-3)
+
+
+def test_a_network_that_has_learned_nothing_of_the_remainder_leaves_the_estimate_near(pipeline, tmp_path):
+    """Its output is 0 at first, and then x = g + s a (z - alpha g) / r."""
+    channels = pipeline.autoencoder.latent_channels
+    context = pipeline.schema.encode(pipeline.parse([{}, {}]))
+    start = GaussianStart(**{**pipeline.start.arguments, "residual": True})
+    start.load_state_dict(pipeline.start.state_dict())
+    pipeline.start, pipeline.scales, pipeline.target = start, (1.0,) * channels, "v"
+    arguments = {**pipeline.unet.arguments, "in_channels": 2 * channels}
+    pipeline.unet = type(pipeline.unet)(**arguments)
+    z, t = torch.randn(2, *start.shape), time_of_ratio(pipeline.process, 0.5)
+    g, s = start.denoiser(context, pipeline.process)(z, t), start.left(t, pipeline.process)[..., None, None, None].float()
+    alpha, sigma = 2 / 3, 1 / 3
+    expected = g + alpha * s**2 * (z - alpha * g) / (alpha**2 * s**2 + sigma**2)
+    torch.testing.assert_close(pipeline.denoiser(pipeline.parse([{}, {}]))(z, t), expected, rtol=1e-4, atol=1e-4)
+
+    pipeline.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
+    assert torch.equal(again.denoiser(again.parse([{}, {}]))(z, t), pipeline.denoiser(pipeline.parse([{}, {}]))(z, t))
+    description = json.loads((tmp_path / "model/start/config.json").read_text())
+    description["arguments"]["residual"] = False
+    (tmp_path / "model/start/config.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=f"U-Net takes {2 * channels} and gives {channels} instead of {channels}"):
+        Pipeline.from_pretrained(tmp_path / "model")
+
+
 def test_a_start_that_is_missing_or_of_other_latents_is_refused(pipeline, tmp_path):
     """The network alone would draw noise: it was not trained above the ratio."""
     pipeline.save_pretrained(tmp_path / "model")
@@ -200,9 +263,10 @@ def test_a_start_that_is_missing_or_of_other_latents_is_refused(pipeline, tmp_pa
         Pipeline.from_pretrained(tmp_path / "model")
 
 
-def test_training_with_a_start_goes_on_after_a_stop_as_if_there_was_none(experiment, tmp_path, train_here):
+@pytest.mark.parametrize("residual", [False, True])
+def test_training_with_a_start_goes_on_after_a_stop_as_if_there_was_none(residual, experiment, tmp_path, train_here):
     config = yaml.safe_load((experiment / "config.yaml").read_text())
-    config["diffusion"]["start"] = {"components": 5, "until": 2.0}
+    config["diffusion"]["start"] = {"components": 5, "until": 2.0, "residual": residual}
     models = []
     for name, stops in (("whole", [Stop()]), ("parts", [Stop("SIGTERM"), Stop()])):
         shutil.copytree(experiment / "run", tmp_path / name, ignore=shutil.ignore_patterns("diffusion-training", "model"))

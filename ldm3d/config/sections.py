@@ -153,6 +153,8 @@ class StartConfig(Section):
 
     components: Positive = 96  # principal components of the latents; fewer where there are too few scans
     until: Annotated[float, Field(gt=0, lt=100)] = 1.0  # sigma / alpha from which on the network denoises
+    # The network sees the Gaussian's answer, and learns what it leaves
+    residual: Annotated[bool, Field(exclude_if=lambda residual: not residual)] = False
 
 
 class DiffusionConfig(Section):
@@ -175,6 +177,15 @@ class DiffusionConfig(Section):
     # The condition that is made, from the scan itself and the other conditions; None: the scan is made
     makes: Annotated[str | None, Field(exclude_if=lambda name: name is None)] = None
     training: TrainingConfig
+
+    @property
+    def learns_residual(self) -> bool:
+        """Whether the network learns what the Gaussian leaves."""
+        return self.start is not None and self.start.residual
+
+    def channels(self, latent: int) -> dict[str, int]:
+        """Those of the network's input and output, for latents of so many: beside z it may see the Gaussian's answer."""
+        return {"in_channels": latent * (1 + self.learns_residual), "out_channels": latent}
 
     def objective(self) -> dict[str, Any]:
         """Arguments of `ldm3d.diffusion.objective.make_objective`."""
@@ -296,6 +307,8 @@ class Config(Section):
                 f"autoencoder.latent_scaling voxels needs diffusion.target v and a process other than vdm, not "
                 f"{diffusion.target} and {diffusion.process.kind}; or set it to unit"
             )
+        if diffusion.learns_residual and diffusion.target != "v":
+            raise ValueError(f"diffusion.start.residual needs diffusion.target v, not {diffusion.target}")
         if diffusion.loss_weight == "noise" and not by_channel:
             raise ValueError(
                 "diffusion.loss_weight noise needs autoencoder.latent_scaling voxels; for channels of one variance use "

@@ -4,6 +4,7 @@ Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 
 other inputs of a network (`ldm3d.models.conditioning.Conditions`); here they are passed on.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ldm3d.diffusion.preconditioning import Preconditioning
 from ldm3d.diffusion.process import Process
 
 Denoiser = Callable[[Tensor, float], Tensor]  # (z, t) -> the expected clean latent
+BatchDenoiser = Callable[[Tensor, float | Tensor], Tensor]  # the same with a time for each row, too
 TIMESTEPS = 1000  # what networks call the time t = 1, as MONAI's and diffusers' schedulers count
 
 
@@ -21,6 +23,18 @@ class ConditionalDenoiser(Protocol):
     """The expected clean latent of z at time t under conditions."""
 
     def __call__(self, z: Tensor, t: float, conditions: Any) -> Tensor: ...
+
+
+class Estimate(Protocol):
+    """A formula for the expected clean latent, whose remainder a network can learn (`ldm3d.start.GaussianStart`)."""
+
+    def denoiser(self, context: Tensor, process: Process) -> BatchDenoiser:
+        """(z, t) -> x for covariates (N, K, 2); t a float or (N,)."""
+        ...
+
+    def left(self, t: float | Tensor, process: Process) -> Tensor:
+        """Standard deviation of what it leaves of each channel, (N or 1, C)."""
+        ...
 
 
 class NetworkDenoiser:
@@ -32,20 +46,27 @@ class NetworkDenoiser:
         process: of the diffusion.
         target: what the network predicts, see `Process.target`.
         scales: of the channels, see `Preconditioning`.
+        estimate: whose remainder the network has learned; None: it has learned x.
     """
 
-    def __init__(self, network: nn.Module, process: Process, target: str, scales: Sequence[float] = ()):
-        self.network, self.process = network, process
-        self.preconditioning = Preconditioning(process, target, scales)
-
-    def predict(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
-        """The network's prediction of the target at time t, a float or (N,); float32, like z."""
-        z = self.preconditioning.input(z, t)
-        return call_network(self.network, z, self.process.network_time(t), conditions)
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        target: str,
+        scales: Sequence[float] = (),
+        estimate: Estimate | None = None,
+    ):
+        self.network, self.process, self.estimate = network, process, estimate
+        left = None if estimate is None else functools.partial(estimate.left, process=process)
+        self.preconditioning = Preconditioning(process, target, scales, left)
 
     def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
-        """The expected clean latent, like z."""
-        return self.preconditioning.to_data(self.predict(z, t, conditions), z, t)
+        """The expected clean latent at time t, a float or (N,), like z, in float32."""
+        g = None if self.estimate is None else self.estimate.denoiser(conditions.covariates, self.process)(z, t)
+        seen = self.preconditioning.input(z, t, g)
+        output = call_network(self.network, seen, self.process.network_time(t), conditions)
+        return self.preconditioning.to_data(output, z, t, g)
 
     def given(self, conditions: Any) -> Denoiser:
         """The denoiser (z, t) -> x under these conditions."""

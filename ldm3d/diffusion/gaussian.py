@@ -6,15 +6,15 @@ x ~ N(m + B f, U V U' + R), where the features are Gaussian, too, so that missin
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.denoiser import Denoiser
-from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.denoiser import BatchDenoiser, Denoiser
+from ldm3d.diffusion.process import Process, as_double
 from ldm3d.errors import InputError
 
 RIDGE = 1e-3  # in units of a feature's variance
@@ -51,31 +51,14 @@ class Gaussian:
     variances: Tensor
     rest: Tensor
 
-    @full_precision
-    def denoiser(self, process: Process) -> Denoiser:
-        """(z, t) -> E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m) with S = U V U' + R.
+    def denoiser(self, process: Process) -> BatchDenoiser:
+        """(z, t) -> E[x | z], see `posterior_mean`; t is a float or (N,)."""
+        roots = torch.diag(self.variances.sqrt())[None]
+        return lambda z, t: posterior_mean(z, t, process, self.mean, self.directions, self._grams, roots, self.rest)
 
-        By Woodbury's identity the system has the size of the components, k. The answer has the type of z.
-        """
-        u = self.directions.flatten(2)  # (k, C, positions)
-        gram = torch.einsum("icp,jcp->cij", u, u)  # U_c' U_c of each channel
-
-        @full_precision
-        def denoise(z: Tensor, t: float) -> Tensor:
-            alpha, sigma = process.alpha(t), process.sigma(t)
-            known = alpha**2 * self.rest + sigma**2  # A, (C,)
-            centred = (z.to(self.mean) - alpha * self.mean).flatten(2)  # (N, C, positions)
-            # (A + U W U')^-1 = A^-1 - A^-1 U W^1/2 (1 + W^1/2 U' A^-1 U W^1/2)^-1 W^1/2 U' A^-1 with W = alpha^2 V
-            root = alpha * self.variances.sqrt()
-            system = torch.eye(len(root)).to(u) + root[:, None] * root * (gram / known[:, None, None]).sum(dim=0)
-            scores = root * torch.einsum("kcp,ncp->nk", u, centred / known[:, None])
-            inner = root * torch.linalg.solve(system, scores.T).T  # (N, k)
-            solved = (centred - torch.einsum("nk,kcp->ncp", inner, u)) / known[:, None]
-            along = torch.einsum("nk,kcp->ncp", torch.einsum("kcp,ncp->nk", u, solved) * self.variances, u)
-            x = self.mean + (alpha * (along + self.rest[:, None] * solved)).reshape(z.shape)
-            return x.to(z)
-
-        return denoise
+    @functools.cached_property
+    def _grams(self) -> Tensor:
+        return grams(self.directions)
 
     @full_precision
     def covariance(self, v: Tensor) -> Tensor:
@@ -189,35 +172,123 @@ class ConditionalGaussian:
             known: (p,), which features are given; the same ones in every row.
         """
         features, missing = features.to(self.centre), ~known
-        if missing.any():
-            weights, left = _regression(self.covariance, known)
-            expected = self.centre[missing] + (features[:, known] - self.centre[known]) @ weights
-            features = features.index_copy(1, missing.nonzero()[:, 0], expected)
-            values, vectors = torch.linalg.eigh(left)
-            spread = torch.einsum("pk,pcxyz->kcxyz", vectors * values.clamp_min(0).sqrt(), self.slopes[missing])
-            directions = torch.cat([self.residual.directions, spread])
-            variances = torch.cat([self.residual.variances, values.new_ones(len(values))])
-        else:
-            directions, variances = self.residual.directions, self.residual.variances
+        expected, roots = self._missing(features, known)
+        features = features.index_copy(1, missing.nonzero()[:, 0], expected)
+        spread = torch.einsum("pk,pcxyz->kcxyz", roots, self.slopes[missing])
+        directions = torch.cat([self.residual.directions, spread])
+        variances = torch.cat([self.residual.variances, roots.new_ones(len(roots))])
         mean = self.residual.mean + torch.einsum("np,pcxyz->ncxyz", features, self.slopes)
         return Gaussian(mean, directions, variances, self.residual.rest)
 
-    def denoiser(self, features: Tensor, known: Tensor, process: Process) -> Denoiser:
-        """(z, t) -> E[x | z, known features]; features and known (N, p), a row for each of the batch.
+    @full_precision
+    def denoiser(self, features: Tensor, known: Tensor, process: Process) -> BatchDenoiser:
+        """(z, t) -> E[x | z, known features]; features and known (N, p), a row for each of the batch, t a float or (N,).
 
-        Rows with the same features known are one Gaussian. Each is asked for the whole batch, so that a row's last bits do
-        not depend on the others.
+        A feature that is missing is one more component of its row: its slopes, with the variance that the known ones leave.
         """
-        patterns, which = torch.unique(known.bool(), dim=0, return_inverse=True)
-        denoisers = [self.given(features, pattern).denoiser(process) for pattern in patterns]
+        count = len(self.residual.directions)
+        filled = features.to(self.centre).clone()
+        roots = filled.new_zeros(len(filled), count + len(self.centre), count + len(self.centre))
+        roots[:, range(count), range(count)] = self.residual.variances.sqrt()
+        for pattern, rows in _patterns(known.bool()):
+            expected, left = self._missing(filled[rows], pattern)
+            missing = (~pattern).nonzero()[:, 0]
+            filled[rows[:, None], missing] = expected
+            roots[rows[:, None, None], count + missing[:, None], count + missing] = left
+        mean = self.residual.mean + torch.einsum("np,pcxyz->ncxyz", filled, self.slopes)
+        rest, directions, products = self.residual.rest, self._directions, self._grams
+        return lambda z, t: posterior_mean(z, t, process, mean, directions, products, roots, rest)
 
-        def denoise(z: Tensor, t: float) -> Tensor:
-            x = denoisers[0](z, t)
-            for number, other in enumerate(denoisers[1:], start=1):
-                x = torch.where((which == number)[:, None, None, None, None], other(z, t), x)
-            return x
+    @full_precision
+    def left(self, t: float | Tensor, process: Process) -> Tensor:
+        """Standard deviation of x given z and all features, by channel: (N, C) for times (N,), (1, C) for a float.
 
-        return denoise
+        The root of the mean over positions of each channel. The components count as if each were there alone, so it is a
+        scale, not an estimate.
+        """
+        alpha, sigma = _ratios(process, t, self.residual.rest)
+        directions, variances, rest = self.residual.directions, self.residual.variances, self.residual.rest
+        shares = directions.square().flatten(2).sum(dim=2)  # (k, C)
+        known = alpha**2 * rest + sigma**2  # (N, C)
+        along = 1 / (1 / variances.clamp_min(1e-12) + alpha**2 * (1 / known) @ shares.T)  # (N, k)
+        shrink = sigma**2 / known  # what z leaves of a channel where the components are uncertain, see `Gaussian.narrowed`
+        return (rest * shrink + shrink**2 * (along @ shares) / directions[0, 0].numel()).sqrt()
+
+    def _missing(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """What the known features (p,) lead to expect of the missing ones, (N, missing), and a root of their covariance."""
+        if known.all():
+            return features[:, ~known], features.new_zeros(0, 0)
+        weights, left = _regression(self.covariance, known)
+        values, vectors = torch.linalg.eigh(left)
+        expected = self.centre[~known] + (features[:, known] - self.centre[known]) @ weights
+        return expected, vectors * values.clamp_min(0).sqrt()
+
+    @functools.cached_property
+    def _directions(self) -> Tensor:
+        """The components', then the features', (k + p, C, X, Y, Z)."""
+        return torch.cat([self.residual.directions, self.slopes])
+
+    @functools.cached_property
+    def _grams(self) -> Tensor:
+        return grams(self._directions)
+
+
+@full_precision
+def posterior_mean(
+    z: Tensor,
+    t: float | Tensor,
+    process: Process,
+    mean: Tensor,
+    directions: Tensor,
+    products: Tensor,
+    roots: Tensor,
+    rest: Tensor,
+) -> Tensor:
+    """E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m) with S = U L L' U' + R; of the type of z.
+
+    By Woodbury's identity the system has the size of the components, k.
+
+    Args:
+        z: (N, C, X, Y, Z).
+        t: a float, or (N,).
+        process: of the diffusion.
+        mean: m, (C, X, Y, Z) or (N, C, X, Y, Z).
+        directions: U, (k, C, X, Y, Z).
+        products: their `grams`.
+        roots: L, (N or 1, k, k).
+        rest: R, (C,).
+    """
+    alpha, sigma = _ratios(process, t, rest)  # (N or 1, 1)
+    known = alpha**2 * rest + sigma**2  # A, (N or 1, C)
+    u, wide, deep = directions.flatten(2), alpha[..., None], known[..., None]
+    centred = z.to(mean).flatten(2) - wide * mean.flatten(-3)  # (N, C, positions)
+    # x = m + U L s + what is left: E[s | z] = (1 + alpha^2 L' U' A^-1 U L)^-1 alpha L' U' A^-1 (z - alpha m)
+    system = torch.eye(roots.shape[1]).to(u) + wide**2 * roots.mT @ torch.einsum("cij,nc->nij", products, 1 / known) @ roots
+    scores = torch.einsum("kcp,ncp->nk", u, centred / deep)
+    scores = alpha * (roots.mT @ scores[..., None])[..., 0]  # (N, k)
+    solved = torch.linalg.solve(system.expand(len(scores), -1, -1), scores[..., None])
+    along = torch.einsum("nk,kcp->ncp", (roots @ solved)[..., 0], u)
+    x = mean + (along + wide * rest[:, None] / deep * (centred - wide * along)).reshape(z.shape)
+    return x.to(z)
+
+
+def grams(directions: Tensor) -> Tensor:
+    """U_c' U_c of each channel, (C, k, k), of directions (k, C, X, Y, Z)."""
+    u = directions.flatten(2)
+    return torch.einsum("icp,jcp->cij", u, u)
+
+
+def _ratios(process: Process, t: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma as columns, (N or 1, 1), on the device and of the type of `like`."""
+    t = as_double(t).reshape(-1, 1)
+    return process.alpha(t).to(like), process.sigma(t).to(like)
+
+
+def _patterns(known: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each pattern (p,) among rows (N, p), and the numbers of its rows."""
+    patterns, which = torch.unique(known, dim=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        yield pattern, (which == number).nonzero()[:, 0]
 
 
 def fit_conditional(x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = FOLDS) -> ConditionalGaussian:
@@ -264,9 +335,8 @@ def fit_incomplete(values: Tensor, known: Tensor, rounds: int = 100) -> tuple[Te
 def _filled(values: Tensor, known: Tensor, centre: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Rows with the expected values where there are none, and the sum of the covariances of what was missing, (p, p)."""
     filled, total = values.clone(), torch.zeros_like(covariance)
-    patterns, which = torch.unique(known, dim=0, return_inverse=True)
-    for number, pattern in enumerate(patterns):
-        rows, missing = (which == number).nonzero()[:, 0], ~pattern
+    for pattern, rows in _patterns(known):
+        missing = ~pattern
         if missing.any():
             weights, left = _regression(covariance, pattern)
             expected = centre[missing] + (values[rows][:, pattern] - centre[pattern]) @ weights

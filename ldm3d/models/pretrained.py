@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from ldm3d.errors import InputError, shown
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_JSON_BYTES = 2**25
+EIGHT_BITS = torch.float8_e4m3fn  # four of the exponent, three of the mantissa
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where each class of network is; imported on demand, because some import slow libraries
@@ -45,6 +46,7 @@ class Pretrained(nn.Module):
     """
 
     arguments: dict[str, Any]
+    of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors within +-448 that take a byte a number where others take two
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -68,13 +70,14 @@ class Pretrained(nn.Module):
         Args:
             folder: where.
             dtype: of matrices and kernels in the file. Vectors (biases, norms, statistics of latents), a small share of all,
-                keep their precision. None: all keep it.
+                keep their precision, and tensors `of_eight_bits` are rounded to eight bits. None: all keep it.
 
         Raises:
             InputError: a weight is beyond the range of `dtype`.
         """
         folder = Path(folder)
-        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
+        given = {name: EIGHT_BITS if dtype and name in self.of_eight_bits else dtype for name in self.state_dict()}
+        weights = {name: _rounded(name, value, given[name]).contiguous() for name, value in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         description = {"class": type(self).__name__, "arguments": self.arguments}
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
@@ -113,7 +116,7 @@ class Pretrained(nn.Module):
             with torch.device("meta"), _at_most(len(shapes), folder / CONFIG):
                 sketch = network_class(**arguments)
             _compare({name: tuple(own.shape) for name, own in sketch.state_dict().items()}, shapes, folder / WEIGHTS)
-            network, weights = network_class(**arguments), load_file(folder / WEIGHTS)
+            network, weights = network_class(**arguments), _load(folder / WEIGHTS)
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from None
         except InputError as error:
@@ -129,12 +132,17 @@ class Pretrained(nn.Module):
         return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a file; those of eight bits as float32, in which they can be computed with."""
+    return {name: value.float() if value.dtype == EIGHT_BITS else value for name, value in load_file(path).items()}
+
+
 def _rounded(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A tensor as it is saved, see `Pretrained.save_pretrained`."""
     if dtype is None or value.ndim < 2:
         return value
     rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all():
+    if not torch.isfinite(rounded.float()).all():
         raise InputError(f"{name} holds values beyond the range of {rounded.dtype}; save it as torch.bfloat16 or float32")
     return rounded
 

@@ -7,7 +7,7 @@ of 1% (Carlini et al. 2022). That rate depends on one or two held-out subjects, 
 too: it shows a loss that is slightly lower for most training subjects.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
 
 from ldm3d.covariates import Value
-from ldm3d.diffusion.denoiser import NetworkDenoiser, in_turn
 from ldm3d.diffusion.preconditioning import Preconditioning
 from ldm3d.errors import InputError
-from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
@@ -96,32 +93,19 @@ def losses_of(pipeline: Pipeline, volume: NDArray, row: Mapping[str, Value], see
     x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None].to(pipeline.device, pipeline.dtype)
     x = pipeline.autoencoder.encode_stage_2_inputs(x).float()
     x = pad_to(x, pipeline.unet.padded_shape(x.shape[2:]))  # (1, c, x, y, z)
-    predict, target = predictor(pipeline, row), Preconditioning(pipeline.process, pipeline.target, pipeline.scales)
+    denoise, process = pipeline.denoiser([row]), pipeline.process
+    target = Preconditioning(process, pipeline.target, pipeline.scales)
     losses = []
     for i, t in enumerate(TIMES):
         errors = []
         for repeat in range(REPEATS):
             noise = torch.randn(x.shape, generator=generator("membership", seed, i, repeat)).to(x)
-            predicted = predict(pipeline.process.add_noise(x, noise, t), t)
+            z = process.add_noise(x, noise, t)
+            found = denoise(z, t)
+            predicted = target.target_of(found, (z - process.alpha(t) * found) / process.sigma(t), t)
             errors.append((predicted - target.target_of(x, noise, t)).square().mean().item())
         losses.append(sum(errors) / REPEATS)
     return np.array(losses)
-
-
-def predictor(pipeline: Pipeline, row: Mapping[str, Value]) -> Callable[[Tensor, float], Tensor]:
-    """(z, t) -> the target that the model predicts: the U-Net's output, or what follows from the Gaussian that starts."""
-    process, start = pipeline.process, pipeline.start
-    model = NetworkDenoiser(pipeline.unet, process, pipeline.target, pipeline.scales)
-    conditions = Conditions(pipeline.schema.encode([row]).to(pipeline.device))
-    if start is None:
-        return lambda z, t: model.predict(z, t, conditions)
-    first = start.denoiser(conditions.covariates, process)
-
-    def target_of_start(z: Tensor, t: float) -> Tensor:
-        x = first(z, t)
-        return model.preconditioning.target_of(x, (z - process.alpha(t) * x) / process.sigma(t), t)
-
-    return in_turn(target_of_start, lambda z, t: model.predict(z, t, conditions), start.until, process)
 
 
 def infer_members(training: NDArray, held_out: NDArray, level: float = FALSE_POSITIVE_RATE) -> Membership:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ldm3d import figures
-from ldm3d.base_model import first_unet, seen_ranges
+from ldm3d.base_model import first_start, first_unet, seen_ranges
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.contrast import Contrast
@@ -98,13 +98,14 @@ class DiffusionTask(Task):
         }
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
-        by_channel = config.autoencoder.latent_scaling == "voxels"
+        by_channel = config.autoencoder.latent_scaling == "voxels" or settings.learns_residual
         self.scales = deviations(self.autoencoder, moments, self.split["train"]) if by_channel else ()
         model = self.first_network().to(accelerator.device)
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
         self.images = TrainingImages(config, self.autoencoder, scans, self.contexts)
-        self.objective = make_objective(**settings.objective(), scales=self.scales)
         self.padded = model.padded_shape(moments.shape[2:])
+        self.estimate = self.start if settings.learns_residual else None
+        self.objective = make_objective(**settings.objective(), scales=self.scales, estimate=self.estimate)
         self.trained = {MAIN: Trained.of(model, training)}
         if (schedule := self.objective.schedule) is not None:  # 64 numbers, whose gradient `learn` sums over the processes
             self.companions = {"schedule": (schedule.to(accelerator.device), schedule_optimizer(schedule, settings))}
@@ -127,7 +128,7 @@ class DiffusionTask(Task):
             self.schema, self.scales = seen_ranges(schema, self.schema), parts["scales"]
             return model
         channels = self.autoencoder.latent_channels
-        of_data = {"in_channels": channels, "out_channels": channels, "num_categories": self.schema.num_categories}
+        of_data = {**settings.channels(channels), "num_categories": self.schema.num_categories}
         of_data |= {"image_channels": images} if images else {}
         return make_network("UNet", **of_data, **settings.network.model_dump())
 
@@ -149,7 +150,8 @@ class DiffusionTask(Task):
             with self.accelerator.autocast():
                 return call_network(unet, z, network_time, conditions)
 
-        return self.objective.losses(predict, x, noise, u).mean()
+        estimate = self.estimate and self.estimate.denoiser(conditions.covariates, self.objective.process)
+        return self.objective.losses(predict, x, noise, u, estimate).mean()
 
     def before_step(self, loss: Tensor) -> None:
         for schedule, optimizer in self.companions.values():
@@ -194,7 +196,7 @@ class DiffusionTask(Task):
         rows = evenly(self.split["validation"], HELD_OUT)
         given, device = self.conditions_of(rows), self.accelerator.device
         process = self.objective.process
-        model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales).given(given)
+        model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales, self.estimate).given(given)
         if self.start is not None:
             model = in_turn(self.start.denoiser(given.covariates, process), model, self.start.until, process)
 
@@ -218,10 +220,13 @@ class DiffusionTask(Task):
         settings = self.config.diffusion.start
         if settings is None:
             return None
+        if self.config.diffusion.init_from and settings.residual:  # whose network has learned what its own Gaussian leaves
+            return first_start(self.config).to(self.accelerator.device)
         rows = self.for_gaussian or self.split["train"]
         latents, contexts = self.to_fit(rows)
         components = min(settings.components, most_components(len(latents)))
-        fitted = GaussianStart.fit(latents, contexts, self.schema.num_categories, components, settings.until)
+        of_config = self.schema.num_categories, components, settings.until, settings.residual
+        fitted = GaussianStart.fit(latents, contexts, *of_config)
         return fitted.to(self.accelerator.device)
 
     @functools.cached_property
