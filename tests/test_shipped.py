@@ -26,7 +26,7 @@ from ldm3d.errors import InputError
 from ldm3d.experiment import find_experiment
 from ldm3d.export import export
 from ldm3d.models.autoencoder import Autoencoder
-from ldm3d.models.pretrained import weights_hash
+from ldm3d.models.pretrained import EIGHT_BITS, weights_hash
 from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.rulers.volumetry import load_measure
@@ -358,7 +358,7 @@ def test_what_ships_with_this_version(monkeypatch):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < MAX_MB * 1e6, name
         assert {path.suffix for path in files} == {".json", ".safetensors", ".md"} and not list(folder.rglob("experiment*"))
-        assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= {torch.float16, torch.bfloat16}
+        assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= {torch.float16, torch.bfloat16, EIGHT_BITS}
         card = (folder / "README.md").read_text()
         assert front_matter(folder / "README.md")["license"] == "apache-2.0" and "Not described" not in card
         for path in files:
