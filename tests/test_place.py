@@ -155,7 +155,7 @@ def test_a_model_and_its_volumes_lie_where_its_grid_does(tmp_path):
     unet = make_network("UNet", in_channels=2, out_channels=2, num_categories=config.schema().num_categories, **network)
     objective = make_objective(**config.diffusion.objective(), scales=())
     parts = {"config": config, "autoencoder": autoencoder, "schema": config.schema(), "objective": objective}
-    pipeline = DiffusionTask.pipeline(SimpleNamespace(**parts, scales=(), start=None), unet)
+    pipeline = DiffusionTask.pipeline(SimpleNamespace(**parts, scales=(), start=None, contrasts={}), unet)
     pipeline.save_pretrained(tmp_path / "model")
     loaded = Pipeline.from_pretrained(tmp_path / "model")
     assert loaded.grid == grid_of(config.data.grid) and loaded.grid.place == loaded.output_grid.place == "world"

@@ -6,6 +6,7 @@ x ~ N(m + B f, U V U' + R), where the features are Gaussian, too, so that missin
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -212,7 +213,7 @@ class ConditionalGaussian:
         known = alpha**2 * rest + sigma**2  # (N, C)
         along = 1 / (1 / variances.clamp_min(1e-12) + alpha**2 * (1 / known) @ shares.T)  # (N, k)
         shrink = sigma**2 / known  # what z leaves of a channel where the components are uncertain, see `Gaussian.narrowed`
-        return (rest * shrink + shrink**2 * (along @ shares) / directions[0, 0].numel()).sqrt()
+        return (rest * shrink + shrink**2 * (along @ shares) / math.prod(directions.shape[2:])).sqrt()
 
     def _missing(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """What the known features (p,) lead to expect of the missing ones, (N, missing), and a root of their covariance."""

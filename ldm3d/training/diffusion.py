@@ -82,6 +82,7 @@ class DiffusionTask(Task):
         accelerator: of the run.
     """
 
+    estimate: GaussianStart | None = None  # whose remainder the network learns
     title, takes_other_scans = "diffusion", True  # its settings hold the origin of the latents, which names their scans
 
     def __init__(self, config: Config, autoencoder: LatentSpace, moments, scans, origin: dict, accelerator: Accelerator):
