@@ -358,7 +358,8 @@ def test_what_ships_with_this_version(monkeypatch):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < MAX_MB * 1e6, name
         assert {path.suffix for path in files} == {".json", ".safetensors", ".md"} and not list(folder.rglob("experiment*"))
-        assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= {torch.float16, torch.bfloat16, EIGHT_BITS}
+        allowed = {torch.float16, torch.bfloat16, EIGHT_BITS}
+        assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= allowed
         card = (folder / "README.md").read_text()
         assert front_matter(folder / "README.md")["license"] == "apache-2.0" and "Not described" not in card
         for path in files:
