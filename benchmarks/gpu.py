@@ -28,7 +28,7 @@ DRY_SECONDS = 300  # of each part, on a busy machine
 GRACE = 20  # seconds after which a part that does not stop is ended
 MODULES = (
     *("torch", "numpy", "scipy", "pandas", "pydantic", "yaml", "nibabel", "bids", "monai", "generative", "einops"),
-    *("accelerate", "safetensors", "psutil", "typer", "tqdm", "matplotlib", "jinja2", "tensorboard", "pytest", "ldm3d"),
+    *("accelerate", "safetensors", "psutil", "typer", "tqdm", "matplotlib", "jinja2", "pytest", "ldm3d"),
 )
 
 

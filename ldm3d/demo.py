@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -28,24 +29,57 @@ from ldm3d.report.write import write_report
 from ldm3d.rulers.volumetry import measure_volumes
 from ldm3d.shipped import shipped
 
-SUBJECTS = 1000
 AGES, VENTRICLES_ML = (25, 45, 65, 85), (15, 35, 55, 75)
-GENERATED = 64  # volumes that are evaluated
 SHIPPED, DRAWN = "generate with a shipped model", 3
 
 
-def run_demo(out: Path, config_path: Path) -> None:
+@dataclass(frozen=True)
+class Size:
+    """How much a demo does.
+
+    Attributes:
+        subjects: toy brains.
+        generated: volumes that are evaluated.
+        settings: KEY=VALUE, over those of the config.
+        learns: whether that is enough for goals to be reached, and long enough for its time to be announced.
+    """
+
+    subjects: int
+    generated: int
+    settings: tuple[str, ...] = ()
+    learns: bool = True
+
+
+FULL = Size(1000, 64)
+QUICK = Size(
+    subjects=40,
+    generated=8,
+    settings=(
+        "data.grid={shape: [24, 28, 24], spacing_mm: 7.5}",
+        "data.splits={validation: 0.1, test: 0.2}",
+        "autoencoder.network.channels=[16, 32]",
+        "autoencoder.training.steps=20",
+        "diffusion.network.channels=[16, 32, 64]",
+        "diffusion.training.steps=60",
+        "generation.steps=4",
+    ),
+    learns=False,
+)
+
+
+def run_demo(out: Path, config_path: Path, size: Size = FULL) -> None:
     """Write everything below `out`; an interrupted demo continues where it stopped."""
     data, output = out / "data", out / "run"
-    overrides = ["--set", f"data.bids={data}", "--set", f"output={output}"]
-    config = load_config(config_path, overrides[1::2])
-    clock = start_clock(config, out)
+    settings = [*size.settings, f"data.bids={data}", f"output={output}"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    config = load_config(config_path, settings)
+    clock = start_clock(config, out, size)
     experiment = [config_path, *overrides]
     launch = ["accelerate.commands.launch", "--quiet", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "-m"]
     shape = [str(n) for n in config.data.grid.shape]
     steps = {
-        "toy brains": ["ldm3d", "phantoms", data, "--subjects", SUBJECTS, "--shape", *shape],
+        "toy brains": ["ldm3d", "phantoms", data, "--subjects", size.subjects, "--shape", *shape],
         "prepare": ["ldm3d", "prepare", *experiment],
         "train the autoencoder": [*launch, "ldm3d.training.autoencoder", *experiment],
         "encode": ["ldm3d", "encode", *experiment],
@@ -66,22 +100,28 @@ def run_demo(out: Path, config_path: Path) -> None:
             volumes = pipeline.volumes(rows, pipeline.sampling, numbers=numbers)
             pipeline.write(sweep, volumes, rows, pipeline.sampling, numbers=numbers)
     with clock.part("evaluate"):
-        goals, page = _evaluate(pipeline, data, out)
+        goals, page = _evaluate(pipeline, data, out, size)
     beside = _draw_shipped(out / "shipped", clock)
     for goal in goals:
         verdict = "reached" if goal.reached else "NOT REACHED"
         print(f"{verdict:12} {goal.name}: {goal.found:.3f} {goal.unit} (goal: {goal.wanted})")
-    print("realism and gaps, further above, are no goals of so short a training; docs/realism.md explains them")
+    if size.learns:
+        print("realism and gaps, further above, are no goals of so short a training; docs/realism.md explains them")
+    else:
+        print("every part ran; so short a training learns next to nothing, and its volumes and figures say so")
     print(f"\n{clock.summary()}\nvolumes and mosaic: {sweep}\npage: {page}{beside}")
 
 
-def start_clock(config: Config, out: Path) -> Clock:
+def start_clock(config: Config, out: Path, size: Size = FULL) -> Clock:
     """Measure and print how long the demo's parts will take here; finished parts take no time."""
+    if not size.learns:
+        print("every part of the demo in small, in about a minute", flush=True)
+        return Clock({})
     print("measuring how long this will take here: about a minute on an idle machine", flush=True)
     swept = sweeps.VALUES * sweeps.REPEATS * sum(c.kind == "continuous" for c in config.covariates)
-    held_out = round(SUBJECTS * config.data.splits.test)
+    held_out = round(size.subjects * config.data.splits.test)
     drawn = len(AGES) * len(VENTRICLES_ML)
-    expected = expected_seconds(config, SUBJECTS, held_out, GENERATED, swept, drawn)
+    expected = expected_seconds(config, size.subjects, held_out, size.generated, swept, drawn)
     finished = {
         "toy brains": out / "data/participants.tsv",
         "train the autoencoder": config.autoencoder_folder,
@@ -109,8 +149,8 @@ def _draw_shipped(folder: Path, clock: Clock) -> str:
     return f"\nbeside these toys, {DRAWN} volumes of the shipped model {models[0]}: {folder}"
 
 
-def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Path]:
-    """Evaluate the model on held-out toy brains; returns the demo's goals and the page."""
+def _evaluate(pipeline: Pipeline, data: Path, out: Path, size: Size) -> tuple[list[Goal], Path]:
+    """Evaluate the model on held-out toy brains; returns the demo's goals, if it has any, and the page."""
     _headline("evaluate")
     pipeline.threads = None  # all of them: the measures do not depend on the last bits
     config, _, scans = scans_by_use(out / "run/model", data, out / "work")
@@ -119,9 +159,9 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path) -> tuple[list[Goal], Pa
     def load(i: int):
         return load_prepared(config, scans["key"][i])
 
-    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, GENERATED, extractor=RandomFeatures())
+    found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, size.generated, extractor=RandomFeatures())
     found.analyse_subgroups(pipeline.schema)
-    goals = demo_goals(found)
+    goals = demo_goals(found) if size.learns else []
     account = read_account(out / "run/model")
     page = write_report(
         out / "evaluation", "ldm3d demo: toy brains", pipeline, found, pipeline.sampling, goals, account=account

@@ -56,10 +56,13 @@ class Clock:
         return f"this will take about {minutes(sum(self.expected.values()))} here: {parts}"
 
     def summary(self) -> str:
-        """Measured beside expected times, of the parts that ran."""
-        rows = [f"  {name:32} {self.took[name]:6.0f} s   expected {self.expected[name]:6.0f} s" for name in self.took]
-        took, expected = sum(self.took.values()), sum(self.expected[name] for name in self.took)
-        return "\n".join([*rows, f"  {'together':32} {took:6.0f} s   expected {expected:6.0f} s"])
+        """Measured times of the parts that ran, beside the expected ones where there are any."""
+        took = {**self.took, "together": sum(self.took.values())}
+        expected = {**self.expected, "together": sum(self.expected.get(name, 0.0) for name in self.took)}
+        rows = [f"  {name:32} {seconds:6.0f} s" for name, seconds in took.items()]
+        if self.expected:
+            rows = [f"{row}   expected {expected[name]:6.0f} s" for name, row in zip(took, rows)]
+        return "\n".join(rows)
 
 
 def minutes(seconds: float) -> str:

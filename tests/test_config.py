@@ -10,6 +10,7 @@ import torch
 import typer
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import command_line
 
 from ldm3d import cli
 from ldm3d.config.data import RESERVED_NAMES, DataConfig
@@ -441,6 +442,20 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="no config file"):
         load_config(tmp_path)
+
+
+def test_configs_that_come_with_ldm3d_have_names(tmp_path, monkeypatch, capsys, fails):
+    """They are copied to be edited, and never over what was edited; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("toy") == load_config(CONFIGS / "toy.yaml")
+    command_line("config")
+    assert "toy " in capsys.readouterr().out
+    command_line("config", "age-and-sex", "--out", "mine.yaml")
+    assert Path("mine.yaml").read_bytes() == (CONFIGS / "age-and-sex.yaml").read_bytes()
+    assert "there already" in fails("config", "toy", "--out", "mine.yaml")
+    assert "did you mean 'toy'" in fails("config", "toyy")
+    Path("mine.yaml").rename("toy")
+    assert load_config("toy") == load_config(CONFIGS / "age-and-sex.yaml")
 
 
 @pytest.mark.parametrize("content", [b"name: [1", b"a: b: c", b"\x00\x01", b"name: \xff\xfe", b"\ttabs: 1"])

@@ -1,4 +1,4 @@
-"""A source distribution holds all that a wheel is built from, and the wheel made of it runs with its shipped model."""
+"""A source distribution holds all that a wheel is built from, and the wheel made of it runs with its model and configs."""
 
 import os
 import shutil
@@ -7,6 +7,10 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
+
+from ldm3d.config import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,9 +22,12 @@ def built(folder: Path, call: str) -> Path:
     return next((folder / "dist").iterdir())
 
 
-def test_a_wheel_from_a_source_distribution_runs(tmp_path):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A wheel from a source distribution from a clone, unpacked: its files and no other of ldm3d."""
+    tmp_path = tmp_path_factory.mktemp("packages")
     clone = tmp_path / "clone"
-    for name in ("ldm3d", "models"):
+    for name in ("ldm3d", "models", "configs"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
@@ -29,17 +36,41 @@ def test_a_wheel_from_a_source_distribution_runs(tmp_path):
     (sources,) = (tmp_path / "sources").iterdir()
     with zipfile.ZipFile(built(sources, "build_wheel")) as file:
         file.extractall(tmp_path / "installed")
-        (metadata,) = (name for name in file.namelist() if name.endswith("/METADATA"))
-        described = file.read(metadata).decode()
-    for needed in ("License-Expression: Apache-2.0", "Description-Content-Type: text/markdown", "Requires-Python: >=3.11"):
-        assert needed in described
-    (tmp_path / "here").mkdir()
+    return tmp_path / "installed"
+
+
+def run(installed: Path, here: Path, *arguments: str) -> None:
+    """`ldm3d ARGUMENTS` of the wheel, in an empty folder."""
+    here.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "ldm3d", "generate", "brains-4.5mm", "--age", "72", "--steps", "1", "--out", "synthetic"],
-        cwd=tmp_path / "here",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        [sys.executable, "-m", "ldm3d", *arguments],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_its_metadata_are_complete(installed):
+    described = next(installed.glob("ldm3d-*.dist-info/METADATA")).read_text()
+    for needed in ("License-Expression: Apache-2.0", "Description-Content-Type: text/markdown", "Requires-Python: >=3.11"):
+        assert needed in described
+
+
+def test_a_wheel_generates(installed, tmp_path):
+    run(installed, tmp_path / "here", "generate", "brains-4.5mm", "--age", "72", "--steps", "1", "--out", "synthetic")
     assert list((tmp_path / "here/synthetic").rglob("*_T1w.nii.gz"))
+
+
+def test_a_wheel_has_the_configs(installed, monkeypatch):
+    of_clone = read.shipped_configs()
+    monkeypatch.setattr(read, "FOLDERS", (installed / "ldm3d/configs",))
+    assert read.shipped_configs().keys() == of_clone.keys() and read.load_config("toy").name == "toy"
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_the_quick_demo(installed, tmp_path):
+    run(installed, tmp_path / "here", "demo", "--quick")
+    assert {"data", "run", "generated", "shipped", "evaluation"} <= {path.name for path in (tmp_path / "here/demo").iterdir()}
+    assert "Synthetic" in (tmp_path / "here/demo/evaluation/report.html").read_text()

@@ -59,7 +59,7 @@ def test_the_apptainer_recipe_knows_its_sections_and_files():
 def test_both_copy_what_the_wheel_is_built_from():
     docker = {source for word, rest in instructions() if word == "COPY" for source in shlex.split(rest)[:-1]}
     apptainer = {line.split()[0] for line in map(str.strip, sections()["files"]) if line}
-    assert docker == apptainer >= {"pyproject.toml", "setup.py", "ldm3d", "models"}
+    assert docker == apptainer >= {"pyproject.toml", "setup.py", "ldm3d", "models", "configs"}
 
 
 @pytest.mark.parametrize("path", [DOCKER, APPTAINER, CONDA], ids=lambda path: path.name)

@@ -8,6 +8,7 @@ import types
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm3d.config.sections import TrainingConfig
 from ldm3d.errors import InputError
@@ -85,6 +86,19 @@ def test_a_missing_package_is_named(monkeypatch):
     assert (
         external(TrainingConfig(tracker="tensorboard", **TRAINING)) == external(TrainingConfig(tracker=[], **TRAINING)) == []
     )
+
+
+def test_without_tensorboard_a_training_goes_on_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.warns(UserWarning, match=r"not installed.*pip install 'ldm3d\[tensorboard\]'"):
+        run_of(TrainingConfig(**TRAINING), tmp_path, 0)
+    assert not (tmp_path / "tensorboard").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    monkeypatch.undo()
+    run_of(TrainingConfig(**TRAINING), tmp_path, 1)  # now it is installed
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2]
 
 
 def test_the_default_is_not_written_so_that_older_runs_go_on():

@@ -1,6 +1,7 @@
 """Commands before and between the trainings: phantoms, a check, prepared scans, latents."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,32 @@ def phantoms(
     change = Change(name, difference) if twins else None
     write_dataset(folder, subjects, shape, seed, workers=workers, twins=change)
     print(f"{subjects} phantoms written to {folder}" + (f", each with a twin: {twins}" if twins else ""))
+
+
+@app.command()
+def config(
+    name: Annotated[str | None, typer.Argument(help="Such as age-and-sex; none: list them.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; if not given, it is printed.")] = None,
+) -> None:
+    """Copy a config that comes with ldm3d, to edit it. Commands take such a name, too, in place of a file."""
+    from ldm3d.config.read import shipped_configs
+    from ldm3d.errors import choose
+    from ldm3d.files import write_atomic
+
+    shipped = shipped_configs()
+    if name is None:
+        for each, path in shipped.items():
+            about = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            print(f"{each:28} {re.split('[:,] ', about)[0]}")
+        return
+    text = shipped[choose("config", name, tuple(shipped))].read_text(encoding="utf-8")
+    if out is None:
+        print(text, end="")
+    elif out.exists():
+        raise InputError(f"{out} is there already, and may have been edited; give another name, or remove it")
+    else:
+        write_atomic(out, text)
+        print(f"{out} written; edit its data section, then: ldm3d check {out}")
 
 
 @app.command("import-dicom")

@@ -11,12 +11,22 @@ from ldm3d.config.sections import Config
 from ldm3d.config.yaml import parse_yaml, read_yaml
 from ldm3d.errors import InputError, shown
 
+PACKAGE = Path(__file__).parents[1]
+FOLDERS = PACKAGE / "configs", PACKAGE.parent / "configs"  # of an installed package; of a clone
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of each config that comes with ldm3d: "toy", "conditions/inpaint"."""
+    folder = next((folder for folder in FOLDERS if folder.is_dir()), PACKAGE / "configs")
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("conditions/*.yaml"))]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | None = None) -> Config:
     """Read and check an experiment's YAML file.
 
     Args:
-        path: the file.
+        path: the file, or the name of a config that comes with ldm3d, such as "toy".
         overrides: "key.subkey=value" each; the value is read as YAML.
         section: a training stage's own section ("autoencoder", "diffusion"), in which an override's key is looked up
             when the top of the file has no such key: `training.steps=500` is then enough.
@@ -27,7 +37,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | 
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no config file {path}")
+        shipped = shipped_configs()
+        if str(path) not in shipped:
+            raise InputError(f"no config file {path}; those that come with ldm3d are: {', '.join(shipped)}")
+        path = shipped[str(path)]
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; a config starts with `name:` and `output:`")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ldm3d import figures
@@ -40,8 +39,8 @@ class Metrics:
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        if tensorboard:
-            self.tensorboard = SummaryWriter(run / "tensorboard")
+        if tensorboard and (writer := tensorboard_writer(run / "tensorboard")):
+            self.tensorboard = writer
             for row in self.rows:
                 self._to_tensorboard(row)
 
@@ -78,6 +77,23 @@ class Metrics:
     def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """PyTorch's writer of TensorBoard's files; None, with a warning, where the package is missing.
+
+    A training goes on without it: metrics.jsonl has all numbers, and its next start writes the files from there.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn(
+            "TensorBoard is not installed, so only metrics.jsonl and curves.png are written; install it with: pip install "
+            "'ldm3d[tensorboard]', or set training.tracker=[]",
+            stacklevel=2,
+        )
+        return None
+    return SummaryWriter(folder)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
