@@ -1,6 +1,5 @@
 """A tiny experiment, trained once for all tests that need a model; and a core for each of pytest-xdist's workers."""
 
-import importlib
 import os
 import shutil
 import signal
@@ -20,12 +19,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from in_process import train
 
 from ldm3d import cli
-from ldm3d.config.read import load_config
 from ldm3d.data.phantom_dataset import write_dataset
-from ldm3d.preemption import SIGNALS, Stop
+from ldm3d.preemption import SIGNALS
 
 torch.set_num_threads(1)
 
@@ -74,9 +72,9 @@ def experiment(tmp_path_factory) -> Path:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_settings(folder)))
     command_line("prepare", config, "--workers", 1)
-    launch("ldm3d.training.autoencoder", config)
+    train("autoencoder", config)
     command_line("encode", config)
-    launch("ldm3d.training.diffusion", config)
+    train("diffusion", config)
     return folder
 
 
@@ -151,18 +149,9 @@ def signals_as_before():
 
 @pytest.fixture
 def train_here(monkeypatch):
-    """(stage, config, settings, stop) -> train in this process, on the CPU."""
+    """(stage, config, settings, stop) -> train in this process, on the CPU; and what the test starts is there, too."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-
-    def train(stage, config, *settings, stop=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        module = importlib.import_module(f"ldm3d.training.{stage}")
-        module.train(load_config(config, settings, stage), stop or Stop())
-
-    yield train
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return train
 
 
 @pytest.fixture

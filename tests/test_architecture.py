@@ -160,7 +160,7 @@ def test_networks_and_diffusion_know_torch_only():
         ("matplotlib", ("figures.py",)),
         ("starlette", ("serve/",)),
         ("uvicorn", ("serve/",)),
-        ("pydicom", ("dicom.py",)),
+        ("pydicom", ("dicom/",)),
         ("huggingface_hub", ("hub.py",)),
     ],
 )

@@ -65,13 +65,10 @@ def test_prepared_scans_are_corrected_and_find_their_way_back(tmp_path, fails, m
     """With an oblique affine, so that the field's grid is not the scan's."""
     oblique = AFFINE.copy()
     oblique[:3, :3] = [[0, -4.4, 0.9], [4.5, 0, 0], [0, 0.9, 4.4]]
-    rows = ["participant_id\tage\tsex\tventricular_volume_ml"]
-    for i in range(3):
-        folder = tmp_path / f"data/sub-{i}/anat"
-        folder.mkdir(parents=True)
-        nib.save(nib.Nifti1Image((brain() * field())[0] + i, oblique), folder / f"sub-{i}_T1w.nii.gz")
-        rows.append(f"sub-{i}\t{30 + i}\t{'FM'[i % 2]}\t{20 + i}")
-    (tmp_path / "data/participants.tsv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "data/sub-0/anat").mkdir(parents=True)
+    nib.save(nib.Nifti1Image((brain() * field())[0], oblique), tmp_path / "data/sub-0/anat/sub-0_T1w.nii.gz")
+    table = "participant_id\tage\tsex\tventricular_volume_ml\nsub-0\t30\tF\t20\n"
+    (tmp_path / "data/participants.tsv").write_text(table)
     settings = tiny_settings(tmp_path)
     settings["data"] |= {
         "bias_correction": "n4",

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import SHAPE, command_line, free_port, launch, tiny_settings
+from in_process import STAGES, train
 from safetensors.torch import load_file
 
 import ldm3d
@@ -222,38 +223,35 @@ def another_run(experiment, folder, stage) -> Path:
     return config
 
 
-def use_all_cores() -> None:
-    """In a new process of one of these tests, which have one core each."""
-    os.sched_setaffinity(0, range(os.cpu_count()))
-
-
-@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
-def test_two_processes_train_as_one(experiment, tmp_path, stage):
-    """The same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
+def test_two_processes_train_as_one(experiment, tmp_path):
+    """Both stages, the same global batch on two gloo processes, in two accumulated parts each: the same losses, to rounding.
 
     What a sum is rounded to follows from the CPU's kernels for a batch of that size, and Muon and AdamW make an update of full
     size even of a gradient that is little but rounding. What that does to the loss grows with the learning rate, which is
-    small here, with AdamW in both stages. Both sides have all of the machine's cores.
+    small here, with AdamW in both stages.
     """
-    folders = {"1": tmp_path / "one", "2": tmp_path / "two"}
-    for processes, folder in folders.items():
-        folder.mkdir()
-        config = another_run(experiment, folder, stage)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port()]
-        command += ["-m", f"ldm3d.training.{stage}", config, "--set", f"training.accumulation={processes}"]
-        command += ["--set", "training.optimizer=adamw", "--set", "training.learning_rate=1e-4"]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want cores, too
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=use_all_cores)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (read_metrics(folder / f"{stage}-training/metrics.jsonl") for folder in folders.values())
-    assert len(one) == len(two) == 4
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
-    whole, shared = (
-        load_file(folder / f"{stage}-training/checkpoints/step-00000008/tensors.safetensors") for folder in folders.values()
-    )
-    for name in whole:
-        if name.startswith("model/"):
-            torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
+    folders, settings = (tmp_path / "one", tmp_path / "two"), ("training.optimizer=adamw", "training.learning_rate=1e-4")
+    for folder in folders:
+        for stage in STAGES:
+            (folder / stage).mkdir(parents=True)
+            another_run(experiment, folder / stage, stage)
+    program = Path(__file__).with_name("in_process.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command += [program, folders[1], *settings, "training.accumulation=2"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # other tests want cores, too
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in STAGES:
+        train(stage, folders[0] / stage / "config.yaml", *settings)
+        runs = [folder / stage / f"{stage}-training" for folder in folders]
+        one, two = (read_metrics(run / "metrics.jsonl") for run in runs)
+        assert len(one) == len(two) == 4
+        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+        whole, shared = (load_file(run / "checkpoints/step-00000008/tensors.safetensors") for run in runs)
+        assert json.loads((runs[1] / "checkpoints/step-00000008/state.json").read_text())["processes"] == 2
+        for name in whole:
+            if name.startswith("model/"):
+                torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_perceptual_and_adversarial_losses_train(experiment, tmp_path):

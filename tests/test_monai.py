@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHAPE, command_line, launch, tiny_settings
+from conftest import SHAPE, command_line, tiny_settings
+from in_process import train
 from monai.transforms import DivisiblePad
 from safetensors.torch import load_file
 
@@ -298,9 +299,9 @@ def trained(request, data, tmp_path_factory):
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings_of(data, folder, request.param)))
     command_line("prepare", config, "--workers", 1)
-    launch("ldm3d.training.autoencoder", config)
+    train("autoencoder", config)
     command_line("encode", config)
-    launch("ldm3d.training.diffusion", config)
+    train("diffusion", config)
     return folder
 
 
@@ -343,8 +344,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path):
     for name in ("prepared", "autoencoder", "latents"):
         if name == "prepared" or stage == "diffusion":
             shutil.copytree(trained / name, tmp_path / name)
-    launch(f"ldm3d.training.{stage}", config, "--set", "training.steps=2")
-    launch(f"ldm3d.training.{stage}", config)
+    train(stage, config, "training.steps=2")
+    train(stage, config)
     name = f"{stage}-training/checkpoints/step-00000004/tensors.safetensors"
     whole, resumed = load_file(trained / name), load_file(tmp_path / name)
     assert whole.keys() == resumed.keys()

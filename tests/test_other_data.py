@@ -18,9 +18,9 @@ MODEL = Path("brains-4.5mm")
 
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory) -> Path:
-    """Four toys whose table has an age under another name, sexes as numbers, and no volumes."""
+    """Two toys whose table has an age under another name, sexes as numbers, and no volumes."""
     folder = tmp_path_factory.mktemp("clinic")
-    write_dataset(folder, subjects=4, shape=(24, 28, 24), seed=3, workers=1)
+    write_dataset(folder, subjects=2, shape=(24, 28, 24), seed=3, workers=1)
     names = sorted(path.name for path in folder.glob("sub-*"))
     rows = [f"{name}\t{40 + i}\t{1 + i % 2}" for i, name in enumerate(names)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tAgeAtScan\tGender", *rows]) + "\n")
@@ -39,8 +39,8 @@ SETTINGS = (
 
 def test_other_columns_are_read_and_missing_ones_left_open(clinic, tmp_path):
     config, trained, held_out = scans_by_use(MODEL, clinic, tmp_path, experiment="none", overrides=SETTINGS)
-    assert trained.empty and held_out["age"].tolist() == [40, 41, 42, 43]
-    assert held_out["sex"].tolist() == ["M", "F", "M", "F"]
+    assert trained.empty and held_out["age"].tolist() == [40, 41]
+    assert held_out["sex"].tolist() == ["M", "F"]
     assert held_out["ventricular_volume_ml"].isna().all() and held_out["source"].isna().all()
     assert config.data.grid.shape == (40, 48, 40)  # the model's
 

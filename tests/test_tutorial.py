@@ -73,10 +73,11 @@ def test_the_first_steps_work_as_they_are_written(ixi, capsys):
     settings = tiny_settings(ixi) | written
     Path("ixi.yaml").write_text(yaml.safe_dump(settings))
     small = ["--set", "data.grid.shape=[24, 28, 24]", "--set", "data.grid.spacing_mm=7.5", "--set", "data.splits.stratify=[]"]
+    small += ["--set", "data.exclude=[IXI013, IXI025]"]  # three people are enough
     command_line("check", "ixi.yaml", "--no-times", *small)
     assert capsys.readouterr().out.rstrip().endswith("ready")
     command_line("prepare", "ixi.yaml", "--workers", 1, *small)
-    assert "5 scans prepared, 0 unchanged, 0 failed" in capsys.readouterr().out
+    assert "3 scans prepared, 0 unchanged, 0 failed" in capsys.readouterr().out
     config = load_config("ixi.yaml", small[1::2])
     assert (config.prepared_folder / "report.html").is_file()
     volumes = [load_prepared(config, key) for key in read_scan_table(config)["key"]]
@@ -85,7 +86,7 @@ def test_the_first_steps_work_as_they_are_written(ixi, capsys):
         assert info["registration"]["correlation"] > 0.9
         assert info["brain_extraction"]["command"].startswith("mri_synthstrip") and "bias_correction" in info
     alike = [np.corrcoef(volumes[0].ravel(), other.ravel())[0, 1] for other in volumes[1:]]
-    assert min(alike) > 0.97  # one brain in five poses
+    assert min(alike) > 0.97  # one brain in three poses
 
 
 def test_its_commands_are_commands():

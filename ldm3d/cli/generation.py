@@ -122,15 +122,16 @@ def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, 
 def as_dicom(
     folder: Annotated[Path, typer.Argument(help="Of `ldm3d generate`.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where to write sub-syn0001.dcm and so on.", show_default=False)],
+    classic: Annotated[bool, typer.Option("--classic", help="A series of MR images each, for older programs.")] = False,
 ) -> None:
-    """Write generated volumes as DICOM: Enhanced MR objects that say that they are synthetic."""
-    print(f"{_dicom()(folder, out)} volumes written as DICOM to {out}")
+    """Write generated volumes as DICOM: Enhanced MR objects, or classic series, that say that they are synthetic."""
+    print(f"{_dicom()(folder, out, classic)} volumes written as DICOM to {out}")
 
 
 def _dicom():
-    """`ldm3d.dicom.convert`, where its library is there."""
+    """What writes DICOM, where its library is there."""
     try:
-        from ldm3d.dicom import convert
+        from ldm3d.dicom.convert import convert
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is missing, which DICOM needs; pip install 'ldm3d[dicom]'") from None
     return convert

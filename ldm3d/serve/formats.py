@@ -33,7 +33,7 @@ def packed(kind: str, content: bytes, pipeline: Pipeline, asked: Asked) -> tuple
         root = Path(folder) / name
         pipeline.write(root, [unpack_volume(content)], [asked.row], asked.sampling)
         if kind == "dicom":
-            from ldm3d.dicom import convert  # its library may be missing
+            from ldm3d.dicom.convert import convert  # its library may be missing
 
             convert(root, Path(folder) / "dicom")
             (path,) = (Path(folder) / "dicom").iterdir()
