@@ -248,7 +248,7 @@ def test_two_processes_train_as_one(experiment, tmp_path):
         assert len(one) == len(two) == 4
         assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
         whole, shared = (load_file(run / "checkpoints/step-00000008/tensors.safetensors") for run in runs)
-        assert json.loads((runs[1] / "checkpoints/step-00000008/state.json").read_text())["processes"] == 2
+        assert json.loads((runs[1] / "checkpoints/step-00000008/state.json").read_text())["circumstances"]["processes"] == 2
         for name in whole:
             if name.startswith("model/"):
                 torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
