@@ -315,6 +315,7 @@ def sources(tiny, tmp_path) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     shutil.copytree(tiny.parent, clone / "models")
+    shutil.copytree(ROOT / "configs", clone / "configs")
     return clone
 
 
