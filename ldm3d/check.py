@@ -20,7 +20,7 @@ from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
 from ldm3d.data.bids import read_scans
 from ldm3d.data.masks import find_masks
-from ldm3d.data.oddities import cut_remedy, who
+from ldm3d.data.oddities import cut_remedy, other_than_said, who
 from ldm3d.data.people import split_columns, split_subjects
 from ldm3d.data.placing import grid_of
 from ldm3d.data.preparing import tolerated_mm, try_out
@@ -161,6 +161,9 @@ def _try_scans(config: Config, scans: pd.DataFrame, found: Findings) -> float:
         found.odd.append(
             f"the grid cuts off foreground: {', '.join(cut)}; if that is more than the neck, {cut_remedy(grid.place)}"
         )
+    tried = [(who(row), result) for row, result in zip(chosen, results) if "reason" not in result]
+    others = other_than_said([name for name, _ in tried], [result for _, result in tried], config.data.skull_stripped)
+    found.odd += [f"{len(which)} {what} ({some(which)})" for what, which in others.items() if which]
     found.odd += [note for result in results for note in result.get("notes", ())]
     return seconds
 

@@ -42,7 +42,7 @@ _OPTIMIZERS = {
     "adamw": "AdamW [@loshchilov2019]",
     "muon": "Muon [@jordan2024] for matrices and AdamW [@loshchilov2019] for the rest",
 }
-_TOOLS = {"mri_synthstrip": "[@hoopes2022]", "hd-bet": "[@isensee2019]", "bet": "[@smith2002]"}
+_TOOLS = {"mri_synthstrip": "[@hoopes2022]", "hd-bet": "[@isensee2019]", "bet": "[@smith2002]", "deepbet-cli": "[@fisch2024]"}
 
 
 def methods_text(account: Mapping[str, Any] | None, sampling: Sampling, metrics: Mapping[str, Any] | None = None) -> str:

@@ -111,6 +111,13 @@ def test_scans_that_cannot_be_prepared(config, monkeypatch, bad, stops):
     assert any("cuts off foreground" in item for item in result.odd) is ("a guess" in result.odd) is not stops
 
 
+def test_whole_heads_that_are_called_stripped(config, monkeypatch):
+    head = {"cut_mm": 0.0, "notes": [], "foreground_ml": 3186.0, "even_background": False}
+    monkeypatch.setattr(checking, "try_out", lambda config, paths, folder: [head] * 3)
+    assert not any("whole heads" in item for item in found(config).odd)
+    assert any("3 scans look like whole heads" in item for item in found(config, "data.skull_stripped=true").odd)
+
+
 def test_a_column_without_values_and_a_category_that_nobody_has(config):
     table = config.parent / "data/participants.tsv"
     head, *rows = table.read_text().splitlines()

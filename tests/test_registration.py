@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import command_line, tiny_settings
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ldm3d.config.data import RegistrationConfig
@@ -163,9 +164,21 @@ def test_without_simple_itk_the_message_says_how_to_get_it(dataset, fails, monke
     assert "no such file" in fails("prepare", dataset / "config.yaml", "--set", "data.registration.to=gone.nii.gz").lower()
 
 
-def test_the_packaged_template_is_stripped_as_the_scans_are():
-    whole, affine = registration._template("mni152", False)
-    brain, _ = registration._template("mni152", True)
-    assert whole.shape == brain.shape and (whole[0] > 0).sum() > 1.3 * (brain[0] > 0).sum()
-    volumes_ml = (brain[0] > 0).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-    assert 1500 < volumes_ml < 2200
+def with_a_skull(brain):
+    """A brain (X, Y, Z) of 2 mm in a dark skull and a bright scalp, with a face and a neck."""
+    skull, scalp = (ndimage.binary_dilation(brain > 0, iterations=n) for n in (4, 7))
+    head = np.where(scalp, 1.3 * brain.max(), 0)
+    head[:, 75:, 4:30], head[25:75, 30:70, :12] = 0.9 * brain.max(), 0.8 * brain.max()
+    return np.where(brain > 0, brain, np.where(skull, 0.05 * brain.max(), head)).astype(np.float32)
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (20, -5, 5)])
+def test_a_whole_head_lies_where_its_brain_does(degrees):
+    """MNI152 comes without its skull; a scalp that is compared with nothing pulls the head away."""
+    brain, affine = registration._template("mni152")
+    motion = turned(degrees)
+    found = register(with_a_skull(brain[0])[None], motion @ affine, RegistrationConfig(), False)
+    angle, distance = off_by(found.matrix, motion)
+    assert angle < 1 and distance < 1.5 and found.correlation > registration.POOR
+    settings = [registration.settings_of(RegistrationConfig(), stripped) for stripped in (True, False)]
+    assert settings[0] != settings[1]  # what was prepared otherwise is prepared anew

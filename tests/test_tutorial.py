@@ -36,7 +36,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def ixi(tmp_path, monkeypatch) -> Path:
     """Heads made of the template, tilted, in IXI's folders, with its spreadsheet; and a program called mri_synthstrip."""
-    voxels, affine = _template("mni152", True)
+    voxels, affine = _template("mni152")
     (tmp_path / "ixi/T1").mkdir(parents=True)
     coarse = np.diag([4.0, 4, 4, 1])
     coarse[:3, 3] = -90, -126, -72

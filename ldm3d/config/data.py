@@ -91,6 +91,7 @@ BRAIN_TOOLS = {
     "mri_synthstrip": "-i {scan} -m {mask}",
     "hd-bet": "-i {scan} -o {folder}/out.nii.gz --save_bet_mask --no_bet_image",
     "bet": "{scan} {folder}/out -m -n",
+    "deepbet-cli": "-g -i {scan} -o {folder}/brain.nii.gz -m {mask}",
 }
 
 

@@ -10,9 +10,16 @@ from ldm3d.geometry import FOREGROUND, WORLD
 
 HEAD_MM = (40, 350)  # sides of the foreground: from a premature newborn's brain to an adult's head with neck and shoulders
 
+# Foreground in blocks of 2 mm: six defaced adult heads had 2,576 to 3,686 ml, the brain of a template 1,883
+HEAD_ML, BRAIN_ML = 2300, 600
+
 
 def warn_of_oddities(
-    table: pd.DataFrame, results: Sequence[Mapping[str, Any]], tolerance_mm: float, place: str = FOREGROUND
+    table: pd.DataFrame,
+    results: Sequence[Mapping[str, Any]],
+    tolerance_mm: float,
+    place: str = FOREGROUND,
+    stripped: bool | None = None,
 ) -> list[str]:
     """One warning for each kind of oddity; returns them, too.
 
@@ -21,6 +28,7 @@ def warn_of_oddities(
         results: of each row cut_mm, extent_mm, around_zero as in `ldm3d.data.placing.to_grid`, and notes on reading it.
         tolerance_mm: how much foreground may be cut off without a warning.
         place: of the Grid.
+        stripped: whether the config says that scans are skull-stripped; None: that is not judged.
     """
     rows = [*table.itertuples()]
     cut = sorted([(result["cut_mm"], who(row)) for row, result in zip(rows, results)], reverse=True)
@@ -44,6 +52,7 @@ def warn_of_oddities(
         **_mixed(
             *([who(row) for row, result in zip(rows, results) if result["around_zero"] is is_so] for is_so in (True, False))
         ),
+        **other_than_said([who(row) for row in rows], results, stripped),
         "scans are of several subjects each, which therefore share a split (one person under two names?)": twins,
     }
     messages = [
@@ -65,6 +74,25 @@ def cut_remedy(place: str) -> str:
 def who(row: Any) -> str:
     """Name of a scan's row: "sub-01 ses-a"."""
     return f"sub-{row.subject}" + (f" ses-{row.session}" if row.session else "")
+
+
+def other_than_said(
+    names: Sequence[str], results: Sequence[Mapping[str, Any]], stripped: bool | None
+) -> dict[str, Sequence[str]]:
+    """Scans that look like whole heads though `data.skull_stripped` is true, or the reverse."""
+    sizes = [(name, result.get("foreground_ml"), result.get("even_background")) for name, result in zip(names, results)]
+    heads = [f"{name}: {ml:.0f} ml" for name, ml, _ in sizes if stripped and ml and ml > HEAD_ML]
+    brains = [f"{name}: {ml:.0f} ml" for name, ml, even in sizes if ml and even and BRAIN_ML < ml < HEAD_ML]
+    found = {
+        "scans look like whole heads, by the volume of their foreground, and data.skull_stripped is true; strip them "
+        "(data.brain_extraction, data.mask), or set it to false": heads,
+    }
+    if stripped is False and len(brains) == len(names):  # a few may be small heads
+        found[
+            "scans look skull-stripped, by their foreground and even background, and data.skull_stripped is false; set it to "
+            "true, as generated volumes say what it is"
+        ] = brains
+    return found
 
 
 def _mixed(standardised: Sequence[str], raw: Sequence[str]) -> dict[str, Sequence[str]]:

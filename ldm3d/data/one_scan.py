@@ -28,6 +28,7 @@ from ldm3d.files import write_atomic
 VERSION = 2  # raise it when the numbers that preparing makes change: every volume is then prepared again
 
 TOLD = ("cut_mm", "extent_mm", "around_zero", "notes")  # of a scan's `info`, what all scans together are judged by
+TOLD_LATER = ("foreground_ml", "even_background")  # and what earlier versions did not note
 REMOVED = ".removed.npz"  # beside a volume: what `ldm3d.data.removed` keeps
 DAMAGED = (OSError, ValueError, EOFError)  # what NumPy raises for a file that is none of its own
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -103,7 +104,7 @@ def prepare_scan(path: str, mask: Path | InputError | None, folder: Path, data: 
             if volume is not None:
                 write_look(folder / f"{key}.npz", look_at(volume, spacing_mm))
         registered = {"correlation": info["registration"]["correlation"]} if data.registration else {}
-        return {"key": key, "cached": cached, **{name: info[name] for name in TOLD}, **registered}
+        return {"key": key, "cached": cached, **{name: info.get(name) for name in (*TOLD, *TOLD_LATER)}, **registered}
     except InputError as error:
         return {"reason": str(error)}
     except MemoryError:

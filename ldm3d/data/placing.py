@@ -40,14 +40,15 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
     Returns:
         float32 (1, X, Y, Z) on the Grid; and the info that `restore` needs, plain JSON: shape and affine of the source,
         affine of the placed Grid, the intensities `low` and `high` that became 0 and 1, cut_mm, the most that the
-        Grid cuts off the foreground on any side, extent_mm of the foreground along the axes of the scan, and around_zero,
-        whether intensities reach well below 0, as those of a standardised scan do.
+        Grid cuts off the foreground on any side, extent_mm of the foreground along the axes of the scan and its foreground_ml,
+        around_zero, whether intensities reach well below 0, as those of a standardised scan do, and even_background, whether
+        most voxels at the scan's faces have one value, as a mask leaves them.
 
     Raises:
         InputError: both percentiles are the same intensity; nothing of the foreground is on a Grid that lies in the world.
     """
     affine = np.asarray(affine, dtype=np.float64)
-    volume, background, threshold = _level_background(volume)
+    volume, background, threshold, even = _level_background(volume)
     (scan,) = volume
     blocks = _foreground_blocks(scan, background + threshold, affine)
     first, last = blocks[:, 0].min(axis=0), blocks[:, 1].max(axis=0)
@@ -75,6 +76,8 @@ def to_grid(volume: NDArray, affine: NDArray, grid: Grid, percentiles: tuple[flo
         "high": high + background,
         "cut_mm": round(cut_mm, 1),
         "extent_mm": ((last - first + 1) * spacing_of(affine)).round(1).tolist(),
+        "foreground_ml": round(float((np.diff(blocks, axis=1) + 1).prod(-1).sum() * spacing_of(affine).prod()) / 1000, 1),
+        "even_background": even,
         "around_zero": bool(background < -threshold),  # what interpolation undershoots is less
     }
     return ((on_grid - low) / (high - low)).clip(0, 1), info
@@ -95,8 +98,8 @@ def restore(volume: NDArray, info: Mapping[str, Any]) -> tuple[NDArray, NDArray]
     return back * np.float32(info["high"] - info["low"]) + np.float32(info["low"]), affine
 
 
-def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
-    """A scan whose background is its lowest intensity; that intensity; and how far above it the foreground begins.
+def _level_background(volume: NDArray) -> tuple[NDArray, float, float, bool]:
+    """A scan whose background is its lowest intensity; that; how far above it the foreground begins; whether it is constant.
 
     Three kinds of background: air, with noise in it; one constant around a skull-stripped brain or a defaced head; and
     that constant in the midst of the range, where a stripped brain was standardised to mean 0. The last is put
@@ -113,7 +116,12 @@ def _level_background(volume: NDArray) -> tuple[NDArray, float, float]:
         volume, background = np.where(volume == constant, np.float32(darkest), volume), darkest
     else:
         background = constant
-    return np.maximum(volume, np.float32(background)), float(background), float(_FOREGROUND * (brightest - background))
+    return (
+        np.maximum(volume, np.float32(background)),
+        float(background),
+        float(_FOREGROUND * (brightest - background)),
+        constant is not None,
+    )
 
 
 def _foreground_blocks(scan: NDArray, threshold: float, affine: NDArray) -> NDArray:

@@ -111,7 +111,7 @@ def prepare(config: Config, *, workers: int | None = None, strict: bool = False,
     splits = split_subjects(table, config.data, config.covariates, kept)
     table = table.drop(columns=[*split_columns(config.data, config.covariates)])
     table.insert(4, "split", table["subject"].map(splits))
-    odd = warn_of_oddities(table, good, tolerated_mm(grid), grid.place)
+    odd = warn_of_oddities(table, good, tolerated_mm(grid), grid.place, config.data.skull_stripped)
     if processes.is_main:
         write_table(folder / "scans.tsv", table)
         write_table(folder / "splits.tsv", pd.DataFrame(sorted(splits.items()), columns=["subject", "split"]))
