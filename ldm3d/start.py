@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm3d.diffusion.denoiser import BatchDenoiser
-from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, fit_conditional
+from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian
+from ldm3d.diffusion.gaussian_fit import fit_conditional
 from ldm3d.diffusion.process import Process
 from ldm3d.models.pretrained import EIGHT_BITS, Pretrained
 

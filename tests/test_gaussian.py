@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, denoising_errors, fit_gaussian
+from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, denoising_errors
+from ldm3d.diffusion.gaussian_fit import fit_gaussian
 from ldm3d.diffusion.samplers import sample
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError

@@ -11,7 +11,8 @@ import yaml
 from torture.generation import make_pipeline
 
 from ldm3d.diffusion.denoiser import in_turn
-from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian, fit_conditional, fit_incomplete
+from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian
+from ldm3d.diffusion.gaussian_fit import fit_conditional, fit_incomplete
 from ldm3d.diffusion.objective import Denoising
 from ldm3d.diffusion.process import quantile_of_time, time_of_ratio, times_from_quantiles
 from ldm3d.diffusion.samplers import sample
@@ -217,6 +218,11 @@ def test_directions_are_rounded_before_training_and_not_again_when_saved(pipelin
     again = GaussianStart.from_pretrained(tmp_path / "half")
     assert torch.equal(again.directions, start.directions) and again.directions.dtype == torch.float32
     assert start.directions.flatten(1).abs().amax(dim=1).eq(448).all()
+    start.directions /= 500  # as of a version that did not round them: eight bits would lose most of them
+    start.save_pretrained(tmp_path / "older", torch.float16)
+    older = GaussianStart.from_pretrained(tmp_path / "older")
+    torch.testing.assert_close(older.directions.float(), start.directions, rtol=1e-3, atol=1e-4)
+    start.directions *= 500
     latents, context = latents_for(pipeline)
     exact = fit_conditional(latents, *features(context, pipeline.schema.num_categories), 4).residual
     whole, rounded = (

@@ -46,7 +46,7 @@ class Pretrained(nn.Module):
     """
 
     arguments: dict[str, Any]
-    of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors within +-448 that take a byte a number where others take two
+    of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors whose values were rounded to `EIGHT_BITS` when they were made
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -70,14 +70,16 @@ class Pretrained(nn.Module):
         Args:
             folder: where.
             dtype: of matrices and kernels in the file. Vectors (biases, norms, statistics of latents), a small share of all,
-                keep their precision, and tensors `of_eight_bits` are rounded to eight bits. None: all keep it.
+                keep their precision; tensors `of_eight_bits` take a byte a number if that changes none. None: all keep it.
 
         Raises:
             InputError: a weight is beyond the range of `dtype`.
         """
         folder = Path(folder)
-        given = {name: EIGHT_BITS if dtype and name in self.of_eight_bits else dtype for name in self.state_dict()}
-        weights = {name: _rounded(name, value, given[name]).contiguous() for name, value in self.state_dict().items()}
+        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
+        for name in self.of_eight_bits if dtype else ():
+            short = self.get_buffer(name).to(EIGHT_BITS)
+            weights[name] = short if torch.equal(short.float(), self.get_buffer(name).float()) else weights[name]
         folder.mkdir(parents=True, exist_ok=True)
         description = {"class": type(self).__name__, "arguments": self.arguments}
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
@@ -142,7 +144,7 @@ def _rounded(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch
     if dtype is None or value.ndim < 2:
         return value
     rounded = value.to(dtype)
-    if not torch.isfinite(rounded.float()).all():
+    if not torch.isfinite(rounded).all():
         raise InputError(f"{name} holds values beyond the range of {rounded.dtype}; save it as torch.bfloat16 or float32")
     return rounded
 

@@ -30,7 +30,7 @@ from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
-from ldm3d.diffusion.gaussian import FOLDS, most_components
+from ldm3d.diffusion.gaussian_fit import FOLDS, most_components
 from ldm3d.diffusion.objective import make_objective
 from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError

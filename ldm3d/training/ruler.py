@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ldm3d.diffusion.denoiser import Denoiser
-from ldm3d.diffusion.gaussian import Gaussian, denoising_errors, fit_gaussian, most_components
+from ldm3d.diffusion.gaussian import Gaussian, denoising_errors
+from ldm3d.diffusion.gaussian_fit import fit_gaussian, most_components
 from ldm3d.diffusion.process import Process, time_of_ratio
 from ldm3d.randomness import generator
 
