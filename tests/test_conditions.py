@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import command_line, tiny_settings
 
 from ldm3d.conditions import ImageChannels
@@ -32,6 +33,7 @@ def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experi
     monkeypatch.setattr(diffusion, "fit", lambda task, *_: seen.update(task=task))
     train_here("diffusion", conditioned / "config.yaml")
     task, old = seen["task"], Pipeline.from_pretrained(experiment / "run/model", "cpu", torch.float32)
+    task.accelerator = Accelerator(cpu=True)  # that of the training ended with it
     assert [(c.mean, c.std) for c in task.schema] == [(c.mean, c.std) for c in old.schema]
     given = task.conditions_of([2, 3, 4])
     assert given.images.shape[1] == 3 + 2 + 64 and given.known.any()
@@ -266,6 +268,7 @@ def test_the_other_contrast_is_made_from_the_scan(conditioned, tmp_path, train_h
     monkeypatch.setattr(diffusion, "fit", lambda task, *_: seen.update(task=task))
     train_here("diffusion", conditioned / "config.yaml", *changes)
     task = seen["task"]
+    task.accelerator = Accelerator(cpu=True)  # that of the training ended with it
     assert [each.name for each in task.config.given_conditions] == ["T1w", "labels", "holed"]
     row = task.split["train"][1]
     scan = LatentSpace.from_pretrained(task.config.autoencoder_folder).normalise(
