@@ -1,6 +1,7 @@
 """How true an edit is: the change that it shows against the change that happened.
 
-    python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--name NAME]
+    python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--open]
+        [--name NAME]
 
 DATA is a BIDS folder with two or more sessions a subject, or a table with participant_id, session_id, path and the covariates:
 phantom twins (`ldm3d phantoms --twins age=15`), or visits years apart. The first session is edited to the last one's
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=8, help="pairs that are also edited back")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--measure", default="ldm3d.rulers.volumetry:measure_volumes")
+    parser.add_argument("--open", action="store_true", help="leave open what would follow from what changes")
     parser.add_argument("--name", help="of the data: writes results/edit-NAME-DEVICE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,11 +92,13 @@ def main() -> None:
     pairs = read_pairs(pipe, arguments.data, arguments.root, names, arguments.num, measure)
     by = np.array([pair.rows[1][arguments.changed] - pair.rows[0][arguments.changed] for pair in pairs])
     asked = {"model": pipe.model_hash, "pairs": len(pairs), "changed": arguments.changed, "steps": arguments.steps}
+    asked["open"] = arguments.open
     shown = baselines(pairs, by, measure, pipe.grid.spacing_mm)
     methods = {name: summary(pairs, by, *shown[name]) for name in BASELINES}
     for name in arguments.methods:
         start = time.perf_counter()
-        methods[name] = of_method(pairs, by, arguments, fixed, METHODS[name], measure)
+        options = {**METHODS[name], "steps": arguments.steps, "measure": None if arguments.open else measure}
+        methods[name] = of_method(pairs, by, arguments, fixed, options, measure)
         methods[name]["seconds_a_scan"] = round((time.perf_counter() - start) / len(pairs), 2)
         print(name, json.dumps(methods[name]), flush=True)
     print(table(methods))
@@ -154,13 +158,13 @@ def of_method(pairs: Sequence[Pair], by: NDArray, arguments, fixed: Mapping, opt
     for pair in tqdm(pairs, desc="edits", disable=None):
         own = {name: pair.rows[0][name] for name in [*arguments.known, arguments.changed]} | fixed
         to = {arguments.changed: float(pair.rows[1][arguments.changed])}
-        done = edit(pair.placed.pipe, pair.placed, own, to, steps=arguments.steps, **options)
+        done = edit(pair.placed.pipe, pair.placed, own, to, **options)
         shown = done.volume()
         volumes.append(shown[0, 0].cpu().numpy())
         found = apply_measure(measure, volumes[-1][None], pair.placed.pipe.grid.spacing_mm)
         measured.append({name: found[name] - pair.volumes[0][name] for name in found})
         if len(cycles) < arguments.cycles:
-            cycles.append(cycle(done, own, arguments, options))
+            cycles.append(cycle(done, own, arguments.changed, options))
         plain = pair.placed.reconstruction
         decoded.append((plain + done.change()[0])[0, 0].numpy())
         sharp.append(roughness(decoded[-1]) / roughness(plain[0, 0].numpy()))
@@ -173,12 +177,12 @@ def of_method(pairs: Sequence[Pair], by: NDArray, arguments, fixed: Mapping, opt
     }
 
 
-def cycle(done: Edit, own: Mapping, arguments, options: Mapping) -> float:
+def cycle(done: Edit, own: Mapping, changed: str, options: Mapping) -> float:
     """Distance of there and back from the start, relative to the distance there."""
     there = done.latents[0].mean(dim=0, keepdim=True)
     placed = replace(done.placed, z=there)
     target = {name: value for name, value in done.targets[0].items() if value is not None}
-    back = edit(placed.pipe, placed, target, {arguments.changed: own[arguments.changed]}, steps=arguments.steps, **options)
+    back = edit(placed.pipe, placed, target, {changed: own[changed]}, **options)
     start = done.placed.z
     return float((back.latents[0].mean(dim=0, keepdim=True) - start).norm() / (there - start).norm())
 
