@@ -161,7 +161,7 @@ def test_answers_go_by_training_testing_and_interval(cell, light):
 
 
 def test_small_numbers_of_people_are_not_told():
-    assert answer(Cell("", "", 1, 4), "age").reasons == ("1 to 4 in training", "1 to 4 tested")
+    assert answer(Cell("", "", 1, 4), "age").reasons == ("1 to 4 in training", "1 to 4 held out")
 
 
 def test_without_regressors_or_covariates():

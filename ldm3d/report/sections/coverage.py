@@ -26,7 +26,7 @@ class Answer:
 def answer(cell: Cell, task: str) -> Answer:
     """May the model be used for these people, to train regressors of `task`? "" if none was trained."""
     trained = "training people not known" if cell.trained is None else f"{people(cell.trained)} in training"
-    reasons = [trained, f"{people(cell.tested)} tested"]
+    reasons = [trained, f"{people(cell.tested)} held out"]
     if task and cell.tested >= MIN_GROUP and math.isfinite(cell.ratio):
         reasons.append(f"error {cell.ratio:.2f} times that of real ({cell.low:.2f} to {cell.high:.2f})")
     if cell.trained == 0:
@@ -34,7 +34,7 @@ def answer(cell: Cell, task: str) -> Answer:
     if cell.trained is not None and cell.trained < MIN_GROUP:
         return Answer(AMBER, "hardly seen", tuple(reasons))
     if not task or cell.tested < MIN_GROUP or not math.isfinite(cell.low + cell.high):
-        return Answer(GREY, "not tested", tuple(reasons))
+        return Answer(GREY, "not judged", tuple(reasons))
     if cell.high <= MAX_UTILITY_RATIO:
         return Answer(GREEN, "yes", tuple(reasons))
     return Answer(RED, "no", tuple(reasons)) if cell.low > MAX_UTILITY_RATIO else Answer(AMBER, "not settled", tuple(reasons))
