@@ -117,10 +117,6 @@ def test_a_scan_of_another_dataset_takes_no_image_of_the_training(conditioned, t
         nib.save(nib.Nifti1Image(np.flip(image.get_fdata(dtype=np.float32), 1).copy(), image.affine), path)
     asked = tmp_path / "run/model", "--data", tmp_path / "others", "--out", tmp_path / "out", "--num", 3
     assert "none of 20 scans has one" in fails("evaluate", *asked)
-    config, _, held_out = scans_by_use(
-        tmp_path / "run/model",
-        tmp_path / "others",
-        tmp_path / "work",
-        overrides=[f"data.derivatives={conditioned / 'labels'}"],
-    )
+    shutil.copytree(conditioned / "labels", tmp_path / "others/derivatives/labels")
+    config, _, held_out = scans_by_use(tmp_path / "run/model", tmp_path / "others", tmp_path / "work")
     assert len(held_out) == 19 and len(ScanImages(config, held_out).complete) == 19
