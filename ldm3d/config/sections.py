@@ -163,7 +163,7 @@ class DiffusionConfig(Section):
     process: ProcessConfig = ProcessConfig()
     target: Literal["noise", "v", "data", "velocity"] = "v"
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
-    loss_weight: Literal["none", "min-snr", "noise"] = "none"
+    loss_weight: Literal["none", "min-snr", "noise", "level"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
     # A Gaussian denoises at high noise, the network below it; None: the network alone
     start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
@@ -309,7 +309,7 @@ class Config(Section):
             )
         if diffusion.learns_residual and diffusion.target != "v":
             raise ValueError(f"diffusion.start.residual needs diffusion.target v, not {diffusion.target}")
-        if diffusion.loss_weight == "noise" and not by_channel:
+        if diffusion.loss_weight in ("noise", "level") and not by_channel:
             raise ValueError(
                 "diffusion.loss_weight noise needs autoencoder.latent_scaling voxels; for channels of one variance use "
                 "diffusion.target noise"

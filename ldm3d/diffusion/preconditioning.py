@@ -78,11 +78,13 @@ class Preconditioning:
 
         Without scales the weight is `Process.loss_weight`. With them, and "min-snr", the same with each channel's own a and b:
         min(a^2 / b^2, 5) b^2. "noise" counts errors as those of the noise, by a^2: channels that are drowned do not count.
+        "level" does so too, by a^2 / mean(a^2): times at which most channels are drowned count as much as any other.
         """
         if not self.scales:
             return self.process.loss_weight(weight, self.target, t) * squared_error.flatten(1).mean(dim=1)
         _, a, b, _ = self._coefficients(squared_error, t)
         weights = {"none": torch.ones_like(a), "noise": a**2, "min-snr": (a / b).square().clamp(max=5.0) * b**2}
+        weights["level"] = a**2 / (a**2).mean(dim=1, keepdim=True)
         return (weights[weight] * squared_error).flatten(1).mean(dim=1)
 
     def _centred(self, z: Tensor, t: float | Tensor, g: Tensor | None) -> Tensor:
