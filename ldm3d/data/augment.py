@@ -14,7 +14,6 @@ LEFT_OF = {
     **{right: right - 39 for right in (46, 47)},
     **{49: 10, 50: 11, 51: 12, 52: 13, 53: 17, 54: 18, 58: 26, 60: 28, 62: 30, 63: 31},
 }
-WITHIN_VOXELS = (1, 3, 5)  # the axes of `points` that lead through a voxel
 DEVIATION = 0.06  # most that the intensities of one label vary by, of the range
 ROTATION_DEGREES, SCALING, SHIFT_MM = 8.0, 0.08, 6.0  # standard deviations of a random placing
 
@@ -40,8 +39,8 @@ def paint(points: NDArray, random: np.random.Generator) -> NDArray:
     """A volume painted from labels, each in a random intensity; what several labels share is a mixture, as in a scan.
 
     Args:
-        points: labels at some points of each voxel, see `ldm3d.data.labels.at_points`; 0 is black, and so is what is below.
-            Both sides of FreeSurfer's structures have one intensity.
+        points: labels at some points of each voxel, (points, X, Y, Z), see `ldm3d.data.labels.at_points`; 0 is black, and so
+            is what is below. Both sides of FreeSurfer's structures have one intensity.
 
     Returns:
         (1, X, Y, Z), float32 in [0, 1].
@@ -55,7 +54,7 @@ def paint(points: NDArray, random: np.random.Generator) -> NDArray:
     mean[0] = deviation[0] = 0
     noise = random.standard_normal(labels.shape, np.float32)
     painted = mean.astype(np.float32)[labels] + deviation.astype(np.float32)[labels] * noise
-    volume = painted.mean(axis=WITHIN_VOXELS)[None]
+    volume = painted.mean(axis=0)[None]
     brightest = np.percentile(volume[volume > 0.02], 99.8) if (volume > 0.02).any() else 1.0
     return (volume / np.float32(brightest)).clip(0, 1)
 
