@@ -9,7 +9,8 @@ from ldm3d.data import augment
 from ldm3d.data.augment import paint, random_place, vary
 from ldm3d.data.labels import at_points, shares_on_grid
 from ldm3d.geometry import resample
-from ldm3d.rulers.segmenter import dice, train_segmenter
+from ldm3d.rulers.segmenter import dice
+from ldm3d.training.segmenter import train_segmenter
 
 SHAPE = (20, 22, 20)
 FINE, COARSE = np.diag([1.0, 1, 1, 1]), np.diag([2.0, 2, 2, 1])

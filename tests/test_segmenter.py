@@ -12,8 +12,9 @@ from ldm3d.data.labels import LabelMaps, count_volumes, load_labels, parse_group
 from ldm3d.errors import InputError
 from ldm3d.experiment import scans_by_use
 from ldm3d.models.segmentation import SegmentationUNet
-from ldm3d.rulers.segmenter import Segmenter, dice, train_segmenter
+from ldm3d.rulers.segmenter import Segmenter, dice
 from ldm3d.rulers.volumetry import apply_measure
+from ldm3d.training.segmenter import loss_of_shares, train_segmenter
 
 GROUPS = {"ball_ml": [7], "shell_ml": [2, 3]}
 
@@ -200,3 +201,19 @@ def test_an_older_segmenter_without_a_finest_level_is_read(tmp_path):
     with_finest = SegmentationUNet(GROUPS, (4, 8), finest=4)
     assert with_finest(torch.rand(1, 1, 17, 18, 20)).shape == (1, 3, 17, 18, 20)
     assert with_finest.features(torch.rand(1, 1, 17, 18, 20)).shape == (1, 8 + 3 * 27 + 8)
+
+
+def test_the_loss_is_least_at_the_shares_themselves():
+    """A thin sheet that fills 0.3 of its voxels: a soft Dice loss would rather see 0 or 1 there."""
+    shares = torch.zeros(1, 2, 4, 4, 4)
+    shares[:, 1, 1] = 0.3
+    shares[:, 1, 2:] = 0.01
+    shares[:, 0] = 1 - shares[:, 1]
+
+    def loss(share: float) -> float:
+        asked = shares.clone()
+        asked[:, 1, 1], asked[:, 0, 1] = share, 1 - share
+        return float(loss_of_shares(asked.log(), shares))
+
+    found = {share: loss(share) for share in (0.05, 0.2, 0.3, 0.4, 0.95)}
+    assert min(found, key=found.__getitem__) == 0.3

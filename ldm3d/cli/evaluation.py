@@ -188,7 +188,8 @@ def segmenter(
     from ldm3d.evaluation.selection import in_turn
     from ldm3d.experiment import scans_by_use
     from ldm3d.processes import own_device
-    from ldm3d.rulers.segmenter import dice, train_segmenter
+    from ldm3d.rulers.segmenter import dice
+    from ldm3d.training.segmenter import train_segmenter
 
     groups, maps = parse_groups(volume), LabelMaps(labels, pattern)
     config, *tables = scans_by_use(model, data, out / "work", root, experiment=experiment, overrides=override)
