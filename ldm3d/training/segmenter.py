@@ -25,7 +25,7 @@ from ldm3d.randomness import generator
 from ldm3d.rulers.segmenter import Load
 from ldm3d.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 
-STEPS, BATCH, LEARNING_RATE = 300, 2, 1e-2  # of training
+STEPS, BATCH, LEARNING_RATE = 300, 2, 2e-2  # of training
 FINEST = 8  # channels at full resolution: where voxels are coarse, tissues are one voxel wide
 
 # number of a scan and random numbers -> volume and shares as by `Load`, but painted from the scan's label map
