@@ -63,6 +63,16 @@ def test_weight_noise_is_the_loss_of_the_noise():
     torch.testing.assert_close(conditioning.loss("noise", T, (off - target).square()), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_weight_level_counts_every_time_alike_and_channels_as_noise_does():
+    conditioning = Preconditioning(make_process("flow"), "v", SCALES)
+    ones = torch.ones_like(X)
+    torch.testing.assert_close(conditioning.loss("level", T, ones), torch.ones_like(T))
+    one_channel = ones * (torch.arange(len(SCALES)) == 1)[:, None, None, None]
+    shares = [conditioning.loss(weight, T, one_channel) / conditioning.loss(weight, T, ones) for weight in ("level", "noise")]
+    torch.testing.assert_close(*shares)
+    assert conditioning.loss("noise", T, ones).max() > 2 * conditioning.loss("noise", T, ones).min()
+
+
 class Zero(nn.Module):
     """The best network for Gaussian data of independent channels: given z, the target's mean is 0."""
 

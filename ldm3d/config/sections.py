@@ -311,8 +311,8 @@ class Config(Section):
             raise ValueError(f"diffusion.start.residual needs diffusion.target v, not {diffusion.target}")
         if diffusion.loss_weight in ("noise", "level") and not by_channel:
             raise ValueError(
-                "diffusion.loss_weight noise needs autoencoder.latent_scaling voxels; for channels of one variance use "
-                "diffusion.target noise"
+                f"diffusion.loss_weight {diffusion.loss_weight} needs autoencoder.latent_scaling voxels; for channels of one "
+                "variance use diffusion.target noise"
             )
         return self
 
