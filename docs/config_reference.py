@@ -28,6 +28,10 @@ All keys of an experiment's YAML file. This page is generated from the code (`py
 - `--set key=value` overrides any key on the command line, for example `--set diffusion.training.steps=500`.
 - Configs that work are in [`configs/`](../configs): `age-and-sex.yaml`, `brains-4.5mm.yaml`, `brains-3mm.yaml`,
   `brain-1mm.yaml` and `toy.yaml`.
+- `recipe: brains-3mm` takes what a config leaves out from one of them: `autoencoder`, `diffusion`, `decoder`,
+  `generation`, and `grid`, `registration` and `splits` of `data`. Keys that you write come first, one by one; `null`
+  switches one off, and a section of another `kind` replaces the recipe's. The covariates, and where the data lie, are
+  always your own. `ldm3d config FILE` prints the whole of both, with all defaults.
 """
 
 

@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 from ldm3d.cli import app
 from ldm3d.cli.generation import _covariates
 from ldm3d.config.read import load_config
+from ldm3d.config.recipe import over_recipe
 from ldm3d.config.sections import Config
 from ldm3d.pipeline import Pipeline
 
@@ -25,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MODEL = "brains-4.5mm"
 # Programs of others, whose options are not known here; and words of the shell
 OTHERS = {"cp", "mkdir", "tar", "conda", ".", "export", "head", "[", "scontrol", "mri_synthseg", "pre-commit", "hf"}
-BASE = yaml.safe_load((ROOT / "configs/age-and-sex.yaml").read_text(encoding="utf-8"))
+BASE = over_recipe(yaml.safe_load((ROOT / "configs/age-and-sex.yaml").read_text(encoding="utf-8")))
 
 
 def of_blocks(language: str) -> list:
@@ -211,7 +212,8 @@ def test_settings_are_valid(text):
     settings = {"covariates": settings} if isinstance(settings, list) else settings
     if settings.keys() == {"scale_factor", "ranges"}:  # of a published model, see docs/monai.md
         return
-    Config.model_validate(merged(BASE, settings))
+    base = {} if "recipe" in settings else BASE  # such a block is a whole config
+    Config.model_validate(over_recipe(merged(base, settings)))
 
 
 def test_a_stale_setting_is_found():

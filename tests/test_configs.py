@@ -16,6 +16,7 @@ from ldm3d import figures
 from ldm3d.base_model import first_unet, take_autoencoder
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.read import load_config
+from ldm3d.config.recipe import over_recipe
 from ldm3d.data import registration
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.models.autoencoder import LatentSpace
@@ -70,7 +71,7 @@ def test_a_shipped_config_trains_as_shipped(path, phantoms, tmp_path, train_here
     for picture in ("mosaic", "curves", "save"):  # what a run draws takes longer than its two steps
         monkeypatch.setattr(figures, picture, lambda *_, **__: None)
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(cut(yaml.safe_load(path.read_text()), phantoms, tmp_path)))
+    config.write_text(yaml.safe_dump(cut(over_recipe(yaml.safe_load(path.read_text())), phantoms, tmp_path)))
     command_line("prepare", config, "--workers", 1)
     train_here("autoencoder", config)
     command_line("encode", config)

@@ -39,11 +39,19 @@ def phantoms(
 
 @app.command()
 def config(
-    name: Annotated[str | None, typer.Argument(help="Such as age-and-sex; none: list them.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Such as age-and-sex, or your own file; none: list names.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write it; if not given, it is printed.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="With all keys of its recipe and all defaults.")] = False,
+    override: Override = [],  # noqa: B006 (typer reads it, and it is never changed)
 ) -> None:
-    """Copy a config that comes with ldm3d, to edit it. Commands take such a name, too, in place of a file."""
-    from ldm3d.config.read import shipped_configs
+    """Copy a config that comes with ldm3d, to edit it; or show a file of yours in full, with what its recipe gives.
+
+    Commands take such a name, too, in place of a file.
+    """
+    from ldm3d.config.read import full_text, load_config
+    from ldm3d.config.recipe import shipped_configs
     from ldm3d.errors import choose
     from ldm3d.files import write_atomic
 
@@ -53,7 +61,10 @@ def config(
             about = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
             print(f"{each:28} {re.split('[:,] ', about)[0]}")
         return
-    text = shipped[choose("config", name, tuple(shipped))].read_text(encoding="utf-8")
+    if full or override or Path(name).is_file():
+        text = full_text(load_config(name, override))
+    else:
+        text = shipped[choose("config", name, tuple(shipped))].read_text(encoding="utf-8")
     if out is None:
         print(text, end="")
     elif out.exists():

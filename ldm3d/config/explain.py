@@ -23,7 +23,7 @@ def _explain(problem: ErrorDetails, root: type[Section]) -> str:
     location, section = _resolve(problem["loc"], root)
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        fields = list(section.model_fields)
+        fields = [*section.model_fields, *(["recipe"] if section is Config else [])]
         close = nearest(location[-1], fields, cutoff=0.5)
         hint = f"did you mean {close!r}?" if close else f"valid keys here: {', '.join(fields)}"
         return f"unknown key {shown(where)}; {hint}"
@@ -32,7 +32,7 @@ def _explain(problem: ErrorDetails, root: type[Section]) -> str:
         return f"{where}.kind is {shown(problem['ctx']['tag'])}: use one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing" and where in ("autoencoder", "diffusion"):
-        return f"{where}: this section is missing; copy it from configs/brains-3mm.yaml, whose settings are a start"
+        return f"{where}: this section is missing; `recipe: brains-3mm` takes it from a config that comes with ldm3d"
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where} is {shown(problem['input'])}: {message}"

@@ -4,26 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from ldm3d.config.explain import explain
+from ldm3d.config.recipe import over_recipe, shipped_configs
 from ldm3d.config.sections import Config
 from ldm3d.config.yaml import parse_yaml, read_yaml
 from ldm3d.errors import InputError, shown
 
-PACKAGE = Path(__file__).parents[1]
-FOLDERS = PACKAGE / "configs", PACKAGE.parent / "configs"  # of an installed package; of a clone
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name -> file of each config that comes with ldm3d: "toy", "conditions/inpaint"."""
-    folder = next((folder for folder in FOLDERS if folder.is_dir()), PACKAGE / "configs")
-    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("conditions/*.yaml"))]
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
-
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | None = None) -> Config:
-    """Read and check an experiment's YAML file.
+    """Read and check an experiment's YAML file, with what it leaves out from its `recipe` (`ldm3d.config.recipe`).
 
     Args:
         path: the file, or the name of a config that comes with ldm3d, such as "toy".
@@ -46,13 +38,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), section: str | 
         raise InputError(f"{path} holds no settings; a config starts with `name:` and `output:`")
     for override in overrides:
         keys, value = parse_override(override)
-        if section and keys[0] not in Config.model_fields:
+        if section and keys[0] not in Config.model_fields and keys[0] != "recipe":
             keys = [section, *keys]
         set_key(values, keys, value)
+    recipe = values.get("recipe")
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(over_recipe(values))
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from None
+        beside = f" (over recipe {recipe}, which `ldm3d config {recipe}` shows)" if recipe else ""
+        raise InputError(f"{path}: {explain(error)}{beside}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
@@ -73,3 +69,9 @@ def set_key(values: dict, keys: list[str], value: Any) -> None:
         values[key] = dict(values[key]) if isinstance(values.get(key), dict) else {}
         values = values[key]
     values[keys[-1]] = value
+
+
+def full_text(config: Config) -> str:
+    """A config as YAML with every key that it stands for: its own, those of its recipe and all defaults."""
+    values = config.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
