@@ -33,7 +33,7 @@ class GaussianStart(Pretrained):
         residual: whether the network has learned what it leaves, see `ldm3d.diffusion.preconditioning`.
     """
 
-    of_eight_bits = ("directions",)
+    of_eight_bits = ("directions", "slopes")
 
     def __init__(
         self, shape: Sequence[int], num_categories: Sequence[int], components: int, until: float, residual: bool = False
@@ -64,7 +64,9 @@ class GaussianStart(Pretrained):
         fitted = fit_conditional(latents, *features(context, num_categories), components)
         start = cls(latents.shape[1:], num_categories, components, until, residual)
         rounded = in_eight_bits(fitted.residual)
-        start.load_state_dict({**vars(rounded), **{n: getattr(fitted, n) for n in ("slopes", "centre", "covariance")}})
+        # Channels of latents vary by 0.1 to 100, so slopes need no scale of their own; beyond 448 there is no number
+        slopes = fitted.slopes if (fitted.slopes.abs() > 448).any() else fitted.slopes.to(EIGHT_BITS).float()
+        start.load_state_dict({**vars(rounded), "slopes": slopes, "centre": fitted.centre, "covariance": fitted.covariance})
         return start.requires_grad_(False)
 
     @property
@@ -100,7 +102,7 @@ class GaussianStart(Pretrained):
 def in_eight_bits(gaussian: Gaussian) -> Gaussian:
     """The same with directions rounded to the numbers that a file has of them, so that nothing changes when it is saved.
 
-    Most of a start's size is its directions. Eight bits change a direction by 3 % of its length.
+    Most of a start's size is its directions, and slopes. Eight bits change a direction by 3 % of its length.
     """
     largest = gaussian.directions.flatten(1).abs().amax(dim=1).clamp_min(1e-30)
     scale = torch.finfo(EIGHT_BITS).max / largest

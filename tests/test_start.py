@@ -217,6 +217,7 @@ def test_directions_are_rounded_before_training_and_not_again_when_saved(pipelin
     start.save_pretrained(tmp_path / "half", torch.float16)
     again = GaussianStart.from_pretrained(tmp_path / "half")
     assert torch.equal(again.directions, start.directions) and again.directions.dtype == torch.float32
+    assert torch.equal(again.slopes, start.slopes) and start.slopes.any()
     assert start.directions.flatten(1).abs().amax(dim=1).eq(448).all()
     start.directions /= 500  # as of a version that did not round them: eight bits would lose most of them
     start.save_pretrained(tmp_path / "older", torch.float16)
