@@ -300,8 +300,22 @@ def sent(page, content, kind=".nii.gz"):
 
 
 def edited(page, **request) -> bytes:
-    status, _, content = page.ask("GET", f"/download/scan?request={quote(json.dumps(request))}")
+    return downloaded(page, "own", request)
+
+
+def downloaded(page, part, request) -> bytes:
+    status, _, content = page.ask("GET", f"/download/made?request={quote(json.dumps(request))}&part={part}")
     assert status == 200, content
+    return content
+
+
+def made(page, request) -> bytes:
+    """What is shown on the page."""
+    status, _, content = page.ask("POST", "/made", json.dumps(request))
+    line, _, content = content.partition(b"\n")
+    while "bytes" not in json.loads(line):
+        line, _, content = content.partition(b"\n")
+    assert status == 200
     return content
 
 
@@ -316,13 +330,71 @@ def test_a_scan_comes_back_edited_as_in_python(pipeline, tmp_path):
         request = {"scan": name, "source": source, "covariates": {"age": 70}, "steps": 4}
         expected = pipeline.edit(tmp_path / "scan.nii.gz", source, {"age": 70}, steps=4)
         np.testing.assert_allclose(unpack_volume(edited(page, **request)), expected.back(), atol=1e-3)
-        status, _, answer = page.ask("POST", "/edit", json.dumps(request))
-        line, _, content = answer.partition(b"\n")
-        while "bytes" not in json.loads(line):
-            line, _, content = content.partition(b"\n")
-        assert status == 200
-        np.testing.assert_allclose(unpack_volume(content), expected.volume()[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(unpack_volume(made(page, request)), expected.volume()[0].numpy(), atol=1e-5)
         assert not list(Path(page.scans.folder).iterdir())  # the upload is gone
+
+
+def test_a_counterpart_and_a_restored_scan_are_those_of_python(pipeline, tmp_path):
+    content, volume, affine = scan_file(pipeline, tmp_path)
+    path, source = tmp_path / "scan.nii.gz", {"age": 50}
+    with served(Studio(pipeline, "tiny")) as page:
+        about = {"scan": sent(page, content)[1][-1]["scan"], "source": source, "samples": 2}
+        request = {"work": "counterpart", **about}
+        expected = pipeline.counterpart(path, source, samples=2)
+        np.testing.assert_allclose(unpack_volume(made(page, request)), expected.mean[0].numpy(), atol=1e-4)
+        np.testing.assert_allclose(unpack_volume(downloaded(page, "own", request)), from_image(expected.image()), atol=0.1)
+
+        request = {"work": "restore", **about, "operator": "missing=y:10-12", "noise": 0.02}
+        expected = pipeline.restore(path, "missing=y:10-12", 0.02, covariates=source, samples=2)
+        np.testing.assert_allclose(unpack_volume(made(page, request)), expected.mean[0].numpy(), atol=1e-4)
+        whole, unsure = (unpack_volume(downloaded(page, part, request)) for part in ("own", "deviation"))
+        np.testing.assert_allclose(whole, from_image(expected.image()), atol=0.1)
+        np.testing.assert_allclose(unsure, from_image(expected.deviation_image()), atol=0.1)
+        known = np.ones(volume.shape, bool)
+        known[:, :, 10:13] = False
+        assert np.array_equal(whole[known], volume[known]) and not unsure[known].any() and unsure[~known].any()
+
+        # A hole is given by a voxel of what is shown; the scan's own voxels there, and no others, are drawn again
+        request = {"work": "restore", **about, "operator": "hole", "centre": [8, 9, 7], "radius_mm": 25}
+        whole = unpack_volume(downloaded(page, "own", request))
+        places = np.stack(np.meshgrid(*map(np.arange, volume.shape[1:]), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+        found = pipeline.restore(path, "noise", samples=1).placed  # for the place of the grid in the scan's world
+        middle = (np.array(found.info["grid_affine"]) @ [8, 9, 7, 1])[:3]
+        distance = np.linalg.norm(places - middle, axis=-1)
+        changed = (whole != volume)[0]
+        assert changed[distance < 24].any() and not changed[distance > 25.1].any()
+
+
+@pytest.mark.parametrize(
+    ("request_", "word"),
+    [
+        ({"work": "destroy"}, "restore"),
+        ({"work": "restore", "operator": "hole=/etc/passwd"}, "centre"),
+        ({"work": "restore", "operator": "mask=/etc/passwd"}, "unknown operator 'mask'"),
+        ({"work": "restore", "operator": "bias=/etc/passwd"}, "unknown operator 'bias'"),
+        ({"work": "restore", "operator": "hole", "centre": [1, 2, "x"]}, "three numbers"),
+        ({"work": "restore", "operator": "hole", "centre": [900, 2, 3]}, "within the scan"),
+        ({"work": "restore", "operator": "missing=z:400"}, "no slice"),
+        ({"work": "restore", "operator": "blur=0"}, "above 0"),
+        ({"work": "restore", "noise": 7}, "from 0.0001 to 1"),
+        ({"work": "counterpart", "samples": 1000}, "from 1 to 16"),
+        ({"work": "counterpart", "steps": 3}, "samples"),
+    ],
+)
+def test_bad_works_get_one_clear_message(pipeline, tmp_path, request_, word):
+    content, _, _ = scan_file(pipeline, tmp_path)
+    with served(Studio(pipeline, "tiny")) as page:
+        name = sent(page, content)[1][-1]["scan"]
+        answer = page.ask("POST", "/made", json.dumps({"scan": name, **request_}))[2].splitlines()[-1]
+        assert word in json.loads(answer)["error"] and "/etc" not in json.loads(answer)["error"]
+
+
+def test_a_deviation_needs_several_draws(pipeline, tmp_path):
+    content, _, _ = scan_file(pipeline, tmp_path)
+    with served(Studio(pipeline, "tiny")) as page:
+        request = {"work": "counterpart", "scan": sent(page, content)[1][-1]["scan"], "samples": 1}
+        status, _, answer = page.ask("GET", f"/download/made?request={quote(json.dumps(request))}&part=deviation")
+        assert status == 400 and "two samples" in json.loads(answer)["error"]
 
 
 def test_uploads_are_limited_and_read_with_care(pipeline, tmp_path):
@@ -331,8 +403,8 @@ def test_uploads_are_limited_and_read_with_care(pipeline, tmp_path):
     with served(Studio(pipeline, "tiny", limits)) as page:
         first = sent(page, content)[1][-1]["scan"]
         second = sent(page, content)[1][-1]["scan"]
-        assert "no longer here" in json.loads(page.ask("POST", "/edit", json.dumps({"scan": first}))[2])["error"]
-        assert page.ask("POST", "/edit", json.dumps({"scan": second}))[0] == 200
+        assert "no longer here" in json.loads(page.ask("POST", "/made", json.dumps({"scan": first}))[2])["error"]
+        assert page.ask("POST", "/made", json.dumps({"scan": second}))[0] == 200
         assert sent(page, content + b"x")[0] == 413
         for kind in ("", ".exe", "/../../x.nii"):
             assert sent(page, content, kind)[0] == 400

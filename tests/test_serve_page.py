@@ -76,6 +76,15 @@ def slide(browser, value: float) -> None:
     )
 
 
+def set_value(browser, element: str, value) -> None:
+    browser.execute_script("document.getElementById(arguments[0]).value = arguments[1]", element, value)
+
+
+def choose(browser, element: str, value: str) -> None:
+    set_value(browser, element, value)
+    browser.execute_script("document.getElementById(arguments[0]).dispatchEvent(new Event('change'))", element)
+
+
 def picture(browser, name: str = "current") -> str:
     return browser.execute_script(f"return document.querySelector('figure[data-name={name}] canvas').toDataURL()")
 
@@ -153,6 +162,43 @@ def test_a_scan_follows_the_sliders(browser, pipeline, tmp_path):
         expected = pipeline.edit(tmp_path / "scan.nii.gz", {"age": 50, "sex": "F"}, {"age": 80}).back()
         np.testing.assert_allclose(found, expected, atol=0.1)  # of 500
         assert np.abs(found - 500 * ball[None]).max() > 1
+
+        choose(browser, "work", "restore")  # another work: nothing is made before the button is pressed
+        choose(browser, "happened", "missing")
+        set_value(browser, "slices", "8-11")
+        set_value(browser, "samples", 2)
+        browser.execute_script("document.getElementById('begin').click()")
+        request = settled(browser)
+        assert request["operator"] == "missing=z:8-11" and "mean of 2 draws" in "".join(browser.execute_script(captions))
+        browser.execute_script("document.getElementById('edited').click()")
+        found = unpack_volume(downloaded(browser.downloads, "derived.nii.gz"))
+        changed = found != (500 * ball[None]).astype(np.float32)
+        assert changed[..., 8:12].any() and not changed[..., :8].any() and not changed[..., 12:].any()
+        browser.execute_script("document.getElementById('unsure').click()")
+        assert unpack_volume(downloaded(browser.downloads, "derived_deviation.nii.gz"))[..., 8:12].any()
+
+        choose(browser, "happened", "hole")
+        browser.execute_script("document.getElementById('begin').click()")
+        until(lambda: json.loads(browser.execute_script("return document.body.dataset.shown"))["operator"] == "hole")
+        assert settled(browser)["centre"] == [8, 8, 8]
+        choose(browser, "work", "counterpart")
+        browser.execute_script("document.getElementById('begin').click()")
+        until(lambda: json.loads(browser.execute_script("return document.body.dataset.shown"))["work"] == "counterpart")
+        assert "its healthy counterpart" in "".join(browser.execute_script(captions))
+        browser.execute_script("document.getElementById('drop').click()")
+        assert "scan" not in settled(browser)
+
+
+@pytest.mark.parametrize("works", [[], ["counterpart", "restore"]])
+def test_what_the_model_cannot_do_is_not_shown(browser, works):
+    pipeline = make_pipeline()
+    with served(Studio(pipeline, "tiny", preview_steps=1)) as page:
+        page.studio.description = lambda: {**Studio.description(page.studio), "works": works}
+        browser.get(f"http://127.0.0.1:{page.port}/")
+        settled(browser)
+        offered = browser.execute_script("return [...document.getElementById('work').options].map((o) => o.value)")
+        hidden = browser.execute_script("return document.getElementById('scan').hidden")
+        assert (offered, hidden) == (works, not works)
 
 
 @pytest.mark.parametrize("width", [1300, 800, 400])

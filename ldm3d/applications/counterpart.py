@@ -93,7 +93,7 @@ def counterpart(
         levels: see `ldm3d.applications.restore.restore`.
         seed: of all random numbers.
         register, stripped: see `place`.
-        progress: called with the numbers of strengths and samples that are done and that there will be.
+        progress: called with the numbers of strengths and levels that are done and that there will be, over all samples.
 
     Raises:
         InputError: what `place` and `Pipeline.parse` raise; a setting out of range.
@@ -105,9 +105,9 @@ def counterpart(
         )
     (row,) = pipe.parse([dict(covariates or {})])
     placed = image if isinstance(image, PlacedScan) else place(pipe, image, register, stripped)
-    total, done = len(strengths) + samples, 0
+    total, done = len(strengths) + samples * levels, 0
 
-    def count() -> None:
+    def count(_level: int = 0) -> None:
         nonlocal done
         done += 1
         if progress:
@@ -118,10 +118,9 @@ def counterpart(
         guesses.append(_drawn_again(pipe, placed.z, row, strength, steps, seed, number))
         count()
     agreed = agreement(placed.volume, torch.stack(guesses).mean(dim=0), doubted)
-    linear, drawn = mask(agreed), []
-    for each in posterior_volumes(pipe, linear, linear(placed.volume), row, NOISE, range(samples), levels, seed):
-        drawn.append(each)
-        count()
+    linear = mask(agreed)
+    measured = linear(placed.volume)
+    drawn = list(posterior_volumes(pipe, linear, measured, row, NOISE, range(samples), levels, seed, progress=count))
     decoded = torch.stack([each.decoded for each in drawn]).mean(dim=0)[None].clamp(0, 1)
     expected = torch.stack([each.expected for each in drawn]).clamp(0, 1)
     mean = torch.where(agreed, placed.volume, expected.mean(dim=0, keepdim=True))

@@ -2,6 +2,7 @@
 
     mask=FILE             only what FILE marks (above 0) is known
     hole=FILE             all but what FILE marks is known: a lesion, an artefact
+    ball=-20,35,10:15     all is known but a ball of 15 mm radius around this point, in mm of the file's world
     missing=z:10-14,20    these slices of the file are missing; x, y and z are the first, second and third axis of the file
     slices[=z:6]          slices are thick, of 6 mm across the third axis; by default as the file's voxels are
     blur=8                blurred by a Gaussian of 8 mm, full width at half maximum
@@ -27,7 +28,7 @@ from ldm3d.diffusion.operators import Chain, Identity, Linear, Sampled, Scaled, 
 from ldm3d.errors import InputError, choose
 from ldm3d.geometry import resample, spacing_of
 
-KINDS = ("mask", "hole", "missing", "slices", "blur", "bias", "noise")
+KINDS = ("mask", "hole", "ball", "missing", "slices", "blur", "bias", "noise")
 AXES = "xyz"
 SURE = 0.999  # share of known voxels around a voxel of the Grid that make it known
 
@@ -132,7 +133,7 @@ class _Reader:
             here = resample(self.known.astype(np.float32), self.placed.affine, self.grid_affine, self.placed.pipe.grid.shape)
             self.operators.append(mask(torch.from_numpy(here[0] > SURE)))
         linear = Chain(*self.operators) if self.operators else Identity()
-        kept = self.known if all(word.partition("=")[0] in ("mask", "hole", "missing") for word in words) else None
+        kept = self.known if all(word.partition("=")[0] in ("mask", "hole", "ball", "missing") for word in words) else None
         return Degraded(name, linear, self.placed.volume, kept, self.placed.affine)
 
     def _sliced(self, name: str) -> Degraded:
@@ -175,6 +176,20 @@ class _Reader:
 
     def _hole(self, value: str) -> None:
         self._keep(~self._marked(value, "hole"))
+
+    def _ball(self, value: str) -> None:
+        try:
+            *centre, radius = [float(part) for part in value.replace(":", ",").split(",")]
+        except ValueError:
+            centre, radius = [], math.nan
+        if len(centre) != 3 or not all(map(math.isfinite, centre)) or not 0 < radius < math.inf:
+            raise InputError(f"ball={value}: give a point in mm and a radius above 0, as in ball=-20,35,10:15")
+        indices = np.stack(np.meshgrid(*map(np.arange, self.shape), indexing="ij"), axis=-1)
+        places = indices @ self.placed.affine[:3, :3].T + self.placed.affine[:3, 3]
+        inside = ((places - np.array(centre)) ** 2).sum(axis=-1) <= radius**2
+        if not inside.any():
+            raise InputError(f"ball={value}: no voxel of {self.placed.name} lies in it; give a point within the scan")
+        self._keep(~inside[None])
 
     def _missing(self, value: str) -> None:
         axis, numbers = self._axis(value, "missing=z:10-14,20")

@@ -26,8 +26,8 @@ def restore(
         list[str],
         typer.Option(
             metavar="WHAT",
-            help="What happened to it, in this order: hole=FILE, mask=FILE, missing=z:10-14, slices, slices=z:6, blur=8, "
-            "bias=FILE, noise.",
+            help="What happened to it, in this order: hole=FILE, mask=FILE, ball=-20,35,10:15, missing=z:10-14, slices, "
+            "slices=z:6, blur=8, bias=FILE, noise.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of restored scans.")] = Path("restored"),

@@ -7,8 +7,8 @@ POST /volume              a volume. The answer is lines of JSON: {"remarks": [..
                           .nii.gz follow; or {"error": message}
 GET  /download/FORMAT     ?request=JSON: the same volume as file: nifti, bids, dicom
 POST /scan                ?kind=.nii.gz: a scan of the user's; answers like /volume, with its name
-POST /edit                that scan with other covariates, on the model's grid; answers like /volume
-GET  /download/scan       ?request=JSON: the same on the scan's own voxels
+POST /made                what `ldm3d.serve.works` makes of that scan, on the model's grid; answers like /volume
+GET  /download/made       ?request=JSON: the same on the scan's own voxels; &part=deviation: how far to trust it
 
 Nothing is kept between requests but the last volumes. What is asked for follows from the request alone.
 """
@@ -32,9 +32,10 @@ from ldm3d.serve.answering import Answer, Lines, Tell, after, parts
 from ldm3d.serve.asked import Asked, read_asked
 from ldm3d.serve.formats import formats, packed
 from ldm3d.serve.plausibility import remarks
-from ldm3d.serve.scans import Edited, Scans, read_edited
+from ldm3d.serve.scans import Scans
 from ldm3d.serve.studio import Job, Studio
 from ldm3d.serve.turns import Full, Turns
+from ldm3d.serve.works import Work, read_work
 
 STATIC = resources.files("ldm3d.serve") / "static"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
@@ -67,10 +68,10 @@ def application(studio: Studio) -> Starlette:
         Route("/static/{name}", file),
         Route("/model", model),
         Route("/volume", _Volume(site), methods=["POST"]),
-        Route("/download/scan", _OwnVoxels(site), methods=["GET"]),
+        Route("/download/made", _OwnVoxels(site), methods=["GET"]),
         Route("/download/{format}", _Download(site), methods=["GET"]),
         Route("/scan", _Upload(site), methods=["POST"]),
-        Route("/edit", _Edit(site), methods=["POST"]),
+        Route("/made", _Made(site), methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=life)
     app.state.scans = site.scans
@@ -91,18 +92,18 @@ class _Site:
         """A volume, see `in_turn`."""
         return await self.in_turn(asked, lambda job: self.studio.submit(asked, job), tell, asked.sampling.steps)
 
-    async def in_turn(self, key: Hashable, begin: Callable[[Job], "Future[bytes]"], tell: Tell, steps: int) -> bytes:
+    async def in_turn(self, key: Hashable, begin: Callable[[Job], "Future[bytes]"], tell: Tell, steps: int = 1) -> bytes:
         """What `begin` makes, when it is its turn; who is cancelled leaves the queue, or stops what is computed.
 
         Args:
             key: under which the studio may have kept it.
             begin: starts it in the studio's thread.
             tell: is told of places in the queue and of steps.
-            steps: that there will be.
+            steps: that there will be, unless the job says otherwise.
         """
         if (kept := self.studio.kept(key)) is not None:
             return kept
-        job = Job(self.studio.limits.seconds)
+        job = Job(self.studio.limits.seconds, steps)
         with self.turns.enter() as turn:
             while place := turn.place:
                 await tell({"place": place})
@@ -111,18 +112,25 @@ class _Site:
             made = begin(job)
         loop = asyncio.get_running_loop()
         made.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.leave))
-        return await self._watch(made, job, tell, steps)
+        return await self._watch(made, job, tell)
 
-    async def edit(self, asked: Edited, tell: Tell) -> bytes:
-        """An edited scan, see `in_turn`."""
-        begin = lambda job: self.studio.run(asked, lambda: self.scans.edit(asked, job))  # noqa: E731
-        return await self.in_turn(asked, begin, tell, 2)
+    def read_work(self, text: bytes | str) -> Work:
+        """What is asked of a scan that is still here."""
+        work = read_work(text, self.studio.pipeline, self.studio.limits, self.studio.preview_steps)
+        self.scans.get(work.scan)
+        return work
 
-    async def _watch(self, made: "Future[bytes]", job: Job, tell: Tell, steps: int) -> bytes:
+    async def work(self, asked: Work, part: str, tell: Tell) -> bytes:
+        """A part of what becomes of a scan, see `Scans.make` and `in_turn`."""
+        key = (asked, part)
+        begin = lambda job: self.studio.run(key, lambda: self.scans.make(asked, part, job))  # noqa: E731
+        return await self.in_turn(key, begin, tell)
+
+    async def _watch(self, made: "Future[bytes]", job: Job, tell: Tell) -> bytes:
         waiting = asyncio.wrap_future(made)
         try:
             while not (await asyncio.wait({waiting}, timeout=EVERY))[0]:
-                await tell({"step": job.steps, "of": steps})
+                await tell({"step": job.steps, "of": job.total})
             return waiting.result()
         finally:
             job.cancel()
@@ -174,18 +182,18 @@ class _Upload(_OfSite):
             return content
 
         try:
-            making = self.site.in_turn(None, lambda job: self.site.studio.run(None, lambda: add(job)), lines.tell, 1)
+            making = self.site.in_turn(None, lambda job: self.site.studio.run(None, lambda: add(job)), lines.tell)
             content = await making
             await lines.end(_ready(content), scan=names[0])
         finally:
             body.unlink(missing_ok=True)
 
 
-class _Edit(_OfSite):
+class _Made(_OfSite):
     async def answer(self, request: Request, body: bytes, send: Send) -> None:
-        asked = read_edited(body, self.site.scans, self.site.studio.preview_steps)
+        asked = self.site.read_work(body)
         lines, said = Lines(send), {"remarks": remarks(self.site.studio.pipeline, asked.row)}
-        await lines.end(self.site.edit(asked, after(said, lines)), coarse=asked.coarse, steps=asked.steps, **said)
+        await lines.end(self.site.work(asked, "grid", after(said, lines)), coarse=asked.coarse, **said)
 
 
 class _Download(_OfSite):
@@ -199,9 +207,11 @@ class _Download(_OfSite):
 
 class _OwnVoxels(_OfSite):
     async def answer(self, request: Request, body: bytes, send: Send) -> None:
-        asked = read_edited(request.query_params.get("request", "{}"), self.site.scans, 1, own_voxels=True)
-        content = await self.site.edit(asked, _silent)
-        await _file("derived_T1w.nii.gz", "application/gzip", content)(request.scope, request.receive, send)
+        part = choose("part", request.query_params.get("part", "own"), ("own", "deviation"))
+        asked = self.site.read_work(request.query_params.get("request", "{}"))
+        content = await self.site.work(asked, part, _silent)
+        name = f"derived_{part}.nii.gz" if part == "deviation" else "derived.nii.gz"
+        await _file(name, "application/gzip", content)(request.scope, request.receive, send)
 
 
 def _file(name: str, media: str, content: bytes) -> Response:

@@ -1,7 +1,7 @@
 """What a page asks for: covariates and sampling, read from JSON and checked, within limits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,20 +70,15 @@ def read_asked(text: bytes | str, pipeline: Pipeline, limits: Limits, preview_st
     Raises:
         InputError: no such JSON, an unknown key, or a value that the model or the limits do not allow.
     """
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError("the request is no JSON") from None
-    if not isinstance(values, dict) or not isinstance(values.get("covariates", {}), dict):
-        raise InputError("the request is no JSON object with `covariates` as an object")
+    values = read_object(text, ("covariates",))
     for key in values:
         choose("key of a request", key, FIELDS)
     if not isinstance(coarse := values.get("coarse", False), bool):
         raise InputError(f"coarse is {shown(coarse)}; use true or false")
     numbers = {
-        "seed": _number(values, "seed", 0, MAX_SEED, whole=True),
-        "steps": _number(values, "steps", 1, limits.steps, whole=True),
-        "guidance": _number(values, "guidance", 0, 100),
+        "seed": number(values, "seed", 0, MAX_SEED, whole=True),
+        "steps": number(values, "steps", 1, limits.steps, whole=True),
+        "guidance": number(values, "guidance", 0, 100),
     }
     sampling = pipeline.sampling.replace(sampler=_sampler(values), **numbers)
     if coarse:
@@ -100,12 +95,28 @@ def _sampler(values: Mapping[str, Any]) -> str | None:
     return name
 
 
+def read_object(text: bytes | str, objects: Sequence[str]) -> dict[str, Any]:
+    """A JSON object; those of its values that `objects` names must be objects, too, where they are there.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("the request is no JSON") from None
+    if not isinstance(values, dict) or not all(isinstance(values.get(key, {}), dict) for key in objects):
+        names = " and ".join(f"`{name}`" for name in objects)
+        raise InputError(f"the request is no JSON object with {names} as {'objects' if len(objects) > 1 else 'an object'}")
+    return values
+
+
 def whole_number(values: Mapping[str, Any], key: str, low: int, high: int) -> int | None:
     """The value of a key, or None; InputError unless it is a whole number within these limits."""
-    return _number(values, key, low, high, whole=True)
+    return number(values, key, low, high, whole=True)
 
 
-def _number(values: Mapping[str, Any], key: str, low: float, high: float, whole: bool = False) -> Any:
+def number(values: Mapping[str, Any], key: str, low: float, high: float, whole: bool = False) -> Any:
     """The value of a key within its limits, or None."""
     value = values.get(key)
     if value is None:

@@ -1,56 +1,25 @@
-"""Scans that users drop onto the page, and what the model makes of them: the same head with other covariates.
+"""Scans that users drop onto the page, and what `ldm3d.serve.works` makes of them.
 
 A scan is a file in a temporary folder for as long as it takes to read it. Then the last few stay in memory.
 """
 
-import json
 import secrets
 import tempfile
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 from numpy.typing import NDArray
 
-from ldm3d.applications.edit import edit
 from ldm3d.applications.placed import PlacedScan, place
-from ldm3d.covariates import Value
 from ldm3d.data.nifti import pack_volume, read_volume, to_image
 from ldm3d.errors import InputError, choose
 from ldm3d.pipeline import Pipeline
-from ldm3d.serve.asked import Limits, whole_number
+from ldm3d.serve.asked import Limits
 from ldm3d.serve.studio import Job
+from ldm3d.serve.works import Made, Work
 
 KINDS = (".nii", ".nii.gz", ".mgz")
-FIELDS = ("scan", "source", "covariates", "steps", "coarse")
-STEPS = 20  # of the full edit, by default
-
-
-@dataclass(frozen=True)
-class Edited:
-    """A scan with other covariates.
-
-    Attributes:
-        scan: its name, from `Scans.add`.
-        source: (name, value or None), the scan's own covariates.
-        changes: (name, value) of those that differ; empty for the scan itself.
-        steps: of the sampler.
-        coarse: a preview, with few steps.
-        own_voxels: on the scan's own voxels and in its own intensities; else on the model's grid, in [0, 1].
-    """
-
-    scan: str
-    source: tuple[tuple[str, Value], ...]
-    changes: tuple[tuple[str, Value], ...]
-    steps: int
-    coarse: bool = False
-    own_voxels: bool = False
-
-    @property
-    def row(self) -> dict[str, Value]:
-        """The covariates that the scan is to have."""
-        return {**dict(self.source), **dict(self.changes)}
 
 
 class Scans:
@@ -66,6 +35,7 @@ class Scans:
         self._temporary = tempfile.TemporaryDirectory(prefix="ldm3d-serve-")
         self.folder = Path(self._temporary.name)
         self._placed: OrderedDict[str, PlacedScan] = OrderedDict()
+        self._made: OrderedDict[Work, Made] = OrderedDict()  # so that a download need not wait again
         self._lock = threading.Lock()
 
     def path(self, kind: str) -> Path:
@@ -91,25 +61,30 @@ class Scans:
                 self._placed.popitem(last=False)
         return name, self._on_grid(placed, placed.volume[0].float().cpu().numpy())
 
-    def edit(self, asked: Edited, job: Job) -> bytes:
-        """The edited scan as .nii.gz, marked as derived."""
+    def make(self, asked: Work, part: str, job: Job) -> bytes:
+        """What becomes of a scan as .nii.gz, marked as derived.
+
+        Args:
+            asked: what.
+            part: "grid", on the model's grid and in [0, 1]; "own", on the scan's own voxels and in its own intensities;
+                "deviation", likewise how far to trust it.
+            job: is told of every step.
+        """
         job.start()
         placed = self.get(asked.scan)
-        if not asked.changes:
-            own, on_grid = placed.scan, placed.volume
-        else:
-            made = edit(
-                self.pipeline,
-                placed,
-                dict(asked.source),
-                dict(asked.changes),
-                steps=asked.steps,
-                progress=lambda done, _: job.step(done),
-            )
-            own, on_grid = (made.back() if asked.own_voxels else placed.scan), made.volume()
-        if asked.own_voxels:
-            return pack_volume(own, placed.affine, placed.mark)
-        return self._on_grid(placed, on_grid[0].float().cpu().numpy())
+        with self._lock:
+            made = self._made.get(asked)
+        if made is None:
+            made = asked.make(placed, lambda done, total: job.step(done, total))
+            with self._lock:
+                self._made[asked] = made
+                while len(self._made) > self.limits.scans:
+                    self._made.popitem(last=False)
+        if part == "grid":
+            return self._on_grid(placed, made.volume)
+        if part == "deviation" and made.deviation is None:
+            raise InputError("there is no deviation: it needs a scan that is restored by two samples or more")
+        return pack_volume(*(made.deviation if part == "deviation" and made.deviation else made.own)(), placed.mark)
 
     def get(self, name: str) -> PlacedScan:
         with self._lock:
@@ -123,28 +98,3 @@ class Scans:
 
     def _on_grid(self, placed: PlacedScan, volume: NDArray) -> bytes:
         return pack_volume(self.pipeline.cropped(volume), self.pipeline.output_grid.affine, placed.mark)
-
-
-def read_edited(text: bytes | str, scans: Scans, preview_steps: int, own_voxels: bool = False) -> Edited:
-    """A request from JSON: {"scan": NAME, "source": {...}, "covariates": {...}, "steps": 20, "coarse": false}.
-
-    `covariates` are those that the edited scan is to have; those left out stay as in `source`.
-
-    Raises:
-        InputError: no such JSON, no such scan, an unknown key, or a value that the model does not take.
-    """
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or not all(isinstance(values.get(key, {}), dict) for key in ("source", "covariates")):
-        raise InputError("the request is no JSON object with `source` and `covariates` as objects")
-    for key in values:
-        choose("key of a request", key, FIELDS)
-    scans.get(name := str(values.get("scan")))
-    schema, coarse = scans.pipeline.schema, values.get("coarse") is True
-    source = schema.parse(values.get("source", {}))
-    to = schema.parse({**source, **values.get("covariates", {})})
-    changes = tuple((key, value) for key, value in to.items() if value is not None and value != source[key])
-    steps = whole_number(values, "steps", 1, scans.limits.steps) or STEPS
-    return Edited(name, tuple(source.items()), changes, min(steps, preview_steps) if coarse else steps, coarse, own_voxels)

@@ -17,6 +17,7 @@ from ldm3d.errors import InputError
 from ldm3d.generation.sampling import draw
 from ldm3d.pipeline import Pipeline
 from ldm3d.serve.asked import Asked, Limits
+from ldm3d.serve.works import works_of
 
 
 class Cancelled(Exception):
@@ -26,12 +27,16 @@ class Cancelled(Exception):
 class Job:
     """A volume in the making.
 
+    Args:
+        seconds: that it may take.
+        total: steps that there will be, as far as it is known.
+
     Attributes:
-        steps: of the sampler that are done.
+        steps: that are done, of the sampler mostly.
     """
 
-    def __init__(self, seconds: float):
-        self.steps, self._cancelled = 0, threading.Event()
+    def __init__(self, seconds: float, total: int = 1):
+        self.steps, self.total, self._cancelled = 0, total, threading.Event()
         self._seconds, self._end = seconds, float("inf")
 
     def start(self) -> None:
@@ -41,9 +46,9 @@ class Job:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def step(self, done: int) -> None:
+    def step(self, done: int, total: int | None = None) -> None:
         """Note a step; raises Cancelled, or InputError where the time is over."""
-        self.steps = done
+        self.steps, self.total = done, total or self.total
         if self._cancelled.is_set():
             raise Cancelled
         if time.monotonic() > self._end:
@@ -137,7 +142,7 @@ class Studio:
             "covariates": [_control(c) for c in self.pipeline.schema],
             "sampling": {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "seed")},
             "samplers": list(SAMPLERS),
-            "edits": self.pipeline.autoencoder.in_channels == 1 and bool(len(self.pipeline.schema)),
+            "works": works_of(self.pipeline),
             "guides": bool(len(self.pipeline.schema)) and not self.pipeline.schema.required,
             "preview_steps": self.preview_steps,
             "max_steps": self.limits.steps,

@@ -60,6 +60,12 @@ export class Brains {
     return this.panels[name];
   }
 
+  // Where the crosshair is
+  voxel() {
+    const [panel] = Object.values(this.panels);
+    return panel.voxel ?? panel.volume.shape.map((n) => n >> 1);
+  }
+
   viewer() {
     return this.planesOnly.checked ? Planes : Rendered;
   }

@@ -7,9 +7,9 @@ export async function modelOf() {
 }
 
 // The bytes of a .nii.gz; `tell` gets every line that comes before. Aborting the signal cancels it on the server, too.
-// A request for a scan's edit has its name in it.
+// A request for what is made of a scan has its name in it.
 export function fetchVolume(request, tell, signal) {
-  return fetchLines(request.scan ? "edit" : "volume", JSON.stringify(request), tell, signal);
+  return fetchLines(request.scan ? "made" : "volume", JSON.stringify(request), tell, signal);
 }
 
 // Hand a scan over; as above, with its name.

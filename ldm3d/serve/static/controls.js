@@ -45,7 +45,10 @@ export class Controls {
   }
 }
 
+// A request in words
 export function describe(request, model) {
+  if (request.work === "counterpart") return "its healthy counterpart";
+  if (request.work === "restore") return `restored: ${request.operator}`;
   const asked = model.covariates
     .filter(({ name }) => request.covariates[name] !== undefined)
     .map(({ name, label, unit }) => `${label} ${request.covariates[name]}${unit ? ` ${unit}` : ""}`);

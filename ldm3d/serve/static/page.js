@@ -28,8 +28,9 @@ class Follower {
   }
 
   changed() {
-    if (this.scan?.waits()) return; // for the scan's own covariates
-    this.wanted = this.scan?.asked(this.controls.request()) ?? this.controls.request();
+    const wanted = this.scan.asked(this.controls.request());
+    if (!wanted || wanted === this.wanted) return;
+    this.wanted = wanted;
     document.body.dataset.state = "waiting";
     this.abort?.abort(); // a full volume that nobody wants any more; a coarse one may end, so that the brain keeps moving
     if (!this.running) this.run();
@@ -40,10 +41,12 @@ class Follower {
     for (let done = null; done !== this.wanted; ) {
       const mine = this.wanted;
       try {
-        await this.make({ ...mine, coarse: true }, null);
-        if (this.wanted !== mine) continue;
-        await pause(SETTLED);
-        if (this.wanted !== mine) continue;
+        if ((mine.work ?? "edit") === "edit") {
+          await this.make({ ...mine, coarse: true }, null);
+          if (this.wanted !== mine) continue;
+          await pause(SETTLED);
+          if (this.wanted !== mine) continue;
+        }
         this.abort = new AbortController();
         await this.make(mine, this.abort.signal);
         document.body.dataset.state = "full";
@@ -64,8 +67,8 @@ class Follower {
   async make(request, signal) {
     const { content, coarse, steps } = await fetchVolume(request, progress, signal);
     const volume = await readVolume(content, request.scan ? "DERIVED FROM YOUR SCAN" : "SYNTHETIC");
-    const quality = coarse ? `coarse preview, ${steps} steps` : `full, ${steps} steps`;
-    await this.brains.show(volume, `${describe(request, this.model)}; ${quality}`);
+    const how = request.samples ? `mean of ${request.samples} draws` : (coarse ? "coarse preview" : "full") + (steps ? `, ${steps} steps` : "");
+    await this.brains.show(volume, `${describe(request, this.model)}; ${how}`);
     say(coarse ? "Coarse preview; the full volume follows." : "Full volume.");
     if (!coarse) document.body.dataset.shown = JSON.stringify(request);
   }
