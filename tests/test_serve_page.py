@@ -39,7 +39,9 @@ def browser(tmp_path_factory):
         options.add_argument(argument)
     options.add_argument("--disable-3d-apis")  # no WebGL: the canvas takes over
     downloads = tmp_path_factory.mktemp("downloads")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    # Several downloads, one after another, without a question: clicks by a script are no user's
+    prefs = {"profile.default_content_setting_values.automatic_downloads": 1, "download.default_directory": str(downloads)}
+    options.add_experimental_option("prefs", prefs)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     driver.set_script_timeout(120)
@@ -171,11 +173,11 @@ def test_a_scan_follows_the_sliders(browser, pipeline, tmp_path):
         request = settled(browser)
         assert request["operator"] == "missing=z:8-11" and "mean of 2 draws" in "".join(browser.execute_script(captions))
         browser.execute_script("document.getElementById('edited').click()")
-        found = unpack_volume(downloaded(browser.downloads, "derived.nii.gz"))
+        found = unpack_volume(downloaded(browser.downloads, "derived_restore.nii.gz"))
         changed = found != (500 * ball[None]).astype(np.float32)
         assert changed[..., 8:12].any() and not changed[..., :8].any() and not changed[..., 12:].any()
         browser.execute_script("document.getElementById('unsure').click()")
-        assert unpack_volume(downloaded(browser.downloads, "derived_deviation.nii.gz"))[..., 8:12].any()
+        assert unpack_volume(downloaded(browser.downloads, "derived_restore_deviation.nii.gz"))[..., 8:12].any()
 
         choose(browser, "happened", "hole")
         browser.execute_script("document.getElementById('begin').click()")

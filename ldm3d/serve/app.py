@@ -210,7 +210,7 @@ class _OwnVoxels(_OfSite):
         part = choose("part", request.query_params.get("part", "own"), ("own", "deviation"))
         asked = self.site.read_work(request.query_params.get("request", "{}"))
         content = await self.site.work(asked, part, _silent)
-        name = f"derived_{part}.nii.gz" if part == "deviation" else "derived.nii.gz"
+        name = f"derived_{asked.name}{'_deviation' if part == 'deviation' else ''}.nii.gz"
         await _file(name, "application/gzip", content)(request.scope, request.receive, send)
 
 

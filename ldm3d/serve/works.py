@@ -12,7 +12,7 @@ A request says which by `work`, and of which scan:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class Made(NamedTuple):
 class Work(Protocol):
     """A request, which can be a key."""
 
+    name: ClassVar[str]
     scan: str
     source: Covariates
 
@@ -90,6 +91,7 @@ class _OfScan:
 class Edited(_OfScan):
     """The same head with other covariates, `changes`; empty for the scan itself."""
 
+    name = "edit"
     changes: Covariates
     steps: int
     preview: bool = False
@@ -113,6 +115,7 @@ class Edited(_OfScan):
 class HealthyCounterpart(_OfScan):
     """The same head as a model of healthy people would have it; the mean of some samples."""
 
+    name = "counterpart"
     samples: int
 
     def make(self, placed: PlacedScan, progress: Report) -> Made:
@@ -130,6 +133,7 @@ class Restoration(_OfScan):
         hole: the voxel on the networks' grid in its middle, and its radius in mm.
     """
 
+    name = "restore"
     operator: str
     hole: tuple[float, ...]
     noise: float
