@@ -156,7 +156,7 @@ def test_networks_and_diffusion_know_torch_only():
     "package, users",
     [
         ("accelerate", ("training/",)),
-        ("nibabel", ("data/nifti.py",)),
+        ("nibabel", ("data/headers.py", "data/nifti.py")),
         ("matplotlib", ("figures.py",)),
         ("starlette", ("serve/",)),
         ("uvicorn", ("serve/",)),

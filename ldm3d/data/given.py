@@ -7,7 +7,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm3d.data.nifti import MAX_VOXELS, check_affine, fill_background, read_volume
+from ldm3d.data.headers import check_affine
+from ldm3d.data.nifti import MAX_VOXELS, fill_background, read_volume
 from ldm3d.errors import InputError
 
 

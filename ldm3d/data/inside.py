@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ldm3d.config.data import DataConfig
-from ldm3d.data.nifti import files_of
+from ldm3d.data.headers import files_of
 from ldm3d.errors import InputError
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm3d.data.nifti import files_of, in_ras_order
+from ldm3d.data.headers import files_of
+from ldm3d.data.nifti import in_ras_order
 from ldm3d.errors import InputError
 from ldm3d.geometry import WORLD, Grid
 
