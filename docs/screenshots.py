@@ -26,7 +26,13 @@ class Shown:
     def __init__(self, address: str):
         options = webdriver.ChromeOptions()
         options.binary_location = str(shutil.which("chromium"))
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-3d-apis"):
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-3d-apis",
+            "--hide-scrollbars",
+        ):
             options.add_argument(argument)
         self.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
         self.driver.set_window_size(1300, 1000)

@@ -107,6 +107,10 @@ def test_words(pipe, scan, hole):
     assert (~missing.known).any(axis=(0, 1, 3)).nonzero()[0].tolist() == [3, 4, 5, 10]
     both = degraded(placed, ["missing=x:0-1", f"mask={hole}"])
     assert both.known.sum() == (np.asarray(nibabel.load(hole).dataobj)[2:] > 0).sum()
+    ball = degraded(placed, "ball=10,-4,6:9").known[0]  # voxels are 2 mm, and their first axis runs to the left
+    centre = [(40 - 10) / 2, (-4 + 46) / 2, (6 + 38) / 2]
+    distance = 2 * np.linalg.norm(np.indices(ball.shape).T - centre, axis=-1).T
+    np.testing.assert_array_equal(ball, distance > 9)
     assert degraded(placed, f"mask={hole}").name == "mask=hole.nii.gz"  # no folders of this machine
     blurred = degraded(placed, "blur=8").linear(torch.ones(1, 1, 20, 24, 20))
     torch.testing.assert_close(blurred, torch.ones(1, 1, 20, 24, 20))
@@ -119,6 +123,10 @@ def test_words(pipe, scan, hole):
         ("hoel=x", "did you mean 'hole'"),
         ("hole", "needs a file"),
         ("hole=there/is/none.nii.gz", "no such file"),
+        ("ball=1,2:3", "a point in mm and a radius"),
+        ("ball=1,2,nan:3", "a point in mm and a radius"),
+        ("ball=1,2,3:0", "a radius above 0"),
+        ("ball=900,0,0:20", "no voxel of .* lies in it"),
         ("missing=w:3", "name an axis"),
         ("missing=z:3-99", "no slice or range of the 38"),
         ("slices", "no slice of it is thicker"),

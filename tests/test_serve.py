@@ -309,9 +309,9 @@ def downloaded(page, part, request) -> bytes:
     return content
 
 
-def made(page, request) -> bytes:
+def made(page, request, part="grid") -> bytes:
     """What is shown on the page."""
-    status, _, content = page.ask("POST", "/made", json.dumps(request))
+    status, _, content = page.ask("POST", f"/made?part={part}", json.dumps(request))
     line, _, content = content.partition(b"\n")
     while "bytes" not in json.loads(line):
         line, _, content = content.partition(b"\n")
@@ -347,6 +347,7 @@ def test_a_counterpart_and_a_restored_scan_are_those_of_python(pipeline, tmp_pat
         request = {"work": "restore", **about, "operator": "missing=y:10-12", "noise": 0.02}
         expected = pipeline.restore(path, "missing=y:10-12", 0.02, covariates=source, samples=2)
         np.testing.assert_allclose(unpack_volume(made(page, request)), expected.mean[0].numpy(), atol=1e-4)
+        np.testing.assert_allclose(unpack_volume(made(page, request, "spread")), expected.deviation[0].numpy(), atol=1e-4)
         whole, unsure = (unpack_volume(downloaded(page, part, request)) for part in ("own", "deviation"))
         np.testing.assert_allclose(whole, from_image(expected.image()), atol=0.1)
         np.testing.assert_allclose(unsure, from_image(expected.deviation_image()), atol=0.1)

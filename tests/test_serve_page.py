@@ -172,6 +172,7 @@ def test_a_scan_follows_the_sliders(browser, pipeline, tmp_path):
         browser.execute_script("document.getElementById('begin').click()")
         request = settled(browser)
         assert request["operator"] == "missing=z:8-11" and "mean of 2 draws" in "".join(browser.execute_script(captions))
+        assert "how far draws differ" in "".join(browser.execute_script(captions))
         browser.execute_script("document.getElementById('edited').click()")
         found = unpack_volume(downloaded(browser.downloads, "derived_restore.nii.gz"))
         changed = found != (500 * ball[None]).astype(np.float32)

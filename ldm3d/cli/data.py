@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import ConfigPath, Device, Override, Precision, app
+from ldm3d.cli.options import VOLUMETRY, ConfigPath, Device, Override, Precision, Ruler, app
 from ldm3d.errors import InputError
 
 
@@ -144,9 +144,7 @@ def measure(
     config: ConfigPath,
     out: Annotated[Path, typer.Option(help="Table to write (.tsv).")],
     override: Override = [],  # noqa: B006
-    measure: Annotated[
-        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
-    ] = "ldm3d.rulers.volumetry:measure_volumes",
+    measure: Ruler = VOLUMETRY,
     labels: Annotated[Path | None, typer.Option(help="Instead, a folder with a label map of each scan.")] = None,
     volume: Annotated[list[str], typer.Option(metavar="NAME=LABEL,LABEL", help="A quantity and its labels.")] = [],  # noqa: B006
     total: Annotated[list[str], typer.Option(metavar="NAME=GROUP+GROUP", help="A sum of such quantities.")] = [],  # noqa: B006

@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, ModelPath, Precision, app
+from ldm3d.cli.options import VOLUMETRY, Device, ModelPath, Precision, Ruler, app
 from ldm3d.cli.placing import Register, Stripped, Template, ready
 from ldm3d.errors import InputError
+
+Method = Annotated[str | None, typer.Option(help="ode, noise or linear; by default ode, noise for several samples.")]
+Strength = Annotated[
+    float | None, typer.Option(help="Noise level to sample from, 0 to 1; by default 1 for ode, 0.9 for noise.")
+]
 
 
 @app.command()
@@ -23,12 +28,8 @@ def edit(
     table: Annotated[
         Path | None, typer.Option(help="CSV or TSV with a path column, and columns of covariates: all of its scans.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="ode, noise or linear; by default ode, noise for several samples.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Noise level to sample from, 0 to 1; by default 1 for ode, 0.9 for noise.")
-    ] = None,
+    method: Method = None,
+    strength: Strength = None,
     samples: Annotated[int, typer.Option(min=1, help="Draws of noise; from 2 on, the spread of the change is written.")] = 1,
     average: Annotated[bool, typer.Option("--average", help="One latent, the mean of the samples': smoother.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
@@ -38,9 +39,7 @@ def edit(
     register: Register = "model",
     template: Template = "mni152",
     stripped: Stripped = False,
-    measure: Annotated[
-        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
-    ] = "ldm3d.rulers.volumetry:measure_volumes",
+    measure: Ruler = VOLUMETRY,
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
@@ -65,9 +64,7 @@ def edit(
     if any(covariate.following for covariate in pipe.schema):
         options |= {"hold": hold, "measure": measure}
     rows = _rows(table, pipe.schema.names) if table is not None else [(scan, {})]
-    jobs = [Job(path, {**own, **given}, changes, options) for path, own in rows]
-    if len({job.label for job in jobs}) < len(jobs):
-        raise InputError(f"{table} has several scans of one subject and session by their names; edit them apart")
+    jobs = _distinct(table, [Job(path, {**own, **given}, changes, options) for path, own in rows])
     folder, failed = EditFolder(out, pipe, load_measure(measure, str(pipe.device))), []
     for job in tqdm(jobs, desc="edit", unit="scan", disable=None if len(jobs) > 1 else True):
         try:
@@ -89,6 +86,12 @@ def edit(
         )
     if failed:
         raise InputError(f"{len(failed)} of {len(jobs)} scans of {table} were left out; the first: {failed[0]}")
+
+
+def _distinct(table: Path | None, jobs: list) -> list:
+    if len({job.label for job in jobs}) < len(jobs):
+        raise InputError(f"{table} has several scans of one subject and session by their names; edit them apart")
+    return jobs
 
 
 def _show(bar, done: int, total: int) -> None:

@@ -8,11 +8,39 @@ from typing import Annotated
 import typer
 
 from ldm3d.cli import options
-from ldm3d.cli.options import DataOverride, Device, Experiment, Guidance, ModelPath, Precision, Root, SamplerName, Seed, Steps
+from ldm3d.cli.options import (
+    VOLUMETRY,
+    DataOverride,
+    Device,
+    Experiment,
+    Guidance,
+    ModelPath,
+    Precision,
+    Root,
+    Ruler,
+    SamplerName,
+    Seed,
+    Steps,
+)
 from ldm3d.errors import InputError
 
 Pattern = Annotated[
     str | None, typer.Option(help="Which label map, if a scan has several: glob of its name or path, '*desc-aseg_dseg*'.")
+]
+
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="random, segmenter:FOLDER, medicalnet:FILE, radimagenet:FILE or package.module:function; by default the "
+        "segmenter's, or random."
+    ),
+]
+Classifier = Annotated[
+    bool | None,
+    typer.Option(
+        "--classifier/--no-classifier",
+        help="Train one to tell generated volumes; by default with a segmenter, if it takes minutes.",
+    ),
 ]
 
 
@@ -25,24 +53,10 @@ def evaluate(
     override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
-    measure: Annotated[
-        str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
-    ] = "ldm3d.rulers.volumetry:measure_volumes",
+    measure: Ruler = VOLUMETRY,
     segmenter: Annotated[Path | None, typer.Option(help="Of `ldm3d segmenter`: compare the anatomy of volumes.")] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            help="random, segmenter:FOLDER, medicalnet:FILE, radimagenet:FILE or package.module:function; by default the "
-            "segmenter's, or random."
-        ),
-    ] = None,
-    classifier: Annotated[
-        bool | None,
-        typer.Option(
-            "--classifier/--no-classifier",
-            help="Train one to tell generated volumes; by default with a segmenter, if it takes minutes.",
-        ),
-    ] = None,
+    features: Features = None,
+    classifier: Classifier = None,
     predict: Annotated[bool, typer.Option(help="Predict covariates that MEASURE does not give (age) by regression.")] = True,
     downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
@@ -62,24 +76,20 @@ def evaluate(
     from ldm3d.evaluation.assess import assess, plan
     from ldm3d.evaluation.discriminability import is_quick
     from ldm3d.experiment import scans_by_use
-    from ldm3d.metrics.features import load_extractor
     from ldm3d.privacy.audit import plan as audit_plan
     from ldm3d.processes import started_processes
     from ldm3d.report.sections.evaluation import summary
     from ldm3d.report.write import write_report
     from ldm3d.rulers.segmenter import Segmenter
     from ldm3d.rulers.volumetry import load_measure
-    from ldm3d.shipped import model_folder, segmenter_folder
+    from ldm3d.shipped import model_folder
 
     processes = started_processes()
     if with_likelihood and precision == "auto":
         precision = "float32"  # see `likelihood`
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     function = load_measure(measure, str(pipeline.device))
-    features = features or (f"segmenter:{segmenter}" if segmenter else "random")
-    if features.startswith("segmenter:"):  # of a folder, or of a shipped model
-        features = f"segmenter:{segmenter_folder(features.partition(':')[2])}"
-    extractor = load_extractor(features)
+    extractor = _extractor(features or (f"segmenter:{segmenter}" if segmenter else "random"))
     judge = Segmenter.from_pretrained(segmenter, pipeline.device) if segmenter else None
     if classifier is None:
         classifier = judge is not None and is_quick(pipeline.output_grid.shape, pipeline.device)
@@ -105,6 +115,15 @@ def evaluate(
         page = write_report(out, f"Evaluation of {model}", pipeline, found, sampling, audit=audited, account=account)
         print(summary(found))
         print(f"page written to {page}")
+
+
+def _extractor(features: str):
+    from ldm3d.metrics.features import load_extractor
+    from ldm3d.shipped import segmenter_folder
+
+    if features.startswith("segmenter:"):  # of a folder, or of a shipped model
+        features = f"segmenter:{segmenter_folder(features.partition(':')[2])}"
+    return load_extractor(features)
 
 
 def _audit(pipeline, config, trained, held_out, sampling, num: int, processes, synthetic: Path | None = None, level=0.05):

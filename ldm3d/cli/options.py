@@ -45,6 +45,10 @@ Experiment = Annotated[
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: no guidance; by default the model's.")]
+VOLUMETRY = "ldm3d.rulers.volumetry:measure_volumes"
+Ruler = Annotated[
+    str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")
+]
 SamplerName = Annotated[str | None, typer.Option(help=f"By default the model's; {', '.join(get_args(Sampler))}.")]
 
 

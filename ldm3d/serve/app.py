@@ -7,7 +7,8 @@ POST /volume              a volume. The answer is lines of JSON: {"remarks": [..
                           .nii.gz follow; or {"error": message}
 GET  /download/FORMAT     ?request=JSON: the same volume as file: nifti, bids, dicom
 POST /scan                ?kind=.nii.gz: a scan of the user's; answers like /volume, with its name
-POST /made                what `ldm3d.serve.works` makes of that scan, on the model's grid; answers like /volume
+POST /made                what `ldm3d.serve.works` makes of that scan, on the model's grid; answers like /volume.
+                          ?part=spread: how far to trust it
 GET  /download/made       ?request=JSON: the same on the scan's own voxels; &part=deviation: how far to trust it
 
 Nothing is kept between requests but the last volumes. What is asked for follows from the request alone.
@@ -191,9 +192,10 @@ class _Upload(_OfSite):
 
 class _Made(_OfSite):
     async def answer(self, request: Request, body: bytes, send: Send) -> None:
+        part = choose("part", request.query_params.get("part", "grid"), ("grid", "spread"))
         asked = self.site.read_work(body)
         lines, said = Lines(send), {"remarks": remarks(self.site.studio.pipeline, asked.row)}
-        await lines.end(self.site.work(asked, "grid", after(said, lines)), coarse=asked.coarse, **said)
+        await lines.end(self.site.work(asked, part, after(said, lines)), coarse=asked.coarse, **said)
 
 
 class _Download(_OfSite):

@@ -67,7 +67,7 @@ class Scans:
         Args:
             asked: what.
             part: "grid", on the model's grid and in [0, 1]; "own", on the scan's own voxels and in its own intensities;
-                "deviation", likewise how far to trust it.
+                "spread" and "deviation", likewise how far to trust it.
             job: is told of every step.
         """
         job.start()
@@ -82,9 +82,11 @@ class Scans:
                     self._made.popitem(last=False)
         if part == "grid":
             return self._on_grid(placed, made.volume)
-        if part == "deviation" and made.deviation is None:
+        if part == "own":
+            return pack_volume(*made.own(), placed.mark)
+        if made.spread is None or made.deviation is None:
             raise InputError("there is no deviation: it needs a scan that is restored by two samples or more")
-        return pack_volume(*(made.deviation if part == "deviation" and made.deviation else made.own)(), placed.mark)
+        return self._on_grid(placed, made.spread) if part == "spread" else pack_volume(*made.deviation(), placed.mark)
 
     def get(self, name: str) -> PlacedScan:
         with self._lock:

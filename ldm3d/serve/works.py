@@ -41,11 +41,13 @@ class Made(NamedTuple):
     Attributes:
         volume: (C, X, Y, Z) on the networks' grid, in [0, 1].
         own: makes it on the scan's own voxels or finer ones, in its own intensities: (volume, affine).
-        deviation: likewise how far to trust it; None where there is nothing to say.
+        spread: like `volume`, how far to trust it: a deviation; None where there is nothing to say.
+        deviation: likewise, like `own`.
     """
 
     volume: NDArray
     own: Callable[[], tuple[NDArray, NDArray]]
+    spread: NDArray | None = None
     deviation: Callable[[], tuple[NDArray, NDArray]] | None = None
 
 
@@ -150,7 +152,8 @@ class Restoration(_OfScan):
         how = made.degraded
         deviation = lambda: (how.deviation_back(placed, made.deviation), how.affine)  # noqa: E731
         own = lambda: (how.back(placed, made.mean), how.affine)  # noqa: E731
-        return Made(made.mean[0].float().cpu().numpy(), own, deviation if self.samples > 1 else None)
+        mean = made.mean[0].float().cpu().numpy()
+        return Made(mean, own, made.deviation[0].float().cpu().numpy(), deviation) if self.samples > 1 else Made(mean, own)
 
 
 def works_of(pipeline: Pipeline) -> list[str]:

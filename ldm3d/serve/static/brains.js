@@ -19,8 +19,9 @@ export class Brains {
     this.planesOnly.addEventListener("change", () => this.rebuild());
   }
 
-  async show(volume, text) {
-    this.current = { volume, text };
+  // `spread`: how far to trust it, a volume; drawn in place of the difference
+  async show(volume, text, spread = null) {
+    this.current = { volume, text, spread };
     await this.draw();
   }
 
@@ -44,8 +45,10 @@ export class Brains {
     if (kept) await this.panel("kept", "kept").show(kept.volume, kept.text);
     await this.panel("current", kept ? "now" : "").show(current.volume, current.text);
     if (kept) {
-      const difference = current.volume.minus(kept.volume);
-      await this.panel("difference", "now minus kept").show(current.volume, "red: brighter now, blue: darker, from 0.04 to 0.3", difference);
+      const { spread } = current;
+      const panel = this.panel("difference", spread ? "how far draws differ" : "now minus kept");
+      const text = spread ? "red: a deviation from 0.04 to 0.3" : "red: brighter now, blue: darker, from 0.04 to 0.3";
+      await panel.show(current.volume, text, spread ?? current.volume.minus(kept.volume));
     }
   }
 

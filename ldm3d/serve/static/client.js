@@ -7,9 +7,9 @@ export async function modelOf() {
 }
 
 // The bytes of a .nii.gz; `tell` gets every line that comes before. Aborting the signal cancels it on the server, too.
-// A request for what is made of a scan has its name in it.
-export function fetchVolume(request, tell, signal) {
-  return fetchLines(request.scan ? "made" : "volume", JSON.stringify(request), tell, signal);
+// A request for what is made of a scan has its name in it; its other part, "spread", says how far to trust it.
+export function fetchVolume(request, tell, signal, part = "grid") {
+  return fetchLines(request.scan ? `made?part=${part}` : "volume", JSON.stringify(request), tell, signal);
 }
 
 // Hand a scan over; as above, with its name.

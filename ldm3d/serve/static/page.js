@@ -68,8 +68,9 @@ class Follower {
     const { content, coarse, steps } = await fetchVolume(request, progress, signal);
     const volume = await readVolume(content, request.scan ? "DERIVED FROM YOUR SCAN" : "SYNTHETIC");
     const how = request.samples ? `mean of ${request.samples} draws` : (coarse ? "coarse preview" : "full") + (steps ? `, ${steps} steps` : "");
-    await this.brains.show(volume, `${describe(request, this.model)}; ${how}`);
-    say(coarse ? "Coarse preview; the full volume follows." : "Full volume.");
+    const spread = request.work === "restore" && request.samples > 1 ? await readVolume((await fetchVolume(request, progress, signal, "spread")).content) : null;
+    await this.brains.show(volume, `${describe(request, this.model)}; ${how}`, spread);
+    say(coarse ? "Coarse preview; the full volume follows." : request.samples ? "Done." : "Full volume.");
     if (!coarse) document.body.dataset.shown = JSON.stringify(request);
   }
 }
