@@ -48,15 +48,8 @@ def card(
         structures: what the segmenter beside it measures; empty for none.
         licence: of the weights.
     """
-    asked = [each for i, each in enumerate(pipeline.schema) if each.required or i < 2]
-    options = "".join(f" --{each.name.replace('_', '-')} {shlex.quote(str(_example(each)))}" for each in asked)
-    arguments = ", ".join(f"{each.name}={_example(each)!r}" for each in asked)
     measure = f"\nA segmenter lies beside the networks and measures {', '.join(structures)}: `--measure segmenter:{name}`.\n"
     without = " without skull" if pipeline.skull_stripped else ""
-    grid, sampling = pipeline.output_grid, pipeline.sampling
-    millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (pipeline.autoencoder, pipeline.unet)]
-    rows = [f"| {each.name} | {_cell(each.answers)} | {'yes' if each.required else 'no'} |" for each in pipeline.schema]
-    covariates = "\n".join(["| covariate | values | must be given |", "|---|---|---|", *rows]) if rows else "Nothing."
     return f"""---
 license: {licence}
 library_name: ldm3d
@@ -75,32 +68,20 @@ A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {
 
 **For research only.** It is no medical device. What it generates is no patient's image and no basis of a diagnosis.
 
-```bash
-ldm3d generate {name}{options} --out synthetic
-```
-
-```python
-import ldm3d
-
-pipe = ldm3d.Pipeline.from_pretrained("{name}")
-pipe({arguments}).save("synthetic")
-```
+{_request(name, pipeline)}
 
 `{name}` is this folder, or the model's name where it comes with ldm3d or lies at a hub. Everything that it generates is
 marked as synthetic: in the header of each file, in its name and in its sidecar.
 {measure if structures else ""}
 ## What it can be asked for
 
-{covariates}
+{_covariates(pipeline)}
 
 Covariates that are not given are left open. "Training saw" gives the lowest and highest value among the training subjects.
 
 ## Networks and volumes
 
-- volumes: {" x ".join(map(str, grid.shape))} voxels of {" x ".join(f"{s:g}" for s in grid.spacing_mm)} mm
-- autoencoder: {millions[0]:.2f} M parameters; U-Net: {millions[1]:.2f} M
-- diffusion: {pipeline.process.kind}, the U-Net predicts {pipeline.target}
-- sampling by default: {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}
+{_networks(pipeline)}
 - weights: {precision}; biases, norms and statistics float32; hash {pipeline.model_hash}; safetensors and JSON, no code
 
 {_known(pipeline, account, metrics, about)}
@@ -109,6 +90,37 @@ Covariates that are not given are left open. "Training saw" gives the lowest and
 
 Weights: {licence}. The rights in the training data stay with those who made them.
 """
+
+
+def _request(name: str, pipeline: Pipeline) -> str:
+    """How to ask for volumes, with covariates that have to be given or come first."""
+    asked = [each for i, each in enumerate(pipeline.schema) if each.required or i < 2]
+    options = "".join(f" --{each.name.replace('_', '-')} {shlex.quote(str(_example(each)))}" for each in asked)
+    arguments = ", ".join(f"{each.name}={_example(each)!r}" for each in asked)
+    return f"""```bash
+ldm3d generate {name}{options} --out synthetic
+```
+
+```python
+import ldm3d
+
+pipe = ldm3d.Pipeline.from_pretrained("{name}")
+pipe({arguments}).save("synthetic")
+```"""
+
+
+def _covariates(pipeline: Pipeline) -> str:
+    rows = [f"| {each.name} | {_cell(each.answers)} | {'yes' if each.required else 'no'} |" for each in pipeline.schema]
+    return "\n".join(["| covariate | values | must be given |", "|---|---|---|", *rows]) if rows else "Nothing."
+
+
+def _networks(pipeline: Pipeline) -> str:
+    grid, sampling = pipeline.output_grid, pipeline.sampling
+    millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (pipeline.autoencoder, pipeline.unet)]
+    return f"""- volumes: {" x ".join(map(str, grid.shape))} voxels of {" x ".join(f"{s:g}" for s in grid.spacing_mm)} mm
+- autoencoder: {millions[0]:.2f} M parameters; U-Net: {millions[1]:.2f} M
+- diffusion: {pipeline.process.kind}, the U-Net predicts {pipeline.target}
+- sampling by default: {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"""
 
 
 def _known(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, about: str) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ldm3d.config.read import load_config
-from ldm3d.config.sections import AdversarialConfig, TrainingConfig
+from ldm3d.config.training import AdversarialConfig, TrainingConfig
 from ldm3d.models import unet as unet_module
 from ldm3d.models.blocks import ResBlock
 from ldm3d.models.monai import MonaiAutoencoder, MonaiUNet

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.models.convolutions import PaddedConv3d, mend_convolutions
 from ldm3d.models.unet import UNet
 from ldm3d.training.task import Trained

@@ -8,7 +8,7 @@ from test_end_to_end import another_run
 from torture.generation import make_pipeline
 
 from ldm3d import devices
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.covariates import drop_covariates
 from ldm3d.devices import check_convolutions, computing_alike, convolution_error, described
 from ldm3d.diffusion.denoiser import call_network

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ldm3d import precision
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.errors import InputError
 from ldm3d.precision import bf16_is_fast, dtype
 from ldm3d.rulers.segmenter import Segmenter

@@ -7,7 +7,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import nn
 
 from ldm3d.errors import InputError
-from ldm3d.models import streaming
+from ldm3d.models import planes, streaming
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.monai import MonaiAutoencoder
 from ldm3d.models.streaming import decode_streamed
@@ -20,7 +20,7 @@ CHUNKS = (1, 2500, 6000, 10**9)  # bytes: from one plane at a time to all at onc
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     """Windows as small as the chunks ask for; at these sizes they would all wait for the whole volume."""
-    monkeypatch.setattr(streaming, "ONEDNN_SIZE", 0)
+    monkeypatch.setattr(planes, "ONEDNN_SIZE", 0)
 
 
 def randomised(network, std=0.2):
@@ -147,14 +147,14 @@ def test_chunks_of_a_size_give_the_same_bits():
 )
 def test_a_lost_plane_is_noticed(make, monkeypatch):
     """Zeros in the place of the plane before each window, as if the volume began there."""
-    windows = streaming._windows
+    windows = streaming.windows_of
 
     def forgetful(chunks, before, *arguments):
         for window in windows(chunks, before, *arguments):
             window[:, :, :before] = 0
             yield window
 
-    monkeypatch.setattr(streaming, "_windows", forgetful)
+    monkeypatch.setattr(streaming, "windows_of", forgetful)
     assert min(differences(make(), latents(3, 5, 3, 4), (1, 2500))) > 1e-2
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.errors import InputError
 from ldm3d.training.metrics import Metrics
 from ldm3d.training.trackers import RECORD, external, start_trackers

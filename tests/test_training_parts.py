@@ -14,7 +14,8 @@ import torch
 from monai.networks.nets import ResNetFeatures
 from safetensors.torch import load_file, save_file
 
-from ldm3d.config.sections import AdversarialConfig, DiffusionConfig, TrainingConfig
+from ldm3d.config.sections import DiffusionConfig
+from ldm3d.config.training import AdversarialConfig, TrainingConfig
 from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.latents import check_latents, describe_noise, is_fresh, noise_share, read_latents, write_latents

@@ -13,10 +13,8 @@ A generator that waits keeps its variables alive: so layers are functions that a
 Whole and streamed decoding agree to rounding, not bit for bit; chunks of the same size give the same bits.
 """
 
-import ctypes
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +24,7 @@ from torch.nn import functional as F
 from ldm3d.errors import InputError
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, convolve_to_voxels, depth_to_space
-
-Chunks = Iterator[Tensor]  # (N, C, planes, Y, Z) each, in the order of X
-
-# PyTorch leaves float32 convolutions to oneDNN from N C X Y > 20480 on; its own are several times slower
-ONEDNN_SIZE = 20480
-
-# What is kept for long is kept in blocks larger than those that the C library takes from its heap (glibc: up to 32 MiB). In
-# between the chunks that come and go they would leave holes, and a hole is memory, too.
-SLAB_BYTES = 64 * 2**20
+from ldm3d.models.planes import Chunks, Planes, cut, joined, placed, slabs_of, windows_of
 
 SILU = nn.SiLU(inplace=True)  # on the fresh output of a norm or convolution, which nothing else refers to
 
@@ -59,14 +49,14 @@ def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None =
     """
     limit = chunk_bytes or chunk_bytes_of(z.device)
     volume = z.new_empty(0)
-    for start, chunk in _placed(_decoded(autoencoder, z, limit)):
+    for start, chunk in placed(_decoded(autoencoder, z, limit)):
         if start == 0:
             n, c, _, y, z_ = chunk.shape
             volume = z.new_empty((n, c, z.shape[2] * (y // z.shape[3]), y, z_), dtype=torch.float32)
         volume.narrow(2, start, chunk.shape[2]).copy_(chunk)
     if isinstance(autoencoder, Autoencoder) and autoencoder.synthesis is not None:
         linear = _to_voxels(iter([z]), autoencoder.synthesis, limit)
-        for start, chunk in _placed(depth_to_space(chunk, autoencoder.downsampling) for chunk in linear):
+        for start, chunk in placed(depth_to_space(chunk, autoencoder.downsampling) for chunk in linear):
             volume.narrow(2, start, chunk.shape[2]).add_(chunk)
     return volume
 
@@ -87,14 +77,6 @@ def _decoded(autoencoder: nn.Module, z: Tensor, limit: int) -> Chunks:
     return _to_voxels(_through([network.post_quant_conv, *blocks], iter([z]), limit), last.conv, limit)
 
 
-def _placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
-    """Every chunk with the number of its first plane."""
-    start = 0
-    for chunk in chunks:
-        yield start, chunk
-        start += chunk.shape[2]
-
-
 def _through(layers: Sequence[nn.Module], chunks: Chunks, limit: int) -> Chunks:
     """A stream through one layer after the other."""
     for layer in layers:
@@ -108,7 +90,7 @@ def _layer(layer: Any, chunks: Chunks, limit: int) -> Chunks:
         case nn.Conv3d(kernel_size=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1), groups=1):
             return _convolve(chunks, layer, limit)
         case nn.ConvTranspose3d(kernel_size=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0)):
-            return map(layer, _cut(chunks, 8 * layer.out_channels, limit))
+            return map(layer, cut(chunks, 8 * layer.out_channels, limit))
         case nn.ConvTranspose3d(kernel_size=(3, 3, 3), stride=(2, 2, 2), padding=(1, 1, 1), output_padding=(1, 1, 1)):
             return _convolve_transposed(chunks, layer, limit)
         case nn.Conv3d(kernel_size=(1, 1, 1)) | ChannelNorm() | nn.SiLU() | nn.Identity():
@@ -140,100 +122,16 @@ def _layer(layer: Any, chunks: Chunks, limit: int) -> Chunks:
 # Layers that look at neighbours
 
 
-class _Planes:
-    """A queue that planes enter and leave in chunks of any size."""
-
-    def __init__(self) -> None:
-        self.chunks: deque[Tensor] = deque()
-        self.count = 0
-
-    def put(self, chunk: Tensor) -> None:
-        self.chunks.append(chunk)
-        self.count += chunk.shape[2]
-
-    def take(self, planes: int, keep: int = 0) -> list[Tensor]:
-        """The first planes, in one or more parts. The last `keep` of them stay in the queue."""
-        parts, missing = [], planes
-        while missing > 0:
-            chunk = self.chunks.popleft()
-            parts.append(chunk[:, :, :missing])
-            missing -= chunk.shape[2]
-        if missing < 0:
-            self.chunks.appendleft(chunk[:, :, missing:])
-        self.count -= planes
-        for part in reversed(parts):
-            if keep > 0:
-                self.chunks.appendleft(part[:, :, -keep:])
-                self.count += min(keep, part.shape[2])
-                keep -= part.shape[2]
-        return parts
-
-
-def _windows(chunks: Chunks, before: int, after: int, channels: int, limit: int) -> Chunks:
-    """Every plane once, with the planes before and after it; zeros beyond both ends.
-
-    Windows are as large as what comes and the limit allow, for as many as `channels` channels. What is less than a quarter of
-    that, or too small for oneDNN, waits for more.
-    """
-    queue, border, around = _Planes(), None, before + after
-    for chunk in chunks:
-        if border is None:
-            border = torch.zeros_like(chunk[:, :, :1])
-            n, c, _, y, _ = chunk.shape
-            most = _fitting(chunk, channels, limit)
-            least = max(most // 4, min(ONEDNN_SIZE // (n * c * y) + 2 - around, 2 * most), 1)
-            for _ in range(before):
-                queue.put(border)
-        queue.put(chunk)
-        del chunk
-        while queue.count >= least + around:
-            yield _joined(queue.take(min(queue.count, max(most, least) + around), keep=around))
-    if border is not None:
-        for _ in range(after):
-            queue.put(border)
-    if queue.count > around:
-        yield _joined(queue.take(queue.count))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Planes side by side, channels last in memory (where torch.cat would take several times as long)."""
-    if len(parts) == 1:
-        return parts[0]
-    planes = [part.shape[2] for part in parts]
-    whole = _empty_like(parts[0], sum(planes))
-    for place, part in zip(whole.split(planes, dim=2), parts):
-        place.copy_(part)
-    return whole
-
-
-def _empty_like(chunk: Tensor, planes: int) -> Tensor:
-    """Room for planes like those of `chunk`, channels last in memory."""
-    n, c, _, y, z = chunk.shape
-    return chunk.new_empty((n, planes, y, z, c)).movedim(-1, 1)
-
-
-def _fitting(chunk: Tensor, channels: int, limit: int) -> int:
-    """How many planes like those of `chunk`, of that many channels or its own, are within the limit; at least 1."""
-    n, c, _, y, z = chunk.shape
-    return max(1, limit // (n * max(c, channels) * y * z * chunk.element_size()))
-
-
-def _cut(chunks: Chunks, channels: int, limit: int) -> Chunks:
-    """The same planes in chunks within the limit."""
-    for chunk in chunks:
-        yield from chunk.split(_fitting(chunk, channels, limit), dim=2)
-
-
 def _convolve(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
     """A 3x3x3 convolution with zeros around the volume."""
     weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
-    windows = _windows(chunks, 1, 1, conv.out_channels, limit)
+    windows = windows_of(chunks, 1, 1, conv.out_channels, limit)
     return map(lambda window: F.conv3d(window, weight, conv.bias, padding=(0, 1, 1)), windows)
 
 
 def _to_voxels(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
     """A 3x3x3 convolution whose output is the image."""
-    windows = _windows(chunks, 1, 1, conv.out_channels, limit)
+    windows = windows_of(chunks, 1, 1, conv.out_channels, limit)
     return map(lambda window: convolve_to_voxels(window, conv, padding=(0, 1, 1)), windows)
 
 
@@ -245,7 +143,7 @@ def _convolve_transposed(chunks: Chunks, conv: nn.ConvTranspose3d, limit: int) -
         wider = F.conv_transpose3d(window, weight, conv.bias, stride=2, padding=(0, 1, 1), output_padding=(0, 1, 1))
         return wider[:, :, 1:-2]
 
-    return map(convolve, _windows(chunks, 0, 1, 8 * conv.out_channels, limit))
+    return map(convolve, windows_of(chunks, 0, 1, 8 * conv.out_channels, limit))
 
 
 def _upsample(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
@@ -271,19 +169,19 @@ def _upsample(chunks: Chunks, conv: nn.Conv3d, limit: int) -> Chunks:
                 fine[:, :, i::2, k::2, m::2] = quarter[:, :, :, k : k + y, m : m + z]
         return fine
 
-    return map(convolve, _windows(chunks, 1, 1, 8 * c, limit))
+    return map(convolve, windows_of(chunks, 1, 1, 8 * c, limit))
 
 
 def _residual(branch: Sequence[nn.Module], skip: nn.Module, chunks: Chunks, limit: int) -> Chunks:
     """skip(x) + branch(x), whose answers come later than x."""
-    waiting = _Planes()
+    waiting = Planes()
 
     def remember(chunk: Tensor) -> Tensor:
         waiting.put(skip(chunk))
         return chunk
 
     def add(chunk: Tensor) -> Tensor:
-        for start, part in _placed(iter(waiting.take(chunk.shape[2]))):
+        for start, part in placed(iter(waiting.take(chunk.shape[2]))):
             chunk.narrow(2, start, part.shape[2]).add_(part)
         return chunk
 
@@ -299,34 +197,7 @@ def _residual(branch: Sequence[nn.Module], skip: nn.Module, chunks: Chunks, limi
 
 def _whole(layer: nn.Module, chunks: Chunks) -> Chunks:
     """A layer that needs all planes at once: attention, at coarse levels."""
-    yield layer(_joined(list(chunks)).contiguous())
-
-
-def _slabs(chunks: Chunks) -> Chunks:
-    """The same planes in chunks of SLAB_BYTES, each filled as its planes come."""
-    slab, filled = None, 0
-    for chunk in chunks:
-        n = _fitting(chunk, 1, SLAB_BYTES) + 1
-        while chunk.shape[2]:
-            if slab is None:
-                if chunk.device.type == "cpu":
-                    _return_holes()
-                slab = _empty_like(chunk, n)
-            part = chunk[:, :, : n - filled]
-            slab.narrow(2, filled, part.shape[2]).copy_(part)
-            filled, chunk = filled + part.shape[2], chunk[:, :, part.shape[2] :]
-            if filled == n:
-                yield slab
-                slab, filled = None, 0
-    if slab is not None:
-        yield slab.narrow(2, 0, filled)
-
-
-def _return_holes() -> None:
-    """Give the unused parts of the heap back to the system: up to a quarter of the peak (glibc has a call for it)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    yield layer(joined(list(chunks)).contiguous())
 
 
 def _normalise(
@@ -346,7 +217,7 @@ def _normalise(
         kept.append(slab)
         return slab
 
-    for chunk in _cut(map(keep, _slabs(chunks)), 1, limit):
+    for chunk in cut(map(keep, slabs_of(chunks)), 1, limit):
         mean, variance = _moments(chunk)
         means.append(mean)
         variances.append(variance)
@@ -366,7 +237,7 @@ def _normalise(
     moments = list(zip(mean.to(dtype), variance.to(dtype)))
     weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
     slabs = (leaving(kept.popleft()) for _ in range(len(kept)))
-    for chunk in _cut(slabs, 1, limit):
+    for chunk in cut(slabs, 1, limit):
         samples = [F.batch_norm(x, *of_x, weight, bias, eps=norm.eps) for x, of_x in zip(chunk.split(1), moments)]
         yield samples[0] if len(samples) == 1 else torch.cat(samples)
 

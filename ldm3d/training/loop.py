@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.preemption import Stop
 from ldm3d.training import checkpoint, parallel
 from ldm3d.training.choice import Choice

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm3d.config.sections import AdversarialConfig
+from ldm3d.config.training import AdversarialConfig
 from ldm3d.errors import InputError
 from ldm3d.models.pretrained import load_weights
 

@@ -10,7 +10,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_objec
 from torch import nn
 
 from ldm3d import seen
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.devices import check_convolutions
 from ldm3d.errors import InputError, differences
 from ldm3d.precision import bf16_is_fast

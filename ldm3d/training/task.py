@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm3d.config.sections import Config, TrainingConfig
+from ldm3d.config.sections import Config
+from ldm3d.config.training import TrainingConfig
 from ldm3d.data.balance import balanced_weights
 from ldm3d.data.batches import TrainingBatches
 from ldm3d.data.samples import LatentSamples, VolumeSamples

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 from ldm3d.models.pretrained import read_json
