@@ -1,8 +1,8 @@
-"""Draw which room of ldm3d imports which, into docs/architecture.md.
+"""Write which room of ldm3d imports which, as a table in docs/architecture.md, from the top down.
 
     python docs/arrows.py
 
-Imports are read from the source. Arrows that follow from others (a imports b, b imports c, a imports c) are left out, and
+Imports are read from the source. Those that follow from others (a imports b, b imports c, a imports c) are left out, and
 so is `errors`, which all import.
 """
 
@@ -44,14 +44,24 @@ def reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
+def height(graph: dict[str, set[str]], own: str) -> int:
+    """Length of the longest way down."""
+    return max((1 + height(graph, used) for used in graph[own]), default=0)
+
+
+def named(rooms: set[str]) -> str:
+    return " ".join(f"`{name}`" for name in sorted(rooms))
+
+
 def drawing() -> str:
-    """The graph as Mermaid has it."""
+    """The graph as a table: a room stands above all that it imports."""
     graph = imports()
-    lines = ["```mermaid", "flowchart TD"]
-    for own in sorted(graph):
+    lines = ["| module | imports |", "|---|---|"]
+    for own in sorted(filter(graph.get, graph), key=lambda own: (-height(graph, own), own)):
         indirect = set().union(*(reached(graph, used) for used in graph[own]))
-        lines += [f"    {own} --> {used}" for used in sorted(graph[own] - indirect)]
-    return "\n".join([*lines, "```", ""])
+        lines.append(f"| `{own}` | {named(graph[own] - indirect)} |")
+    lines.append(f"| {named({own for own, used in graph.items() if not used})} | nothing |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Shown:
 
     def until(self, holds: Callable[[dict], bool]) -> None:
         """Wait for a full volume whose request is such."""
-        end = time.monotonic() + 600
+        end = time.monotonic() + 1800
         while self.run("return document.body.dataset.state") != "full" or not holds(
             json.loads(self.run("return document.body.dataset.shown"))
         ):
@@ -97,7 +97,7 @@ def main(model: str) -> None:
         holed[:, :, 18:24] = 0
         scan = Path(folder) / "synthetic-40-years.nii.gz"
         image.__class__(holed, image.affine, image.header).to_filename(scan)
-        command = [sys.executable, "-m", "ldm3d", "serve", model, "--port", "0", "--precision", "float32"]
+        command = [sys.executable, "-m", "ldm3d", "serve", model, "--port", "0", "--seconds", "1800", "--precision", "float32"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
             try:
                 address = next(line.split()[0] for line in served.stdout or () if line.startswith("http"))

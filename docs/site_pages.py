@@ -14,7 +14,6 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-MERMAID = "assets/mermaid-11.17.2.tiny.js"  # the npm package @mermaid-js/tiny, unchanged, with its licence beside it
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
@@ -57,13 +56,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return markdown
     source = next((name for name, there in pages().items() if there == page.file.src_uri), f"docs/{page.file.src_uri}")
     return turned(markdown, source, page.file.src_uri)
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """A page with diagrams brings Mermaid along; the theme would load it from its host."""
-    if 'class="mermaid"' not in html:
-        return html
-    return f'{html}<script src="{os.path.relpath(MERMAID, PurePosixPath(page.file.src_uri).parent)}"></script>'
 
 
 def pages() -> dict[str, str]:

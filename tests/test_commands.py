@@ -228,7 +228,7 @@ def test_examples_in_python_compile(text):
 
 def test_every_block_has_a_language():
     """So that none escapes these tests by a misspelt one; tables of text have none."""
-    known = {"bash", "yaml", "python", "mermaid", ""}
+    known = {"bash", "yaml", "python", ""}
     for page in PAGES:
         found = set(re.findall(r"^```(\w+)", Path(page).read_text(encoding="utf-8"), re.MULTILINE))
         assert found <= known, name_of(page)

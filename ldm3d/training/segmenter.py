@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm3d.config.sections import TrainingConfig
+from ldm3d.config.training import TrainingConfig
 from ldm3d.data.augment import vary
 from ldm3d.errors import InputError
 from ldm3d.models.convolutions import mend_convolutions
