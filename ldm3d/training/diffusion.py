@@ -221,12 +221,13 @@ class DiffusionTask(Task):
         settings = self.config.diffusion.start
         if settings is None:
             return None
-        if self.config.diffusion.init_from and settings.residual:  # whose network has learned what its own Gaussian leaves
+        if self.config.diffusion.init_from and settings.residual and not settings.refit:
+            # Its network has learned what its own Gaussian leaves
             return first_start(self.config).to(self.accelerator.device)
         rows = self.for_gaussian or self.split["train"]
         latents, contexts = self.to_fit(rows)
         components = min(settings.components, most_components(len(latents)))
-        of_config = self.schema.num_categories, components, settings.until, settings.residual
+        of_config = self.schema.num_categories, components, settings.until, settings.residual, settings.channels
         fitted = GaussianStart.fit(latents, contexts, *of_config)
         return fitted.to(self.accelerator.device)
 
