@@ -74,7 +74,7 @@ def test_a_table_goes_on_and_bad_scans_are_named(model, data, tmp_path, capsys, 
     command_line(*asked)
     assert done.stat().st_mtime_ns == before
     assert (tmp_path / "out/sub-02/anat/sub-02_desc-edited_T1w.json").is_file()
-    assert "of another edit" in fails(*asked, "--seed", 3)
+    assert "asked for otherwise" in fails(*asked, "--seed", 3)
 
 
 def write(tmp_path, subjects, ages):
@@ -95,7 +95,7 @@ def test_messages(model, data, tmp_path, fails):
         ([path, "--to", "weight=3"], "unknown covariate"),
         ([tmp_path / "none.nii.gz", "--to", "age=60"], "no such file"),
         ([path, "--to", "age=60", "--register", "bspline"], "bspline"),
-        ([path, "--to", "age=60", "--out", data], "holds no edited scans"),
+        ([path, "--to", "age=60", "--out", data], "is not of ldm3d edit"),
     ):
         assert reason in fails("edit", model, *options, *([] if "--out" in options else ["--out", tmp_path / "out"]))
 

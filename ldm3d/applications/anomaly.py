@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ldm3d import figures
 from ldm3d.applications.calibration import Calibration
 from ldm3d.applications.counterpart import Counterpart, counterpart
-from ldm3d.applications.derived import Derived
+from ldm3d.applications.derived import Derived, Kind
 from ldm3d.data.placing import restore
 from ldm3d.errors import InputError, itemised
 from ldm3d.geometry import resample
@@ -24,6 +24,13 @@ README = (
     "Brain scans against their healthy counterparts: what differs from what a latent diffusion model (ldm3d) of healthy "
     "people expects. The counterparts are derived and partly synthetic. Not for diagnosis: unusual is not ill, and usual is "
     "not healthy."
+)
+ANOMALY = Kind(
+    "anomaly",
+    "Brain scans against their healthy counterparts (DERIVED)",
+    README,
+    ("zscore",),
+    ("logp", "clusters", "counterpart"),
 )
 
 
@@ -112,11 +119,6 @@ def residual_of(found: Counterpart) -> NDArray:
     return residual
 
 
-def anomaly_files(folder: Path, pipe: Pipeline, scan: Path, asked: dict[str, Any]) -> Derived:
-    """Where a judged scan goes."""
-    return Derived(folder, "anomaly", README, "zscore", pipe, scan, asked)
-
-
 def write_anomaly(files: Derived, found: Anomaly, calibration: Calibration) -> Path:
     """Write z, -log10 p, clusters and the counterpart on the scan's own voxels, and a picture; returns the path of z."""
     placed = found.counterpart.placed
@@ -154,7 +156,7 @@ def write_anomaly(files: Derived, found: Anomaly, calibration: Calibration) -> P
         "z",
         signed=True,
     )
-    figures.save(picture, files.figure)
+    figures.save(picture, files.figure("zscore"))
     sidecar = {
         "Description": f"A {files.pipe.suffix} scan against its healthy counterpart by ldm3d: derived; research only",
         "Anomaly": {

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +23,84 @@ from ldm3d.files import write_atomic
 from ldm3d.pipeline import Pipeline
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a folder of results holds.
+
+    Attributes:
+        name: of the command, "restore".
+        title: of the dataset.
+        readme: of the folder.
+        mains: descriptions (`desc-`) that the main result of a scan can have.
+        beside: descriptions, and names of files, that BIDS does not know.
+    """
+
+    name: str
+    title: str
+    readme: str
+    mains: tuple[str, ...]
+    beside: tuple[str, ...]
+
+    @property
+    def ignored(self) -> str:
+        """The content of .bidsignore."""
+        files = [name if "." in name else f"*_desc-{name}_*" for name in self.beside]
+        return "".join(f"{line}\n" for line in ("figures", *files))
+
+    def check(self, folder: Path) -> None:
+        """Raise InputError where a folder holds something else."""
+        described = folder / "dataset_description.json"
+        known = described.read_text(encoding="utf-8", errors="replace") if described.is_file() else ""
+        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if used and f'"{self.name}, model ' not in known:
+            raise InputError(f"{folder} is not empty, and what it holds is not of ldm3d {self.name}; choose another --out")
+
+    def is_begun(self, folder: Path) -> bool:
+        """Whether there are results in a folder."""
+        return (folder / "dataset_description.json").is_file()
+
+    def begin(self, folder: Path, model_hash: str) -> None:
+        """Write what makes a folder a dataset, where it is not there yet."""
+        made_by = {"Name": "ldm3d", "Version": ldm3d.__version__, "Description": f"{self.name}, model {model_hash}"}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in [*derivative_files(self.title, [made_by], self.readme).items(), (".bidsignore", self.ignored)]:
+            if not (folder / name).exists():
+                write_atomic(folder / name, content)
+
+
 class Derived:
     """The files of one scan.
 
     Args:
         folder: empty, absent, or of the same kind.
-        kind: of result, "restore" or "anomaly".
-        readme: of the folder; its first sentence is the name of the dataset.
-        main: description (`desc-`) of the main result.
+        kind: of results.
         pipe: the model.
         scan: its file.
-        asked: all that the result follows from beside the two, as plain JSON.
+        asked: all that the result follows from beside the two.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds something else, or there is no such scan.
     """
 
-    def __init__(self, folder: Path, kind: str, readme: str, main: str, pipe: Pipeline, scan: Path, asked: dict[str, Any]):
-        self.folder, self.kind, self.readme, self.main, self.pipe, self.scan = folder, kind, readme, main, pipe, scan
+    def __init__(self, folder: Path, kind: Kind, pipe: Pipeline, scan: Path, asked: Mapping[str, Any]):
+        self.folder, self.kind, self.pipe, self.scan = folder, kind, pipe, scan
+        if not scan.is_file():
+            raise InputError(f"{scan}: no such file")
         content = hashlib.sha256(scan.read_bytes()).hexdigest()
-        self.identity = hashlib.sha256(json.dumps([content, pipe.model_hash, asked]).encode()).hexdigest()[:16]
-        described = folder / "dataset_description.json"
-        known = described.read_text(encoding="utf-8", errors="replace") if described.is_file() else ""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and self._made not in known:
-            raise InputError(f"{folder} is not empty, and what it holds is not of ldm3d {kind}; choose another --out")
-
-    @property
-    def _made(self) -> str:
-        return f'"{self.kind}, model '
+        follows_from = json.dumps([content, pipe.model_hash, dict(asked)], default=str)
+        self.identity = hashlib.sha256(follows_from.encode()).hexdigest()[:16]
+        kind.check(folder)
 
     def path(self, desc: str, ending: str = ".nii.gz") -> Path:
         """Of a result; subject and session are those of the scan's name."""
-        entities = dict(re.findall(r"(sub|ses)-([A-Za-z0-9]+)", self.scan.name))
-        subject = entities.get("sub") or re.sub("[^A-Za-z0-9]", "", self.scan.name.partition(".")[0]) or "scan"
-        session = f"ses-{entities['ses']}" if "ses" in entities else ""
-        stem = f"sub-{subject}" + (f"_{session}" if session else "")
-        return self.folder / f"sub-{subject}" / session / "anat" / f"{stem}_desc-{desc}_{self.pipe.suffix}{ending}"
+        subject, session = label_of(self.scan)
+        folder = self.folder / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
+        return folder / f"{stem_of(self.scan)}_desc-{desc}_{self.pipe.suffix}{ending}"
 
-    @property
-    def figure(self) -> Path:
-        """Of the picture; its folder is there."""
+    def figure(self, desc: str) -> Path:
+        """Of a picture; its folder is there."""
         (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        return self.folder / "figures" / self.path(self.main, ".png").name
+        return self.folder / "figures" / f"{stem_of(self.scan)}_desc-{desc}.png"
 
     @property
     def is_done(self) -> bool:
@@ -71,25 +109,24 @@ class Derived:
         Raises:
             InputError: it is, but otherwise than asked now.
         """
-        path = self.path(self.main, ".json")
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["Identity"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        if found != self.identity:
-            raise InputError(
-                f"{path} was asked for otherwise, or is of another scan or model; choose another --out, or delete it"
-            )
-        return True
+        for path in (self.path(main, ".json") for main in self.kind.mains):
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))["Identity"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if found != self.identity:
+                raise InputError(
+                    f"{path} was asked for otherwise, or is of another scan or model; choose another --out, or delete it"
+                )
+            return True
+        return False
 
-    def write(self, images: dict[str, NDArray], affine: NDArray, mark: str, sidecar: dict[str, Any]) -> Path:
-        """Write volumes (C, X, Y, Z) by their description, then the sidecar; returns the path of the main result."""
-        made_by = {"Name": "ldm3d", "Version": ldm3d.__version__, "Description": f"{self.kind}, model {self.pipe.model_hash}"}
-        files = derivative_files(self.readme.partition(":")[0].partition(".")[0] + " (DERIVED)", [made_by], self.readme)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        ignored = "".join(f"{line}\n" for line in ("figures", *(f"*_desc-{desc}_*" for desc in images if desc != self.main)))
-        for name, content in [*files.items(), (".bidsignore", ignored)]:
-            write_atomic(self.folder / name, content)
+    def write(self, images: Mapping[str, NDArray], affine: NDArray, mark: str, sidecar: Mapping[str, Any]) -> Path:
+        """Write volumes (C, X, Y, Z) by their description, the main result first, then the sidecar; returns its path."""
+        main = next(iter(images))
+        if main not in self.kind.mains or not images.keys() <= {*self.kind.mains, *self.kind.beside}:
+            raise ValueError(f"{list(images)} are not results of {self.kind}")
+        self.kind.begin(self.folder, self.pipe.model_hash)
         for desc, image in images.items():
             write_volume(self.path(desc), np.asarray(image), affine, mark)
         common = {
@@ -97,8 +134,30 @@ class Derived:
             "SkullStripped": self.pipe.skull_stripped,
             "model_hash": self.pipe.model_hash,
         }
-        write_atomic(self.path(self.main, ".json"), as_json({**sidecar, **common, "Identity": self.identity}))
-        return self.path(self.main)
+        write_atomic(self.path(main, ".json"), as_json({**sidecar, **common, "Identity": self.identity}))
+        return self.path(main)
+
+
+def label_of(scan: Path) -> tuple[str, str]:
+    """(subject, session) by the file's name; "" for no session. Letters and digits of any other name."""
+    entities = dict(re.findall(r"(sub|ses)-([A-Za-z0-9]+)", scan.name))
+    other = re.sub("[^A-Za-z0-9]", "", scan.name.partition(".")[0]) or "scan"
+    return entities.get("sub", other), entities.get("ses", "")
+
+
+def stem_of(scan: Path) -> str:
+    """ "sub-01_ses-2"."""
+    subject, session = label_of(scan)
+    return f"sub-{subject}" + (f"_ses-{session}" if session else "")
+
+
+def check_labels(scans: Sequence[Path], where: str) -> None:
+    """Raise InputError where results of several scans would have one name."""
+    stems = [stem_of(scan) for scan in scans]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise InputError(
+            f"{where} has several scans of one subject and session by their names ({', '.join(twice[:3])}); give them apart"
+        )
 
 
 def source_of(scan: Path) -> str:

@@ -6,26 +6,33 @@
 figures/                         a picture
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ldm3d import figures
-from ldm3d.applications.derived import Derived
+from ldm3d.applications.degraded import KINDS
+from ldm3d.applications.derived import Derived, Kind
 from ldm3d.applications.restore import Restored
-from ldm3d.pipeline import Pipeline
 
 README = (
     "Restored brain scans: what was there, given how each scan was degraded, by a latent diffusion model (ldm3d). They are "
     "derived from scans and partly synthetic: what was not measured is made up, in a likely way. Not for diagnosis."
 )
+FILES = ("mask", "hole", "bias")  # operators that name one
+RESTORE = Kind("restore", "Restored brain scans (DERIVED)", README, ("restored",), ("samples", "deviation"))
 
 
-def restored_files(folder: Path, pipe: Pipeline, scan: Path, asked: dict[str, Any]) -> Derived:
-    """Where a restored scan goes."""
-    return Derived(folder, "restore", README, "restored", pipe, scan, asked)
+def operators_of(cells: Mapping[str, str], folder: Path) -> list[str]:
+    """What happened to a scan by its row of a table: cells of columns that are called like operators.
+
+    >>> operators_of({"path": "a.nii.gz", "hole": "lesion.nii.gz", "blur": ""}, Path("data"))
+    ['hole=data/lesion.nii.gz']
+    """
+    told = {name: cells[name] for name in KINDS if cells.get(name, "") not in ("", "n/a")}
+    return [f"{name}={folder / value if name in FILES else value}" for name, value in told.items()]
 
 
 def write_restored(files: Derived, restored: Restored) -> Path:
@@ -48,7 +55,9 @@ def write_restored(files: Derived, restored: Restored) -> Path:
         titles.append(f"deviation, white: {100 * most:.0f}% of the range")
     volumes = [volume[0].cpu().numpy() for volume in shown]
     heading = "derived, synthetic in part"
-    figures.save(figures.mosaic(volumes, titles, files.pipe.grid.spacing_mm, columns=2, heading=heading), files.figure)
+    figures.save(
+        figures.mosaic(volumes, titles, files.pipe.grid.spacing_mm, columns=2, heading=heading), files.figure("restored")
+    )
     sidecar = {
         "Description": f"A {files.pipe.suffix} scan restored by ldm3d: derived, and synthetic in part",
         "Restoration": {**restored.settings, "Registration": placed.info.get("registration")},

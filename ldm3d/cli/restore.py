@@ -1,7 +1,5 @@
 """Commands on given scans by posterior sampling: restore, calibrate, anomaly."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +7,9 @@ import typer
 
 from ldm3d.cli.options import Device, ModelPath, Precision, app
 from ldm3d.cli.placing import Register, Stripped, Template, ready
+from ldm3d.cli.scans import Bids, Scan, Source, Table, each_scan, progress_bar
+from ldm3d.errors import InputError
 
-Scan = Annotated[Path, typer.Argument(help="A scan (NIfTI, .mgz).", show_default=False)]
-Source = Annotated[list[str], typer.Option("--from", metavar="NAME=VALUE,...", help="The person's covariates.")]
 Draws = Annotated[int, typer.Option(min=1, help="Draws; their deviation says how far to trust the mean.")]
 Levels = Annotated[int, typer.Option(min=1, help="Of noise, from pure noise down.")]
 RandomSeed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
@@ -21,7 +19,7 @@ Doubted = Annotated[float, typer.Option(help="Share of the brain that is drawn a
 @app.command()
 def restore(
     model: ModelPath,
-    scan: Scan,
+    scan: Scan = None,
     operator: Annotated[
         list[str],
         typer.Option(
@@ -29,7 +27,9 @@ def restore(
             help="What happened to it, in this order: hole=FILE, mask=FILE, ball=-20,35,10:15, missing=z:10-14, slices, "
             "slices=z:6, blur=8, bias=FILE, noise.",
         ),
-    ],
+    ] = [],  # noqa: B006 (typer reads it, and it is never changed)
+    table: Table = None,
+    bids: Bids = None,
     out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of restored scans.")] = Path("restored"),
     noise: Annotated[float, typer.Option(help="Deviation of the scan's noise, as a share of its intensity range.")] = 0.01,
     source: Source = [],  # noqa: B006 (typer reads it, and it is never changed)
@@ -44,23 +44,35 @@ def restore(
 ) -> None:
     """Restore a scan with holes, missing or thick slices, blur or noise. Research only: what was not measured is made up.
 
-    Writes the mean of several draws, the draws, and their deviation. Run again, the same command does nothing.
+    Writes the mean of several draws, the draws, and their deviation. Run again, the same command goes on. A table's columns
+    hole, mask, missing, bias, slices and blur say what happened to each scan, before what --operator says of all.
     """
+    from ldm3d.applications.asked import asked_scans
     from ldm3d.applications.changes import parse_pairs
+    from ldm3d.applications.derived import Derived
     from ldm3d.applications.restore import restore as apply
-    from ldm3d.applications.restore_files import restored_files, write_restored
+    from ldm3d.applications.restore_files import RESTORE, operators_of, write_restored
 
-    pipe, placing = ready(model, device, precision, register, template, stripped, scan)
+    pipe, placing = ready(model, device, precision, register, template, stripped)
     given = parse_pairs(source, "--from")
-    asked = {"operator": operator, "noise": noise, "from": given, "samples": samples, "levels": levels, "seed": seed}
-    files = restored_files(out, pipe, scan, {**asked, "register": [register, template], **_told(stripped)})
-    if files.is_done:
-        print(f"{files.path('restored')} is there already")
-        return
-    with _bar("restore", "level") as show:
-        options = {"samples": samples, "levels": levels, "seed": seed, "progress": show, **placing}
-        restored = apply(pipe, scan, operator, noise, covariates=given, **options)
-    print(f"restored scan, derived and synthetic in part: {write_restored(files, restored)}")
+    options = {"samples": samples, "levels": levels, "seed": seed}
+
+    def happened(each) -> list[str]:
+        words = [*operators_of(each.cells, table.parent if table else out), *operator]
+        if not words:
+            raise InputError("say what happened to the scan, --operator hole=FILE or slices; --operator noise for noise alone")
+        return words
+
+    def files_of(each) -> Derived:
+        asked = {"operator": happened(each), "noise": noise, "from": {**each.covariates, **given}, **options}
+        return Derived(out, RESTORE, pipe, each.scan, {**asked, "register": [register, template], **_told(stripped)})
+
+    def work(each, files, show) -> str:
+        own = {**each.covariates, **given}
+        restored = apply(pipe, each.scan, happened(each), noise, covariates=own, progress=show, **options, **placing)
+        return f"restored scan, derived and synthetic in part: {write_restored(files, restored)}"
+
+    each_scan("restore", "level", asked_scans(pipe, scan, table, bids), files_of, work)
 
 
 @app.command()
@@ -87,7 +99,7 @@ def calibrate(
     check_column(table, list(frame), "path", "the healthy scans")
     names = [name for name in pipe.schema.names if name in frame]
     people = [(table.parent / row["path"], {name: row[name] for name in names}) for row in frame.to_dict("records")]
-    with _bar("calibrate", "scan") as show:
+    with progress_bar("calibrate", "scan") as show:
         done = 0
 
         def count(outcome: str) -> None:
@@ -108,8 +120,10 @@ def calibrate(
 @app.command()
 def anomaly(
     model: ModelPath,
-    scan: Scan,
     calibration: Annotated[Path, typer.Option(help="File of `ldm3d calibrate`.", show_default=False)],
+    scan: Scan = None,
+    table: Table = None,
+    bids: Bids = None,
     out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of judged scans.")] = Path("anomaly"),
     source: Source = [],  # noqa: B006
     samples: Draws = 4,
@@ -123,41 +137,31 @@ def anomaly(
     precision: Precision = "auto",
 ) -> None:
     """Where a scan differs from its healthy counterpart more than healthy people's do. Research only, no diagnosis."""
-    from ldm3d.applications.anomaly import about_of, anomaly_files, write_anomaly
+    from ldm3d.applications.anomaly import ANOMALY, about_of, write_anomaly
     from ldm3d.applications.anomaly import anomaly as apply
+    from ldm3d.applications.asked import asked_scans
     from ldm3d.applications.calibration import Calibration
     from ldm3d.applications.changes import parse_pairs
+    from ldm3d.applications.derived import Derived
 
-    pipe, placing = ready(model, device, precision, register, template, stripped, scan)
+    pipe, placing = ready(model, device, precision, register, template, stripped)
     options = {"samples": samples, "levels": levels, "doubted": doubted, "seed": seed}
     healthy = Calibration.load(calibration, about_of(pipe, options))
     given = parse_pairs(source, "--from")
-    asked = {**options, "from": given, "register": [register, template], "calibration": healthy.identity, **_told(stripped)}
-    files = anomaly_files(out, pipe, scan, asked)
-    if files.is_done:
-        print(f"{files.path('zscore')} is there already")
-        return
-    with _bar("anomaly", "part") as show:
-        found = apply(pipe, scan, healthy, given, **placing, progress=show, **options)
-    path = write_anomaly(files, found, healthy)
-    unusual = sum(row["p"] <= 0.05 for row in found.clusters)
-    print(f"{len(found.clusters)} clusters, {unusual} of them unusually large (corrected p at most 0.05): {path}")
+
+    def files_of(each) -> Derived:
+        asked = {**options, "from": {**each.covariates, **given}, "register": [register, template]}
+        return Derived(out, ANOMALY, pipe, each.scan, {**asked, "calibration": healthy.identity, **_told(stripped)})
+
+    def work(each, files, show) -> str:
+        found = apply(pipe, each.scan, healthy, {**each.covariates, **given}, **placing, progress=show, **options)
+        path = write_anomaly(files, found, healthy)
+        unusual = sum(row["p"] <= 0.05 for row in found.clusters)
+        return f"{len(found.clusters)} clusters, {unusual} of them unusually large (corrected p at most 0.05): {path}"
+
+    each_scan("anomaly", "part", asked_scans(pipe, scan, table, bids), files_of, work)
 
 
 def _told(stripped: bool) -> dict[str, bool]:
     """In what a result follows from; nothing by default."""
     return {"stripped": True} if stripped else {}
-
-
-@contextlib.contextmanager
-def _bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as a function of (done, total)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit=unit, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
