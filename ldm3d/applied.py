@@ -56,3 +56,11 @@ class Applied:
         from ldm3d.applications.counterpart import counterpart
 
         return counterpart(self, image, covariates, **options)
+
+    def atlas(self, folder: Any, asked: Mapping[str, Any], by: Any = (), volumes: int = 100, **options: Any) -> bool:
+        """Templates of generated volumes, pipe.atlas("out", {"age": "20:90:10"}, by=["sex"]); see
+        `ldm3d.applications.atlas_files.atlas`.
+        """
+        from ldm3d.applications.atlas_files import atlas
+
+        return atlas(self, folder, asked, by, volumes, **options)

@@ -265,14 +265,18 @@ class CovariateSchema:
         following = {c.name: schema._following(c, known) for c in fitted if c.follows}
         return CovariateSchema(tuple(replace(c, following=following.get(c.name)) for c in fitted))
 
-    def _following(self, covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> Following:
-        """Of a covariate that follows from others, over the rows in which all of them are known."""
+    def _following(self, covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> Following | None:
+        """Of a covariate that follows from others, over the rows in which all of them are known; None where these are few."""
         complete = [row for row in rows if all(row[name] is not None for name in (covariate.name, *covariate.follows))]
         x = np.array([self.numbers(covariate.follows, row) for row in complete], dtype=float)
         try:
             return Following.fit(x, np.array([row[covariate.name] for row in complete], dtype=float))
         except InputError as error:
-            raise InputError(f"covariate {covariate.name!r} follows {', '.join(covariate.follows)}: {error}") from None
+            warnings.warn(
+                f"{covariate.name} is to follow {', '.join(covariate.follows)}, and does not where a scan is edited: {error}",
+                stacklevel=4,
+            )
+            return None
 
     def numbers(self, names: Sequence[str], row: Mapping[str, Value]) -> list[float | None]:
         """Standardised values, and an indicator of each category but the first; None where a value is open."""

@@ -15,12 +15,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ldm3d.geometry import slices
 
 INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
 SCALE_MM = 50  # length of the bar beside slices
+FILM_WIDE, FRAME_MS = 540, 120  # pixels of a film, and how long a frame is shown
 FARTHEST = 4  # of what a forest plot shows, in units of its band
 
 
@@ -289,6 +290,19 @@ def _plain(axis, x_label: str, y_label: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write as PNG."""
     figure.savefig(path, dpi=130)
+
+
+def save_film(volumes: NDArray, titles: Sequence[str], spacing_mm: Sequence[float], path: Path) -> None:
+    """Three slices of each volume (F, C, X, Y, Z), one after another and back, as an animated GIF."""
+    pictures = []
+    for volume, title in zip(volumes, titles):
+        grey = np.clip(np.nan_to_num(slices(volume, spacing_mm)), 0, 1)
+        picture = Image.fromarray((255 * grey).astype(np.uint8))
+        picture = picture.resize((FILM_WIDE, round(FILM_WIDE * picture.height / picture.width)), Image.Resampling.BICUBIC)
+        ImageDraw.Draw(picture).text((6, 4), title, fill=255)
+        pictures.append(picture)
+    there_and_back = [*pictures, *pictures[-2:0:-1]]
+    there_and_back[0].save(path, save_all=True, append_images=there_and_back[1:], duration=FRAME_MS, loop=0)
 
 
 def to_data_uri(figure: Figure) -> str:

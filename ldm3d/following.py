@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ldm3d.errors import InputError
 
-PEOPLE = 10  # at least, for each number that is fitted to them
+PEOPLE = 10  # at least, for each number that is fitted to them: with fewer than for all, the spread is the same for all x
 ROUNDS = 50
 LARGEST = 1.0  # step of a log variance in a round
 
@@ -41,18 +41,20 @@ class Following:
     def fit(cls, x: NDArray, y: NDArray) -> "Following":
         """By maximum likelihood (Harvey 1976): weighted least squares and Fisher scoring in turn.
 
+        Fewer than 20 (1 + q) people say too little of how the spread depends on x, which then does not.
+
         Raises:
-            InputError: too few people.
+            InputError: fewer than 10 (1 + q) people.
         """
         count, q = x.shape
-        if count < (least := PEOPLE * 2 * (1 + q)):
+        if count < (least := PEOPLE * (1 + q)):
             raise InputError(f"{count} people with all values are too few; at least {least} are needed")
         design = np.column_stack([np.ones(count), x])
         mean = np.linalg.lstsq(design, y, rcond=None)[0]
         smallest = 1e-6 * y.var()
         log_variance = np.zeros(1 + q)
         log_variance[0] = np.log(np.square(y - design @ mean).mean() + smallest)
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if count >= 2 * least else 0):
             variance = np.exp(design @ log_variance) + smallest
             mean = np.linalg.solve(design.T @ (design / variance[:, None]), design.T @ (y / variance))
             step = np.linalg.lstsq(design, np.square(y - design @ mean) / variance - 1, rcond=None)[0]

@@ -36,9 +36,21 @@ def test_a_person_keeps_the_place_among_people_alike():
     assert law.moved(35.0, (0.0, None), (1.0, None)) == pytest.approx(there)  # what is not known is as usual
 
 
-def test_few_people_are_refused():
-    with pytest.raises(InputError, match="59 people with all values are too few; at least 60"):
-        Following.fit(*(each[:59] for each in people()))
+def test_few_people_tell_a_mean_and_fewer_nothing():
+    found = Following.fit(*(each[:59] for each in people()))
+    x, y = (each[:59] for each in people())
+    np.testing.assert_allclose(found.mean, np.linalg.lstsq(np.column_stack([np.ones(59), x]), y, rcond=None)[0])
+    assert found.log_variance[1:] == (0, 0)
+    with pytest.raises(InputError, match="29 people with all values are too few; at least 30"):
+        Following.fit(*(each[:29] for each in people()))
+
+
+def test_what_follows_of_few_people_stays_open():
+    rows = [{"age": 50.0 + n, "sex": "FM"[n % 2], "ventricles": 20.0 + n} for n in range(20)]
+    with pytest.warns(UserWarning, match="ventricles is to follow age, sex, and does not where a scan is edited.*20 people"):
+        found = schema(follows=("age", "sex")).fit(rows)
+    before = {"age": 50.0, "sex": "F", "ventricles": 25.0}
+    assert found["ventricles"].following is None and followed(found, before, {**before, "age": 60.0})["ventricles"] == 25
 
 
 def schema(**of_ventricles) -> CovariateSchema:

@@ -53,7 +53,7 @@ def generate(
     processes = which_process()
     pipeline, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
     pipeline.group, pipeline.threads = group, threads
-    asked = _covariates(context.args, ask)
+    asked = requested(context.args, ask)
     if compile:
         pipeline.compile()
     if table is not None and (asked or num is not None):
@@ -70,11 +70,11 @@ def generate(
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:
         _dicom()  # before anything is generated
-    if _generate(pipeline, sampling, rows, out, batch_size, check, guard, processes) and dicom is not None:
+    if run_series(pipeline, sampling, rows, out, batch_size, check, guard, processes) and dicom is not None:
         as_dicom(out, dicom)
 
 
-def _generate(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, check: bool, guard, processes) -> bool:
+def run_series(pipeline, sampling, rows: list[dict], out: Path, batch_size: int, check: bool, guard, processes) -> bool:
     """Generate with a progress bar, and print the outcome; whether the series is complete."""
     from tqdm import tqdm
 
@@ -209,7 +209,7 @@ def import_monai(
     print(f"model written to {out}; its covariates: {', '.join(pipeline.schema.names) or 'none'}")
 
 
-def _covariates(arguments: list[str], more: list[str]) -> dict[str, str]:
+def requested(arguments: list[str], more: list[str]) -> dict[str, str]:
     """["--age", "72", "--sex=F"] and ["group=patient"] -> {"age": "72", "sex": "F", "group": "patient"}."""
     asked, rest = {}, list(arguments)
     while rest:
