@@ -1,7 +1,7 @@
 """Restoring known volumes from thick slices and around holes, against what is tried first.
 
     python benchmarks/restore.py MODEL TABLE --mean TABLE [--num 6] [--samples 8] [--levels 8] [--corrections 2]
-        [--without network remainder spread baselines adam] [--name NAME] [--picture FILE]
+        [--without network remainder spread baselines adam] [--ablations [NAME ...]] [--name NAME] [--picture FILE]
 
 TABLE has a path column and covariates of people that the model has not seen, --mean one of people who make the mean brain.
 Each scan is placed on the model's Grid as for `pipe.restore`; there it is the truth. From it are made
@@ -15,8 +15,9 @@ and restored by cubic and linear interpolation (slices, missing), by the mean br
 above 5% of the range (of these in the hole, or in missing slices), for the mean of the draws and for one of them. "held" is
 the share of true voxels in the 90% interval. Seconds are of one core, CPU time, for a draw.
 
-Ablations: without the network (the Gaussian at every level), the remainder, or the Gaussian's spread (white instead).
-"baselines" and "adam" leave out what takes the most time.
+--without: the network (the Gaussian at every level), the remainder, or the Gaussian's spread (white instead); "baselines" and
+"adam" leave out what takes the most time. --ablations: after the whole method each of ABLATIONS, or those that are named, on
+the same measurements. "noise N" is without the remainder, too; the likelihood has this deviation instead, tuned by hand.
 """
 
 import argparse
@@ -45,6 +46,14 @@ NOISE = 0.005
 RADIUS_MM = 27.0
 ADAM_STEPS, ADAM_RATE = 50, 0.1
 BRAIN = 0.05
+WHOLE = "whole"
+ABLATIONS: dict[str, dict[str, Any]] = {
+    **{f"without {part}": {"without": [part]} for part in ("network", "remainder", "spread")},
+    "gradient steps": {"iterations": 1},  # one of conjugate gradients: no Gauss-Newton step is solved
+    "one correction": {"corrections": 1},  # by the linear path alone, where it is the Jacobian
+    **{f"levels {count}": {"levels": count} for count in (1, 3, 12)},
+    **{f"noise {noise:g}": {"without": ["remainder"], "noise": noise} for noise in (0.02, 0.05)},
+}
 
 
 def main() -> None:
@@ -58,10 +67,18 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=8)
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--without", nargs="*", default=[], choices=["network", "remainder", "spread", "baselines", "adam"])
+    parser.add_argument("--ablations", nargs="*", metavar="NAME", help=", ".join(ABLATIONS))
     parser.add_argument("--tasks", nargs="*", default=["slices", "hole"])
     parser.add_argument("--name", default="restore-cpu", help="of the file of results")
     parser.add_argument("--picture", type=Path)
+    parser.set_defaults(iterations=30, noise=NOISE)
     arguments = parser.parse_args()
+    asked = [] if arguments.ablations is None else arguments.ablations or list(ABLATIONS)
+    variants = {WHOLE: arguments}
+    for name in asked:
+        changed = {**vars(arguments), **ABLATIONS[name]}
+        changed["without"] = [*arguments.without, *ABLATIONS[name].get("without", []), "baselines"]
+        variants[name] = argparse.Namespace(**changed)
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
     people = _people(arguments.table, arguments.num)
@@ -74,10 +91,11 @@ def main() -> None:
         placed = place(pipe, person["path"])
         for task in arguments.tasks:
             linear, where = _task(task, placed, number)
-            found, pictures = _restored(pipe, placed, person, task, linear, where, average, arguments)
-            rows.append({"person": person["participant_id"], "task": task, **found})
-            shown += pictures if number == 0 else []
-            print(json.dumps(rows[-1]), flush=True)
+            for variant, of_variant in variants.items():
+                found, pictures = _restored(pipe, placed, person, task, linear, where, average, of_variant)
+                rows.append({"person": person["participant_id"], "task": task, "variant": variant, **found})
+                shown += pictures if number == 0 and variant == WHOLE else []
+                print(json.dumps(rows[-1]), flush=True)
         _write(pipe, rows, arguments)  # after each, for a run that is stopped
         if arguments.picture and number == 0:
             volumes, titles = [volume[0].numpy() for _, volume in shown], [title for title, _ in shown]
@@ -86,7 +104,8 @@ def main() -> None:
 
 def _write(pipe: Pipeline, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     means = {
-        task: of.dropna(axis=1).mean(numeric_only=True).round(3).to_dict() for task, of in pd.DataFrame(rows).groupby("task")
+        f"{task}, {variant}": of.dropna(axis=1).mean(numeric_only=True).round(3).to_dict()
+        for (task, variant), of in pd.DataFrame(rows).groupby(["task", "variant"], sort=False)
     }
     settings = {key: getattr(arguments, key) for key in ("samples", "levels", "corrections", "without")}
     results = {"model": pipe.model_hash, "processor": processor(), **settings, "means": means, "people": rows}
@@ -129,8 +148,9 @@ def _restored(
     (row,) = pipe.parse([{name: person[name] for name in ("age", "sex", "source") if name in pipe.schema.names}])
     start, cpu = time.perf_counter(), time.process_time()
     drawn = posterior_volumes(
-        *(pipe, linear, y, row, NOISE, range(arguments.samples), arguments.levels),
+        *(pipe, linear, y, row, arguments.noise, range(arguments.samples), arguments.levels),
         corrections=arguments.corrections,
+        iterations=arguments.iterations,
         prior=_prior(pipe, row, arguments.without),
         keep_remainder="remainder" not in arguments.without,
     )
@@ -139,6 +159,9 @@ def _restored(
     mean = expected.mean(0, keepdim=True).clamp(0, 1)
     found = {"mean": _psnr(mean, truth, where), "one": _psnr(expected[:1].clamp(0, 1), truth, where)}
     shown = [("the truth", truth), (f"{task}: mean of draws", mean), (f"{task}: a draw", draws[:1].clamp(0, 1))]
+    for count in (2, 4, 8):  # of draws, what the mean of fewer gives
+        if count < arguments.samples:
+            found[f"mean of {count}"] = _psnr(expected[:count].mean(0, keepdim=True).clamp(0, 1), truth, where)
     if arguments.samples > 1:
         low, high = interval_of(mean, draws, 0.9)
         found["held"] = float(((low <= truth) & (truth <= high))[0, 0][where].float().mean())

@@ -14,7 +14,7 @@ from documented import PAGES, ROOT, blocks, commands, name_of
 from torch.distributed.run import get_args_parser
 
 from ldm3d.cli import app
-from ldm3d.cli.generation import _covariates
+from ldm3d.cli.generation import requested
 from ldm3d.config.read import load_config
 from ldm3d.config.recipe import over_recipe
 from ldm3d.config.sections import Config
@@ -57,7 +57,7 @@ def ldm3d_takes(words: list[str]) -> None:
     if context.params.get("override") and config.is_file():
         load_config(config, context.params["override"])
     if name == "generate":
-        asked = _covariates(context.args, context.params["ask"])
+        asked = requested(context.args, context.params["ask"])
         model = str(context.params["model"])
         if model == MODEL:
             shipped_model().parse([asked])

@@ -31,7 +31,7 @@ from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
 from ldm3d.randomness import generator
 
-CORRECTIONS = 2  # Gauss-Newton steps a level
+CORRECTIONS, ITERATIONS = 2, 30  # Gauss-Newton steps a level, and of conjugate gradients in each
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +166,7 @@ def posterior_volumes(
     levels: int,
     seed: int = 0,
     corrections: int = CORRECTIONS,
+    iterations: int = ITERATIONS,
     prior: Prior | None = None,
     keep_remainder: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -180,7 +181,7 @@ def posterior_volumes(
         noise: s, above 0.
         numbers: of the draws; draw i follows from (seed, i).
         levels, seed, progress: see `restore`; progress is called after each level.
-        corrections: see `sample_posterior`.
+        corrections, iterations: see `sample_posterior`.
         prior: None: `prior_of`.
         keep_remainder: whether there is r; else x = D(z), for comparison.
     """
@@ -198,6 +199,7 @@ def posterior_volumes(
         z = sample_posterior(
             *(denoise, spread, decoder, operator, y, draw(shape), times, pipe.process, draw),
             corrections=corrections,
+            iterations=iterations,
             renew=remainder.learn if keep_remainder else None,
             progress=progress,
         )
