@@ -1,7 +1,7 @@
 """How true an edit is: the change that it shows against the change that happened.
 
     python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--open]
-        [--name NAME]
+        [--follows NAME=A,B ... --training TABLE] [--name NAME]
 
 DATA is a BIDS folder with two or more sessions a subject, or a table with participant_id, session_id, path and the covariates:
 phantom twins (`ldm3d phantoms --twins age=15`), or visits years apart. The first session is edited to the last one's
@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import protocol
 import torch
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from ldm3d.applications.edit import Edit, edit
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.config.data import CovariateConfig, DataConfig
+from ldm3d.covariates import CovariateSchema
 from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import to_grid
@@ -82,10 +84,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--measure", default="ldm3d.rulers.volumetry:measure_volumes")
     parser.add_argument("--open", action="store_true", help="leave open what would follow from what changes")
+    parser.add_argument(
+        "--follows", nargs="*", metavar="NAME=A,B", help="what follows from what, in place of the model's rules"
+    )
+    parser.add_argument("--training", type=Path, help="table of the training's people, to whom --follows is fitted")
     parser.add_argument("--name", help="of the data: writes results/edit-NAME-DEVICE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
+    if arguments.follows is not None:
+        pipe.schema = with_rules(pipe.schema, dict(text.split("=", 1) for text in arguments.follows), arguments.training)
     measure = load_measure(arguments.measure)
     fixed = dict(pair.split("=", 1) for pair in arguments.fixed)
     names = [*arguments.known, arguments.changed]
@@ -104,6 +112,16 @@ def main() -> None:
     print(table(methods))
     if arguments.name:
         protocol.write(f"edit-{arguments.name}", [{"method": name, **asked, **found} for name, found in methods.items()])
+
+
+def with_rules(schema: CovariateSchema, rules: Mapping[str, str], training: Path) -> CovariateSchema:
+    """The schema, in which other covariates follow: {"ventricular_volume_ml": "age,sex"}."""
+    frame = pd.read_csv(training)
+    frame = frame[frame["split"] == "train"] if "split" in frame else frame
+    people = [{name: row[name] for name in schema.names} for row in frame.to_dict("records")]
+    names = {name: tuple(causes.split(",")) for name, causes in rules.items()}
+    fitted = CovariateSchema(tuple(replace(c, follows=names.get(c.name, ()), following=None) for c in schema)).fit(people)
+    return CovariateSchema(tuple(replace(c, follows=f.follows, following=f.following) for c, f in zip(schema, fitted)))
 
 
 def read_pairs(pipe: Pipeline, data: Path, root: Path | None, names: Sequence[str], most: int, measure) -> list[Pair]:
