@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_placed import head, tiny_pipeline
 
-from ldm3d.applications.anomaly import about_of, anomaly, anomaly_files, calibrate, write_anomaly
+from ldm3d.applications.anomaly import ANOMALY, about_of, anomaly, calibrate, write_anomaly
 from ldm3d.applications.calibration import LEAST_PEOPLE, Calibration
 from ldm3d.applications.counterpart import agreement, counterpart
+from ldm3d.applications.derived import Derived
 from ldm3d.data.nifti import to_image, write_volume
 from ldm3d.errors import InputError
 
@@ -70,7 +71,7 @@ def test_a_planted_lesion_is_found_and_written(pipe, calibration, tmp_path):
     assert found.score[tuple(place)] < 0
     assert abs(found.score[tuple(place)]) > 2 * brain.mean()
     assert (found.score[~calibration.brain] == 0).all() and found.p.min() > 0
-    files = anomaly_files(tmp_path / "out", pipe, path, {})
+    files = Derived(tmp_path / "out", ANOMALY, pipe, path, {})
     assert write_anomaly(files, found, calibration) == tmp_path / "out/sub-3/anat/sub-3_desc-zscore_T1w.nii.gz"
     sidecar = json.loads(files.path("zscore", ".json").read_text())
     assert sidecar["Anomaly"]["HealthyPeople"] == LEAST_PEOPLE and sidecar["Sources"] == ["sub-3_T1w.nii.gz"]

@@ -12,10 +12,11 @@ from test_placed import head, tiny_pipeline
 
 from ldm3d.applications.decoding import Exact, LatentDecoder, LinearPath
 from ldm3d.applications.degraded import degraded
+from ldm3d.applications.derived import Derived
 from ldm3d.applications.placed import place
 from ldm3d.applications.prior import prior_of, spread_of
 from ldm3d.applications.restore import interval_of, posterior_volumes, restore
-from ldm3d.applications.restore_files import restored_files, write_restored
+from ldm3d.applications.restore_files import RESTORE, write_restored
 from ldm3d.data.nifti import to_image, write_volume
 from ldm3d.diffusion.operators import Identity, slices
 from ldm3d.errors import InputError
@@ -209,7 +210,7 @@ def test_files(pipe, scan, tmp_path):
     path = tmp_path / "raw" / "sub-07_ses-2_T1w.nii.gz"
     write_volume(path, np.asarray(scan.dataobj)[None], AFFINE)
     restored = restore(pipe, path, "missing=z:10-12", samples=2, levels=2)
-    file = restored_files(tmp_path / "out", pipe, path, {"operator": "a"})
+    file = Derived(tmp_path / "out", RESTORE, pipe, path, {"operator": "a"})
     assert not file.is_done
     mean = write_restored(file, restored)
     assert mean == tmp_path / "out/sub-07/ses-2/anat/sub-07_ses-2_desc-restored_T1w.nii.gz"
@@ -218,11 +219,11 @@ def test_files(pipe, scan, tmp_path):
     sidecar = json.loads(file.path("restored", ".json").read_text())
     assert sidecar["Sources"] == ["sub-07_ses-2_T1w.nii.gz"]
     assert sidecar["Restoration"]["operator"] == "missing=z:10-12"
-    assert (tmp_path / "out/figures/sub-07_ses-2_desc-restored_T1w.png").is_file()
+    assert (tmp_path / "out/figures/sub-07_ses-2_desc-restored.png").is_file()
     checked = subprocess.run([VALIDATOR, tmp_path / "out", "--json"], capture_output=True, text=True)
     assert not [issue for issue in json.loads(checked.stdout)["issues"]["issues"] if issue["severity"] == "error"]
-    assert restored_files(tmp_path / "out", pipe, path, {"operator": "a"}).is_done
+    assert Derived(tmp_path / "out", RESTORE, pipe, path, {"operator": "a"}).is_done
     with pytest.raises(InputError, match="asked for otherwise"):
-        assert restored_files(tmp_path / "out", pipe, path, {"operator": "b"}).is_done
+        assert Derived(tmp_path / "out", RESTORE, pipe, path, {"operator": "b"}).is_done
     with pytest.raises(InputError, match="not of ldm3d restore"):
-        restored_files(tmp_path / "raw", pipe, path, {})
+        Derived(tmp_path / "raw", RESTORE, pipe, path, {})
