@@ -3,7 +3,7 @@
     python benchmarks/applications.py [--config configs/brain-1mm.yaml] [--steps 2] [--parts gradient]
 
 Each in its own process, on one thread: a scan placed and encoded, a decode with gradients, the way back to the scan's voxels,
-an edit by the method ode.
+an edit by the method ode, a scan restored from missing slices by one draw of one level, a healthy counterpart likewise.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ldm3d.diffusion.schedules import make_process
 from ldm3d.models.pretrained import make_network
 from ldm3d.pipeline import Pipeline
 
-PARTS = ("encode", "gradient", "back", "edit")
+PARTS = ("encode", "gradient", "back", "edit", "restore", "counterpart")
 
 
 def main() -> None:
@@ -69,6 +69,8 @@ def perform(part: str, config: str, steps: int) -> dict:
         "encode": lambda: pipe.encode(image),
         "gradient": gradient,
         "back": lambda: placed.back(placed.reconstruction),
+        "restore": lambda: pipe.restore(placed, "missing=z:40-60", samples=1, levels=1).image(),
+        "counterpart": lambda: pipe.counterpart(placed, {"age": 60}, strengths=(0.5,), steps=1, samples=1, levels=1).image(),
         "edit": lambda: pipe.edit(placed, {"age": 60}, age="+10", steps=steps).back(),
     }
     start = time.perf_counter()
