@@ -86,7 +86,7 @@ class UNetConfig(Section):
 
     kind: Literal["ldm3d"] = "ldm3d"
     channels: tuple[Positive, ...]
-    blocks: Positive = 1
+    blocks: Positive | tuple[Positive, ...] = 1  # residual blocks a level, one number for all or one for each
     attention: tuple[bool, ...]
     head_channels: Positive = 32
     context_dim: Positive = 64
@@ -100,6 +100,8 @@ class UNetConfig(Section):
     def _one_flag_a_level(self) -> Self:
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention {self.attention} needs one flag for each of the channels {self.channels}")
+        if isinstance(self.blocks, tuple) and len(self.blocks) != len(self.channels):
+            raise ValueError(f"blocks {self.blocks} needs one number for each of the channels {self.channels}, or one for all")
         for width, attend in zip(self.channels, self.attention):
             if attend and width % self.head_channels:
                 raise ValueError(f"head_channels {self.head_channels} must divide the {width} channels that attend")

@@ -127,7 +127,7 @@ class UNet(LatentUNet):
         out_channels: of the prediction.
         num_categories: one number a covariate, 0 for continuous; [] for an unconditional model.
         channels: width of each level; each halves the grid of the one before.
-        blocks: residual blocks a level on the way down, and again on the way up.
+        blocks: residual blocks a level on the way down, and again on the way up; one number for all levels or one for each.
         attention: for each level, whether its blocks attend to each other and to the covariates.
         head_channels: channels of an attention head.
         context_dim, tokens_per_covariate: see `CovariateTokens`.
@@ -146,7 +146,7 @@ class UNet(LatentUNet):
         out_channels: int,
         num_categories: Sequence[int],
         channels: Sequence[int],
-        blocks: int,
+        blocks: int | Sequence[int],
         attention: Sequence[bool],
         head_channels: int = 32,
         context_dim: int = 64,
@@ -161,6 +161,9 @@ class UNet(LatentUNet):
         self.fourier_features = tuple(fourier_features or ())
         if len(attention) != len(channels):
             raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
+        counts = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
+        if len(counts) != len(channels):
+            raise InputError(f"blocks {counts} needs one number for each of the channels {list(channels)}")
         self.num_covariates = len(num_categories)
         self.time_dim, embedding_dim = channels[0], 4 * channels[0]
         self.time_mlp = nn.Sequential(
@@ -172,23 +175,23 @@ class UNet(LatentUNet):
             if covariates_in_time_embedding:
                 self.pooled = nn.Linear(self.num_covariates * tokens_per_covariate * context_dim, embedding_dim)
 
-        def level(width: int, attend: bool) -> Level:
+        def level(width: int, attend: bool, count: int) -> Level:
             def block() -> Block:
                 cross = context_dim if self.num_covariates else None
                 transformer = TransformerBlock(width, head_channels, cross, attention_backend) if attend else None
                 return Block(ResBlock(width, embedding_dim), transformer)
 
-            return Level((block() for _ in range(blocks)), activation_checkpointing)
+            return Level((block() for _ in range(count)), activation_checkpointing)
 
         self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(self.fourier_features)), channels[0], 3, padding=1)
         # Beside `conv_in`, to which it adds: the same as one convolution over all channels, stacked
         self.conv_images = None
         if image_channels:
             self.conv_images = zero(nn.Conv3d(2 * image_channels, channels[0], 3, padding=1, bias=False))
-        self.down = nn.ModuleList(level(*each) for each in zip(channels, attention))
+        self.down = nn.ModuleList(level(*each) for each in zip(channels, attention, counts))
         self.downsample = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
         self.upsample = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(channels))
-        self.up = nn.ModuleList(level(*each) for each in zip(channels, attention))
+        self.up = nn.ModuleList(level(*each) for each in zip(channels, attention, counts))
         self.norm_out = ChannelNorm(channels[0])
         self.conv_out = zero(nn.Conv3d(channels[0], out_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # it does take one
