@@ -426,3 +426,13 @@ def test_monai_samples_at_the_times_it_means(inferer):
         )
         for (x, _, given, out), k in zip(recorder.calls, schedule.timesteps):
             torch.testing.assert_close(out, unet(x, torch.stack([k, k]), given), atol=1e-3, rtol=1e-3)
+
+
+def test_a_level_may_have_a_number_of_blocks_of_its_own(tmp_path):
+    net = network(channels=[4, 8], blocks=[1, 3], head_channels=4, start=True)
+    assert [len(level) for level in (*net.down, *net.up)] == [1, 3, 1, 3]
+    net.save_pretrained(tmp_path)
+    again, times = UNet.from_pretrained(tmp_path), torch.tensor([100.0, 900.0])
+    assert torch.equal(again(latent(), times), net(latent(), times))
+    with pytest.raises(InputError, match=r"blocks \[1, 2, 3\] needs one number for each"):
+        network(channels=[4, 8], blocks=[1, 2, 3], head_channels=4)
