@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli import data, edit, evaluation, generation, populations, restore, serve  # noqa: F401 (each adds its commands)
+from ldm3d.cli import data, edit, evaluation, generation, populations, restore, rulers, serve  # noqa: F401 (each adds its commands)
 from ldm3d.cli.options import app
 from ldm3d.errors import exit_on_input_error
 

@@ -52,6 +52,11 @@ Ruler = Annotated[
 SamplerName = Annotated[str | None, typer.Option(help=f"By default the model's; {', '.join(get_args(Sampler))}.")]
 
 
+def title(model: Path) -> str:
+    """A model or folder on a page that is given to others: no folders of this machine beyond the last two."""
+    return "/".join(model.parts[-2:]) if model.is_absolute() else str(model)
+
+
 def load_model(model: Path, device: str | None, precision: str, seed=None, steps=None, guidance=None, sampler=None) -> tuple:
     """The pipeline, which uses all threads, and its sampling with the settings that are not None."""
     from ldm3d.pipeline import Pipeline

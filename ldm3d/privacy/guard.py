@@ -1,7 +1,7 @@
 """The guard, which `ldm3d generate --audit` loads to withhold copies: descriptors of the training volumes, but no volume.
 
-FOLDER/guard.json           model, threshold, distribution of similarity among training subjects
-FOLDER/guard.safetensors    256 + 256 + 64 numbers a training volume, in a different order; the embedding's weights
+    FOLDER/guard.json           model, threshold, distribution of similarity among training subjects
+    FOLDER/guard.safetensors    256 + 256 + 64 numbers a training volume, in a different order; the embedding's weights
 
 With these files and a scan of a person one can find out whether the person is among the training subjects. Protect them like
 the training data, and do not publish them with generated volumes.

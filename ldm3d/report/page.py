@@ -97,6 +97,7 @@ class Section:
         lights: text of a cell that is a verdict -> "green", "amber", "red" or "grey".
         note: details, in small print below.
         quote: text to be copied, kept as it is.
+        folded: likewise (the line that it is folded behind, text); None for none.
         fold: of a table that is long: the line that it is folded behind; "" shows it.
     """
 
@@ -109,6 +110,7 @@ class Section:
     lights: dict[str, str] = field(default_factory=dict)
     note: str = ""
     quote: str = ""
+    folded: tuple[str, str] | None = None
     fold: str = ""
 
 

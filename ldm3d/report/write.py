@@ -102,7 +102,7 @@ def methods_section(text: str) -> Section:
         f"To paste into a paper and to be completed; also in {METHODS} and {REFERENCES}. Citations are [@key], as pandoc and "
         "Quarto read them."
     )
-    return Section("Text for a methods section", about, quote=f"{text}\n{bibtex(text)}")
+    return Section("Text for a methods section", about, quote=text, folded=("What it cites, as BibTeX", bibtex(text)))
 
 
 def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:

@@ -83,8 +83,9 @@ def _text(found: Coverage, task: str) -> str:
     where = (
         "" if found.cells[-1].trained is not None else "Without the training data, numbers of training people are unknown. "
     )
+    holds = " The answer holds for this task and this simple regressor, for scans like those of the held-out people."
     return (
-        f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not tested: fewer than {MIN_GROUP} held-out "
-        f"people. Numbers from 1 to {FEWEST_SHOWN - 1} are not told apart, so that nobody is identified. The answer holds "
-        "for this task and this simple regressor, for scans like those of the held-out people."
+        f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not judged: fewer than {MIN_GROUP} held-out "
+        f"people{'' if task else ', or no regressor'}. Numbers from 1 to {FEWEST_SHOWN - 1} are not told apart, so that "
+        f"nobody is identified.{holds if task else ''}"
     )
