@@ -28,7 +28,7 @@ PAGES = {
 }
 # Page of the API -> what it is about, modules or folders of ldm3d
 API = {
-    "pipeline": ("Pipeline", ["pipeline", "applied", "generation/run", "export", "hub"]),
+    "pipeline": ("Pipeline", ["pipeline", "networks", "applied", "generation/run", "export", "hub"]),
     "applications": ("Given scans", ["applications"]),
     "data": ("Data", ["geometry", "covariates", "data/placing", "data/nifti", "data/labels", "data/derivative", "dicom"]),
     "models": ("Networks", ["models"]),

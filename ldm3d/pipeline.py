@@ -6,14 +6,12 @@ FOLDER/start                the same, where sampling starts with a Gaussian
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import ldm3d
 from ldm3d.applied import Applied
@@ -23,26 +21,26 @@ from ldm3d.contrast import Contrast
 from ldm3d.covariates import CovariateSchema, Value
 from ldm3d.data.nifti import to_image
 from ldm3d.description import NO_CROP, Preparation, Sampling, summary
-from ldm3d.diffusion.denoiser import Denoiser, NetworkDenoiser, in_turn
-from ldm3d.diffusion.guidance import EVERYWHERE, classifier_free
 from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 from ldm3d.folder import read_folder, write_folder
 from ldm3d.generation.given import Images, for_all
 from ldm3d.generation.identity import computing_of, origin_of
 from ldm3d.generation.run import Result
-from ldm3d.generation.sampling import default_group_size, draw, sample_latents
+from ldm3d.generation.sampling import draw
 from ldm3d.generation.series import Origin, Series
 from ldm3d.geometry import Grid
 from ldm3d.memory import PlannedDecoder
 from ldm3d.models.autoencoder import LatentSpace
-from ldm3d.models.conditioning import Conditions
-from ldm3d.models.unet import LatentUNet, cut_to
+from ldm3d.models.unet import LatentUNet
+from ldm3d.networks import Networks
 from ldm3d.start import GaussianStart
 
 
-class Pipeline(Applied):
-    """Autoencoder, U-Net and all that belongs to them. What it does with a given scan: `ldm3d.applied`.
+class Pipeline(Networks, Applied):
+    """Autoencoder, U-Net and all that belongs to them.
+
+    What computes: `ldm3d.networks`; what is done with a given scan: `ldm3d.applied`.
 
     Args:
         autoencoder, unet: networks in evaluation mode, on one device. Their weights are frozen: gradients pass through
@@ -108,23 +106,9 @@ class Pipeline(Applied):
         self._decoder = PlannedDecoder()
 
     @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
-
-    @property
     def output_grid(self) -> Grid:
         """The grid of generated volumes: the networks' own without what is cropped."""
         return self.grid.cropped(self.crop)
-
-    @property
-    def group_size(self) -> int:
-        """Rows of a batch: `group`, or what fills the device."""
-        positions = math.prod(self.autoencoder.latent_shape(self.grid.shape)[1:])
-        return self.group or default_group_size(positions, self.device)
 
     @property
     def computing(self) -> dict[str, Any]:
@@ -152,23 +136,6 @@ class Pipeline(Applied):
 
     def __repr__(self) -> str:
         return summary(self)
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """Move the networks; what starts sampling stays in float32."""
-        if self.start is not None:
-            self.start.to(device=device)
-        self.autoencoder.to(device=device, dtype=dtype)
-        self.unet.to(device=device, dtype=dtype)
-        return self
-
-    def compile(self) -> "Pipeline":
-        """Let torch.compile make the U-Net faster: worth its minute from some tens of volumes on.
-
-        On CUDA, sampling then replays CUDA graphs, which takes the launches of single kernels off the host.
-        """
-        self.compiled = True
-        self.unet.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
-        return self
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write the pipeline as a folder of safetensors and JSON.
@@ -316,59 +283,6 @@ class Pipeline(Applied):
         """A volume (C, X, Y, Z) on the networks' grid without the planes that generated volumes lose."""
         kept = (slice(before, n - after) for n, (before, after) in zip(volume.shape[1:], self.crop))
         return volume[:, *kept]
-
-    def denoiser(
-        self,
-        requests: Sequence[Mapping[str, Value]],
-        guidance: float = 1.0,
-        rescale: float = 0.0,
-        interval: tuple[float, float] = EVERYWHERE,
-        image_guidance: float = 1.0,
-        numbers: Sequence[int] = (),
-    ) -> Denoiser:
-        """(z, t) -> the expected clean latent of normalised latents (N, c, x, y, z), padded as the U-Net needs them.
-
-        Args:
-            requests: from `parse`, one for each of the batch.
-            guidance, image_guidance, rescale, interval: see `ldm3d.diffusion.guidance.apart`.
-            numbers: of the requests in their series, whose images `given` has; without these images are left open.
-        """
-        asked = Conditions(self.schema.encode(requests).to(self.device))
-        estimate = self.start and self.start.estimate
-        denoise = NetworkDenoiser(self.unet, self.process, self.target, self.scales, estimate)
-        if not len(self.schema):  # nothing is asked, so the answer with and without it would be the same
-            guidance = 1.0
-        if self.images is None or not numbers:
-            guided = classifier_free(denoise, asked, asked.open(), guidance, rescale, interval)
-        else:
-            scales = guidance, image_guidance, rescale, interval
-            guided = self.images.denoiser(denoise, asked, self, numbers, *scales)
-        if self.start is None:
-            return guided
-        return in_turn(self.start.denoiser(asked.covariates, self.process), guided, self.start.until, self.process)
-
-    def latents(
-        self,
-        requests: Sequence[Mapping[str, Value]],
-        sampling: Sampling,
-        numbers: Sequence[int],
-        progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Sample normalised latents (N, c, x, y, z), float32, for requests with these numbers; `progress` gets steps done."""
-        channels, *shape = self.autoencoder.latent_shape(self.grid.shape)
-        padded = channels, *self.unet.padded_shape(shape)
-        guided = sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval, sampling.image_guidance
-        denoise = self.denoiser(requests, *guided, numbers)
-        return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device, progress), shape)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""
-        return self._decoder.decode(self.autoencoder, self.autoencoder.denormalise(z.to(self.dtype)), self.decode_mode)
-
-    def reconstruct(self, volumes: Tensor) -> Tensor:
-        """Volumes (N, C, X, Y, Z) through the autoencoder and back: the best that generation could look like."""
-        moments = self.autoencoder.encode(volumes.to(self.device, self.dtype))
-        return self._decoder.decode(self.autoencoder, self.autoencoder.sample(moments), self.decode_mode)
 
     def write(
         self,

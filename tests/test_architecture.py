@@ -72,6 +72,7 @@ LAYERS = (
     ("seen", "metrics", "environment", "figures", "shipped", "account", "methods", "other_data"),
     ("base_model",),
     ("experiment", "generation", "folder", "applied", "dicom"),
+    ("networks",),
     ("pipeline",),
     ("published", "rulers", "card"),
     ("applications",),

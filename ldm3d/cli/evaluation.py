@@ -81,8 +81,7 @@ def evaluate(
     from ldm3d.shipped import model_folder
 
     processes = started_processes()
-    if with_likelihood and precision == "auto":
-        precision = "float32"  # see `likelihood`
+    precision = "float32" if with_likelihood and precision == "auto" else precision  # see `likelihood`
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
     function = load_measure(measure, str(pipeline.device))
     extractor = _extractor(features or (f"segmenter:{segmenter}" if segmenter else "random"))
