@@ -28,11 +28,11 @@ from ldm3d import shipped
 pytestmark = pytest.mark.slow
 
 APART = {
-    r"(pip|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|mri_synthseg|pre-commit) ": "not ldm3d",
+    r"(pip|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|mri_synthseg|pre-commit) ": "not ldm3d",
     r"python -m venv": "not ldm3d",
     r"python benchmarks/": "benchmarks run for long, and have tests of their own",
     r"accelerate launch --dynamo_backend": "compiles for minutes",
-    r"ldm3d import-monai": "needs MONAI's published weights; tests/test_published.py makes some",
+    r"ldm3d import-monai|ldm3d generate models/brain": "needs MONAI's published weights; tests/test_published.py makes some",
     r"ldm3d import-dicom": "needs DICOM of a scanner; tests/test_from_dicom.py makes some",
     r"ldm3d push|ldm3d generate ann/": "needs a hub; tests/test_hub.py has one",
     r"ldm3d generate runs/ixi": "asks for a site, which the tiny data lack; tests/test_tutorial.py has the rest of the page",
@@ -46,7 +46,7 @@ TINY = {
     "generate": ["--num", "1", "--steps", "1"],
     "evaluate": ["--num", "4", "--steps", "1"],
     "audit": ["--num", "4", "--steps", "1"],
-    "explain": ["--seeds", "2", "--steps", "1"],
+    "explain": ["--seeds", "6", "--steps", "1"],
     "likelihood": ["--times", "2", "--steps", "2"],
     "edit": ["--steps", "1", "--register", "none"],
     "restore": ["--samples", "2", "--levels", "1", "--register", "none"],
@@ -80,7 +80,9 @@ def here(experiment, tmp_path, monkeypatch) -> Iterator[Path]:
         shutil.copytree(experiment / "run", f"runs/{name}")
     Path("runs/t1w-to-t2w").symlink_to("inpaint")  # one model with the images of both, which the page trains
     shutil.copytree(experiment / "run", "parts")
-    Path("MODEL").symlink_to("parts/model")
+    for name in ("MODEL", "NAME"):
+        Path(name).symlink_to("parts/model")
+    shutil.copytree(experiment / "run", "trained/run", ignore=shutil.ignore_patterns("diffusion-training", "model"))
     for name in ("DIR", "data/toy", "data/brains", "data/clinic", "path/to/bids"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(experiment / "data")
@@ -101,16 +103,21 @@ def one_step(models: Path, folder: Path, monkeypatch) -> None:
 def own_files(experiment: Path) -> None:
     """Scans, tables and configs of the reader's own."""
     scans = sorted((experiment / "data").glob("sub-*/anat/*_T1w.nii.gz"))
-    shutil.copy(scans[0], "scan.nii.gz")
     image = nib.load(scans[0])
+    affine = image.affine @ np.diag([1, 1, 1.3, 1])  # thick slices
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), affine), "scan.nii.gz")
     marked = np.zeros(image.shape, np.uint8)
     marked[tuple(slice(n // 2 - 2, n // 2 + 2) for n in image.shape)] = 1
     for name in ("lesion", "mask"):
-        nib.save(nib.Nifti1Image(marked, image.affine), f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(marked, affine), f"{name}.nii.gz")
     people = pd.read_csv(experiment / "data/participants.tsv", sep="\t")
     table = pd.DataFrame({"path": list(map(str, scans)), "age": people["age"], "sex": people["sex"]})
     table.to_csv("healthy.tsv", sep="\t", index=False)
     table[:2].to_csv("scans.tsv", sep="\t", index=False)
+    Path("ixi").mkdir()
+    table["subject"] = people["participant_id"].str.removeprefix("sub-")
+    table["ventricular_volume_ml"] = people["ventricular_volume_ml"]
+    table.to_csv("ixi/scans.csv", index=False)
     Path("requests.tsv").write_text("age\tsex\n72\tF\n30\tM\n")
     Path("about.md").write_text("Whose data it was trained on.\n")
     settings = tiny_settings(Path.cwd() / "trained")
@@ -133,6 +140,8 @@ def run(command: list[str]) -> None:
         case ["ldm3d", "config", name, *rest]:
             command_line("config", name, *("own.yaml" if word == "mine.yaml" else word for word in rest))
         case ["ldm3d", name, *rest]:
+            if name == "phantoms" and Path(rest[0]).is_symlink():
+                Path(rest[0]).unlink()
             given = TINY.get(name, [])
             if ABOUT.get(name) in rest or "--bids" in rest:
                 given = given[2:] if name == "generate" else given

@@ -71,12 +71,13 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 8080) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; InputError where it cannot be had."""
+    """A socket that listens at an address, so that nobody is refused meanwhile; InputError where it cannot be had."""
     address = host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
+        listener.listen(256)
     except OSError as error:
         listener.close()
         raise InputError(f"cannot listen at {host}, port {port}: {error.strerror or error}; choose another --port") from None
