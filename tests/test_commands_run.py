@@ -53,6 +53,8 @@ TINY = {
     "calibrate": ["--samples", "1", "--levels", "1"],
     "anomaly": ["--samples", "1", "--levels", "1"],
     "phantoms": ["--subjects", "6"],
+    "atlas": ["--volumes", "2", "--rounds", "1", "--steps", "1"],
+    "augment": ["--per-group", "3", "--steps", "1"],
 }
 ABOUT = {"generate": "--table", "edit": "--table"}  # with it, the number of volumes is the table's
 
@@ -100,20 +102,33 @@ def one_step(models: Path, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(shipped, "FOLDERS", (folder,))
 
 
+def thick(source: Path, target: Path) -> None:
+    """A scan whose slices are thicker, and whose head is longer."""
+    image = nib.load(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine @ np.diag([1, 1, 1.3, 1])), target)
+
+
 def own_files(experiment: Path) -> None:
     """Scans, tables and configs of the reader's own."""
-    scans = sorted((experiment / "data").glob("sub-*/anat/*_T1w.nii.gz"))
-    image = nib.load(scans[0])
-    affine = image.affine @ np.diag([1, 1, 1.3, 1])  # thick slices
-    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), affine), "scan.nii.gz")
-    marked = np.zeros(image.shape, np.uint8)
-    marked[tuple(slice(n // 2 - 2, n // 2 + 2) for n in image.shape)] = 1
+    data = experiment / "data"
+    scans = sorted(data.glob("sub-*/anat/*_T1w.nii.gz"))
+    thick(scans[0], Path("scan.nii.gz"))
+    for path in scans[:2]:
+        thick(path, Path("dataset") / path.relative_to(data))
+    for name in ("dataset_description.json", "participants.tsv"):
+        shutil.copy(data / name, "dataset")
+    Path("patients").symlink_to("dataset")
+    marked = np.zeros(nib.load("scan.nii.gz").shape, np.uint8)
+    marked[tuple(slice(n // 2 - 2, n // 2 + 2) for n in marked.shape)] = 1
     for name in ("lesion", "mask"):
-        nib.save(nib.Nifti1Image(marked, affine), f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(marked, nib.load("scan.nii.gz").affine), f"{name}.nii.gz")
     people = pd.read_csv(experiment / "data/participants.tsv", sep="\t")
     table = pd.DataFrame({"path": list(map(str, scans)), "age": people["age"], "sex": people["sex"]})
     table.to_csv("healthy.tsv", sep="\t", index=False)
-    table[:2].to_csv("scans.tsv", sep="\t", index=False)
+    table[["age", "sex"]].to_csv("training.csv", index=False)
+    paths = sorted(map(str, Path("dataset").glob("sub-*/anat/*.nii.gz")))
+    table[:2].assign(path=paths, hole="lesion.nii.gz").to_csv("scans.tsv", sep="\t", index=False)
     Path("ixi").mkdir()
     table["subject"] = people["participant_id"].str.removeprefix("sub-")
     table["ventricular_volume_ml"] = people["ventricular_volume_ml"]
