@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old-cpu test-long torture bench gpu lint docs notebooks clean
+.PHONY: demo test test-old-cpu test-long torture bench gpu lint docs docs-commands notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -61,6 +61,10 @@ lint: $(VENV)/installed
 # The documentation as a site, in site/; nothing is fetched from a network
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Runs the commands of README and docs as they stand, with a tiny model under every name
+docs-commands: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_commands_run.py -m slow
 
 # Runs the notebooks of docs/notebooks
 notebooks: $(VENV)/installed
