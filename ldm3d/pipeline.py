@@ -1,8 +1,10 @@
 """From covariates to volumes: everything a trained experiment needs, in one folder.
 
-FOLDER/pipeline.json        Grid, covariates with their fitted normalisation, process, defaults, versions
-FOLDER/autoencoder, unet    config.json and model.safetensors each
-FOLDER/start                the same, where sampling starts with a Gaussian
+The files:
+
+    FOLDER/pipeline.json        Grid, covariates with their fitted normalisation, process, defaults, versions
+    FOLDER/autoencoder, unet    config.json and model.safetensors each
+    FOLDER/start                the same, where sampling starts with a Gaussian
 """
 
 import copy

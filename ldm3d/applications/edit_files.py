@@ -1,12 +1,14 @@
 """Edited scans as a BIDS derivative: a folder that a killed command leaves in order, and goes on with.
 
-OUT/sub-XX[/ses-YY]/anat/   ..._desc-edited_T1w.nii.gz    the scan with other covariates; desc-trajectory, 4D, for several
-                            ..._desc-difference_T1w       edited minus scan, in the scan's intensities
-                            ..._desc-tissuechange_T1w     share of each voxel that became (+) or ceased to be (-) tissue
-                            ..._desc-spread_T1w           deviation of the change over samples, where there are several
-                            ..._desc-edited_T1w.json      (or desc-trajectory) appears last: with it the scan is done
-OUT/figures/                a picture of each
-OUT/volumes.tsv             measured volumes before and after
+The files:
+
+    OUT/sub-XX[/ses-YY]/anat/   ..._desc-edited_T1w.nii.gz    the scan with other covariates; desc-trajectory, 4D, for several
+                                ..._desc-difference_T1w       edited minus scan, in the scan's intensities
+                                ..._desc-tissuechange_T1w     share of each voxel that became (+) or ceased to be (-) tissue
+                                ..._desc-spread_T1w           deviation of the change over samples, where there are several
+                                ..._desc-edited_T1w.json      (or desc-trajectory) appears last: with it the scan is done
+    OUT/figures/                a picture of each
+    OUT/volumes.tsv             measured volumes before and after
 """
 
 import json

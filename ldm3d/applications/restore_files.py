@@ -1,9 +1,11 @@
 """A restored scan as files.
 
-..._desc-restored_T1w.nii.gz     the mean of all samples, on the scan's voxels or finer ones
-..._desc-samples_T1w.nii.gz      the samples, 4D
-..._desc-deviation_T1w.nii.gz    how far to trust each voxel, in the scan's intensities
-figures/                         a picture
+The files:
+
+    ..._desc-restored_T1w.nii.gz     the mean of all samples, on the scan's voxels or finer ones
+    ..._desc-samples_T1w.nii.gz      the samples, 4D
+    ..._desc-deviation_T1w.nii.gz    how far to trust each voxel, in the scan's intensities
+    figures/                         a picture
 """
 
 from collections.abc import Mapping
