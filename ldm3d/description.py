@@ -206,12 +206,21 @@ def summary(pipeline: Any) -> str:
             *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(pipeline.schema)),
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
             f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}"
-            + (f"; a Gaussian starts, until sigma / alpha is {pipeline.start.until:g}" if pipeline.start else ""),
+            + _of_start(pipeline),
             *(f"  {'takes' if i == 0 else '':9} {c.name}: {in_words(c)}" for i, c in enumerate(pipeline.conditions)),
             f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
             f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
         ]
     )
+
+
+def _of_start(pipeline: Any) -> str:
+    """What the Gaussian of a pipeline does, behind its process."""
+    if pipeline.start is None:
+        return ""
+    if pipeline.conditions:
+        return "; beside a Gaussian" + (" that knows the images" if pipeline.start.image_channels else "")
+    return f"; a Gaussian starts, until sigma / alpha is {pipeline.start.until:g}"
 
 
 def hash_of_model(folder: Path) -> str:
@@ -240,7 +249,13 @@ def check_parts(
         )
     if start is not None and start.residual and not scales:
         raise InputError(f"{folder}: {START} is of a network that needs scales, and {DESCRIPTION} has none")
-    if unet.image_channels != (wanted := ImageChannels(parts["conditions"], autoencoder).count):
+    wanted = ImageChannels(parts["conditions"], autoencoder).count
+    if start is not None and start.image_channels not in (0, wanted):
+        raise InputError(
+            f"{folder}: {START} knows images of {start.image_channels} channels, the conditions in {DESCRIPTION} have {wanted}; "
+            "they are of different models"
+        )
+    if unet.image_channels != wanted:
         raise InputError(
             f"{folder}: the U-Net takes images of {unet.image_channels} channels, the conditions in {DESCRIPTION} have "
             f"{wanted}; they are of different models"

@@ -96,7 +96,7 @@ class Networks:
         else:
             scales = guidance, image_guidance, rescale, interval
             guided = self.images.denoiser(denoise, asked, self, numbers, *scales)
-        if self.start is None:
+        if self.start is None or self.conditions:  # a network that is given images is trained at every level of noise
             return guided
         return in_turn(self.start.denoiser(asked.covariates, self.process), guided, self.start.until, self.process)
 

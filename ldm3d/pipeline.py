@@ -55,7 +55,7 @@ class Pipeline(Networks, Applied):
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
         scales: of the latent channels, see `ldm3d.diffusion.preconditioning`; none where all have variance 1.
-        start: denoises at high noise, in place of the U-Net; None where the U-Net was trained at every level of noise.
+        start: denoises at high noise in place of the U-Net, if there are no `conditions`; None where there is no such Gaussian.
         denoising: sigma / alpha -> (error of the model, of the best Gaussian) on validation latents, relative to their
             variance; what is known of it from training.
         conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.

@@ -4,22 +4,29 @@ At high noise the best denoiser is nearly linear, and a Gaussian that is fitted 
 A network takes long to learn the same. So the Gaussian denoises down to a noise level `until`, and the network from there on,
 for which alone it is trained. With `residual` the network sees the Gaussian's answer and learns what that leaves.
 
+A model that is given images has its network at every level of noise, beside the Gaussian's answer. The Gaussian may know the
+images, too (`with_images`): they shift its mean by a linear formula, and a second covariance is of what that leaves. Where all
+images are left open it is the first Gaussian, to the bit.
+
 Legend: as in `ldm3d.diffusion.gaussian`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ldm3d.diffusion.denoiser import BatchDenoiser
+from ldm3d.diffusion.denoiser import BatchDenoiser, Estimator
 from ldm3d.diffusion.gaussian import ConditionalGaussian, Gaussian
 from ldm3d.diffusion.gaussian_fit import fit_conditional
-from ldm3d.diffusion.process import Process
+from ldm3d.diffusion.preconditioning import Estimated
+from ldm3d.diffusion.process import Process, as_double
+from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import EIGHT_BITS, Pretrained
+from ldm3d.reading import Reading, is_given
 
 
 class GaussianStart(Pretrained):
@@ -32,9 +39,10 @@ class GaussianStart(Pretrained):
         until: sigma / alpha down to which it denoises.
         residual: whether the network has learned what it leaves, see `ldm3d.diffusion.preconditioning`.
         spanned: the channels that the components span, by number; None: all. Others are white about what covariates tell.
+        image_channels: of the images that it knows; 0 for none.
     """
 
-    of_eight_bits = ("directions", "slopes")
+    of_eight_bits = ("directions", "slopes", "seeing.directions", "seeing.slopes")
 
     def __init__(
         self,
@@ -44,6 +52,7 @@ class GaussianStart(Pretrained):
         until: float,
         residual: bool = False,
         spanned: Sequence[int] | None = None,
+        image_channels: int = 0,
     ):
         super().__init__()
         self.shape, self.num_categories, self.until, self.residual = tuple(shape), tuple(num_categories), until, residual
@@ -54,6 +63,11 @@ class GaussianStart(Pretrained):
         sizes |= {"slopes": (p, *shape), "centre": (p,), "covariance": (p, p)}
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(*size))
+        self.image_channels, self.reading, self.seeing = image_channels, None, None
+        if image_channels:
+            self.reading = Reading(shape, image_channels)
+            # Of what images leave
+            self.seeing = GaussianStart(shape, num_categories, components, until, False, spanned)
 
     @classmethod
     def fit(
@@ -64,18 +78,22 @@ class GaussianStart(Pretrained):
         components: int,
         until: float,
         residual: bool = False,
-        channels: int | None = None,
+        channels: int | Sequence[int] | None = None,
     ) -> Self:
         """Fit it to training latents (N, C, X, Y, Z) and their covariates (N, K, 2).
 
-        Its components span the `channels` with the largest variance, or all. Where channels have scales of their own, a few
-        have nearly all of it, and components of these alone take less room and are estimated better.
+        Its components span so many `channels`, those with the largest variance; or those of a list; or all. Where channels
+        have scales of their own, a few have nearly all variance, and components of these alone take less room and are
+        estimated better.
 
         Raises:
             InputError: too few latents for so many components.
         """
         count = latents.shape[1]
-        chosen = sorted(latents.float().var(dim=(0, 2, 3, 4)).argsort(descending=True)[: channels or count].tolist())
+        if isinstance(channels, Sequence):
+            chosen = list(channels)
+        else:
+            chosen = sorted(latents.float().var(dim=(0, 2, 3, 4)).argsort(descending=True)[: channels or count].tolist())
         spanned = torch.zeros(count, dtype=torch.bool)
         spanned[chosen] = True
         fitted = fit_conditional(latents, *features(context, num_categories), components, spanned=spanned)
@@ -87,13 +105,35 @@ class GaussianStart(Pretrained):
         start.load_state_dict({**vars(rounded), "slopes": slopes, "centre": fitted.centre, "covariance": fitted.covariance})
         return start.requires_grad_(False)
 
+    def with_images(self, latents: Tensor, context: Tensor, given: Callable[[Sequence[int]], Conditions]) -> "GaussianStart":
+        """The same that knows images, too.
+
+        Args:
+            latents, context: as `fit` takes them.
+            given: numbers of latents -> their images.
+
+        Raises:
+            InputError: too few latents have an image.
+        """
+        reading = Reading.fit(latents, given)
+        numbers = [int(n) for n in is_given(given(range(len(latents)))).nonzero()[:, 0]]
+        left = torch.stack([latents[n] - reading(given([n]).to("cpu"))[0] for n in numbers])
+        options = self.num_categories, len(self.directions), self.until
+        seeing = type(self).fit(left, context[numbers], *options, channels=self.spanned)
+        start = type(self)(**{**self.arguments, "image_channels": len(reading.usual)})
+        parts = {"reading": reading, "seeing": seeing}
+        own = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        start.load_state_dict({**self.state_dict(), **own})
+        return start.requires_grad_(False)
+
     @property
     def estimate(self) -> Self | None:
         """Itself where the network has learned what it leaves, see `ldm3d.diffusion.denoiser.NetworkDenoiser`."""
         return self if self.residual else None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        vars(self).pop("gaussian", None)  # its buffers move
+        for each in (self, self.seeing):
+            vars(each).pop("gaussian", None) if each is not None else None  # its buffers move
         return super()._apply(*args, **kwargs)
 
     @functools.cached_property
@@ -108,6 +148,31 @@ class GaussianStart(Pretrained):
     def denoiser(self, context: Tensor, process: Process) -> BatchDenoiser:
         """(z, t) -> E[x | z, covariates] for covariates (N, K, 2) of a batch, the encoding of `ldm3d.covariates`."""
         return self.gaussian.denoiser(*features(context, self.num_categories), process)
+
+    def under(self, conditions: Conditions, process: Process) -> Estimator:
+        """(z, t) -> what it says of x under these conditions; images are looked at if it knows them."""
+        seen = is_given(conditions)
+        if self.reading is None or self.seeing is None or not seen.any():
+            denoise = self.denoiser(conditions.covariates, process)
+            return lambda z, t: Estimated(denoise(z, t), self.left(t, process))
+        shifts = self.reading(conditions)
+        parts = [
+            (rows, part, part.denoiser(conditions.covariates[rows], process))
+            for rows, part in ((seen.nonzero()[:, 0], self.seeing), ((~seen).nonzero()[:, 0], self))
+            if len(rows)
+        ]
+
+        def estimate(z: Tensor, t: float | Tensor) -> Estimated:
+            times = as_double(t).to(z.device).expand(len(z))
+            x, left = torch.empty_like(z), z.new_empty(z.shape[:2])
+            for rows, part, denoise in parts:
+                alpha = process.alpha(times[rows]).to(z)[:, None, None, None, None]
+                shift = torch.where(seen[rows, None, None, None, None], shifts[rows], 0).to(z)
+                x[rows] = shift + denoise(z[rows] - alpha * shift, times[rows])
+                left[rows] = part.left(times[rows], process).to(z)
+            return Estimated(x, left)
+
+        return estimate
 
     def left(self, t: float | Tensor, process: Process) -> Tensor:
         """Standard deviation of what it leaves of each channel, (N or 1, C); see `ConditionalGaussian.left`."""

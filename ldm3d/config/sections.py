@@ -96,6 +96,8 @@ class StartConfig(Section):
     # The network sees the Gaussian's answer, and learns what it leaves
     residual: Annotated[bool, Field(exclude_if=lambda residual: not residual)] = False
     refit: Annotated[bool, Field(exclude_if=lambda refit: not refit)] = False  # to these scans, though init_from has one
+    # The Gaussian knows the images of `conditions`, too (ldm3d.reading)
+    images: Annotated[bool, Field(exclude_if=lambda images: not images)] = False
 
 
 class DiffusionConfig(Section):
@@ -106,7 +108,7 @@ class DiffusionConfig(Section):
     time_sampling: TimeSamplingConfig = TimeSamplingConfig()
     loss_weight: Literal["none", "min-snr", "noise", "level"] = "none"
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
-    # A Gaussian denoises at high noise, the network below it; None: the network alone
+    # A Gaussian denoises at high noise, the network below it; None: the network alone, as at all noise with `conditions`
     start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
     # Train on brains mirrored from left to right, too: twice as many
     mirror: Annotated[bool, Field(exclude_if=lambda mirror: not mirror)] = False
@@ -131,6 +133,8 @@ class DiffusionConfig(Section):
     def objective(self) -> dict[str, Any]:
         """Arguments of `ldm3d.diffusion.objective.make_objective`."""
         beside = {"drop_covariates", "network", "training", "init_from", "conditions", "makes", "mirror"}
+        if self.conditions:  # the network sees images at every level of noise
+            beside.add("start")
         return self.model_dump(exclude=beside, exclude_none=True)
 
     @model_validator(mode="after")
@@ -138,8 +142,10 @@ class DiffusionConfig(Section):
         check_names(self.conditions)
         if self.conditions and self.mirror:
             raise ValueError("mirror: leave it out, the images of conditions are not mirrored")
-        if self.conditions and self.start:
-            raise ValueError("start: leave it out, the Gaussian does not know the images of `conditions`")
+        if self.conditions and self.start and not self.start.residual:
+            raise ValueError("start: with `conditions` the network sees what the Gaussian says; set start.residual to true")
+        if self.start and self.start.images and not self.conditions:
+            raise ValueError("start.images: there are no `conditions`; leave it out")
         made = next((each for each in self.conditions if each.name == self.makes), None)
         if self.makes and not (isinstance(made, ImageCondition) and made.suffix):
             raise ValueError(f"makes {self.makes!r} names no condition of kind image with a suffix; add it to `conditions`")

@@ -4,18 +4,18 @@ Legend: x clean latent, z noisy latent, both (N, C, X, Y, Z); t time in [0, 1], 
 other inputs of a network (`ldm3d.models.conditioning.Conditions`); here they are passed on.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ldm3d.diffusion.preconditioning import Preconditioning
+from ldm3d.diffusion.preconditioning import Estimated, Preconditioning
 from ldm3d.diffusion.process import Process
 
 Denoiser = Callable[[Tensor, float], Tensor]  # (z, t) -> the expected clean latent
 BatchDenoiser = Callable[[Tensor, float | Tensor], Tensor]  # the same with a time for each row, too
+Estimator = Callable[[Tensor, float | Tensor], Estimated]
 TIMESTEPS = 1000  # what networks call the time t = 1, as MONAI's and diffusers' schedulers count
 
 
@@ -28,12 +28,8 @@ class ConditionalDenoiser(Protocol):
 class Estimate(Protocol):
     """A formula for the expected clean latent, whose remainder a network can learn (`ldm3d.start.GaussianStart`)."""
 
-    def denoiser(self, context: Tensor, process: Process) -> BatchDenoiser:
-        """(z, t) -> x for covariates (N, K, 2); t a float or (N,)."""
-        ...
-
-    def left(self, t: float | Tensor, process: Process) -> Tensor:
-        """Standard deviation of what it leaves of each channel, (N or 1, C)."""
+    def under(self, conditions: Any, process: Process) -> Estimator:
+        """(z, t) -> what it says of x under these conditions; t a float or (N,)."""
         ...
 
 
@@ -58,12 +54,11 @@ class NetworkDenoiser:
         estimate: Estimate | None = None,
     ):
         self.network, self.process, self.estimate = network, process, estimate
-        left = None if estimate is None else functools.partial(estimate.left, process=process)
-        self.preconditioning = Preconditioning(process, target, scales, left)
+        self.preconditioning = Preconditioning(process, target, scales, estimate is not None)
 
     def __call__(self, z: Tensor, t: float | Tensor, conditions: Any) -> Tensor:
         """The expected clean latent at time t, a float or (N,), like z, in float32."""
-        g = None if self.estimate is None else self.estimate.denoiser(conditions.covariates, self.process)(z, t)
+        g = None if self.estimate is None else self.estimate.under(conditions, self.process)(z, t)
         seen = self.preconditioning.input(z, t, g)
         output = call_network(self.network, seen, self.process.network_time(t), conditions)
         return self.preconditioning.to_data(output, z, t, g)

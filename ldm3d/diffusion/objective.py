@@ -4,13 +4,12 @@ Legend: x clean latents, e noise, both (N, C, X, Y, Z); u quantiles in [0, 1), (
 is the network, (z, network time (N,)) -> prediction of the target, like z.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ldm3d.diffusion.denoiser import BatchDenoiser, Estimate
+from ldm3d.diffusion.denoiser import Estimator
 from ldm3d.diffusion.preconditioning import Preconditioning
 from ldm3d.diffusion.process import Process, quantile_of_time, time_of_ratio, times_from_quantiles
 from ldm3d.diffusion.schedules import make_process
@@ -33,7 +32,7 @@ class Objective(Protocol):
         """The learned part of the process; None if the process is given."""
         ...
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: BatchDenoiser | None = None) -> Tensor:
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
         """(N,), like x; `estimate` where the network learns what it leaves of x."""
         ...
 
@@ -49,7 +48,7 @@ class Denoising:
         location, scale: of logit-normal times.
         scales: of the channels, see `Preconditioning`.
         until: times are drawn from this distribution below `until`; 1 for all of it.
-        left: of an estimate whose remainder is learned, see `Preconditioning`.
+        estimated: whether what an estimate leaves is learned, see `Preconditioning`.
     """
 
     schedule = None
@@ -64,21 +63,21 @@ class Denoising:
         scale: float = 1.0,
         scales: Sequence[float] = (),
         until: float = 1.0,
-        left: Callable[[float | Tensor], Tensor] | None = None,
+        estimated: bool = False,
     ):
         self.process, self.weight = process, weight
-        self.preconditioning = Preconditioning(process, target, scales, left)
+        self.preconditioning = Preconditioning(process, target, scales, estimated)
         self.times, self.location, self.scale = times, location, scale
         self.share = quantile_of_time(times, until, location, scale)
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: BatchDenoiser | None = None) -> Tensor:
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
         u = (u * self.share).clamp(MARGIN, 1 - MARGIN)
         t = times_from_quantiles(self.times, u, self.location, self.scale)
         z = self.process.add_noise(x, e, t)
         g = estimate(z, t) if estimate else None
         error = predict(self.preconditioning.input(z, t, g), self.process.network_time(t))
         error = error - self.preconditioning.target_of(x, e, t, g)
-        return self.preconditioning.loss(self.weight, t, error.square())
+        return self.preconditioning.loss(self.weight, t, error.square(), g)
 
 
 class VDMObjective:
@@ -96,7 +95,7 @@ class VDMObjective:
     def process(self) -> Process:
         return self.schedule.process()
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: BatchDenoiser | None = None) -> Tensor:
+    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
         return vdm_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))
 
 
@@ -107,19 +106,18 @@ def make_objective(
     time_sampling: Mapping[str, Any],
     scales: Sequence[float] = (),
     start: Mapping[str, Any] | None = None,
-    estimate: Estimate | None = None,
+    estimated: bool = False,
 ) -> Objective:
     """What a U-Net is trained on, by the keys of the config; a vdm's gamma is still a straight line.
 
     Args:
         process, target, loss_weight, time_sampling, start: sections of the config.
         scales: of the channels.
-        estimate: whose remainder is learned.
+        estimated: whether what an estimate leaves is learned.
     """
     if process["kind"] == "vdm":
         return VDMObjective(VDMSchedule(**{end: process[end] for end in ("gamma_min", "gamma_max") if end in process}), target)
     times, location, scale = (time_sampling[name] for name in ("kind", "location", "scale"))
     of_config = make_process(**process)
     until = time_of_ratio(of_config, start["until"]) if start else 1.0
-    left = functools.partial(estimate.left, process=of_config) if estimate else None
-    return Denoising(of_config, target, loss_weight, times, location, scale, scales, until, left)
+    return Denoising(of_config, target, loss_weight, times, location, scale, scales, until, estimated)

@@ -77,7 +77,7 @@ class Pretrained(nn.Module):
         """
         folder = Path(folder)
         weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
-        for name in self.of_eight_bits if dtype else ():
+        for name in (name for name in self.of_eight_bits if dtype and name in weights):
             short = self.get_buffer(name).to(EIGHT_BITS)
             weights[name] = short if torch.equal(short.float(), self.get_buffer(name).float()) else weights[name]
         folder.mkdir(parents=True, exist_ok=True)

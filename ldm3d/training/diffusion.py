@@ -106,7 +106,7 @@ class DiffusionTask(Task):
         self.images = TrainingImages(config, self.autoencoder, scans, self.contexts)
         self.padded = model.padded_shape(moments.shape[2:])
         self.estimate = self.start if settings.learns_residual else None
-        self.objective = make_objective(**settings.objective(), scales=self.scales, estimate=self.estimate)
+        self.objective = make_objective(**settings.objective(), scales=self.scales, estimated=settings.learns_residual)
         self.trained = {MAIN: Trained.of(model, training)}
         if (schedule := self.objective.schedule) is not None:  # 64 numbers, whose gradient `learn` sums over the processes
             self.companions = {"schedule": (schedule.to(accelerator.device), schedule_optimizer(schedule, settings))}
@@ -151,7 +151,7 @@ class DiffusionTask(Task):
             with self.accelerator.autocast():
                 return call_network(unet, z, network_time, conditions)
 
-        estimate = self.estimate and self.estimate.denoiser(conditions.covariates, self.objective.process)
+        estimate = self.estimate and self.estimate.under(conditions, self.objective.process)
         return self.objective.losses(predict, x, noise, u, estimate).mean()
 
     def before_step(self, loss: Tensor) -> None:
@@ -198,7 +198,7 @@ class DiffusionTask(Task):
         given, device = self.conditions_of(rows), self.accelerator.device
         process = self.objective.process
         model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales, self.estimate).given(given)
-        if self.start is not None:
+        if self.start is not None and not self.images:
             model = in_turn(self.start.denoiser(given.covariates, process), model, self.start.until, process)
 
         def denoise(z: Tensor, t: float) -> Tensor:
@@ -221,15 +221,19 @@ class DiffusionTask(Task):
         settings = self.config.diffusion.start
         if settings is None:
             return None
-        if self.config.diffusion.init_from and settings.residual and not settings.refit:
-            # Its network has learned what its own Gaussian leaves
-            return first_start(self.config).to(self.accelerator.device)
         rows = self.for_gaussian or self.split["train"]
-        latents, contexts = self.to_fit(rows)
-        components = min(settings.components, most_components(len(latents)))
-        of_config = self.schema.num_categories, components, settings.until, settings.residual, settings.channels
-        fitted = GaussianStart.fit(latents, contexts, *of_config)
-        return fitted.to(self.accelerator.device)
+        # Else its network has learned what another Gaussian leaves
+        own = settings.refit or not (self.config.diffusion.init_from and settings.residual)
+        latents, contexts = self.to_fit(rows) if own or settings.images else (None, None)
+        if own:
+            components = min(settings.components, most_components(len(latents)))
+            of_config = self.schema.num_categories, components, settings.until, settings.residual, settings.channels
+            start = GaussianStart.fit(latents, contexts, *of_config)
+        else:
+            start = first_start(self.config)
+        if settings.images:
+            start = start.with_images(latents, contexts, lambda chosen: self.conditions_of([rows[i] for i in chosen]))
+        return start.to(self.accelerator.device)
 
     @functools.cached_property
     def for_gaussian(self) -> list[int]:
