@@ -205,8 +205,7 @@ def summary(pipeline: Any) -> str:
             f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
             *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(pipeline.schema)),
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
-            f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}"
-            + _of_start(pipeline),
+            f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}" + _of_start(pipeline),
             *(f"  {'takes' if i == 0 else '':9} {c.name}: {in_words(c)}" for i, c in enumerate(pipeline.conditions)),
             f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
             f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
@@ -252,8 +251,8 @@ def check_parts(
     wanted = ImageChannels(parts["conditions"], autoencoder).count
     if start is not None and start.image_channels not in (0, wanted):
         raise InputError(
-            f"{folder}: {START} knows images of {start.image_channels} channels, the conditions in {DESCRIPTION} have {wanted}; "
-            "they are of different models"
+            f"{folder}: {START} knows images of {start.image_channels} channels, the conditions in {DESCRIPTION} have "
+            f"{wanted}; they are of different models"
         )
     if unet.image_channels != wanted:
         raise InputError(

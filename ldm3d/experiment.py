@@ -86,7 +86,7 @@ def latents_origin(config: Config) -> dict[str, str]:
         scans = read_scan_table(config)
         for each in conditions:
             files = find_files(config, each, scans)
-            origin[f"condition {each.name}"] = fingerprint_of_condition(each, files, list(scans["key"]))
+            origin[f"condition {each.name}"] = fingerprint_of_condition(config, each, files, list(scans["key"]))
     return origin
 
 

@@ -55,7 +55,7 @@ class Pipeline(Networks, Applied):
         skull_stripped: whether the volumes are brains without skull; goes into sidecars.
         suffix: BIDS suffix of what was trained on and is written, "T1w" or "FLAIR".
         scales: of the latent channels, see `ldm3d.diffusion.preconditioning`; none where all have variance 1.
-        start: denoises at high noise in place of the U-Net, if there are no `conditions`; None where there is no such Gaussian.
+        start: denoises at high noise in place of the U-Net, if there are no `conditions`; None: there is no such Gaussian.
         denoising: sigma / alpha -> (error of the model, of the best Gaussian) on validation latents, relative to their
             variance; what is known of it from training.
         conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.
@@ -130,10 +130,10 @@ class Pipeline(Networks, Applied):
         other.decode_mode = mode
         return other
 
-    def given(self, images: Images | Mapping[str, Any], like: str | None = None) -> "Pipeline":
+    def given(self, images: Images | Mapping[str, Any], like: str | None = None, stripped: bool = False) -> "Pipeline":
         """The same pipeline with images given: a set for all requests, as `__call__` takes it, or those of a series."""
         other = copy.copy(self)
-        other.images = images if isinstance(images, Images) else for_all(self, images, like)
+        other.images = images if isinstance(images, Images) else for_all(self, images, like, stripped)
         return other
 
     def __repr__(self) -> str:
@@ -180,6 +180,7 @@ class Pipeline(Networks, Applied):
         ask: Mapping[str, Any] | None = None,
         conditions: Mapping[str, Any] | None = None,
         like: str | None = None,
+        stripped: bool = False,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -201,6 +202,7 @@ class Pipeline(Networks, Applied):
             conditions: by the condition's name a file or a nibabel image in any space; or a pair of it and a mask of what was
                 measured, where the condition hides voxels. The same for all volumes.
             like: name of a condition on whose own voxels the answers lie; None: on the Grid.
+            stripped: scans of `conditions` have no skull any more, so no brain is extracted where the training's were.
             sampler, steps, guidance, guidance_rescale, guidance_interval, image_guidance, spacing, seed: see `Sampling`;
                 None takes the pipeline's own.
             batch_size: volumes sampled before they are decoded; of no influence on what they are.
@@ -221,7 +223,7 @@ class Pipeline(Networks, Applied):
         guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
         guided["image_guidance"] = image_guidance
         sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
-        pipeline, images = self.given(conditions or {}, like) if conditions or like else self, []
+        pipeline, images = self.given(conditions or {}, like, stripped) if conditions or like else self, []
         affine = pipeline.images.affine(0) if pipeline.images else None
         for volume in pipeline.volumes(requests, sampling, batch_size):
             images.append(to_image(volume, self.output_grid.affine if affine is None else affine, self.mark))

@@ -1,7 +1,7 @@
 """What images tell of a latent by a linear formula: a small kernel that is fitted in closed form, without training.
 
-Legend: x latents (N, C, X, Y, Z); c images on the same grid, (N, c', X, Y, Z), k where they are known; m, n the means of x and c
-at each position. With w a kernel of 3 x 3 x 3 blocks, x - m is about w * (k (c - n)): what is not given counts as usual.
+Legend: x latents (N, C, X, Y, Z); c images on the same grid, (N, c', X, Y, Z), k where they are known; m, n the means of x and
+c at each position. With w a kernel of 3 x 3 x 3 blocks, x - m is about w * (k (c - n)): what is not given counts as usual.
 """
 
 from collections.abc import Callable, Iterator, Sequence

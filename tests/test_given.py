@@ -20,7 +20,8 @@ from ldm3d.diffusion.guidance import apart, classifier_free
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.generation.dataset import find_sessions, images_of
-from ldm3d.generation.given import Images, place
+from ldm3d.generation.given import Images
+from ldm3d.generation.given_scans import place
 from ldm3d.geometry import Grid
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.conditioning import Conditions

@@ -18,13 +18,13 @@ from torch import Tensor
 import ldm3d
 from ldm3d.config.data import MNI152, RegistrationConfig
 from ldm3d.data import registration
-from ldm3d.data.extraction import Tool, find_tool
+from ldm3d.data.extraction import tool_of_model
 from ldm3d.data.given import read_given
 from ldm3d.data.nifti import to_image
 from ldm3d.data.placing import restore
 from ldm3d.data.removed import Removed, remove
 from ldm3d.description import Preparation
-from ldm3d.errors import InputError, shown
+from ldm3d.errors import InputError
 from ldm3d.geometry import WORLD
 from ldm3d.pipeline import Pipeline
 
@@ -122,7 +122,7 @@ def place(pipe: Pipeline, image: Any, register: RegistrationConfig | bool | None
         raise InputError(f"this model is of volumes with {channels} channels, and {name} is one; that is not supported yet")
     known = pipe.preparation or Preparation()
     wanted = _wanted(pipe, register)
-    tool = None if stripped else _tool(known)
+    tool = None if stripped else tool_of_model(known.brain_extraction)
     try:
         # An image in memory has no file of these voxels
         path = Path(image) if isinstance(image, str | Path) else Path("image")
@@ -135,20 +135,6 @@ def place(pipe: Pipeline, image: Any, register: RegistrationConfig | bool | None
         moments = pipe.autoencoder.encode(on_grid.to(pipe.dtype)).float()
         z = pipe.autoencoder.normalise(pipe.autoencoder.sample(moments)).float()
     return PlacedScan(pipe, name, scan, seen, removed, affine, info, on_grid, z)
-
-
-def _tool(known: Preparation) -> Tool | None:
-    """The program that extracts brains as those of the training were."""
-    if known.brain_extraction is None:
-        return None
-    try:
-        return find_tool(known.brain_extraction)
-    except InputError:
-        raise InputError(
-            f"the brains of the model's scans were extracted by {shown(known.brain_extraction.command)}, and there is no such "
-            "program on PATH; install it, or extract the scan's brain otherwise and say that it is done (stripped=True, "
-            "--stripped)"
-        ) from None
 
 
 def _wanted(pipe: Pipeline, register: RegistrationConfig | bool | None) -> RegistrationConfig | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, load_model
+from ldm3d.cli.placing import Stripped
 from ldm3d.errors import InputError, shown
 
 
@@ -37,6 +38,7 @@ def generate(
     bids: Annotated[Path | None, typer.Option(help="Dataset with the images: --num volumes for each session.")] = None,
     like: Annotated[str | None, typer.Option(help="Condition on whose own voxels the volumes are written.")] = None,
     image_guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the images.")] = None,
+    stripped: Stripped = False,
 ) -> None:
     """Generate volumes for given covariates, and images where the model takes some, as a BIDS derivative.
 
@@ -62,10 +64,13 @@ def generate(
     if bids is not None or condition:
         if table is not None or audit is not None or (bids is not None and condition):
             raise InputError("--bids and --condition go with covariates and --num, and with neither --table nor --audit")
-        pipeline, rows = with_images(pipeline, asked, num or 1, named_files(condition, measured, told), bids, like)
+        files = named_files(condition, measured, told)
+        pipeline, rows = with_images(pipeline, asked, num or 1, files, bids, like, stripped)
     else:
-        if like or measured or told:
-            raise InputError("--like, --measured and --told go with images: give --condition NAME=FILE, or --bids DIR")
+        if like or measured or told or stripped:
+            raise InputError(
+                "--like, --measured, --told and --stripped go with images: give --condition NAME=FILE, or --bids DIR"
+            )
         rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:
@@ -267,15 +272,17 @@ def named_files(conditions: list[str], measured: list[str], told: list[str]) -> 
     return {name: (path, beside[name]) if name in beside else path for name, path in files.items()}
 
 
-def with_images(pipeline, asked: dict, num: int, files: dict, bids: Path | None, like: str | None) -> tuple:
+def with_images(
+    pipeline, asked: dict, num: int, files: dict, bids: Path | None, like: str | None, stripped: bool = False
+) -> tuple:
     """(the pipeline with images given, requests), from files or from a dataset."""
     from ldm3d.generation.dataset import find_sessions, images_of, placeable
 
     if not pipeline.conditions:
         raise InputError("this model takes no images: it was trained without `diffusion.conditions`")
     if bids is None:
-        return pipeline.given(files, like), pipeline.parse([asked] * num)
+        return pipeline.given(files, like, stripped), pipeline.parse([asked] * num)
     sessions = find_sessions(bids, pipeline.conditions, pipeline.suffix, pipeline.schema.names)
-    sessions = placeable(sessions, pipeline, bids)
+    sessions = placeable(sessions, pipeline, bids, stripped)
     rows = [{**row, **asked} for row in sessions.rows for _ in range(num)]
-    return pipeline.given(images_of(sessions, pipeline, bids, num, like)), pipeline.parse(rows)
+    return pipeline.given(images_of(sessions, pipeline, bids, num, like, stripped)), pipeline.parse(rows)

@@ -25,7 +25,8 @@ from ldm3d.data.keys import file_key, scan_of
 from ldm3d.data.labels import LabelMaps, read_labels, shares_on_grid
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import grid_of, to_grid
-from ldm3d.data.preparing import load_info, load_prepared
+from ldm3d.data.preparing import load_info, load_prepared, load_removed
+from ldm3d.data.removed import remove_beside
 from ldm3d.errors import InputError, some
 from ldm3d.geometry import WORLD, Grid
 from ldm3d.randomness import generator
@@ -87,9 +88,12 @@ def _label_maps(config: Config, condition: LabelsCondition, scans: pd.DataFrame)
     ]
 
 
-def fingerprint(condition: Cached, files: Sequence[Path | None], keys: Sequence[str]) -> str:
+def fingerprint(config: Config, condition: Cached, files: Sequence[Path | None], keys: Sequence[str]) -> str:
     """16 hex digits that change with any file of a condition, with its scan and with what is made of it."""
     settings = condition.model_dump(mode="json", include={"kind", "groups"})
+    data = config.data
+    if isinstance(condition, ImageCondition) and (data.mask or data.brain_extraction or data.bias_correction):
+        settings["relieved"] = "like the scan"  # which earlier versions did not do
     digest = hashlib.sha256(json.dumps(settings).encode())
     for file, key in zip(files, keys):
         digest.update(f"{key} {file_key(file, {}) if file else ''}\n".encode())
@@ -107,8 +111,14 @@ def load_condition(config: Config, condition: Cached, files: Mapping[str, Path |
     grid, file = grid_of(config.data.grid), files[key]
     if file is None:
         return np.full((len(getattr(condition, "groups", (0,))), *grid.shape), np.nan, np.float32)
+    info = load_info(config, key)
     try:
-        return on_grid(condition, file, at(grid, load_info(config, key)), config.data.percentiles)[0]
+        source: Path | tuple[NDArray, NDArray] = file
+        if isinstance(condition, ImageCondition):
+            image, affine = read_volume(file)
+            scan, of_scan = load_removed(config, key), np.array(info["source_affine"])
+            source = remove_beside(image, affine, scan, of_scan, bool(config.data.bias_correction))[0], affine
+        return on_grid(condition, source, at(grid, info), config.data.percentiles)[0]
     except InputError as error:
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 

@@ -68,6 +68,23 @@ def find_tool(config: BrainExtractionConfig) -> Tool:
     return Tool(tuple(words), os.path.abspath(program), _version(words[0], program))
 
 
+def tool_of_model(config: BrainExtractionConfig | None) -> Tool | None:
+    """The program that extracts brains as those of a model's training were; None where none were.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if config is None:
+        return None
+    try:
+        return find_tool(config)
+    except InputError:
+        raise InputError(
+            f"the brains of the model's scans were extracted by {shown(config.command)}, and there is no such program on "
+            "PATH; install it, or extract the scan's brain otherwise and say that it is done (stripped=True, --stripped)"
+        ) from None
+
+
 def extract(tool: Tool, path: Path, volume: NDArray, affine: NDArray) -> tuple[NDArray, NDArray]:
     """The mask of a scan's brain, (1, X, Y, Z), more than 0.5 inside; and its affine.
 

@@ -36,7 +36,7 @@ from ldm3d.data.one_scan import DAMAGED, REMOVED, VERSION, prepare_scan, read_st
 from ldm3d.data.people import kept_splits, split_columns, split_subjects
 from ldm3d.data.placing import BLOCK_MM, grid_of, restore
 from ldm3d.data.quality import read_look
-from ldm3d.data.removed import read_removed
+from ldm3d.data.removed import Removed, read_removed
 from ldm3d.data.tables import read_table, write_table
 from ldm3d.errors import InputError
 from ldm3d.files import checked_name, write_atomic
@@ -198,13 +198,17 @@ def restore_scan(config: Config, key: str, volume: NDArray, scan: NDArray | None
     Raises:
         InputError: nothing is prepared for the key, or what was kept of it is damaged.
     """
-    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}{REMOVED}"
     back, affine = restore(volume, load_info(config, key))
+    return load_removed(config, key).put_back(back, affine, scan), affine
+
+
+def load_removed(config: Config, key: str) -> Removed:
+    """What a key's scan was relieved of; InputError if its file is damaged."""
+    path = config.prepared_folder / "volumes" / f"{checked_name(key, 'key')}{REMOVED}"
     try:
-        removed = read_removed(path)
+        return read_removed(path)
     except (*DAMAGED, KeyError, BadZipFile) as error:
         raise InputError(f"{path} is damaged ({error}); delete the volumes of {key} and run `ldm3d prepare` again") from None
-    return removed.put_back(back, affine, scan), affine
 
 
 def fingerprint(config: Config) -> str:

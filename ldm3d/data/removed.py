@@ -89,6 +89,26 @@ def remove(
     return scan, Removed(kept, field), told
 
 
+def remove_beside(image: NDArray, affine: NDArray, scan: Removed, of_scan: NDArray, correct: bool) -> tuple[NDArray, Removed]:
+    """Take from another contrast of a session what was taken from its scan: the same mask, and its own bias field.
+
+    Args:
+        image: (1, X, Y, Z), in the world of the scan.
+        affine: (4, 4) of `image`.
+        scan, of_scan: what the scan was relieved of, and the scan's affine.
+        correct: whether bias fields are divided out.
+
+    Raises:
+        InputError: what `masked` and `remove` raise.
+    """
+    kept = None
+    if scan.kept is not None:
+        mask = scan.kept.astype(np.float32), of_scan
+        image, kept = masked(image, affine, mask, "the mask of its session's scan")
+    image, removed, _ = remove(image, affine, Path("image"), kept, None, correct)
+    return image, removed
+
+
 def masked(volume: NDArray, affine: NDArray, mask: tuple[NDArray, NDArray], name: Path | str) -> tuple[NDArray, NDArray]:
     """See `apply_mask`; an InputError names the mask."""
     try:

@@ -102,9 +102,7 @@ class Preconditioning:
             return z
         return z - self.process.alpha(as_double(t).to(z.device).reshape(-1, 1, 1, 1, 1)).to(z.dtype) * g.x
 
-    def _coefficients(
-        self, like: Tensor, t: float | Tensor, g: Estimated | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _coefficients(self, like: Tensor, t: float | Tensor, g: Estimated | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """r, a, b and s, each (N or 1, C, 1, 1, 1), of the type of `like`."""
         t = as_double(t).to(like.device).reshape(-1, 1)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)

@@ -31,7 +31,8 @@ from ldm3d.evaluation.simpler import Simpler
 from ldm3d.evaluation.subgroups import MEAN_TOLERANCE, VolumeScores, groupings
 from ldm3d.evaluation.support import outside_training
 from ldm3d.evaluation.truth import SAMPLES, SUBJECTS, compare_with_truth
-from ldm3d.generation.given import Given, Images, told_of
+from ldm3d.generation.given import Images
+from ldm3d.generation.given_scans import Given, told_of
 from ldm3d.metrics.discriminability import FOLDS, STEPS
 from ldm3d.metrics.features import Extractor
 from ldm3d.pipeline import Pipeline

@@ -20,7 +20,8 @@ from ldm3d.config.conditions import DegradedCondition, ImageCondition
 from ldm3d.covariates import Value
 from ldm3d.description import Sampling
 from ldm3d.evaluation.simpler import Simpler
-from ldm3d.generation.given import Given, Images
+from ldm3d.generation.given import Images
+from ldm3d.generation.given_scans import Given
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
 from ldm3d.models.unet import cut_to
 from ldm3d.pipeline import Pipeline

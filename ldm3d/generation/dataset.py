@@ -16,7 +16,8 @@ from ldm3d.data.layouts import label_of
 from ldm3d.data.tables import read_table
 from ldm3d.description import Preparation
 from ldm3d.errors import InputError, itemised
-from ldm3d.generation.given import Given, Images, odd_contrasts, place, told_of
+from ldm3d.generation.given import Images, odd_contrasts
+from ldm3d.generation.given_scans import Given, place, told_of
 
 MEASURED = "*desc-measured_mask*"  # what masks of what was measured are called
 LINK = "source"  # what BIDS URIs call the dataset
@@ -81,7 +82,7 @@ def find_sessions(folder: Path, conditions: Sequence[Condition], suffix: str, co
     return Sessions(list(map(_name, kept)), rows, files)
 
 
-def placeable(sessions: Sessions, pipeline: Any, folder: Path) -> Sessions:
+def placeable(sessions: Sessions, pipeline: Any, folder: Path, stripped: bool = False) -> Sessions:
     """The sessions whose images can be placed on the model's Grid; the others are named with the reason and left out.
 
     Sessions with an image of another contrast are named, too, and kept.
@@ -89,7 +90,7 @@ def placeable(sessions: Sessions, pipeline: Any, folder: Path) -> Sessions:
     reasons, odd = {}, {}
     for name, files in zip(sessions.names, sessions.files):
         try:
-            if said := odd_contrasts(pipeline, place_for(pipeline, files)):
+            if said := odd_contrasts(pipeline, place_for(pipeline, files, stripped)):
                 odd[name] = "; ".join(said)
         except InputError as error:
             reasons[name] = str(error)
@@ -104,22 +105,23 @@ def placeable(sessions: Sessions, pipeline: Any, folder: Path) -> Sessions:
     return Sessions(names, rows, images)  # type: ignore[arg-type]  # each of its own kind
 
 
-def place_for(pipeline: Any, files: Mapping[str, Any]) -> Given:
-    """See `ldm3d.generation.given.place`."""
-    placed = place(pipeline.conditions, files, pipeline.grid, pipeline.preparation or Preparation(), pipeline.skull_stripped)
+def place_for(pipeline: Any, files: Mapping[str, Any], stripped: bool = False) -> Given:
+    """See `ldm3d.generation.given_scans.place`, which calls `stripped` `has_no_skull`."""
+    preparation = pipeline.preparation or Preparation()
+    placed = place(pipeline.conditions, files, pipeline.grid, preparation, pipeline.skull_stripped, stripped)
     return replace(placed, told=told_of(pipeline.conditions, files, pipeline.schema))
 
 
-def images_of(sessions: Sessions, pipeline: Any, folder: Path, each: int, like: str | None) -> Images:
+def images_of(sessions: Sessions, pipeline: Any, folder: Path, each: int, like: str | None, stripped: bool = False) -> Images:
     """The images of a series with `each` volumes of every session."""
     digest = hashlib.sha256()
     for files in sessions.files:
         for name in sorted(files):
             for part in files[name] if isinstance(files[name], tuple) else (files[name],):
                 digest.update(f"{name} {part if isinstance(part, dict) else file_key(part, {})}\n".encode())
-    identity = {"dataset": digest.hexdigest()[:16], "each": each}
+    identity = {"dataset": digest.hexdigest()[:16], "each": each, **({"stripped": True} if stripped else {})}
     root = folder.resolve()
-    images = Images(pipeline.conditions, lambda n: place_for(pipeline, sessions.files[n // each]), identity, like)
+    images = Images(pipeline.conditions, lambda n: place_for(pipeline, sessions.files[n // each], stripped), identity, like)
     images.links = {LINK: root.as_uri()}
     images.named = lambda path: f"bids:{LINK}:{Path(path).resolve().relative_to(root)}"
     return images

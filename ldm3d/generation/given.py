@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,60 +15,22 @@ from torch import Tensor
 from torch.nn.functional import max_pool3d
 
 from ldm3d.conditions import ImageChannels
-from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
-from ldm3d.covariates import CovariateSchema
-from ldm3d.data.conditions import as_t1w, at, on_grid
+from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition
 from ldm3d.data.given import read_given
 from ldm3d.data.placing import restore
-from ldm3d.data.registration import placed as placed_scan
+from ldm3d.data.removed import Removed
 from ldm3d.data.seam import seamless
 from ldm3d.description import Preparation
 from ldm3d.diffusion.denoiser import ConditionalDenoiser, Denoiser
 from ldm3d.diffusion.guidance import apart
 from ldm3d.diffusion.measurement import kept
 from ldm3d.errors import InputError, choose
-from ldm3d.geometry import Grid, resample
+from ldm3d.generation.given_scans import Given, place, told_of
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.unet import pad_to
 
 KEPT = 8  # placed requests that are remembered
 WHOLE = 0.999  # share of a block from which on it counts as measured
-MOSTLY = 0.95  # share of a voxel, as wide as its point spread, from which on it counts as measured
-
-
-@dataclass(frozen=True, eq=False)
-class Own:
-    """An image as it came.
-
-    Attributes:
-        scan, affine: (1, X', Y', Z') in its own voxels and intensities.
-        info: of `ldm3d.data.placing.to_grid`, the way back.
-        measured: (X', Y', Z'), which of its voxels count; None: all.
-        source: its path; "" for an image without a file.
-    """
-
-    scan: NDArray
-    affine: NDArray
-    info: Mapping[str, Any]
-    measured: NDArray | None
-    source: str
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """The images of one request, on the Grid.
-
-    Attributes:
-        volumes: by the condition's name, (C, X, Y, Z).
-        measured: of conditions with voxels missing, by name: (1, X, Y, Z), 1 where a voxel is there.
-        own: by name, the image as it came.
-        told: of visits, by name: standardised covariates that they tell, (K,), NaN for unknown; see `told_of`.
-    """
-
-    volumes: Mapping[str, Tensor]
-    measured: Mapping[str, Tensor]
-    own: Mapping[str, Own]
-    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Images:
@@ -160,8 +120,12 @@ class Images:
             return cropped(volume)
         own = given.own[self.like]
         if own.measured is not None:
-            return seamless(restore(volume, own.info)[0], own.scan, own.measured)
-        return restore(volume, own.info if self._same_contrast(self.like) else {**own.info, "low": 0.0, "high": 1.0})[0]
+            made = own.removed.put_back(restore(volume, own.info)[0], own.affine, own.scan)
+            return seamless(made, own.scan, own.measured)
+        if self._same_contrast(self.like):
+            return own.removed.put_back(restore(volume, own.info)[0], own.affine, None)
+        made = restore(volume, {**own.info, "low": 0.0, "high": 1.0})[0]
+        return Removed(own.removed.kept).put_back(made, own.affine, None)  # its bias field is not another contrast's
 
     def affine(self, number: int) -> NDArray | None:
         """Of the answer to a request; None: the Grid's."""
@@ -176,8 +140,8 @@ class Images:
         return isinstance(condition, DegradedCondition) or (isinstance(condition, ImageCondition) and bool(condition.visit))
 
 
-def for_all(pipeline: Any, images: Mapping[str, Any], like: str | None) -> Images:
-    """One set of images for all requests; see `place`.
+def for_all(pipeline: Any, images: Mapping[str, Any], like: str | None, stripped: bool = False) -> Images:
+    """One set of images for all requests; see `place`, which calls `stripped` `has_no_skull`.
 
     Raises:
         InputError: what `place` raises; `like` is none of them.
@@ -186,11 +150,12 @@ def for_all(pipeline: Any, images: Mapping[str, Any], like: str | None) -> Image
         given = ", ".join(images) or "none"
         raise InputError(f"like {like!r} is no condition that is given; given are: {given}. Name one of them")
     conditions, preparation = pipeline.conditions, pipeline.preparation or Preparation()
-    placed = place(conditions, images, pipeline.grid, preparation, pipeline.skull_stripped)
+    placed = place(conditions, images, pipeline.grid, preparation, pipeline.skull_stripped, stripped)
     placed = replace(placed, told=told_of(conditions, images, pipeline.schema))
     for odd in odd_contrasts(pipeline, placed):
         warnings.warn(odd, stacklevel=3)
-    return Images(conditions, lambda _: placed, {"given": identity_of(images)}, like)
+    identity = {"given": identity_of(images), **({"stripped": True} if stripped else {})}
+    return Images(conditions, lambda _: placed, identity, like)
 
 
 def odd_contrasts(pipeline: Any, placed: Given) -> list[str]:
@@ -198,114 +163,6 @@ def odd_contrasts(pipeline: Any, placed: Given) -> list[str]:
     known = {name: each for name, each in pipeline.contrasts.items() if name in placed.volumes}
     found = (each.warning(name, placed.volumes[name].numpy(), pipeline.grid.spacing_mm) for name, each in known.items())
     return [each for each in found if each]
-
-
-def place(
-    conditions: Sequence[Condition], images: Mapping[str, Any], grid: Grid, preparation: Preparation, stripped: bool
-) -> Given:
-    """Bring the images of one request to the Grid: the first that is a scan as the training's scans were, the others with it.
-
-    Args:
-        conditions: of the model.
-        images: by the condition's name a path or a nibabel image in any space; or a pair of it and a mask, which is above 0
-            where the image was measured. Those of one subject and session share a world. A scan of another visit is placed
-            by itself; it may be a pair with covariates, see `told_of`.
-        grid, preparation, stripped: of the model.
-
-    Raises:
-        InputError: no image, an unknown condition, images of different subjects; what `read_given` and `to_grid` raise.
-    """
-    known = {each.name: each for each in conditions}
-    for name in images:
-        choose("condition", name, known)
-    if not images:
-        raise InputError(f"no condition is given; this model takes {', '.join(known) or 'none'}")
-    read = {name: _read(name, known[name], image) for name, image in images.items()}
-    _check_one_subject({name: source for name, (*_, source) in read.items()})
-    anchor = min(read, key=lambda name: (isinstance(known[name], LabelsCondition), list(known).index(name)))
-    volumes, measured, own = {}, {}, {}
-    lies: Grid | None = None
-    for name in (anchor, *(each for each in read if each != anchor)):
-        condition, (scan, affine, mask, source) = known[name], read[name]
-        try:
-            alone = lies is None or (isinstance(condition, ImageCondition) and bool(condition.visit))
-            if alone:
-                shape = as_t1w(scan) if isinstance(condition, LabelsCondition) else scan
-                volume, info = placed_scan(shape, affine, grid, preparation.percentiles, preparation.registration, stripped)
-                lies = lies or at(grid, info)
-            if not alone or isinstance(condition, LabelsCondition):
-                assert lies is not None
-                volume, info = on_grid(condition, (scan, affine), lies, preparation.percentiles)
-        except InputError as error:
-            raise InputError(f"{name}: {source or 'the image'}: {error}") from None
-        volumes[name] = torch.from_numpy(volume)
-        inside = None
-        if mask is not None:
-            voxels, of_mask = mask
-            inside = resample(voxels.astype(np.float32), of_mask, affine, scan.shape[1:])[0] > 0.5
-            there = resample(inside[None].astype(np.float32), affine, np.array(info["grid_affine"]), grid.shape)
-            outside = resample(np.ones_like(scan), affine, np.array(info["grid_affine"]), grid.shape) < MOSTLY
-            measured[name] = torch.from_numpy(np.where(outside, 1.0, there >= MOSTLY).astype(np.float32))
-            volumes[name] = volumes[name] * measured[name]
-        own[name] = Own(scan, affine, info, inside, source)
-    return Given(volumes, measured, own)
-
-
-def _read(name: str, condition: Condition, image: Any) -> tuple[NDArray, NDArray, tuple[NDArray, NDArray] | None, str]:
-    """(voxels, affine, mask with its affine or None, path or "") of an image."""
-    image, mask = image if isinstance(image, tuple) else (image, None)
-    mask = None if isinstance(mask, Mapping) else mask  # covariates of a visit
-    hides = isinstance(condition, DegradedCondition) and condition.hides
-    if hides and mask is None:
-        raise InputError(
-            f"{name}: say which voxels were measured: give (image, mask) (generate: --measured {name}=MASK.nii.gz)"
-        )
-    if mask is not None and not hides:
-        raise InputError(f"{name}: a mask of what was measured goes with conditions that hide voxels; leave it out")
-    try:
-        scan, affine, source = read_given(image)
-        if isinstance(condition, LabelsCondition):
-            scan = np.rint(scan).astype(np.int32)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    path = source if isinstance(image, str | Path) or Path(source).is_file() else ""
-    return scan, affine, None if mask is None else read_given(mask)[:2], path
-
-
-def told_of(conditions: Sequence[Condition], images: Mapping[str, Any], schema: CovariateSchema) -> dict[str, Tensor]:
-    """What visits tell, standardised, by the condition's name; those that are not given are NaN.
-
-    Args:
-        conditions: of the model.
-        images: as `place` takes them; a visit's may be a pair of an image and its covariates, {"age": 63}.
-        schema: of the model.
-
-    Raises:
-        InputError: covariates that the condition does not tell, or a value that is none.
-    """
-    told = {}
-    for condition in conditions:
-        pair = images.get(condition.name)
-        values = pair[1] if isinstance(pair, tuple) and isinstance(pair[1], Mapping) else {}
-        names = condition.tells if isinstance(condition, ImageCondition) else ()
-        if strangers := [name for name in values if name not in names]:
-            tells = ", ".join(names) or "no covariates"
-            raise InputError(f"{condition.name}: it tells {tells}, not {strangers[0]}; leave that out")
-        if names and condition.name in images:
-            value, known = schema.encode([values])[0].unbind(-1)  # (K,) each
-            of = [schema.names.index(name) for name in names]
-            told[condition.name] = torch.where(known > 0, value, torch.nan)[of]
-    return told
-
-
-def _check_one_subject(sources: Mapping[str, str]) -> None:
-    """Raise InputError where names of files say that they are of different subjects."""
-    subjects = {
-        name: found[0] for name, path in sources.items() if (found := re.findall(r"sub-([A-Za-z0-9]+)", Path(path).name))
-    }
-    if len(set(subjects.values())) > 1:
-        listed = ", ".join(f"{name} of sub-{subject}" for name, subject in subjects.items())
-        raise InputError(f"the conditions are of different subjects: {listed}; give those of one")
 
 
 def identity_of(images: Mapping[str, Any]) -> str:
