@@ -68,9 +68,7 @@ def generate(
         pipeline, rows = with_images(pipeline, asked, num or 1, files, bids, like, stripped)
     else:
         if like or measured or told or stripped:
-            raise InputError(
-                "--like, --measured, --told and --stripped go with images: give --condition NAME=FILE, or --bids DIR"
-            )
+            raise InputError("--like, --measured, --told and --stripped go with images: give --condition NAME=FILE, or --bids")
         rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:
