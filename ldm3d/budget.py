@@ -52,7 +52,7 @@ def estimate(config: Config, scans: int, device: torch.device) -> Budget:
     """
     shape, one, two = config.data.grid.shape, config.autoencoder, config.diffusion
     with torch.device("meta"):
-        autoencoder = make_network("Autoencoder", **one.network.model_dump())
+        autoencoder = make_network("Autoencoder", **config.autoencoder_arguments)
         channels = autoencoder.latent_channels
         of_data = {**config.diffusion.channels(channels), "num_categories": config.schema().num_categories}
         unet = make_network("UNet", **of_data, **two.network.model_dump())

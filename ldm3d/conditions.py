@@ -1,9 +1,9 @@
 """Images as conditions: from volumes on the Grid to channels on the latent grid, which a U-Net is given beside z.
 
-An image becomes its latent, by the model's own autoencoder; covariates that another visit tells are channels that are the same
-everywhere. A label map, as shares of each voxel, becomes shares of each block of voxels. What is made worse on the fly becomes
-the voxels of each block: nothing is encoded in a step, and nothing is lost. Each channel has a second one that says whether it
-is given (`ldm3d.models.conditioning.Conditions.known`).
+An image becomes its latent, by the model's own autoencoder, or the voxels of each block (`form`). Covariates that another
+visit tells are channels that are the same everywhere. A label map, as shares of each voxel, becomes shares of each block.
+What is made worse on the fly becomes the voxels of each block: nothing is encoded in a step, and nothing is lost. Each channel
+has a second one that says whether it is given (`ldm3d.models.conditioning.Conditions.known`).
 
 Legend: (N, C, X, Y, Z) volumes; (N, c, x, y, z) channels on the latent grid, f = X / x.
 """
@@ -39,9 +39,9 @@ class ImageChannels:
     def _width(self, condition: Condition) -> int:
         if isinstance(condition, LabelsCondition):
             return len(condition.groups)
-        if isinstance(condition, ImageCondition):
-            return self.autoencoder.latent_channels + len(condition.tells)
-        return self.autoencoder.in_channels * self.autoencoder.downsampling**3
+        if in_voxels(condition):
+            return self.autoencoder.downsampling**3  # scans have one channel, whatever the autoencoder is of
+        return self.autoencoder.latent_channels + len(getattr(condition, "tells", ()))
 
     def encoded(self, condition: Condition, volumes: Tensor, told: Tensor | None = None) -> Tensor:
         """Volumes (N, C, X, Y, Z) of a condition as raw channels (N, c, x, y, z), as the latent cache stores them.
@@ -53,10 +53,10 @@ class ImageChannels:
         """
         if isinstance(condition, LabelsCondition):
             return self.shares(volumes.float())
-        if isinstance(condition, DegradedCondition):
+        if in_voxels(condition):
             return space_to_depth(volumes.float(), self.autoencoder.downsampling)
         if told is None:
-            told = torch.full((len(volumes), len(condition.tells)), torch.nan)
+            told = torch.full((len(volumes), len(getattr(condition, "tells", ()))), torch.nan)
         return with_told(self.latents(volumes), told)
 
     def latents(self, volumes: Tensor) -> Tensor:
@@ -69,9 +69,8 @@ class ImageChannels:
         return avg_pool3d(volumes, self.autoencoder.downsampling)
 
     def measured(self, masks: Tensor) -> Tensor:
-        """Which voxels of a degraded volume are there, (N, 1, X, Y, Z), as its channels are: (N, C f^3, x, y, z)."""
-        whole = masks.expand(-1, self.autoencoder.in_channels, -1, -1, -1)
-        return space_to_depth(whole, self.autoencoder.downsampling)
+        """Which voxels of a degraded volume are there, (N, 1, X, Y, Z), as its channels are: (N, f^3, x, y, z)."""
+        return space_to_depth(masks, self.autoencoder.downsampling)
 
     def stacked(
         self, raw: Mapping[str, Tensor], measured: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
@@ -102,10 +101,15 @@ class ImageChannels:
         """Raw channels in about the range of a network's inputs."""
         if isinstance(condition, LabelsCondition):
             return raw
-        if isinstance(condition, DegradedCondition):
+        if in_voxels(condition):
             return 2 * raw - 1
         latent, told = raw.tensor_split([self.autoencoder.latent_channels], dim=1)
         return torch.cat([self.autoencoder.normalise(latent), told], dim=1)
+
+
+def in_voxels(condition: Condition) -> bool:
+    """Whether an image is given as the voxels of each block."""
+    return isinstance(condition, DegradedCondition) or (isinstance(condition, ImageCondition) and condition.form == "voxels")
 
 
 def with_told(latents: Tensor, told: Tensor) -> Tensor:

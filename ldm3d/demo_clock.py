@@ -216,7 +216,7 @@ def training_seconds(config: Config, repeats: int = 5) -> tuple[float, float, fl
 def _evaluation_seconds(config: Config) -> tuple[tuple[float, float], float, float]:
     """Seconds to generate a volume with all threads and with one, to reconstruct one, and to measure one."""
     device, grid = own_device(), grid_of(config.data.grid)
-    autoencoder = make_network("Autoencoder", **config.autoencoder.network.model_dump()).eval()
+    autoencoder = make_network("Autoencoder", **config.autoencoder_arguments).eval()
     unet, process = make_unet(config, autoencoder.latent_channels).eval(), make_process("flow")
     sampling = Sampling(**config.generation.model_dump())
     pipeline = Pipeline(autoencoder, unet, config.schema(), grid, process, config.diffusion.target, sampling)

@@ -33,7 +33,7 @@ DESCRIPTION = "pipeline.json"
 # What it describes
 PARTS = (
     *("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising"),
-    *("preparation", "conditions", "contrasts"),
+    *("preparation", "conditions", "contrasts", "labels"),
 )
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
@@ -43,6 +43,7 @@ Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 # sigma / alpha -> errors of the model and of the best Gaussian
 Denoising = Annotated[dict[str, tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(max_length=100)]
 ImageConditions = Annotated[tuple[Condition, ...], Field(max_length=100)]
+Groups = Annotated[dict[str, tuple[int, ...]], Field(max_length=1000)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
@@ -146,6 +147,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **({"conditions": [*map(without_sources, parts["conditions"])]} if parts["conditions"] else {}),
         **({"contrasts": {name: each.to_dict() for name, each in parts["contrasts"].items()}} if parts["contrasts"] else {}),
         **({"preparation": parts["preparation"].to_dict()} if parts["preparation"] else {}),
+        **({"labels": parts["labels"]} if parts["labels"] else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
@@ -173,6 +175,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "conditions": TypeAdapter(ImageConditions).validate_python(values.get("conditions", ())),
             "contrasts": TypeAdapter(dict[str, Contrast]).validate_python(values.get("contrasts", {})),
             "preparation": TypeAdapter(Preparation | None).validate_python(values.get("preparation")),
+            "labels": TypeAdapter(Groups).validate_python(values.get("labels", {})),
         }
     except ValidationError as error:
         first = error.errors()[0]
@@ -274,6 +277,11 @@ def check_parts(
     if odd := [name for name, each in parts["contrasts"].items() if each.shape != wanted_blocks]:
         raise InputError(
             f"{folder}: the contrast of {odd[0]} is of another grid; it is damaged or of another version of ldm3d"
+        )
+    if parts["labels"] and len(parts["labels"]) != autoencoder.in_channels:
+        raise InputError(
+            f"{folder}: {DESCRIPTION} lists {len(parts['labels'])} groups of labels, the autoencoder has "
+            f"{autoencoder.in_channels} channels; they are of different models"
         )
     if any(n % factor for n in grid.shape):
         raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

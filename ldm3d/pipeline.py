@@ -61,6 +61,7 @@ class Pipeline(Networks, Applied):
         conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.
         preparation: how the scans of the training were brought to the Grid; None where that is not known.
         contrasts: how the images of conditions looked in the training, by the condition's name; others are warned of.
+        labels: of the groups whose shares of each voxel are the channels of volumes; None: volumes are images.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
         decode_mode: "auto" decodes latents whole or streamed, as memory asks; "whole" and "streamed" do as they say.
@@ -92,6 +93,7 @@ class Pipeline(Networks, Applied):
         conditions: Sequence[Condition] = (),
         preparation: Preparation | None = None,
         contrasts: Mapping[str, Contrast] | None = None,
+        labels: Mapping[str, Sequence[int]] | None = None,
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
@@ -100,6 +102,7 @@ class Pipeline(Networks, Applied):
         self.process, self.target, self.sampling = process, target, sampling or Sampling()
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
         self.denoising, self.preparation, self.contrasts = dict(denoising or {}), preparation, dict(contrasts or {})
+        self.labels = {name: tuple(values) for name, values in (labels or {}).items()}
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False

@@ -196,9 +196,9 @@ def encode(
 
     from ldm3d.conditions import ImageChannels
     from ldm3d.config.read import load_config
-    from ldm3d.data.conditions import cached_conditions, find_files, load_condition
+    from ldm3d.data.conditions import CodedVolumes, cached_conditions, find_files, load_condition
     from ldm3d.data.latents import describe_noise, is_fresh, noise_share, read_latents, write_latents
-    from ldm3d.data.preparing import load_prepared, read_scan_table
+    from ldm3d.data.preparing import read_scan_table
     from ldm3d.experiment import latents_origin
     from ldm3d.models.autoencoder import LatentSpace
     from ldm3d.precision import dtype
@@ -221,10 +221,12 @@ def encode(
 
     channels, conditions = ImageChannels(settings.diffusion.conditions, autoencoder), {}
     for each in cached_conditions(settings):
+        if each == settings.made_labels:  # they are what is coded
+            continue
         image = functools.partial(load_condition, settings, each, dict(zip(scans["key"], find_files(settings, each, scans))))
         encoded = moments if each.name == settings.diffusion.makes else functools.partial(encoded_with, channels, each)
         conditions[each.name] = image, encoded
-    load = functools.partial(load_prepared, settings)
+    load = CodedVolumes.of(settings, scans)
     more = {"conditions": conditions, "mirrored": settings.diffusion.mirror}
     write_latents(settings.latents_folder, scans, load, moments, origin, processes=processes, **more)
     if processes.is_main:

@@ -41,6 +41,8 @@ class ImageCondition(_Condition):
     tells: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
     # The BIDS dataset that holds it, if it is not the one of the scans
     derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None
+    # latent: by the model's autoencoder; voxels: those of each block, as they are
+    form: Annotated[Literal["latent", "voxels"], Field(exclude_if=lambda form: form == "latent")] = "latent"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -50,6 +52,8 @@ class ImageCondition(_Condition):
             )
         if self.visit and self.derivatives:
             raise ValueError(f"{self.name}: visits are among the scans themselves; drop `derivatives`")
+        if self.visit and self.form == "voxels":
+            raise ValueError(f"{self.name}: scans of other visits are given as latents; drop `form`")
         if self.tells and not self.visit:
             raise ValueError(f"{self.name}: a contrast of the same session has the covariates of the request; drop `tells`")
         return self
@@ -129,6 +133,24 @@ def check_names(conditions: Sequence[Condition]) -> None:
     names = [condition.name for condition in conditions]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+
+
+def check_made(conditions: Sequence[Condition], makes: str | None, init_from: str | None) -> None:
+    """Raise ValueError unless what is made is a condition that can be, and the others can be given beside it."""
+    if makes is None:
+        return
+    made = next((each for each in conditions if each.name == makes), None)
+    if not isinstance(made, LabelsCondition) and not (isinstance(made, ImageCondition) and made.suffix):
+        raise ValueError(
+            f"makes {makes!r} names no condition of kind labels, or of kind image with a suffix; add it to `conditions`"
+        )
+    if not isinstance(made, LabelsCondition):
+        return
+    if init_from:
+        raise ValueError(f"makes {makes}: init_from brings an autoencoder of scans, this model's is of label maps; drop it")
+    for each in conditions:
+        if isinstance(each, ImageCondition) and each.form != "voxels":
+            raise ValueError(f"{each.name}: the autoencoder of this model is of label maps; add `form: voxels`")
 
 
 def check_told(conditions: Sequence[Condition], continuous: Sequence[str]) -> None:

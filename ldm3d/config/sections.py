@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Sampler, Section
-from ldm3d.config.conditions import Condition, ImageCondition, check_names, check_told
+from ldm3d.config.conditions import Condition, ImageCondition, LabelsCondition, check_made, check_names, check_told
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.config.training import AdversarialConfig, PerceptualConfig, TrainingConfig
 from ldm3d.covariates import CovariateSchema
 from ldm3d.errors import nearest
+
+PROBABILITIES = "probseg"  # BIDS suffix of label maps that are shares of each voxel
 
 
 class AutoencoderConfig(Section):
@@ -146,9 +148,7 @@ class DiffusionConfig(Section):
             raise ValueError("start: with `conditions` the network sees what the Gaussian says; set start.residual to true")
         if self.start and self.start.images and not self.conditions:
             raise ValueError("start.images: there are no `conditions`; leave it out")
-        made = next((each for each in self.conditions if each.name == self.makes), None)
-        if self.makes and not (isinstance(made, ImageCondition) and made.suffix):
-            raise ValueError(f"makes {self.makes!r} names no condition of kind image with a suffix; add it to `conditions`")
+        check_made(self.conditions, self.makes, self.init_from)
         if (self.conditions or self.init_from) and self.network.kind != "ldm3d":
             raise ValueError(f"conditions and init_from need ldm3d's own network, not one of {self.network.kind}")
         return self
@@ -267,7 +267,8 @@ class Config(Section):
     def given_conditions(self) -> tuple[Condition, ...]:
         """The conditions that the model is given: `diffusion.conditions`, with the scan in place of what is made instead."""
         diffusion, suffix = self.diffusion, self.data.suffix
-        scan = ImageCondition(name=suffix, kind="image", suffix=suffix, drop=0.0)
+        form = "voxels" if self.made_labels else "latent"
+        scan = ImageCondition(name=suffix, kind="image", suffix=suffix, drop=0.0, form=form)
         return tuple(
             scan.model_copy(update={"drop": each.drop}) if each.name == diffusion.makes else each
             for each in diffusion.conditions
@@ -276,8 +277,31 @@ class Config(Section):
     @property
     def made_suffix(self) -> str:
         """BIDS suffix of what the model makes."""
+        if self.made_labels:
+            return PROBABILITIES
         made = (each for each in self.diffusion.conditions if each.name == self.diffusion.makes)
         return next((each.suffix for each in made if isinstance(each, ImageCondition) and each.suffix), self.data.suffix)
+
+    @property
+    def made_labels(self) -> LabelsCondition | None:
+        """The label maps that the model makes, whose groups are the channels of its volumes; None: it makes images."""
+        made = (each for each in self.diffusion.conditions if each.name == self.diffusion.makes)
+        return next((each for each in made if isinstance(each, LabelsCondition)), None)
+
+    @property
+    def autoencoder_arguments(self) -> dict[str, Any]:
+        """Of `ldm3d.models.pretrained.make_network`: the network, with the channels of what the model makes."""
+        labels = self.made_labels
+        return {**self.autoencoder.network.model_dump(), **({"in_channels": len(labels.groups)} if labels else {})}
+
+    @model_validator(mode="after")
+    def _label_maps_fit(self) -> Self:
+        coder = self.autoencoder
+        if self.made_labels and (coder.network.kind != "ldm3d" or coder.perceptual or coder.adversarial):
+            raise ValueError(
+                "diffusion.makes: an autoencoder of label maps is ldm3d's own, without perceptual and adversarial losses"
+            )
+        return self
 
     @property
     def base_model(self) -> str | None:

@@ -4,10 +4,11 @@ A condition that a scan lacks is a volume of NaN, which stays NaN through every 
 """
 
 import hashlib
+import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ldm3d.data.placing import grid_of, to_grid
 from ldm3d.data.preparing import load_info, load_prepared, load_removed
 from ldm3d.data.removed import remove_beside
 from ldm3d.errors import InputError, some
+from ldm3d.files import checked_name, write_atomic
 from ldm3d.geometry import WORLD, Grid
 from ldm3d.randomness import generator
 
@@ -121,6 +123,51 @@ def load_condition(config: Config, condition: Cached, files: Mapping[str, Path |
         return on_grid(condition, source, at(grid, info), config.data.percentiles)[0]
     except InputError as error:
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+
+
+@dataclass(frozen=True)
+class CodedVolumes:
+    """What the autoencoder of an experiment is of: the scans; or label maps, if these are made. Small, and picklable.
+
+    Attributes:
+        config: whose prepared folder holds the scans.
+        files: label maps by the key of the scan; None where scans are coded.
+        folder: where label maps are kept as they lie on the Grid: to bring one there takes longer than a training step.
+    """
+
+    config: Config
+    files: Mapping[str, Path | None] | None = None
+    folder: Path = Path()
+
+    @classmethod
+    def of(cls, config: Config, scans: pd.DataFrame) -> "CodedVolumes":
+        """Of the scans of a table; InputError as `find_files` raises it."""
+        labels, keys = config.made_labels, list(scans["key"])
+        if labels is None:
+            return cls(config)
+        files = find_files(config, labels, scans)
+        name = f"{labels.name}-{fingerprint(config, labels, files, keys)}"
+        return cls(config, dict(zip(keys, files)), config.prepared_folder / name)
+
+    def __contains__(self, key: str) -> bool:
+        return self.files is None or self.files.get(key) is not None
+
+    def __call__(self, key: str) -> NDArray:
+        """Of a scan, by its key: (C, X, Y, Z) float32 in [0, 1]; NaN where it has no label map."""
+        labels = self.config.made_labels
+        if self.files is None or labels is None:
+            return load_prepared(self.config, key)
+        path = self.folder / f"{checked_name(key, 'key')}.npy"
+        if key in self and path.is_file():
+            return np.load(path).astype(np.float32)
+        volume = load_condition(self.config, labels, self.files, key)
+        if key in self:
+            buffer = io.BytesIO()
+            np.save(buffer, volume.astype(np.float16))
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(path, buffer.getvalue())
+            volume = volume.astype(np.float16).astype(np.float32)
+        return volume
 
 
 class ScanImages:

@@ -20,11 +20,7 @@ from ldm3d.config.sections import Config
 from ldm3d.data.degrade import degraded
 from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file
 from ldm3d.data.preparing import load_prepared
-
-
-def load_volume(config: Config, key: str) -> Tensor:
-    """A prepared volume, (C, X, Y, Z)."""
-    return torch.from_numpy(load_prepared(config, key))
+from ldm3d.models.blocks import space_to_depth
 
 
 def moved(volume: Tensor, reach: int, rng: Generator) -> Tensor:
@@ -49,17 +45,19 @@ class VolumeSamples:
         config: of the experiment.
         keys: of the prepared scans; sample i is the i-th.
         latent_shape: (c, x, y, z).
+        load: the key of a scan -> its volume.
     """
 
     config: Config
     keys: tuple[str, ...]
     latent_shape: tuple[int, ...]
+    load: Callable[[str], NDArray]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
-        volume, noise = load_volume(self.config, self.keys[sample]), torch.randn(self.latent_shape, generator=rng)
+        volume, noise = torch.from_numpy(self.load(self.keys[sample])), torch.randn(self.latent_shape, generator=rng)
         if self.config.autoencoder.augment:
             volume = moved(volume, self.config.autoencoder.network.downsampling, rng)
         return {"volume": volume, "noise": noise}
@@ -130,9 +128,22 @@ class DegradedVolumes:
     keys: tuple[str, ...]
 
     def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
-        volume, spacing_mm = load_volume(self.config, self.keys[row]), self.config.data.grid.spacing_mm
+        volume, spacing_mm = torch.from_numpy(load_prepared(self.config, self.keys[row])), self.config.data.grid.spacing_mm
         worse, measured = degraded(volume, spacing_mm, self.condition.degradations, rng)
         return {f"{IMAGE}{self.condition.name}": worse, f"{MEASURED}{self.condition.name}": measured}
+
+
+@dataclass(frozen=True)
+class ScanBlocks:
+    """The scan itself, as the voxels of each block: (f^3, x, y, z)."""
+
+    name: str
+    config: Config
+    keys: tuple[str, ...]
+
+    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
+        volume = torch.from_numpy(load_prepared(self.config, self.keys[row]))[None]
+        return {f"{IMAGE}{self.name}": space_to_depth(volume, self.config.autoencoder.network.downsampling)[0]}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class AutoencoderTask(VolumeTask):
     title = "autoencoder"
 
     def __init__(self, config: Config, scans, accelerator: Accelerator):
-        network = make_network("Autoencoder", **config.autoencoder.network.model_dump()).to(accelerator.device)
+        network = make_network("Autoencoder", **config.autoencoder_arguments).to(accelerator.device)
         super().__init__(config, config.autoencoder, scans, network, network, accelerator)
         self.settings = {
             "autoencoder": config.autoencoder.model_dump(mode="json"),

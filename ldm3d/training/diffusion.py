@@ -89,8 +89,8 @@ class DiffusionTask(Task):
         settings, training = config.diffusion, config.diffusion.training
         self.config, self.accelerator = config, accelerator
         self.autoencoder, self.moments, self.scans = autoencoder.to(accelerator.device), moments, scans
-        file = condition_file(settings.makes) if settings.makes else MOMENTS
-        if settings.makes:
+        file = condition_file(settings.makes) if settings.makes and not config.made_labels else MOMENTS
+        if file != MOMENTS:
             moments = self.moments = np.load(config.latents_folder / file, mmap_mode="r")
         # What is made may be missing for some scans; a scan's own latent that is not finite is a fault, which steps skip
         there = np.isfinite(moments[:, 0, 0, 0, 0]) if settings.makes else np.ones(len(scans), bool)
@@ -291,6 +291,7 @@ class DiffusionTask(Task):
             "start": self.start,
         }
         facts["conditions"] = self.config.given_conditions
+        facts["labels"] = self.config.made_labels.groups if self.config.made_labels else None
         facts["preparation"] = Preparation.of(data)
         facts["contrasts"] = self.contrasts
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)

@@ -6,13 +6,13 @@ import pandas as pd
 import torch
 from torch import Generator, Tensor
 
-from ldm3d.conditions import ImageChannels
+from ldm3d.conditions import ImageChannels, in_voxels
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
 from ldm3d.contrast import Contrast
 from ldm3d.data.batches import evenly
 from ldm3d.data.conditions import ScanImages, visits_of
-from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, Visits
+from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, ScanBlocks, Visits
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.randomness import generator
@@ -83,7 +83,9 @@ def _reader(config: Config, condition: Condition, scans: pd.DataFrame, contexts:
     """What reads a condition of a row of the cache."""
     if isinstance(condition, DegradedCondition):
         return DegradedVolumes(condition, config, tuple(scans["key"]))
-    if condition not in config.diffusion.conditions:  # the scan itself, where something else is made
+    if condition not in config.diffusion.conditions and in_voxels(condition):  # the scan itself, where labels are made
+        return ScanBlocks(condition.name, config, tuple(scans["key"]))
+    if condition not in config.diffusion.conditions:  # where another contrast is
         return Visits(condition.name, config.latents_folder, tuple((row,) for row in range(len(scans))), contexts[:, :0, 0])
     if isinstance(condition, ImageCondition) and condition.visit:
         told = contexts[:, [config.schema().names.index(name) for name in condition.tells]]  # (scans, K', 2)
