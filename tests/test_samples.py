@@ -9,6 +9,7 @@ from conftest import tiny_settings
 
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
+from ldm3d.data.conditions import CodedVolumes
 from ldm3d.data.samples import LatentSamples, VolumeSamples, moved
 from ldm3d.randomness import generator
 
@@ -45,7 +46,7 @@ def test_volumes_travel_as_their_keys(axis, tmp_path):
     (config.prepared_folder / "volumes").mkdir(parents=True)
     for i in range(3):
         np.save(config.prepared_folder / "volumes" / f"k{i}.npy", np.full((*axis, 24, 28, 24), i / 2, np.float16))
-    samples = VolumeSamples(config, ("k2", "k1"), (3, 6, 7, 6))
+    samples = VolumeSamples(config, ("k2", "k1"), (3, 6, 7, 6), CodedVolumes(config))
     sent = pickle.dumps(samples)
     assert len(sent) < 10_000 and len(samples) == 2
     for each in (samples, pickle.loads(sent)):
@@ -77,7 +78,9 @@ def test_volumes_move_only_where_the_config_says_so(tmp_path):
         config = Config.model_validate(settings)
         (config.prepared_folder / "volumes").mkdir(parents=True, exist_ok=True)
         np.save(config.prepared_folder / "volumes" / "k.npy", volume)
-        one, same, other = (VolumeSamples(config, ("k",), (3, 6, 7, 6))(0, generator(seed)) for seed in (1, 1, 2))
+        one, same, other = (
+            VolumeSamples(config, ("k",), (3, 6, 7, 6), CodedVolumes(config))(0, generator(seed)) for seed in (1, 1, 2)
+        )
         assert torch.equal(one["volume"], same["volume"]) and torch.equal(one["noise"], same["noise"])
         assert torch.equal(one["volume"], torch.from_numpy(volume)) is not augment
         assert torch.equal(one["volume"], other["volume"]) is not augment
