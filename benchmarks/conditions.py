@@ -1,6 +1,9 @@
 """How near to the truth is what a model makes of an image, on the test split of its config, beside simpler answers?
 
-    python benchmarks/conditions.py CONFIG [--set key=value] [--scans 8] [--steps 12] [--picture FILE.png]
+    python benchmarks/conditions.py CONFIG [--set key=value] [--scans 8] [--steps 12] [--picture FILE.png] [--regression MODEL]
+
+MODEL is one of the same config that was trained for regression alone, for as many steps: all times near pure noise, with
+--set output=runs/regression --set diffusion.time_sampling.location=12 --set diffusion.time_sampling.scale=0.01.
 
 The part of `ldm3d evaluate` that is called "beside each person's own truth" (docs/evaluation.md), alone.
 """
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--regression", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(asked.config, asked.set)
@@ -40,7 +44,8 @@ def main() -> None:
     some, sampling = evenly(images.complete, asked.scans), pipeline.sampling.replace(steps=asked.steps)
     given = lambda i: given_of(pipeline, images, i)  # noqa: E731
     simpler = fit_simpler(config, trained)
-    found = compare_with_truth(pipeline, rows, people, images.made, given, some, sampling, simpler, ALONE)
+    beside = images.cubic, Pipeline.from_pretrained(asked.regression) if asked.regression else None
+    found = compare_with_truth(pipeline, rows, people, images.made, given, some, sampling, simpler, ALONE, *beside)
     print(json.dumps(found.to_dict(), indent=1))
     print(*truth.summary(found), sep="\n")
     if asked.picture:

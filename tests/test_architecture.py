@@ -67,6 +67,7 @@ LAYERS = (
     ("following", "notation"),
     ("files", "hub", "geometry", "covariates", "randomness", "precision", "preemption", "processes", "devices", "statistics"),
     ("config", "models", "diffusion"),
+    ("reading",),
     ("start", "conditions", "contrast"),
     ("data", "memory", "description"),
     ("seen", "metrics", "environment", "figures", "shipped", "account", "methods", "other_data"),

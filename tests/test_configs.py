@@ -115,6 +115,9 @@ CONDITIONED = sorted((Path(__file__).parents[1] / "configs/conditions").glob("*.
 @pytest.mark.parametrize("path", CONDITIONED, ids=lambda path: path.stem)
 def test_a_shipped_config_with_images_fits_the_model_it_starts_from(path, tmp_path):
     config = load_config(path, [f"output={tmp_path}"])
+    if config.diffusion.init_from is None:  # it is of label maps, which no shipped autoencoder knows
+        assert config.made_labels and config.autoencoder_arguments["in_channels"] == len(config.made_labels.groups)
+        return
     assert take_autoencoder(config)
     channels = ImageChannels(config.given_conditions, LatentSpace.from_pretrained(config.autoencoder_folder))
     unet, schema, _ = first_unet(config, channels.count)

@@ -14,6 +14,7 @@ from ldm3d.diffusion.operators import (
     between,
     bias_field,
     blur,
+    cubic_between,
     mask,
     missing,
     slices,
@@ -94,6 +95,19 @@ def test_a_way_back_from_slices():
     back = between(2, middles, 12)(slices(2, 12, 2, profile="box")(ramp))
     torch.testing.assert_close(back[0, 0, 1:11], torch.arange(1.0, 11))
     assert between(2, middles[:1], 3)(torch.full((1, 1, 1), 4.0)).tolist() == [[[4, 4, 4]]]
+
+
+def test_cubic_interpolation_keeps_what_is_quadratic():
+    """Keys's kernel is exact for parabolas away from the ends; the linear way back is not."""
+    middles = 1.5 + 3 * torch.arange(8, dtype=torch.float64)
+    parabola = lambda x: (0.3 * x**2 - 2 * x + 1).float()[None, :, None, None].expand(1, -1, 2, 2)  # noqa: E731
+    samples, truth = parabola(middles), parabola(torch.arange(24, dtype=torch.float64))
+    cubic, linear = cubic_between(0, middles, 24)(samples), between(0, middles, 24)(samples)
+    torch.testing.assert_close(cubic[:, 5:19], truth[:, 5:19], rtol=1e-5, atol=1e-4)
+    assert (linear - truth)[:, 5:19].abs().max() > 0.3
+    ones = torch.ones(1, 8, 2, 2)
+    torch.testing.assert_close(cubic_between(0, middles, 24)(ones), torch.ones(1, 24, 2, 2))
+    assert cubic_between(0, middles[:1], 5)(ones[:, :1]).eq(1).all()
 
 
 def test_bias_field_is_smooth_and_as_strong_as_asked():

@@ -82,19 +82,8 @@ def test_a_scan_gets_probabilities_and_volumes_on_its_own_voxels(model):
 
 def test_the_command_writes_maps_and_volumes_once(model, experiment, tmp_path, capsys, fails):
     path = sorted(path for path in model.parent.glob("conditioned*/data/sub-*/anat/*_T1w.nii.gz"))[2]
-    command = [
-        "segment",
-        model / "run/model",
-        path,
-        "--out",
-        tmp_path / "out",
-        "--samples",
-        2,
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-    ]
+    how = ["--samples", 2, "--steps", 2, "--device", "cpu"]
+    command = ["segment", model / "run/model", path, "--out", tmp_path / "out", *how]
     command_line(*command)
     assert "inside" in capsys.readouterr().out
     (labels,) = tmp_path.glob("out/sub-*/anat/*_desc-labels_dseg.nii.gz")
@@ -106,9 +95,7 @@ def test_the_command_writes_maps_and_volumes_once(model, experiment, tmp_path, c
     assert nib.load(shares).shape == (*nib.load(path).shape, 3)
     command_line(*command)
     assert "is there already" in capsys.readouterr().out
-    assert "makes no label maps" in fails(
-        "segment", experiment / "run/model", path, "--out", tmp_path / "x", "--device", "cpu"
-    )
+    assert "makes no label maps" in fails("segment", experiment / "run/model", path, "--device", "cpu")
     assert "no such file" in fails("segment", model / "run/model", tmp_path / "nothing.nii.gz")
 
 

@@ -57,6 +57,9 @@ def evaluate(
     downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
     with_audit: Annotated[bool, typer.Option("--audit", help="Privacy audit; the page then shows training subjects.")] = False,
+    regression: Annotated[
+        Path | None, typer.Option(help="A model of the same images, trained for regression alone; see docs/conditions.md.")
+    ] = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -96,6 +99,7 @@ def evaluate(
         _announce(lines)
     parts = {"predict": predict, "downstream": downstream, "likelihood": with_likelihood}
     parts |= {"segmenter": judge, "classifier": classifier}
+    parts["regression"] = rival(regression, pipeline, device, precision) if regression else None
     found = assess(pipeline, config, trained, held_out, function, extractor, sampling, num, **parts, processes=processes)
     audited = None
     if with_audit and trained.empty:
@@ -125,6 +129,14 @@ def _extractor(features: str):
     if features.startswith("segmenter:"):  # of a folder, or of a shipped model
         features = f"segmenter:{segmenter_folder(features.partition(':')[2])}"
     return load_extractor(features)
+
+
+def rival(model: Path, pipeline, device: str | None, precision: str):
+    """The model of --regression; InputError unless it takes the images of the other."""
+    found = options.load_model(model, device, precision)[0]
+    if not pipeline.conditions or found.conditions != pipeline.conditions or found.grid.shape != pipeline.grid.shape:
+        raise InputError(f"--regression {model}: it has to take the images of the model that is evaluated, on the same grid")
+    return found
 
 
 def _audit(pipeline, config, trained, held_out, sampling, num: int, processes, synthetic: Path | None = None, level=0.05):

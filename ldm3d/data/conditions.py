@@ -210,9 +210,7 @@ class ScanImages:
         for condition in self.config.given_conditions:
             name, key = condition.name, self.keys[i]
             if isinstance(condition, DegradedCondition):
-                scan = torch.from_numpy(load_prepared(self.config, key))
-                drawn = generator("image of a scan", name, scan_of(key))
-                volumes[name], known = degraded(scan, self.config.data.grid.spacing_mm, condition.degradations, drawn)
+                volumes[name], known = self._degraded(condition, key)
                 if condition.hides:
                     measured[name] = known
             elif name in self.files:
@@ -220,6 +218,18 @@ class ScanImages:
             else:  # a scan: that of another visit, or the own one, of which something else is made
                 volumes[name] = torch.from_numpy(load_prepared(self.config, self.keys[self._visit(name, i)]))
         return volumes, measured
+
+    def cubic(self, i: int) -> NDArray | None:
+        """A scan that is given in a lower resolution, brought back by cubic interpolation; None where there is none such."""
+        for each in self.config.given_conditions:
+            if isinstance(each, DegradedCondition) and any(step.operator == "resolution" for step in each.degradations):
+                return self._degraded(each, self.keys[i], cubic=True)[0].clamp(0, 1).numpy()
+        return None
+
+    def _degraded(self, condition: DegradedCondition, key: str, cubic: bool = False) -> tuple[Tensor, Tensor]:
+        scan, spacing_mm = torch.from_numpy(load_prepared(self.config, key)), self.config.data.grid.spacing_mm
+        drawn = generator("image of a scan", condition.name, scan_of(key))
+        return degraded(scan, spacing_mm, condition.degradations, drawn, cubic)
 
     def told(self, i: int) -> dict[str, dict[str, Any]]:
         """By name: the covariates that the visit which a scan is given tells."""

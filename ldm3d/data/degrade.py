@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from ldm3d.config.conditions import Degradation
-from ldm3d.diffusion.operators import Chain, Linear, between, bias_field, blur, slices
+from ldm3d.diffusion.operators import Chain, Linear, between, bias_field, blur, cubic_between, slices
 from ldm3d.errors import InputError
 
 BIAS_WAVES = 3  # cosines of a bias field along each axis
@@ -19,7 +19,7 @@ ROUGHNESS = 0.35  # of a hole's surface, as a share of its radius
 
 
 def degraded(
-    volume: Tensor, spacing_mm: Sequence[float], degradations: Sequence[Degradation], rng: Generator
+    volume: Tensor, spacing_mm: Sequence[float], degradations: Sequence[Degradation], rng: Generator, cubic: bool = False
 ) -> tuple[Tensor, Tensor]:
     """A volume after some degradations, one after the other.
 
@@ -28,6 +28,7 @@ def degraded(
         spacing_mm: of its voxels.
         degradations: in their order.
         rng: of all random numbers.
+        cubic: bring a lower resolution back to the Grid by cubic interpolation: what a sceptic compares a model with.
 
     Returns:
         The degraded volume, like `volume`; and (1, X, Y, Z), 1 where voxels are still measured and 0 where they are missing
@@ -44,7 +45,7 @@ def degraded(
         elif each.operator == "noise":
             volume = rician(volume, strength, rng)
         else:
-            volume = _linear(each, volume.shape[1:], spacing_mm, strength, rng)(volume)
+            volume = _linear(each, volume.shape[1:], spacing_mm, strength, rng, cubic)(volume)
     return volume * known, known
 
 
@@ -55,17 +56,19 @@ def rician(volume: Tensor, deviation: float, rng: Generator) -> Tensor:
 
 
 def thick(
-    axis: int, count: int, voxels: float, profile: str = "gaussian", first: float | None = None
+    axis: int, count: int, voxels: float, profile: str = "gaussian", first: float | None = None, cubic: bool = False
 ) -> tuple[Linear, Linear]:
-    """(slices `voxels` thick along an axis, the same brought back to `count` voxels by linear interpolation)."""
+    """(slices `voxels` thick along an axis, the same brought back to `count` voxels by linear or cubic interpolation)."""
     total = max(int(count / voxels + 1e-6), 1)
     first = (count - 1 - (total - 1) * voxels) / 2 if first is None else first
     measured = slices(axis, count, voxels, profile=profile, first=first)
     middles = first + voxels * torch.arange(total, dtype=torch.float64)
-    return measured, Chain(measured, between(axis, middles, count))
+    return measured, Chain(measured, (cubic_between if cubic else between)(axis, middles, count))
 
 
-def _linear(each: Degradation, shape: Sequence[int], spacing_mm: Sequence[float], strength: float, rng: Generator) -> Linear:
+def _linear(
+    each: Degradation, shape: Sequence[int], spacing_mm: Sequence[float], strength: float, rng: Generator, cubic: bool
+) -> Linear:
     """A random operator from the Grid to the Grid."""
     if each.operator == "bias":
         return bias_field(shape, strength * torch.randn(BIAS_WAVES, BIAS_WAVES, BIAS_WAVES, generator=rng) / BIAS_WAVES)
@@ -78,7 +81,7 @@ def _linear(each: Degradation, shape: Sequence[int], spacing_mm: Sequence[float]
         elif voxels > 1:
             total = max(int(shape[axis] / voxels + 1e-6), 1)
             middle = (shape[axis] - 1 - (total - 1) * voxels) / 2
-            operators.append(thick(axis, shape[axis], voxels, each.profile, middle + shift)[1])
+            operators.append(thick(axis, shape[axis], voxels, each.profile, middle + shift, cubic)[1])
     return Chain(*operators)
 
 

@@ -239,6 +239,22 @@ def between(axis: int, middles: Tensor, count: int) -> Along:
     return Along(axis, matrix)
 
 
+def cubic_between(axis: int, middles: Tensor, count: int) -> Along:
+    """The same by cubic convolution (Keys 1981, a = -1/2), for evenly spaced `middles`; the first and last are repeated."""
+    last = len(middles) - 1
+    if last == 0:
+        return between(axis, middles, count)
+    places = torch.arange(count, dtype=middles.dtype).clamp(middles[0], middles[-1])
+    at = (places - middles[0]) / (middles[1] - middles[0])  # in samples
+    base, matrix, rows = at.floor().long(), torch.zeros(count, len(middles)), torch.arange(count)
+    for near in range(-1, 3):
+        d = (at - (base + near)).abs()
+        inner, outer = (1.5 * d - 2.5) * d**2 + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+        weight = torch.where(d <= 1, inner, torch.where(d < 2, outer, 0)).float()
+        matrix.index_put_((rows, (base + near).clamp(0, last)), weight, accumulate=True)
+    return Along(axis, matrix)
+
+
 def bias_field(shape: Sequence[int], weights: Tensor) -> Scaled:
     """A smooth field of factors, exp(sum w cos cos cos), with the lowest cosines of each axis.
 

@@ -61,6 +61,8 @@ def evaluate(
     classifier: bool = False,
     given: Callable[[int], Given] | None = None,
     simpler: Simpler | None = None,
+    cubic: Callable[[int], NDArray | None] | None = None,
+    regression: Pipeline | None = None,
 ) -> Evaluation:
     """Reconstruct held-out volumes, generate for their covariates, measure both, and sweep each continuous covariate.
 
@@ -80,6 +82,7 @@ def evaluate(
         classifier: whether to train one to tell generated from reconstructed volumes.
         given: index of a subject -> its images, of a model that takes some; volumes are then generated from them, too.
         simpler: answers without a model, fitted to training scans, that such volumes are compared with.
+        cubic, regression: see `ldm3d.evaluation.truth.compare_with_truth`.
 
     Returns:
         The evaluation without gaps between groups, for which `analyse_subgroups` is called when all scores are there.
@@ -125,7 +128,8 @@ def evaluate(
         if covariate.seen and quantities:
             result.sweeps.append(sweeps.sweep(one, covariate.name, measure, sampling, quantities, processes))
     if given:
-        result.truth = compare_with_truth(alone, rows, people, load, given, order, sampling, simpler, processes)
+        beside = simpler, processes, cubic, regression
+        result.truth = compare_with_truth(alone, rows, people, load, given, order, sampling, *beside)
     return result
 
 
@@ -208,6 +212,7 @@ def assess(
     processes: Processes = ALONE,
     segmenter: Segmenter | None = None,
     classifier: bool = False,
+    regression: Pipeline | None = None,
 ) -> Evaluation:
     """Evaluate a model on held-out scans.
 
@@ -237,7 +242,7 @@ def assess(
         predictor = fit_predictor(learnt, missing, extractor, pipeline.device)
         names, measure = list(predictor.ridges), together(predictor, measure)
     others = {"extractor": extractor, "people": people, "processes": processes, "training": training}
-    others |= {"given": given, "simpler": simpler}
+    others |= {"given": given, "simpler": simpler, "cubic": scans.cubic, "regression": regression}
     result = evaluate(
         pipeline, subjects, load, measure, sampling, num_generated, **others, segmenter=segmenter, classifier=classifier
     )

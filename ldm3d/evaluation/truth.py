@@ -5,6 +5,7 @@ where voxels were missing in what is given. Calibration: whether the spread of s
 Perception (realism, a classifier) is in the other parts of an evaluation.
 """
 
+import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,8 @@ from torch import Tensor
 from ldm3d.config.conditions import DegradedCondition, ImageCondition
 from ldm3d.covariates import Value
 from ldm3d.description import Sampling
-from ldm3d.evaluation.simpler import Simpler
+from ldm3d.evaluation.label_maps import SCORES, label_scores
+from ldm3d.evaluation.simpler import Simpler, non_local_means
 from ldm3d.generation.given import Images
 from ldm3d.generation.given_scans import Given
 from ldm3d.metrics.reconstruction import foreground, psnr, ssim
@@ -32,20 +34,23 @@ from ldm3d.statistics.bootstrap import mean_interval
 SUBJECTS, SAMPLES, SHOWN = 16, 8, 3
 VARIES = 0.01  # standard deviation of samples from which on a voxel counts as one that varies
 FIGURES = ("psnr_db", "ssim", "mae")
-SAMPLE, MEAN, ONE_STEP, REGRESSION, AVERAGE, OWN, LIMIT = (
-    *("a sample", "mean of the samples", "one step", "regression on voxels", "mean of the training"),
-    *("what is given", "reconstruction of the truth"),
+SAMPLE, MEAN, ONE_STEP, TRAINED, REGRESSION, AVERAGE, OWN, CUBIC, NON_LOCAL, LIMIT = (
+    *("a sample", "mean of the samples", "one step", "a network for regression", "regression on voxels"),
+    *("mean of the training", "what is given", "cubic interpolation", "non-local means", "reconstruction of the truth"),
 )
 ANSWERS = {
     SAMPLE: "one volume of the model",
     MEAN: f"of {SAMPLES} volumes of the model",
     ONE_STEP: "what the network expects of pure noise and the images: regression by the same network",
+    TRAINED: "one step of a network that was trained for regression alone",
     REGRESSION: "ridge regression from the voxel and its surroundings in what is given, fitted to training scans",
     AVERAGE: "of training scans, whatever is given",
     OWN: "the image itself, where it shows the same contrast",
+    CUBIC: "of what is given in a lower resolution",
+    NON_LOCAL: "of scikit-image, on what is given with noise",
     LIMIT: "the truth through the autoencoder: no sample can be expected to come nearer",
 }
-SIMPLER = (ONE_STEP, REGRESSION, AVERAGE, OWN)
+SIMPLER = (ONE_STEP, TRAINED, REGRESSION, AVERAGE, OWN, CUBIC, NON_LOCAL)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Truth:
         crps: continuous ranked probability score of the samples, (scans,), in units of the mean absolute error.
         deviation: standard deviation of the samples, (scans,).
         inside: share of the voxels that vary whose truth lies within the 90% interval of the samples, (scans,).
+        labels: of a model that makes label maps, (scans, 4), `ldm3d.evaluation.label_maps.SCORES`; else (scans, 0).
         shown: of the first scans (given, a sample, mean of the samples, one step, truth), (C, X, Y, Z) each.
     """
 
@@ -67,6 +73,7 @@ class Truth:
     crps: NDArray
     deviation: NDArray
     inside: NDArray
+    labels: NDArray
     shown: list[tuple[NDArray, ...]]
 
     def mean(self, answer: str, figure: str) -> tuple[float, tuple[float, float]]:
@@ -85,6 +92,11 @@ class Truth:
         values, people = self.inside[known], [self.people[i] for i in known]
         return (float(values.mean()), mean_interval(values, people)) if len(known) else (float("nan"), (float("nan"),) * 2)
 
+    def of_labels(self) -> dict[str, dict[str, Any]]:
+        """By the name of a score its mean over scans, with its 95% interval; {} for a model that makes images."""
+        pairs = ((float(values.mean()), mean_interval(values, self.people)) for values in self.labels.T)
+        return {name: dict(zip(("mean", "interval"), pair)) for name, pair in zip(SCORES, pairs)}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "scans": len(self.scans),
@@ -96,6 +108,7 @@ class Truth:
             "crps": float(self.crps.mean()),
             "deviation": float(self.deviation.mean()),
             "within_90_percent": dict(zip(("mean", "interval"), self.held())),
+            **({"labels": self.of_labels()} if self.labels.size else {}),
         }
 
 
@@ -109,6 +122,8 @@ def compare_with_truth(
     sampling: Sampling,
     simpler: Simpler | None,
     processes: Processes,
+    cubic: Callable[[int], NDArray | None] | None = None,
+    regression: Pipeline | None = None,
 ) -> Truth:
     """Generate `SAMPLES` volumes for each of the first `SUBJECTS` of some scans, and compare them with the truth.
 
@@ -121,10 +136,12 @@ def compare_with_truth(
         sampling: how.
         simpler: fitted to training scans; None without them.
         processes: that share the work; all of them have to call this.
+        cubic: index of a scan -> its image in a lower resolution by cubic interpolation; see `ScanImages.cubic`.
+        regression: a model of the same images that was trained for regression: its one step is compared, too.
     """
     scans, given = list(scans[:SUBJECTS]), lru_cache(1)(given)
     images = Images(pipeline.conditions, lambda number: given(scans[number // SAMPLES]), {"evaluation": "held-out"}, None)
-    conditioned = pipeline.given(images)
+    conditioned, trained = pipeline.given(images), regression.given(images) if regression else None
 
     def work(n: int) -> tuple:
         i, numbers = scans[n], range(n * SAMPLES, (n + 1) * SAMPLES)
@@ -134,6 +151,13 @@ def compare_with_truth(
         others = {REGRESSION: simpler.regression(known.volumes), AVERAGE: simpler.mean} if simpler else {}
         if (own := _own(pipeline, known)) is not None:
             others[OWN] = own
+        if cubic and (interpolated := cubic(i)) is not None:
+            others[CUBIC] = interpolated
+        if own is not None and _is_noisy(pipeline):
+            with contextlib.suppress(ImportError):  # scikit-image is not needed for anything else
+                others[NON_LOCAL] = non_local_means(own)
+        if trained:
+            answers[TRAINED] = one_step(trained, rows[i], numbers[0])
         others[LIMIT] = pipeline.reconstruct(torch.from_numpy(truth)[None])[0].cpu().numpy()
         answers |= {name: pipeline.cropped(volume) for name, volume in others.items()}
         truth, where = pipeline.cropped(truth), pipeline.cropped(_where(truth, known))
@@ -141,13 +165,14 @@ def compare_with_truth(
         first = next(iter(known.volumes.values())).numpy()
         picture = first.mean(axis=0, keepdims=True) if len(first) != len(truth) else first
         shown = (pipeline.cropped(picture), *(answers[name] for name in (SAMPLE, MEAN, ONE_STEP)), truth)
-        return found, *spread(drawn, truth, where), shown if n < SHOWN else None
+        scores = label_scores(drawn, truth, where.any(axis=0)) if pipeline.labels else np.zeros(0)
+        return found, *spread(drawn, truth, where), scores, shown if n < SHOWN else None
 
     title = f"{SAMPLES} volumes for each of {len(scans)} scans, beside the truth"
-    found, crps, deviation, inside, shown = zip(*share_work(work, range(len(scans)), processes, title, "scan"))
+    found, crps, deviation, inside, labels, shown = zip(*share_work(work, range(len(scans)), processes, title, "scan"))
     answers = {name: np.array([each[name] for each in found]) for name in found[0]}
     pictures = [each for each in shown if each is not None]
-    return Truth(scans, [people[i] for i in scans], answers, *map(np.array, (crps, deviation, inside)), pictures)
+    return Truth(scans, [people[i] for i in scans], answers, *map(np.array, (crps, deviation, inside, labels)), pictures)
 
 
 @torch.no_grad()
@@ -194,6 +219,12 @@ def _own(pipeline: Pipeline, known: Given) -> NDArray | None:
         if same and each.name in known.volumes and each.name not in known.measured:
             return known.volumes[each.name].numpy()
     return None
+
+
+def _is_noisy(pipeline: Pipeline) -> bool:
+    """Whether what is given is the volume with noise, and nothing else is wrong with it."""
+    of = [each.degradations for each in pipeline.conditions if isinstance(each, DegradedCondition)]
+    return any({step.operator for step in each} == {"noise"} for each in of)
 
 
 def _figures(volume: NDArray, truth: NDArray, where: NDArray) -> list[float]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ldm3d import figures
+from ldm3d.evaluation.label_maps import SCORES
 from ldm3d.evaluation.truth import ANSWERS, FIGURES, MEAN, ONE_STEP, SAMPLE, SAMPLES, SIMPLER, VARIES, Truth
 from ldm3d.pipeline import Pipeline
 from ldm3d.report.page import Goal, Section, picture, with_interval
@@ -46,8 +47,14 @@ def section(found: Truth, pictures: Mapping[str, str]) -> Section:
         note=f"Calibration: 90% intervals of the samples hold the truth in {100 * held:.0f}% ({100 * low:.0f} to "
         f"{100 * high:.0f}%) of the voxels that vary (standard deviation above {VARIES:g}). Continuous ranked probability "
         f"score {found.crps.mean():.4f}, in units of the mean absolute error, which it would be for samples that do not vary; "
-        f"their standard deviation is {found.deviation.mean():.4f}.",
+        f"their standard deviation is {found.deviation.mean():.4f}.{of_labels(found)}",
     )
+
+
+def of_labels(found: Truth) -> str:
+    """What is said of label maps; nothing for a model that makes images."""
+    said = (f"{SCORES[name]} {with_interval(*each.values())}".replace("\n", " ") for name, each in found.of_labels().items())
+    return f" Label maps: {'; '.join(said)}." if found.labels.size else ""
 
 
 def draw(pipeline: Pipeline, found: Truth | None) -> dict[str, figures.Figure]:
