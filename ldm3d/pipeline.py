@@ -27,6 +27,7 @@ from ldm3d.diffusion.process import Process
 from ldm3d.errors import InputError
 from ldm3d.folder import read_folder, write_folder
 from ldm3d.generation.given import Images, for_all
+from ldm3d.generation.given_scans import check_needed
 from ldm3d.generation.identity import computing_of, origin_of
 from ldm3d.generation.run import Result
 from ldm3d.generation.sampling import draw
@@ -226,6 +227,8 @@ class Pipeline(Networks, Applied):
         guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
         guided["image_guidance"] = image_guidance
         sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
+        if not conditions and self.images is None:
+            check_needed(self.conditions)
         pipeline, images = self.given(conditions or {}, like, stripped) if conditions or like else self, []
         affine = pipeline.images.affine(0) if pipeline.images else None
         for volume in pipeline.volumes(requests, sampling, batch_size):

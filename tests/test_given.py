@@ -1,6 +1,7 @@
 """Volumes from images: known voxels stay, nothing shows where they end, answers lie where they were asked for."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -254,6 +255,9 @@ def test_a_visit_comes_with_its_age(head):
         ({"T2w": "empty"}, None, "no image in it"),
         ({"T2w": "flat"}, None, "give one volume"),
         ({"T2w": "T2w", "labels": "far"}, None, "none of its labels lies on the grid"),
+        ({"T2w": "T2w", "holed": ("far T1w", "mask")}, None, "holed: "),
+        ({"T2w": "cut off"}, None, "cut off.nii.gz"),
+        ({"labels": "strangers"}, None, "it holds labels 998, 999"),
     ],
 )
 def test_bad_images_end_in_one_clear_message(images, like, message, pipeline, head, tmp_path):
@@ -262,10 +266,14 @@ def test_bad_images_end_in_one_clear_message(images, like, message, pipeline, he
     voxels, labels, affine = ball()
     far = affine.copy()
     far[:3, 3] += 3000
-    made = {"empty": (0 * voxels, affine), "flat": (voxels[None], affine), "far": (labels, far)}
+    made = {"empty": (0 * voxels, affine), "flat": (voxels[None], affine), "far": (labels, far), "far T1w": (voxels, far)}
+    made |= {"strangers": (np.where(labels > 0, labels + 995, 0).astype(np.int16), affine), "cut off": (voxels, affine)}
     for name, (data, of_data) in made.items():
         paths[name] = str(tmp_path / f"{name}.nii.gz")
         nib.save(nib.Nifti1Image(data, of_data), paths[name])
+
+    whole = (tmp_path / "cut off.nii.gz").read_bytes()
+    (tmp_path / "cut off.nii.gz").write_bytes(whole[: len(whole) // 2])
 
     def path(name):
         return tuple(map(path, name)) if isinstance(name, tuple) else paths.get(name) or of.get(name, name)
@@ -311,6 +319,26 @@ def test_a_dataset_goes_on_with_the_rest_and_can_be_stopped(model, head, tmp_pat
     command_line(*command)
     assert "3 kept" in capsys.readouterr().out
     assert [path.read_bytes() for path in volumes] == before
+
+
+def test_a_dataset_goes_on_where_an_image_cannot_be_used(model, head, tmp_path, capsys):
+    shutil.copytree(head, tmp_path / "bids")
+    path = tmp_path / "bids/sub-02/anat/sub-02_T2w.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.float32), image.affine), path)
+    command_line("generate", model, "--out", tmp_path / "out", "--bids", tmp_path / "bids", "--device", "cpu")
+    said = capsys.readouterr().out
+    assert "1 of 2 sessions cannot be used" in said and "sub-02: T2w" in said and "there is no image in it" in said
+    assert len(list(tmp_path.glob("out/sub-*/anat/*.nii.gz"))) == 1
+
+
+def test_an_image_that_was_never_left_open_is_needed(pipeline, head):
+    needed = pipeline.decoding("auto")
+    needed.conditions = (CONDITIONS[0].model_copy(update={"drop": 0.0}), *CONDITIONS[1:])
+    for conditions in (None, {"labels": files(head)["dseg"]}):
+        with pytest.raises(InputError, match="T2w is missing"):
+            needed(1, conditions=conditions)
+    needed(1, conditions={"T2w": files(head)["T2w"]})
 
 
 def test_the_command_refuses_what_does_not_go_together(model, head, tmp_path, fails):

@@ -49,6 +49,7 @@ def generate(
     --nproc_per_node 4 -m ldm3d generate ..., accelerate launch -m ldm3d generate ..., or srun. Exit code 75: stopped by a
     signal, run it again.
     """
+    from ldm3d.generation.given_scans import check_needed
     from ldm3d.privacy.guard import Guard
     from ldm3d.processes import which_process
 
@@ -69,6 +70,7 @@ def generate(
     else:
         if like or measured or told or stripped:
             raise InputError("--like, --measured, --told and --stripped go with images: give --condition NAME=FILE, or --bids")
+        check_needed(pipeline.conditions)
         rows = pipeline.parse(read_requests(table) if table is not None else [asked] * (num or 1))
     guard = Guard.load(audit, pipeline.model_hash) if audit else None
     if dicom is not None:

@@ -267,8 +267,9 @@ class Config(Section):
     def given_conditions(self) -> tuple[Condition, ...]:
         """The conditions that the model is given: `diffusion.conditions`, with the scan in place of what is made instead."""
         diffusion, suffix = self.diffusion, self.data.suffix
-        form = "voxels" if self.made_labels else "latent"
-        scan = ImageCondition(name=suffix, kind="image", suffix=suffix, drop=0.0, form=form)
+        scan = ImageCondition(name=suffix, kind="image", suffix=suffix, drop=0.0)
+        if self.made_labels:
+            scan = scan.model_copy(update={"form": "voxels"})
         return tuple(
             scan.model_copy(update={"drop": each.drop}) if each.name == diffusion.makes else each
             for each in diffusion.conditions

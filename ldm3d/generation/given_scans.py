@@ -1,7 +1,7 @@
 """Images of a request on a model's Grid: prepared and placed as its training's were, in one world for those of a session."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,13 @@ def place(
         choose("condition", name, known)
     if not images:
         raise InputError(f"no condition is given; this model takes {', '.join(known) or 'none'}")
+    check_needed(conditions, images)
     read = {name: _read(name, known[name], image) for name, image in images.items()}
     _check_one_subject({name: source for name, (*_, source) in read.items()})
     anchor = min(read, key=lambda name: (isinstance(known[name], LabelsCondition), list(known).index(name)))
     wanted = _Wanted(grid, preparation, stripped, None if has_no_skull else tool_of_model(preparation.brain_extraction))
-    volumes, measured, own = {}, {}, {}
+    volumes, measured = {}, {}
+    own: dict[str, Own] = {}
     for name in (anchor, *(each for each in read if each != anchor)):
         condition, (scan, affine, mask, source) = known[name], read[name]
         try:
@@ -106,6 +108,15 @@ def place(
             volumes[name] = volumes[name] * measured[name]
         own[name] = Own(scan, affine, info, inside, source, removed)
     return Given(volumes, measured, own)
+
+
+def check_needed(conditions: Sequence[Condition], given: Container[str] = ()) -> None:
+    """Raise InputError where an image is left open that the training never left open (`drop: 0`)."""
+    if lacking := [each.name for each in conditions if each.drop == 0 and each.name not in given]:
+        raise InputError(
+            f"{', '.join(lacking)} is missing: this model was trained with it in every sample, so it has no answer without; "
+            f"give it (generate: --condition {lacking[0]}=FILE)"
+        )
 
 
 @dataclass(frozen=True)
