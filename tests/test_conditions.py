@@ -44,8 +44,10 @@ def test_a_training_starts_with_the_answers_of_the_old_model(conditioned, experi
     batch = next(task.batches.loader(0, 1, 0, pin_memory=False))
     (_, loss, _) = next(task.losses(batch, 0))
     loss.backward()
-    gradient = task.trained["model"].network.conv_images.weight.grad
-    assert all(part.abs().sum() > 0 for part in gradient[:, :69].split([3, 2, 64], dim=1))  # each condition is looked at
+    network = task.trained["model"].network
+    assert network.conv_images.weight.grad.abs().sum() > 0
+    mixing = network.mix_images.weight[:, :69].split([3, 2, 64], dim=1)  # each condition is looked at
+    assert network.arguments["image_width"] == 32 and all(part.abs().sum() > 0 for part in mixing)
 
 
 def test_what_is_given_is_what_the_files_hold(conditioned):

@@ -17,6 +17,8 @@ from ldm3d.models.blocks import ChannelNorm, ResBlock, TransformerBlock, sinusoi
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import Pretrained, load_weights
 
+IMAGE_WIDTH = 32  # channels that images of more than as many are mixed into
+OF_IMAGES = ("conv_images.", "mix_images.")  # weights of a network that sees images
 # Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
 FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 
@@ -138,6 +140,8 @@ class UNet(LatentUNet):
             2021, appendix C): detail finer than the network would resolve, which a likelihood depends on; None for none.
         image_channels: of images on the latent grid that are given beside z, and for each of them whether it is; 0 for none.
             Their weights start at zero: see `with_images`.
+        image_width: channels that images of many channels are mixed into, position by position, before the convolution that
+            looks at neighbours, which would take a sixth of a step for the voxels of blocks of 4; None: they are not.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class UNet(LatentUNet):
         attention_backend: str = "auto",
         fourier_features: Sequence[int] | None = None,
         image_channels: int = 0,
+        image_width: int | None = None,
     ):
         super().__init__(in_channels, out_channels, image_channels)
         self.fourier_features = tuple(fourier_features or ())
@@ -185,9 +190,12 @@ class UNet(LatentUNet):
 
         self.conv_in = nn.Conv3d(in_channels * (1 + 2 * len(self.fourier_features)), channels[0], 3, padding=1)
         # Beside `conv_in`, to which it adds: the same as one convolution over all channels, stacked
-        self.conv_images = None
+        self.conv_images = self.mix_images = None
         if image_channels:
-            self.conv_images = zero(nn.Conv3d(2 * image_channels, channels[0], 3, padding=1, bias=False))
+            seen = image_width or 2 * image_channels
+            self.conv_images = zero(nn.Conv3d(seen, channels[0], 3, padding=1, bias=False))
+            if image_width:
+                self.mix_images = nn.Conv3d(2 * image_channels, image_width, 1, bias=False)
         self.down = nn.ModuleList(level(*each) for each in zip(channels, attention, counts))
         self.downsample = nn.ModuleList(nn.Conv3d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
         self.upsample = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(channels))
@@ -218,7 +226,8 @@ class UNet(LatentUNet):
 
         h = self.conv_in(self._with_fourier_features(x))  # (N, channels[0], X, Y, Z)
         if self.conv_images is not None:
-            h = h + self.conv_images(self._stacked_images(conditions, x))
+            images = self._stacked_images(conditions, x)  # (N, 2 image_channels, X, Y, Z)
+            h = h + self.conv_images(images if self.mix_images is None else self.mix_images(images))
         skips = []
         for i, level in enumerate(self.down):
             if i > 0:
@@ -235,9 +244,9 @@ class UNet(LatentUNet):
 
     def with_images(self, image_channels: int) -> "UNet":
         """A network that takes images, too, and starts with the answers of this one, whatever they show."""
-        network = UNet(**{**self.arguments, "image_channels": image_channels})
+        network = UNet(**{**self.arguments, "image_channels": image_channels, "image_width": width_of_images(image_channels)})
         network.to(self.conv_in.weight)
-        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("conv_images.")}
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith(OF_IMAGES)}
         load_weights(network, network.state_dict() | weights, "this network")
         return network
 
@@ -254,6 +263,11 @@ class UNet(LatentUNet):
         """(N, in_channels, X, Y, Z) -> (N, in_channels (1 + 2 F), X, Y, Z)."""
         angles = [2.0**n * math.pi * x.float() for n in self.fourier_features]  # half precision would lose the angle
         return torch.cat([x, *(wave.to(x.dtype) for a in angles for wave in (a.sin(), a.cos()))], dim=1) if angles else x
+
+
+def width_of_images(channels: int) -> int | None:
+    """`UNet.image_width` of new networks."""
+    return IMAGE_WIDTH if channels > IMAGE_WIDTH else None
 
 
 def pad_to(x: Tensor, shape: Sequence[int]) -> Tensor:

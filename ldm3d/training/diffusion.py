@@ -38,7 +38,7 @@ from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import make_network
-from ldm3d.models.unet import LatentUNet, pad_to
+from ldm3d.models.unet import LatentUNet, pad_to, width_of_images
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
 from ldm3d.randomness import generator
@@ -130,7 +130,7 @@ class DiffusionTask(Task):
             return model
         channels = self.autoencoder.latent_channels
         of_data = {**settings.channels(channels), "num_categories": self.schema.num_categories}
-        of_data |= {"image_channels": images} if images else {}
+        of_data |= {"image_channels": images, "image_width": width_of_images(images)} if images else {}
         return make_network("UNet", **of_data, **settings.network.model_dump())
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
