@@ -94,15 +94,12 @@ def test_images_change_nothing_at_first_and_are_learned():
 
 def test_images_of_many_channels_are_mixed_before_neighbours_are_looked_at():
     """It starts as the old network, too; once the second weights move, each image and each flag has its say."""
-    old = network()
-    wide, x, time = old.with_images(40), torch.randn(2, 2, 4, 4, 4), torch.tensor([10.0, 900.0])
-    given = Conditions(torch.ones(2, 2, 2), torch.randn(2, 40, 4, 4, 4), torch.rand(2, 40, 4, 4, 4))
+    old, many = network(), images(channels=40)
+    wide, given = old.with_images(40), Conditions(GIVEN, many, torch.rand_like(many))
     assert wide.arguments["image_width"] == 32 and wide.conv_images.weight.shape[1] == 32
-    with torch.no_grad():
-        assert torch.equal(wide(x, time, given), old(x, time, given.covariates))
-        torch.nn.init.normal_(wide.conv_images.weight, std=0.1)
-        torch.nn.init.normal_(wide.conv_out.weight, std=0.1)
-    wide(x, time, given).square().sum().backward()
+    assert torch.equal(wide(latent(), TIME, given), old(latent(), TIME, GIVEN))
+    torch.nn.init.normal_(wide.conv_images.weight, std=0.1)
+    wide(latent(), TIME, given).square().sum().backward()
     assert wide.mix_images.weight.grad.abs().amax(dim=(0, 2, 3, 4)).min() > 0
 
 
