@@ -62,7 +62,7 @@ def test_non_local_means_take_rician_noise_away():
     real, imaginary = 0.08 * rng.standard_normal((2, *truth.shape))
     noisy = np.hypot(truth + real, imaginary).clip(0, 1)
     cleaned = non_local_means(noisy)
-    errors = [np.sqrt(((each - truth) ** 2).mean()) for each in (noisy, cleaned)]
+    errors = [np.sqrt(((each - truth)[truth > 0] ** 2).mean()) for each in (noisy, cleaned)]  # as in an evaluation
     assert cleaned.shape == truth.shape and errors[1] < 0.5 * errors[0]
 
 
