@@ -1,7 +1,7 @@
 """Images as conditions: from volumes on the Grid to channels on the latent grid, which a U-Net is given beside z.
 
 An image becomes its latent, by the model's own autoencoder, or the voxels of each block (`form`). Covariates that another
-visit tells are channels that are the same everywhere. A label map, as shares of each voxel, becomes shares of each block.
+visit tells are channels that are the same everywhere. A label map, as shares of each voxel, becomes shares of each block, or of parts of it (`detail`).
 What is made worse on the fly becomes the voxels of each block: nothing is encoded in a step, and nothing is lost. Each channel
 has a second one that says whether it is given (`ldm3d.models.conditioning.Conditions.known`).
 
@@ -38,7 +38,7 @@ class ImageChannels:
 
     def _width(self, condition: Condition) -> int:
         if isinstance(condition, LabelsCondition):
-            return len(condition.groups)
+            return len(condition.groups) * condition.detail**3
         if in_voxels(condition):
             return self.autoencoder.downsampling**3  # scans have one channel, whatever the autoencoder is of
         return self.autoencoder.latent_channels + len(getattr(condition, "tells", ()))
@@ -52,7 +52,8 @@ class ImageChannels:
             told: of a visit, standardised covariates that it `tells`, (N, K), NaN for unknown; None: all are.
         """
         if isinstance(condition, LabelsCondition):
-            return self.shares(volumes.float())
+            parts = avg_pool3d(volumes.float(), self.autoencoder.downsampling // condition.detail)
+            return space_to_depth(parts, condition.detail)
         if in_voxels(condition):
             return space_to_depth(volumes.float(), self.autoencoder.downsampling)
         if told is None:

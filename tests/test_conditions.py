@@ -126,6 +126,7 @@ def test_the_base_model_has_to_fit(conditioned, tmp_path):
         ([{"name": "a", "kind": "labels", "groups": {}}], "at least one group"),
         ([{"name": "a", "kind": "labels", "groups": {"x": [4], "y": [4]}}], "listed twice"),
         ([{"name": "a", "kind": "labels", "groups": {"x": [0]}}], "background"),
+        ([{"name": "a", "kind": "labels", "groups": {"x": [4]}, "detail": 3}], "must divide the 4 voxels"),
         ([{"name": "a", "kind": "degraded", "degradations": []}], "degradations"),
         ([{"name": "a", "kind": "degraded", "degradations": [{"operator": "noise", "strength": 2}]}], "within 0 to 1"),
         ([{"name": "a", "kind": "degraded", "degradations": [{"operator": "slices", "strength": 0.5}]}], "axes"),
@@ -221,6 +222,17 @@ def test_channels_say_what_is_known():
     assert known[:, 5:].eq(0).all() and images.shape == known.shape == (2, 69, 2, 2, 2)
     _, dropped = channels.stacked(raw, {}, {"labels": torch.tensor([True, False]), "T2w": torch.tensor([False, True])})
     assert dropped[0, 3:5].eq(1).all() and dropped[1, 3:5].eq(0).all() and dropped[:, :3].eq(0).all()
+
+
+def test_labels_are_shares_of_parts_of_a_block():
+    autoencoder = Autoencoder(latent_channels=3, downsampling=4, channels=[8, 16], blocks=1).eval()
+    labels = LabelsCondition(name="labels", kind="labels", groups={"a": [1], "b": [2]}, detail=2)
+    channels, shares = ImageChannels([labels], autoencoder), torch.zeros(1, 2, 8, 8, 8)
+    shares[0, 1, 0:2, 0:2, 0:1] = 1  # half of one part
+    found = channels.encoded(labels, shares)
+    assert found.shape == (1, channels.count, 2, 2, 2) and channels.count == 16
+    assert found.sum() == 0.5 and (found != 0).sum() == 1
+    assert depth_to_space(found, 2)[0, 1, 0, 0, 0] == 0.5
 
 
 def test_a_visit_tells_its_own_age(tmp_path):

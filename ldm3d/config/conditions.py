@@ -66,6 +66,8 @@ class LabelsCondition(_Condition):
     derivatives: Annotated[Path | None, Field(exclude_if=_is_none)] = None  # folder with a label map of each scan
     pattern: Annotated[str | None, Field(exclude_if=_is_none)] = None  # glob of its name, if there are several
     groups: dict[str, tuple[int, ...]]
+    # Parts of a block along each axis whose shares are given: 1 is the block as a whole
+    detail: Annotated[int, Field(ge=1, le=16, exclude_if=lambda parts: parts == 1)] = 1
 
     @field_validator("groups")
     @classmethod
@@ -160,6 +162,16 @@ def check_told(conditions: Sequence[Condition], continuous: Sequence[str]) -> No
         if strangers := [name for name in told if name not in continuous]:
             known = ", ".join(continuous) or "none: there are none"
             raise ValueError(f"diffusion.conditions {each.name}: tells {strangers[0]}, no continuous covariate; use {known}")
+
+
+def check_detail(conditions: Sequence[Condition], downsampling: int) -> None:
+    """Raise ValueError where blocks of so many voxels along each axis cannot be split as label maps ask for."""
+    for each in conditions:
+        if isinstance(each, LabelsCondition) and downsampling % each.detail:
+            raise ValueError(
+                f"diffusion.conditions {each.name}: detail {each.detail} must divide the {downsampling} voxels of a block "
+                "(autoencoder.network.downsampling)"
+            )
 
 
 def without_sources(condition: ImageCondition | LabelsCondition | DegradedCondition) -> dict[str, Any]:

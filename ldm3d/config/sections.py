@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Sampler, Section
-from ldm3d.config.conditions import Condition, ImageCondition, LabelsCondition, check_made, check_names, check_told
+from ldm3d.config.conditions import (
+    Condition,
+    ImageCondition,
+    LabelsCondition,
+    check_detail,
+    check_made,
+    check_names,
+    check_told,
+)
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.config.networks import AutoencoderNetwork, UNetNetwork
 from ldm3d.config.training import AdversarialConfig, PerceptualConfig, TrainingConfig
@@ -222,6 +230,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _told_covariates_exist(self) -> Self:
+        check_detail(self.diffusion.conditions, self.autoencoder.network.downsampling)
         check_told(self.diffusion.conditions, [each.name for each in self.covariates if each.kind == "continuous"])
         return self
 

@@ -92,7 +92,7 @@ def _label_maps(config: Config, condition: LabelsCondition, scans: pd.DataFrame)
 
 def fingerprint(config: Config, condition: Cached, files: Sequence[Path | None], keys: Sequence[str]) -> str:
     """16 hex digits that change with any file of a condition, with its scan and with what is made of it."""
-    settings = condition.model_dump(mode="json", include={"kind", "groups"})
+    settings = condition.model_dump(mode="json", include={"kind", "groups", "detail"})
     data = config.data
     if isinstance(condition, ImageCondition) and (data.mask or data.brain_extraction or data.bias_correction):
         settings["relieved"] = "like the scan"  # which earlier versions did not do
