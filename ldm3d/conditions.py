@@ -1,8 +1,8 @@
 """Images as conditions: from volumes on the Grid to channels on the latent grid, which a U-Net is given beside z.
 
 An image becomes its latent, by the model's own autoencoder, or the voxels of each block (`form`). Covariates that another
-visit tells are channels that are the same everywhere. A label map, as shares of each voxel, becomes shares of each block, or of
-parts of it (`detail`). What is made worse on the fly becomes the voxels of each block: nothing is encoded in a step, and
+visit tells are channels that are the same everywhere. A label map, as shares of each voxel, becomes shares of each block, or
+of parts of it (`detail`). What is made worse on the fly becomes the voxels of each block: nothing is encoded in a step, and
 nothing is lost. Each channel has a second one that says whether it is given (`ldm3d.models.conditioning.Conditions.known`).
 
 Legend: (N, C, X, Y, Z) volumes; (N, c, x, y, z) channels on the latent grid, f = X / x.
