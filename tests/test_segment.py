@@ -95,8 +95,12 @@ def test_the_command_writes_maps_and_volumes_once(model, experiment, tmp_path, c
     assert nib.load(shares).shape == (*nib.load(path).shape, 3)
     command_line(*command)
     assert "is there already" in capsys.readouterr().out
+    table = tmp_path / "scans.csv"
+    table.write_text(f"path\n{path}\n{tmp_path / 'sub-99_T1w.nii.gz'}\n")
+    said = fails("segment", model / "run/model", "--table", table, "--out", tmp_path / "out", *how)
+    assert "1 of 2 scans were left out" in said and "sub-99" in said
     assert "makes no label maps" in fails("segment", experiment / "run/model", path, "--device", "cpu")
-    assert "no such file" in fails("segment", model / "run/model", tmp_path / "nothing.nii.gz")
+    assert "no such file" in fails("segment", model / "run/model", tmp_path / "nothing.nii.gz", "--device", "cpu")
 
 
 def test_generated_label_maps_are_four_dimensional_and_marked(model, tmp_path):

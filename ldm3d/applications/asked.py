@@ -27,7 +27,9 @@ class AskedScan:
     cells: Mapping[str, str]
 
 
-def asked_scans(pipe: Pipeline, scan: Path | None, table: Path | None, bids: Path | None) -> list[AskedScan]:
+def asked_scans(
+    pipe: Pipeline, scan: Path | None, table: Path | None, bids: Path | None, suffix: str | None = None
+) -> list[AskedScan]:
     """The scans of exactly one of the three.
 
     Args:
@@ -35,6 +37,7 @@ def asked_scans(pipe: Pipeline, scan: Path | None, table: Path | None, bids: Pat
         scan: a file; or
         table: with a column path, from its own folder on, and columns of covariates; or
         bids: folder of a dataset, with its participants.tsv where there is one.
+        suffix: of the scans in it; None: what the model makes.
 
     Raises:
         InputError: none or several of the three; no scans; two whose results would have one name.
@@ -43,7 +46,7 @@ def asked_scans(pipe: Pipeline, scan: Path | None, table: Path | None, bids: Pat
         raise InputError("give either one scan, or --table with a path column, or --bids with the folder of a dataset")
     if scan is not None:
         return [AskedScan(scan, {}, {})]
-    found = _of_table(pipe, table) if table is not None else _of_dataset(pipe, Path(str(bids)))
+    found = _of_table(pipe, table) if table is not None else _of_dataset(pipe, Path(str(bids)), suffix or pipe.suffix)
     check_labels([each.scan for each in found], str(table or bids))
     return found
 
@@ -57,9 +60,9 @@ def _of_table(pipe: Pipeline, table: Path) -> list[AskedScan]:
     return [AskedScan(table.parent / row["path"], {name: row[name] for name in own}, row) for row in frame.to_dict("records")]
 
 
-def _of_dataset(pipe: Pipeline, folder: Path) -> list[AskedScan]:
+def _of_dataset(pipe: Pipeline, folder: Path, suffix: str) -> list[AskedScan]:
     grid = {"shape": pipe.grid.shape, "spacing_mm": pipe.grid.spacing_mm}
-    data = DataConfig.model_validate({"bids": folder, "suffix": pipe.suffix, "grid": grid})
+    data = DataConfig.model_validate({"bids": folder, "suffix": suffix, "grid": grid})
     scans = read_scans(data, ())
     cells = read_columns(data, scans, {name: [name] for name in pipe.schema.names})
     return [

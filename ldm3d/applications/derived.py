@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Kind:
         readme: of the folder.
         mains: descriptions (`desc-`) that the main result of a scan can have.
         beside: descriptions, and names of files, that BIDS does not know.
+        suffixes: by description, of results that are no volumes as the model makes them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kind:
     readme: str
     mains: tuple[str, ...]
     beside: tuple[str, ...]
+    suffixes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ignored(self) -> str:
@@ -95,7 +97,8 @@ class Derived:
         """Of a result; subject and session are those of the scan's name."""
         subject, session = label_of(self.scan)
         folder = self.folder / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
-        return folder / f"{stem_of(self.scan)}_desc-{desc}_{self.pipe.suffix}{ending}"
+        suffix = self.kind.suffixes.get(desc, self.pipe.suffix)
+        return folder / f"{stem_of(self.scan)}_desc-{desc}_{suffix}{ending}"
 
     def figure(self, desc: str) -> Path:
         """Of a picture; its folder is there."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ldm3d.applications.derived import Derived
+from ldm3d.applications.derived import Derived, Kind
 from ldm3d.config.conditions import ImageCondition
 from ldm3d.errors import InputError
 from ldm3d.geometry import spacing_of
@@ -27,6 +27,14 @@ from ldm3d.pipeline import Pipeline
 README = (
     "Label maps of brain scans, drawn by a latent diffusion model (ldm3d) given each scan. They are estimates with their "
     "uncertainty. Not for diagnosis."
+)
+SEGMENT = Kind(
+    "segment",
+    "Label maps of brain scans (DERIVED)",
+    README,
+    ("labels",),
+    ("probabilities", "uncertainty"),
+    {"labels": "dseg"},
 )
 SAMPLES, LEVEL = 8, 0.9
 
@@ -95,7 +103,7 @@ def segment(
     """
     if samples < 1:
         raise InputError(f"samples is {samples}; ask for at least 1, better {SAMPLES}")
-    name = taken(pipe)
+    name = taken(pipe).name
     given = pipe.given({name: scan}, like=name, stripped=stripped)
     rows = pipe.parse([dict(covariates or {})] * samples)
     assert given.images is not None
@@ -111,16 +119,11 @@ def segment(
     return Segmented(pipe.labels, affine, (total / samples).astype(np.float32), np.stack(volumes))
 
 
-def taken(pipe: Pipeline) -> str:
-    """The name of the scan among the conditions of a model that makes label maps; InputError if it is none."""
+def taken(pipe: Pipeline) -> ImageCondition:
+    """The scan among the conditions of a model that makes label maps; InputError if it makes none."""
     if not pipe.labels:
         raise InputError("this model makes no label maps: it was trained without `diffusion.makes` of a condition of labels")
-    return next(each.name for each in pipe.conditions if isinstance(each, ImageCondition))
-
-
-def segmented_files(folder: Path, pipe: Pipeline, scan: Path, asked: dict[str, Any]) -> Derived:
-    """Where the label maps of a scan go."""
-    return Derived(folder, "segment", README, "labels", pipe, scan, asked, {"labels": "dseg"})
+    return next(each for each in pipe.conditions if isinstance(each, ImageCondition))
 
 
 def write_segmented(files: Derived, found: Segmented) -> Path:

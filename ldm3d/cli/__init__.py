@@ -1,8 +1,8 @@
 """The command line, all but training.
 
 ldm3d phantoms | import-dicom | config | check | prepare | measure | encode | generate | atlas | augment | edit | restore |
-calibrate | anomaly | dicom | info | evaluate | segmenter | compare | audit | likelihood | explain | export | push |
-import-monai | serve | demo.
+calibrate | anomaly | segment | dicom | info | evaluate | segmenter | compare | audit | likelihood | explain | export |
+push | import-monai | serve | demo.
 
 Training is started with `accelerate launch`; see `ldm3d.training.autoencoder` and `ldm3d.training.diffusion`.
 """
@@ -13,7 +13,17 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli import data, edit, evaluation, generation, populations, restore, rulers, serve  # noqa: F401 (each adds its commands)
+from ldm3d.cli import (  # noqa: F401 (each adds its commands)
+    data,
+    edit,
+    evaluation,
+    generation,
+    populations,
+    restore,
+    rulers,
+    segment,
+    serve,
+)
 from ldm3d.cli.options import app
 from ldm3d.errors import exit_on_input_error
 
