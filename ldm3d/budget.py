@@ -57,7 +57,7 @@ def estimate(config: Config, scans: int, device: torch.device) -> Budget:
         of_data = {**config.diffusion.channels(channels), "num_categories": config.schema().num_categories}
         unet = make_network("UNet", **of_data, **two.network.model_dump())
     latent = tuple(autoencoder.latent_shape(shape))
-    padded = (channels, *unet.padded_shape(latent[1:]))
+    padded = (of_data["in_channels"], *unet.padded_shape(latent[1:]))
     volume, latents, own, unet_own = (
         FLOAT * n for n in (math.prod(shape), math.prod(latent), _parameters(autoencoder), _parameters(unet))
     )
@@ -70,9 +70,9 @@ def estimate(config: Config, scans: int, device: torch.device) -> Budget:
 
     def denoise() -> Tensor:
         n = two.training.batch_size // two.training.accumulation
-        z = torch.empty(n, *padded, device="meta")
+        z = torch.empty(n, *padded, device="meta")  # what the network sees: the Gaussian's answer, too, where it has one
         context = torch.ones(n, len(config.covariates), 2, device="meta")
-        return (unet(z, torch.ones(n, device="meta"), context) - z).square().mean()
+        return (unet(z, torch.ones(n, device="meta"), context) - z[:, :channels]).square().mean()
 
     fitted = volume * volumes_for(shape) if one.network.linear_path else 0
     preview = plan_decode(autoencoder, (1, *latent), device).estimated_bytes

@@ -198,13 +198,13 @@ def training_seconds(config: Config, repeats: int = 5) -> tuple[float, float, fl
     unet = make_unet(config, latent[0]).to(device)
     unet_optimizer = make_optimizer(unet, config.diffusion.training)
     size = config.diffusion.training.batch_size
-    padded = latent[0], *unet.padded_shape(latent[1:])
+    padded = config.diffusion.channels(latent[0])["in_channels"], *unet.padded_shape(latent[1:])
     z, times = torch.randn(size, *padded, device=device), torch.full((size,), 500.0, device=device)
 
     def step_2() -> None:
         with autocast:
             output = unet(z, times)
-        (output.float() - z).square().mean().backward()
+        (output.float() - z[:, : latent[0]]).square().mean().backward()
         unet_optimizer.step()
         unet_optimizer.zero_grad()
 

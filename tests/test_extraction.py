@@ -194,3 +194,94 @@ def test_a_missing_program_is_named_with_those_that_are_there(dataset):
     config = load_config(dataset / "config.yaml", ["data.brain_extraction.command=hd-bet -device cpu"])
     with pytest.raises(InputError, match=r"bet and mri_synthstrip|mri_synthstrip and bet"):
         find_tool(config.data.brain_extraction)
+
+
+# Each program known by name, played by a script that takes that program's own command line (argparse refuses the rest), fails
+# on a head that is too bright, and writes where the program itself writes
+PLAYED = """#!{python}
+import argparse, os, sys
+import nibabel as nib
+import numpy as np
+
+def brain(path):
+    image = nib.load(path)
+    data = np.asarray(image.dataobj)
+    if data.max() > 5000:
+        sys.exit("too bright to be a head")
+    return (data > 500).astype(np.uint8), data, image.affine
+
+def write(data, affine, path):
+    nib.save(nib.Nifti1Image(data, affine), path)
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+{play}
+"""
+PLAYS = {
+    "mri_synthstrip": """
+parser.add_argument("-i", "--image", required=True)
+parser.add_argument("-o", "--out")
+parser.add_argument("-m", "--mask")
+parser.add_argument("-b", "--border", default=1, type=float)
+parser.add_argument("--no-csf", action="store_true")
+asked = parser.parse_args()
+mask, _, affine = brain(asked.image)
+write(mask, affine, asked.mask)
+""",
+    "hd-bet": """
+parser.add_argument("-i", "--input", required=True)
+parser.add_argument("-o", "--output")
+parser.add_argument("-device", default="cuda")
+parser.add_argument("--disable_tta", action="store_true")
+parser.add_argument("--save_bet_mask", action="store_true")
+parser.add_argument("--no_bet_image", action="store_true")
+asked = parser.parse_args()
+assert asked.output.endswith(".nii.gz") and asked.save_bet_mask
+if asked.device == "cuda":
+    sys.exit("Found no NVIDIA driver on your system")
+mask, _, affine = brain(asked.input)
+write(mask, affine, asked.output[:-7] + "_bet.nii.gz")
+""",
+    "bet": """
+scan, out, *options = sys.argv[1:]
+if scan.startswith("-"):
+    sys.exit("Usage: bet <input> <output> [options]")
+assert {{"-m", "-n"}} <= set(options) <= {{"-m", "-n", "-R", "-f", "0.4"}}, options
+mask, _, affine = brain(scan)
+assert os.environ["FSLOUTPUTTYPE"] == "NIFTI_GZ"
+write(mask, affine, out + "_mask.nii.gz")
+""",
+    "deepbet-cli": """
+parser.add_argument("-i", "--input")
+parser.add_argument("-o", "--output")
+parser.add_argument("-m", "--mask_output")
+parser.add_argument("-t", "--threshold", type=float, default=0.5)
+parser.add_argument("-g", "--no_gpu", action=argparse.BooleanOptionalAction, default=False)
+asked = parser.parse_args()
+assert asked.no_gpu  # processes of `prepare` would share one
+mask, data, affine = brain(asked.input)
+write(data * mask, affine, asked.output)
+write(mask, affine, asked.mask_output)
+""",
+}
+
+
+@pytest.mark.parametrize(
+    "command", ["mri_synthstrip --no-csf", "hd-bet -device cpu --disable_tta", "bet -f 0.4 -R", "deepbet-cli"]
+)
+def test_each_program_known_by_name_takes_its_own_command_line(dataset, capsys, command):
+    """Its mask is what is kept, its version is written down, and the scan on which it fails fails alone."""
+    name, setting = command.split()[0], f"data.brain_extraction.command={command}"
+    program = dataset / "bin" / name
+    program.write_text(PLAYED.format(python=sys.executable, play=PLAYS[name].replace("{{", "{").replace("}}", "}")))
+    program.chmod(0o755)
+    bright = dataset / "data/sub-03/anat/sub-03_T1w.nii.gz"
+    nib.save(nib.Nifti1Image(20 * nib.load(bright).get_fdata(dtype=np.float32), nib.load(bright).affine), bright)
+    command_line("prepare", dataset / "config.yaml", "--workers", 1, "--set", setting)
+    said = capsys.readouterr().out
+    assert f"sub-03: {name} failed with exit code 1: 'too bright to be a head'" in said and "4 scans prepared" in said
+    config = load_config(dataset / "config.yaml", [setting])
+    for row in read_scan_table(config).itertuples():
+        info, scan = load_info(config, row.key), read_volume(row.path)[0]
+        assert info["brain_extraction"]["command"].startswith(command)
+        assert info["brain_extraction"]["version"].startswith("unknown, file ")  # none of these says one
+        assert info["mask_keeps"] == pytest.approx((scan > 500).mean(), abs=1e-4)
