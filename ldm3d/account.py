@@ -15,6 +15,7 @@ import pandas as pd
 import ldm3d
 from ldm3d.config.sections import Config
 from ldm3d.data.preparing import load_info, read_scan_table
+from ldm3d.data.source import source_of
 from ldm3d.data.splits import TRAIN
 from ldm3d.data.table_one import extra_columns, table_1
 from ldm3d.errors import InputError
@@ -49,6 +50,7 @@ def account_of(config: Config) -> dict[str, Any]:
             "sites": _sites(table, columns),
             "few": _few(table, config),
             "bids": data.bids is not None,
+            "source": source_of(data.bids),
         },
         "prepared": {
             "grid": {"shape": list(data.grid.shape), "spacing_mm": list(data.grid.spacing_mm), "place": data.grid.place},

@@ -6,9 +6,9 @@ from typing import Any
 
 import ldm3d
 from ldm3d.covariates import Covariate
+from ldm3d.methods import MOST_SITES
 from ldm3d.pipeline import Pipeline
 
-MOST_SITES = 12  # that are named
 FEW, MANY = 20, 100  # training subjects of a category; of a model
 TRAINING = {
     "steps": "steps",
@@ -135,7 +135,11 @@ def _known(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mappi
 
 def _data_and_training(account: Mapping[str, Any]) -> list[str]:
     data, table = account["data"], account["data"]["table"]
-    lines = ["| |" + "|".join(table["columns"][1:]) + "|", "|---" * len(table["columns"]) + "|"]
+    lines = [
+        *_dataset(data.get("source", {})),
+        "| |" + "|".join(table["columns"][1:]) + "|",
+        "|---" * len(table["columns"]) + "|",
+    ]
     lines += ["| " + " | ".join(_cell(cell).replace("\n", "; ") for cell in row) + " |" for row in table["rows"]]
     sites = ", ".join(f"{site} ({count})" for site, count in list(data["sites"].items())[:MOST_SITES])
     more = len(data["sites"]) - MOST_SITES
@@ -156,6 +160,20 @@ def _data_and_training(account: Mapping[str, Any]) -> list[str]:
         "## Training\n\n" + "\n".join(training) + f"\n\nVersions: {versions}. `methods.md` has it as text for a paper, with "
         "citations in `references.bib`.",
     ]
+
+
+def _dataset(source: Mapping[str, Any]) -> list[str]:
+    """What the dataset says of itself, a line each; nothing where it says nothing."""
+    said = {
+        "Dataset": source.get("name"),
+        "Authors": ", ".join(source.get("authors", ())),
+        "Licence": source.get("licence"),
+        "DOI": source.get("doi") and f"https://doi.org/{source['doi']}",
+        "To be acknowledged as": source.get("cite"),
+        "References": ", ".join(source.get("links", ())),
+    }
+    lines = [f"- {name}: {value}" for name, value in said.items() if value]
+    return [*lines, ""] if lines else []
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:

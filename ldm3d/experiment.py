@@ -114,7 +114,7 @@ def save_experiment(config: Config, model: Path) -> None:
     write_atomic(config.output / EXPERIMENT, json.dumps(values, indent=1) + "\n")
     account = account_of(config)
     write_account(account, model)
-    write_methods(model, methods_text(account, Sampling(**config.generation.model_dump())))
+    write_methods(model, methods_text(account, Sampling(**config.generation.model_dump())), account)
     (model / EXPERIMENT).unlink(missing_ok=True)  # an older version's
 
 

@@ -73,7 +73,7 @@ def export(
     structures = list(measured.groups) if measured is not None else []
     if account:
         write_account(account, out)
-    write_methods(out, methods_text(account, exported.sampling, metrics))
+    write_methods(out, methods_text(account, exported.sampling, metrics), account)
     name = called or out.resolve().name
     known = card(
         name, exported, precision, account=account, metrics=metrics, about=text, structures=structures, licence=licence

@@ -13,6 +13,7 @@ from ldm3d.description import Sampling
 from ldm3d.files import write_atomic
 
 METHODS, REFERENCES = "methods.md", "references.bib"
+MOST_SITES = 12  # that are named
 _BIB = Path(__file__).with_name(REFERENCES)
 _PROCESSES = {
     "flow": "linear interpolation between data and noise, as in flow matching [@lipman2023]",
@@ -59,17 +60,37 @@ def methods_text(account: Mapping[str, Any] | None, sampling: Sampling, metrics:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def bibtex(text: str) -> str:
-    """BibTeX of every [@key] in a text, in the order of the keys."""
+def bibtex(text: str, account: Mapping[str, Any] | None = None) -> str:
+    """BibTeX of every [@key] in a text, in the order of the keys; [@dataset] is what the account says of the data."""
     entries = {match[1]: match[0] for match in re.finditer(r"@\w+\{(\w+),.*?\n\}", _BIB.read_text("utf-8"), re.DOTALL)}
+    if source := _source(account):
+        entries["dataset"] = _entry(source)
     cited = sorted(set(re.findall(r"@(\w+)", text)) & entries.keys())  # a version may hold an @, too
     return "\n\n".join(entries[key] for key in cited) + "\n"
 
 
-def write_methods(folder: Path, text: str) -> None:
+def write_methods(folder: Path, text: str, account: Mapping[str, Any] | None = None) -> None:
     """Write methods.md and references.bib into a folder."""
     write_atomic(folder / METHODS, text)
-    write_atomic(folder / REFERENCES, bibtex(text))
+    write_atomic(folder / REFERENCES, bibtex(text, account))
+
+
+def _source(account: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What the dataset says of itself (`ldm3d.data.source`), if it has a name; models of older versions have nothing of it."""
+    source = account["data"].get("source", {}) if account else {}
+    return source if source.get("name") else {}
+
+
+def _entry(source: Mapping[str, Any]) -> str:
+    """The dataset in BibTeX; braces of others would end an entry early."""
+    fields = {
+        "title": source["name"],
+        "author": " and ".join(source.get("authors", ())),
+        "doi": source.get("doi", ""),
+        "note": f"Licence: {source['licence']}" if "licence" in source else "",
+    }
+    lines = [f"  {key} = {{{re.sub('[{}]', '', value)}}}" for key, value in fields.items() if value]
+    return "@misc{dataset,\n" + ",\n".join(lines) + "\n}"
 
 
 def _made(account: Mapping[str, Any]) -> Iterator[str]:
@@ -93,12 +114,24 @@ def _people(data: Mapping[str, Any]) -> str:
         if split in scans
     ]
     source = " organised in BIDS [@gorgolewski2016]" if data["bids"] else ""
-    sites = f" Training subjects came from {len(data['sites'])} sites." if len(data["sites"]) > 1 else ""
+    found = _source({"data": data})
+    name = f' of "{found["name"]}" [@dataset]' if found else ""
+    named = ", ".join(f"{site} ({count})" for site, count in list(data["sites"].items())[:MOST_SITES])
+    more = ", and others" if len(data["sites"]) > MOST_SITES else ""
+    sites = f" Training subjects came from {len(data['sites'])} sites: {named}{more}." if len(data["sites"]) > 1 else ""
+    terms = [
+        f"licence: {found['licence']}" if "licence" in found else "",
+        found.get("doi") and f"https://doi.org/{found['doi']}",
+    ]
+    said = f" ({', '.join(each for each in terms if each)})" if any(terms) else ""
+    thanks = f" The dataset asks to be acknowledged so: {found['cite']}" if "cite" in found else ""
+    if links := found.get("links"):
+        thanks += f" It refers to: {'; '.join(links)}" if thanks else f" References of the dataset: {'; '.join(links)}"
     rows = [f"{name.replace(chr(10), ' ')} {cells[0].replace(chr(10), ', ')}" for name, *cells in data["table"]["rows"][2:]]
     about = f" Of all: {'; '.join(rows)}." if rows else ""
     return (
-        f"The data{source} were split by subject: {', '.join(counts)}.{about}{sites} The test subjects took no part in any "
-        "training or choice."
+        f"The data{name}{said}{source} were split by subject: {', '.join(counts)}.{about}{sites} The test subjects took no "
+        f"part in any training or choice.{thanks}"
     )
 
 

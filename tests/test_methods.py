@@ -10,8 +10,10 @@ from conftest import SHAPE, command_line, tiny_settings
 
 from ldm3d import methods
 from ldm3d.account import account_of, read_account, write_account
+from ldm3d.card import _data_and_training
 from ldm3d.config.read import load_config
 from ldm3d.data.phantom_dataset import write_dataset
+from ldm3d.data.source import source_of
 from ldm3d.description import Sampling
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.methods import bibtex, methods_text
@@ -50,7 +52,9 @@ def test_the_text_has_the_figures_and_cites_what_it_names(prepared):
     assert "24 x 28 x 24 voxels of 7.5 x 7.5 x 7.5 mm centred on the foreground" in text
     assert "8 steps of 4 with Muon [@jordan2024]" in text and "UniPC [@zhao2023] in 30 steps" in text
     assert "classifier-free guidance 2 [@ho2022]" in text and "N4" not in text and "extracted" not in text
-    assert {*re.findall(r"@\w+\{(\w+),", bibtex(text))} == {*re.findall(r"@(\w+)", text)} >= {"rombach2022", "zhao2023"}
+    assert (
+        {*re.findall(r"@\w+\{(\w+),", bibtex(text, account))} == {*re.findall(r"@(\w+)", text)} >= {"rombach2022", "zhao2023"}
+    )
 
 
 def test_preparing_is_told_with_versions(prepared):
@@ -87,3 +91,49 @@ def test_without_an_account_only_sampling_is_told(tmp_path):
         methods_text(None, Sampling("ddim", 50))
         == "Volumes are sampled with DDIM [@song2021ddim] in 50 steps, without guidance.\n"
     )
+
+
+def test_the_dataset_is_named_with_its_licence_and_how_it_is_cited(prepared, tmp_path):
+    """In the text, in BibTeX and in the card, from what the dataset says of itself."""
+    description = {
+        "Name": "Rest with\neyes closed",
+        "License": "CC0",
+        "Authors": ["Doe J", "Roe {R}"],
+        "DatasetDOI": "doi:10.18112/openneuro.ds000000.v1.0.5",
+        "HowToAcknowledge": "Please cite Doe et al. 2021.",
+        "ReferencesAndLinks": ["https://doi.org/10.1155/2021/0000000"],
+    }
+    (tmp_path / "dataset_description.json").write_text(json.dumps(description))
+    account = account_of(load_config(prepared))
+    account["data"]["source"] = source_of(tmp_path)
+    text = methods_text(account, Sampling())
+    assert (
+        'The data of "Rest with eyes closed" [@dataset] (licence: CC0, https://doi.org/10.18112/openneuro.ds000000.v1.0.5)'
+        in text
+    )
+    assert (
+        "acknowledged so: Please cite Doe et al. 2021. It refers to: https://doi.org/10.1155" in text
+        and " came from 3 sites: " in text
+    )
+    entry = bibtex(text, account)
+    assert (
+        "@misc{dataset,\n  title = {Rest with eyes closed},\n  author = {Doe J and Roe R}," in entry
+        and "{Licence: CC0}" in entry
+    )
+    assert entry.count("{") == entry.count("}") and "@misc{dataset" not in bibtex(text)
+    told = "\n".join(_data_and_training(account))
+    for line in (
+        "- Dataset: Rest with eyes closed",
+        "- Licence: CC0",
+        "- DOI: https://doi.org/10.18112/openneuro.ds000000.v1.0.5",
+        "- To be acknowledged as: Please cite Doe et al. 2021.",
+        "- References: https://doi.org/10.1155/2021/0000000",
+        "Sites of the training subjects: ",
+    ):
+        assert line in told
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"Name": 3, "License": null, "Authors": {"a": 1}}', "\x00"])
+def test_a_description_that_says_nothing_is_no_error(tmp_path, content):
+    (tmp_path / "dataset_description.json").write_text(content)
+    assert source_of(tmp_path) == {} == source_of(tmp_path / "nowhere") == source_of(None)

@@ -80,8 +80,8 @@ def write_report(
     parts = [denoising_section(pipeline.denoising, shown)] if pipeline.denoising else []
     parts.append(people_section(evaluation, pipeline.schema))
     text = methods_text(account, sampling, metrics)
-    write_methods(folder, text)
-    parts.append(methods_section(text))
+    write_methods(folder, text, account)
+    parts.append(methods_section(text, account))
     lightbox = lightbox_pictures(evaluation, shown)
     number_pictures([lightbox, *(all_pictures(each.sections) for each in answers), all_pictures(parts)], set(pictures))
     more = {"verdicts": answers, "lightbox": lightbox, "lead": _lead(pipeline)}
@@ -96,13 +96,13 @@ def _lead(pipeline: Pipeline) -> str:
     return LEAD if len(pipeline.schema) else LEAD_OPEN
 
 
-def methods_section(text: str) -> Section:
+def methods_section(text: str, account: Mapping[str, Any] | None = None) -> Section:
     """The text of the methods, to be copied, with what it cites."""
     about = (
         f"To paste into a paper and to be completed; also in {METHODS} and {REFERENCES}. Citations are [@key], as pandoc and "
         "Quarto read them."
     )
-    return Section("Text for a methods section", about, quote=text, folded=("What it cites, as BibTeX", bibtex(text)))
+    return Section("Text for a methods section", about, quote=text, folded=("What it cites, as BibTeX", bibtex(text, account)))
 
 
 def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
