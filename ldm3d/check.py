@@ -19,6 +19,7 @@ from ldm3d.budget import Budget, estimate
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
 from ldm3d.data.bids import read_scans
+from ldm3d.data.evenness import uneven_splits
 from ldm3d.data.masks import find_masks
 from ldm3d.data.oddities import cut_remedy, other_than_said, who
 from ldm3d.data.people import split_columns, split_subjects
@@ -114,6 +115,16 @@ def _scans(config: Config, found: Findings) -> pd.DataFrame | None:
         masks = find_masks(config.data, scans["path"]) if config.data.mask else []
         if lacking := [mask for mask in masks if isinstance(mask, InputError)]:
             found.odd.append(f"{len(lacking)} of {len(scans)} scans have not the one mask that they need: {lacking[0]}")
+    if uneven := {
+        name: how
+        for name, how in uneven_splits(scans, config.schema()).items()
+        if name not in config.data.splits.stratify and not config.data.split_column
+    }:
+        said = "; ".join(f"{name} ({how})" for name, how in uneven.items())
+        found.odd.append(
+            f"people held out differ from those that train in {said}: data.splits.stratify: [{', '.join(uneven)}] shares them "
+            "out alike"
+        )
     lines = [_column(covariate, scans[covariate.name], found) for covariate in config.schema()]
     found.said["covariates"] = lines or ["none: an unconditional model"]
     with found.collecting():
