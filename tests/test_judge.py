@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import binary_erosion, gaussian_filter
+from broken_brains import CHANGES
 
 from ldm3d.data.phantoms import GREY, VENTRICLES, WHITE, make_phantom
 from ldm3d.errors import InputError
@@ -21,7 +21,7 @@ from ldm3d.report.sections.anatomy import anatomy_light
 from ldm3d.rulers.segmenter import Segmenter
 from ldm3d.statistics.equivalence import CLOSER, WITHIN
 
-SHAPE, SPACING_MM, BLOCK = (20, 24, 20), 7.5, 4
+SHAPE, SPACING_MM = (20, 24, 20), 7.5
 GROUPS = {"grey": [GREY], "white": [WHITE], "ventricles": list(VENTRICLES)}
 PEOPLE = 30
 BAD = ("shuffled", "scrambled", "grain")
@@ -32,46 +32,6 @@ def brain(index: int):
     image, labels, _ = make_phantom(SHAPE, SPACING_MM, seed=5, index=index)
     classes = sum(k * np.isin(labels[0], group) for k, group in enumerate(GROUPS.values(), start=1))
     return np.where(classes > 0, image[0] / 900, 0).clip(0, 1).astype(np.float32), classes
-
-
-def shuffled(volume, random):
-    """Blocks of the inside in another order."""
-    corners = np.argwhere(np.ones([n // BLOCK for n in SHAPE])) * BLOCK
-    blocks = [tuple(slice(start, start + BLOCK) for start in corner) for corner in corners]
-    inside = [block for block in blocks if (volume[block] > 0).mean() > 0.9]
-    changed = volume.copy()
-    for k, block in zip(random.permutation(len(inside)), inside):
-        changed[block] = volume[inside[k]]
-    return changed
-
-
-def _filled(volume, values):
-    """The inside replaced by other values, of the same mean and deviation."""
-    inside = binary_erosion(volume > 0)
-    new, old = values[inside], volume[inside]
-    changed = volume.copy()
-    changed[inside] = ((new - new.mean()) / new.std() * old.std() + old.mean()).clip(0, 1)
-    return changed
-
-
-def scrambled(volume, random):
-    """The inside with its own spectrum and random phases."""
-    inside = binary_erosion(volume > 0)
-    spectrum = np.abs(np.fft.fftn(np.where(inside, volume - volume[inside].mean(), 0)))
-    phases = np.fft.fftn(random.standard_normal(SHAPE))
-    return _filled(volume, np.fft.ifftn(spectrum * phases / np.abs(phases)).real)
-
-
-def grain(volume, random):
-    """White noise inside."""
-    return _filled(volume, random.standard_normal(SHAPE))
-
-
-CHANGES = {
-    "as they are": lambda volume, _: volume,
-    "blurred": lambda volume, _: gaussian_filter(volume, 0.5),
-    **{change.__name__: change for change in (shuffled, scrambled, grain)},
-}
 
 
 @pytest.fixture(scope="module")
