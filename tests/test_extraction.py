@@ -10,8 +10,9 @@ import yaml
 from conftest import command_line, tiny_settings
 from scipy import ndimage
 
+from ldm3d.config.data import BrainExtractionConfig
 from ldm3d.config.read import load_config
-from ldm3d.data.extraction import find_tool
+from ldm3d.data.extraction import extract, find_tool
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.preparing import load_info, load_prepared, read_scan_table, restore_scan
 from ldm3d.errors import InputError
@@ -194,3 +195,102 @@ def test_a_missing_program_is_named_with_those_that_are_there(dataset):
     config = load_config(dataset / "config.yaml", ["data.brain_extraction.command=hd-bet -device cpu"])
     with pytest.raises(InputError, match=r"bet and mri_synthstrip|mri_synthstrip and bet"):
         find_tool(config.data.brain_extraction)
+
+
+# Each program known by name, played by a script that takes that program's own command line (argparse refuses the rest), fails
+# on a head that is too bright, and writes where the program itself writes
+PLAYED = """#!{python}
+import argparse, os, sys
+import nibabel as nib
+import numpy as np
+
+def brain(path):
+    image = nib.load(path)
+    data = np.asarray(image.dataobj)
+    if data.max() > 5000:
+        sys.exit("too bright to be a head")
+    return (data > 500).astype(np.uint8), data, image.affine
+
+def write(data, affine, path):
+    nib.save(nib.Nifti1Image(data, affine), path)
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+{play}
+"""
+PLAYS = {
+    "mri_synthstrip": """
+parser.add_argument("-i", "--image", required=True)
+parser.add_argument("-o", "--out")
+parser.add_argument("-m", "--mask")
+parser.add_argument("-b", "--border", default=1, type=float)
+parser.add_argument("--no-csf", action="store_true")
+asked = parser.parse_args()
+mask, _, affine = brain(asked.image)
+write(mask, affine, asked.mask)
+""",
+    "hd-bet": """
+parser.add_argument("-i", "--input", required=True)
+parser.add_argument("-o", "--output")
+parser.add_argument("-device", default="cuda")
+parser.add_argument("--disable_tta", action="store_true")
+parser.add_argument("--save_bet_mask", action="store_true")
+parser.add_argument("--no_bet_image", action="store_true")
+asked = parser.parse_args()
+assert asked.output.endswith(".nii.gz") and asked.save_bet_mask
+if asked.device == "cuda":
+    sys.exit("Found no NVIDIA driver on your system")
+mask, _, affine = brain(asked.input)
+write(mask, affine, asked.output[:-7] + "_bet.nii.gz")
+""",
+    "bet": """
+scan, out, *options = sys.argv[1:]
+if scan.startswith("-"):
+    sys.exit("Usage: bet <input> <output> [options]")
+assert {{"-m", "-n"}} <= set(options) <= {{"-m", "-n", "-R", "-f", "0.4"}}, options
+mask, _, affine = brain(scan)
+assert os.environ["FSLOUTPUTTYPE"] == "NIFTI_GZ"
+write(mask, affine, out + "_mask.nii.gz")
+""",
+    "deepbet-cli": """
+parser.add_argument("-i", "--input")
+parser.add_argument("-o", "--output")
+parser.add_argument("-m", "--mask_output")
+parser.add_argument("-t", "--threshold", type=float, default=0.5)
+parser.add_argument("-g", "--no_gpu", action=argparse.BooleanOptionalAction, default=False)
+asked = parser.parse_args()
+assert asked.no_gpu  # processes of `prepare` would share one
+mask, data, affine = brain(asked.input)
+write(data * mask, affine, asked.output)
+write(mask, affine, asked.mask_output)
+""",
+}
+
+
+COMMANDS = ["mri_synthstrip --no-csf", "hd-bet -device cpu --disable_tta", "bet -f 0.4 -R", "deepbet-cli"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_program_known_by_name_takes_its_own_command_line(tmp_path, monkeypatch, command):
+    """Its mask is what is read, its version is written down, and what it says on a scan where it fails is told."""
+    name, *_ = command.split()
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for variable in ("FREESURFER_HOME", "FSLDIR"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / name).write_text(PLAYED.format(python=sys.executable, play=PLAYS[name].replace("{{", "{").replace("}}", "}")))
+    (tmp_path / name).chmod(0o755)
+    tool = find_tool(BrainExtractionConfig(command=command))
+    assert (
+        tool.told()["command"].startswith(name)
+        and tool.told()["command"].endswith(command.removeprefix(name))
+        and tool.version.startswith("unknown, file ")
+    )  # none of these says one
+    head = np.random.default_rng(0).uniform(0, 1000, (1, 6, 7, 8)).astype(np.float32)
+    affine = np.diag([2.0, 2, 2, 1])
+    nib.save(nib.Nifti1Image(head[0], affine), tmp_path / "sub-01_T1w.nii.gz")
+    mask, own = extract(tool, tmp_path / "sub-01_T1w.nii.gz", head, affine)
+    np.testing.assert_array_equal(mask > 0.5, head > 500)
+    np.testing.assert_array_equal(own, affine)
+    mask, _ = extract(tool, tmp_path / "orig.mgz", head, affine)  # no such program reads it: it gets a copy
+    np.testing.assert_array_equal(mask > 0.5, head > 500)
+    with pytest.raises(InputError, match=f"{name} failed with exit code 1: 'too bright to be a head'"):
+        extract(tool, tmp_path / "orig.mgz", 20 * head, affine)

@@ -64,7 +64,8 @@ def find_tool(config: BrainExtractionConfig) -> Tool:
             "drop data.brain_extraction and train on the scans as they are"
         )
     if not any("{scan}" in word for word in words):
-        words += shlex.split(BRAIN_TOOLS[words[0]])
+        # The user's options come last: BET takes its first two words as the files, whatever they are
+        words = [words[0], *shlex.split(BRAIN_TOOLS[words[0]]), *words[1:]]
     return Tool(tuple(words), os.path.abspath(program), _version(words[0], program))
 
 
