@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 PAGE, BEGIN, END = HERE / "installation.md", "<!-- sizes: made by docs/sizes.py -->\n", "<!-- end of sizes -->"
-EXTRAS = ("prepare", "serve", "dicom", "notebook", "tensorboard", "docs")
+EXTRAS = ("prepare", "evaluate", "serve", "dicom", "notebook", "tensorboard", "docs")
 ABOUT = {
     "torch": "networks; the build for CPUs (one for CUDA takes several GB)",
     "monai": "networks and losses of MONAI",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm3d.config import read
+from ldm3d.config import read, recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def test_a_wheel_generates(installed, tmp_path):
 
 def test_a_wheel_has_the_configs(installed, monkeypatch):
     of_clone = read.shipped_configs()
-    monkeypatch.setattr(read, "FOLDERS", (installed / "ldm3d/configs",))
+    monkeypatch.setattr(recipe, "FOLDERS", (installed / "ldm3d/configs",))
     assert read.shipped_configs().keys() == of_clone.keys() and read.load_config("toy").name == "toy"
 
 
