@@ -28,7 +28,8 @@ FARTHEST = 4  # of what a forest plot shows, in units of its band
 def mosaic(
     volumes: Sequence[NDArray], titles: Sequence[str], spacing_mm: Sequence[float], columns: int = 4, heading: str = ""
 ) -> Figure:
-    """Three slices of every volume, `columns` volumes a row, each under its title."""
+    """Three slices of every volume, at most `columns` volumes a row, each under its title."""
+    columns = min(columns, len(volumes))  # no empty places beside a few
     rows = -(-len(volumes) // columns)
     images = [np.clip(np.nan_to_num(slices(np.asarray(v, np.float32), spacing_mm)), 0, 1) for v in volumes]
     height, width = images[0].shape
