@@ -38,7 +38,6 @@ class GaussianStart(Pretrained):
         components: k.
         until: sigma / alpha down to which it denoises.
         residual: whether the network has learned what it leaves, see `ldm3d.diffusion.preconditioning`.
-        spanned: the channels that the components span, by number; None: all. Others are white about what covariates tell.
         image_channels: of the images that it knows; 0 for none.
     """
 
@@ -51,15 +50,12 @@ class GaussianStart(Pretrained):
         components: int,
         until: float,
         residual: bool = False,
-        spanned: Sequence[int] | None = None,
         image_channels: int = 0,
     ):
         super().__init__()
         self.shape, self.num_categories, self.until, self.residual = tuple(shape), tuple(num_categories), until, residual
-        self.spanned = list(range(shape[0]) if spanned is None else spanned)
         p = sum(max(n - 1, 1) for n in num_categories)
-        directions = (components, len(self.spanned), *shape[1:])
-        sizes = {"mean": shape, "directions": directions, "variances": (components,), "rest": (shape[0],)}
+        sizes = {"mean": shape, "directions": (components, *shape), "variances": (components,), "rest": (shape[0],)}
         sizes |= {"slopes": (p, *shape), "centre": (p,), "covariance": (p, p)}
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(*size))
@@ -67,7 +63,7 @@ class GaussianStart(Pretrained):
         if image_channels:
             self.reading = Reading(shape, image_channels)
             # Of what images leave
-            self.seeing = GaussianStart(shape, num_categories, components, until, False, spanned)
+            self.seeing = GaussianStart(shape, num_categories, components, until)
 
     @classmethod
     def fit(
@@ -78,28 +74,15 @@ class GaussianStart(Pretrained):
         components: int,
         until: float,
         residual: bool = False,
-        channels: int | Sequence[int] | None = None,
     ) -> Self:
         """Fit it to training latents (N, C, X, Y, Z) and their covariates (N, K, 2).
-
-        Its components span so many `channels`, those with the largest variance; or those of a list; or all. Where channels
-        have scales of their own, a few have nearly all variance, and components of these alone take less room and are
-        estimated better.
 
         Raises:
             InputError: too few latents for so many components.
         """
-        count = latents.shape[1]
-        if isinstance(channels, Sequence):
-            chosen = list(channels)
-        else:
-            chosen = sorted(latents.float().var(dim=(0, 2, 3, 4)).argsort(descending=True)[: channels or count].tolist())
-        spanned = torch.zeros(count, dtype=torch.bool)
-        spanned[chosen] = True
-        fitted = fit_conditional(latents, *features(context, num_categories), components, spanned=spanned)
-        start = cls(latents.shape[1:], num_categories, components, until, residual, chosen if len(chosen) < count else None)
+        fitted = fit_conditional(latents, *features(context, num_categories), components)
+        start = cls(latents.shape[1:], num_categories, components, until, residual)
         rounded = in_eight_bits(fitted.residual)
-        rounded = replace(rounded, directions=rounded.directions[:, chosen])
         # Channels of latents vary by 0.1 to 100, so slopes need no scale of their own; beyond 448 there is no number
         slopes = fitted.slopes if (fitted.slopes.abs() > 448).any() else fitted.slopes.to(EIGHT_BITS).float()
         start.load_state_dict({**vars(rounded), "slopes": slopes, "centre": fitted.centre, "covariance": fitted.covariance})
@@ -119,7 +102,7 @@ class GaussianStart(Pretrained):
         numbers = [int(n) for n in is_given(given(range(len(latents)))).nonzero()[:, 0]]
         left = torch.stack([latents[n] - reading(given([n]).to("cpu"))[0] for n in numbers])
         options = self.num_categories, len(self.directions), self.until
-        seeing = type(self).fit(left, context[numbers], *options, channels=self.spanned)
+        seeing = type(self).fit(left, context[numbers], *options)
         start = type(self)(**{**self.arguments, "image_channels": len(reading.usual)})
         parts = {"reading": reading, "seeing": seeing}
         own = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
@@ -140,9 +123,7 @@ class GaussianStart(Pretrained):
     def gaussian(self) -> ConditionalGaussian:
         """In float32: the covariance of a latent has large and small parts."""
         names = ("mean", "directions", "variances", "rest", "slopes", "centre", "covariance")
-        mean, spanned, variances, rest, *others = (getattr(self, name).float() for name in names)
-        directions = mean.new_zeros(len(spanned), *mean.shape)
-        directions[:, self.spanned] = spanned
+        mean, directions, variances, rest, *others = (getattr(self, name).float() for name in names)
         return ConditionalGaussian(Gaussian(mean, directions, variances, rest), *others)
 
     def denoiser(self, context: Tensor, process: Process) -> BatchDenoiser:

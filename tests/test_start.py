@@ -232,25 +232,6 @@ def test_directions_are_rounded_before_training_and_not_again_when_saved(pipelin
     torch.testing.assert_close(rounded, whole, rtol=0.1, atol=1e-3)
 
 
-def test_components_may_span_the_channels_that_vary_most_alone(tmp_path):
-    """Of two channels the second varies along two directions, and the first is white: nothing is lost but what is stored."""
-    shape, context = (2, 6, 5, 4), torch.ones(400, 1, 2)
-    along = torch.linalg.qr(random(120, 2))[0].T.reshape(2, 6, 5, 4)
-    x = random(400, *shape, seed=1) * torch.tensor([0.2, 0.5], dtype=torch.float64)[:, None, None, None]
-    x[:, 1] += torch.einsum("nk,kxyz->nxyz", random(400, 2, seed=2) * torch.tensor([9.0, 6.0]), along)
-    context[:, 0, 0] = torch.linspace(-1, 1, 400)
-    starts = [GaussianStart.fit(x.float(), context, [0], 2, 1.0, channels=channels) for channels in (None, 1)]
-    assert [tuple(start.directions.shape) for start in starts] == [(2, 2, 6, 5, 4), (2, 1, 6, 5, 4)]
-    starts[1].save_pretrained(tmp_path, torch.float16)
-    whole, few = (start.gaussian.residual for start in (starts[0], GaussianStart.from_pretrained(tmp_path)))
-    lengths = few.directions.flatten(1).square().sum(dim=1)
-    torch.testing.assert_close((few.variances * lengths).float(), torch.tensor([81.0, 36.0]), rtol=0.15, atol=0)
-    torch.testing.assert_close(few.rest, torch.tensor([0.04, 0.25]), rtol=0.05, atol=0)
-    assert not few.directions[:, 0].any()
-    z, t = x[:8].float() + torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)), 0.5
-    torch.testing.assert_close(few.denoiser(PROCESS)(z / 2, t), whole.denoiser(PROCESS)(z / 2, t), rtol=0, atol=0.15)
-
-
 def test_a_network_that_has_learned_nothing_of_the_remainder_leaves_the_estimate_near(pipeline, tmp_path):
     """Its output is 0 at first, and then x = g + s a (z - alpha g) / r."""
     channels = pipeline.autoencoder.latent_channels

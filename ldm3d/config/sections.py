@@ -100,8 +100,6 @@ class StartConfig(Section):
     """The Gaussian of the training latents that denoises at high noise (`ldm3d.start`)."""
 
     components: Positive = 96  # principal components of the latents; fewer where there are too few scans
-    # How many channels of the latents components span, those with the largest variance; None: all
-    channels: Annotated[Positive | None, Field(exclude_if=lambda channels: channels is None)] = None
     until: Annotated[float, Field(gt=0, lt=100)] = 1.0  # sigma / alpha from which on the network denoises
     # The network sees the Gaussian's answer, and learns what it leaves
     residual: Annotated[bool, Field(exclude_if=lambda residual: not residual)] = False

@@ -18,7 +18,7 @@ def most_components(count: int, folds: int = FOLDS) -> int:
     return max(count - -(-count // max(folds, 2)) - 1, 0)
 
 
-def fit_gaussian(x: Tensor, components: int, folds: int = FOLDS, spanned: Tensor | None = None) -> Gaussian:
+def fit_gaussian(x: Tensor, components: int, folds: int = FOLDS) -> Gaussian:
     """Mean and principal components of data; variances from data that the components were not computed from.
 
     Variances within the sample are too large along the first components and too small elsewhere where there are fewer samples
@@ -29,7 +29,6 @@ def fit_gaussian(x: Tensor, components: int, folds: int = FOLDS, spanned: Tensor
         x: (N, C, X, Y, Z).
         components: k, fewer than the samples of all folds but one.
         folds: of the cross-validation; sample n is in fold n mod folds.
-        spanned: (C,), the channels that components span; the others are white about their mean. None: all.
 
     Raises:
         InputError: too few samples.
@@ -41,26 +40,23 @@ def fit_gaussian(x: Tensor, components: int, folds: int = FOLDS, spanned: Tensor
             f"ask for at most {most_components(count, folds)}"
         )
     x = x.double()
-    spanned = torch.ones(x.shape[1], dtype=torch.bool) if spanned is None else spanned
-    shown = x * spanned[:, None, None, None]
     fold = torch.arange(count) % folds
     along, beyond = torch.zeros(components, dtype=x.dtype), torch.zeros(x.shape[1], dtype=x.dtype)
     for f in range(folds):
-        directions = _principal_components(shown[fold != f], components)
-        left_out = (x[fold == f] - x[fold != f].mean(dim=0)).flatten(1)
+        mean, directions = _principal_components(x[fold != f], components)
+        left_out = (x[fold == f] - mean).flatten(1)
         scores = left_out @ directions.T
         along += scores.square().sum(dim=0)
         beyond += (left_out - scores @ directions).reshape(-1, *x.shape[1:]).square().sum(dim=(0, 2, 3, 4))
-    # The components take k of the dimensions of the channels that they span
-    rest = beyond / (count * (x[0, 0].numel() - spanned * components / spanned.sum()))
-    directions = _principal_components(shown, components).reshape(components, *x.shape[1:])
+    positions = x[0, 0].numel()
+    rest = beyond / (count * (positions - components / x.shape[1]))  # the components take k of C X Y Z dimensions
+    mean, directions = _principal_components(x, components)
+    directions = directions.reshape(components, *x.shape[1:])
     of_rest = torch.einsum("kcxyz,c->k", directions.square(), rest)
-    return Gaussian(*(v.float() for v in (x.mean(dim=0), directions, (along / count - of_rest).clamp_min(0), rest)))
+    return Gaussian(*(v.float() for v in (mean, directions, (along / count - of_rest).clamp_min(0), rest)))
 
 
-def fit_conditional(
-    x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = FOLDS, spanned: Tensor | None = None
-) -> ConditionalGaussian:
+def fit_conditional(x: Tensor, features: Tensor, known: Tensor, components: int, folds: int = FOLDS) -> ConditionalGaussian:
     """Fit the features' own Gaussian, then x to them by least squares, then `fit_gaussian` to what is left.
 
     A missing feature has the value that the others lead to expect.
@@ -69,7 +65,7 @@ def fit_conditional(
         x: (N, C, X, Y, Z).
         features: (N, p), of unit scale.
         known: (N, p), which of them are given.
-        components, folds, spanned: see `fit_gaussian`.
+        components, folds: see `fit_gaussian`.
 
     Raises:
         InputError: too few samples.
@@ -81,7 +77,7 @@ def fit_conditional(
     gram = filled.T @ filled + RIDGE * len(x) * torch.eye(filled.shape[1], dtype=x.dtype)
     slopes = torch.linalg.solve(gram, filled.T @ (x - x.mean(dim=0)).flatten(1)).reshape(-1, *x.shape[1:])
     at_zero = torch.einsum("np,pcxyz->ncxyz", filled + centre, slopes)
-    residual = fit_gaussian(x - at_zero, components, folds, spanned)
+    residual = fit_gaussian(x - at_zero, components, folds)
     return ConditionalGaussian(residual, *(v.float() for v in (slopes, centre, covariance)))
 
 
@@ -114,11 +110,12 @@ def _filled(values: Tensor, known: Tensor, centre: Tensor, covariance: Tensor) -
     return filled, total
 
 
-def _principal_components(x: Tensor, components: int) -> Tensor:
-    """(k, D), by the Gram matrix of the samples or, where they are more than the dimensions, by their covariance."""
-    rows = (x - x.mean(dim=0)).flatten(1)
+def _principal_components(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """(mean, (k, D)), by the Gram matrix of the samples or, where they are more than the dimensions, by their covariance."""
+    mean = x.mean(dim=0)
+    rows = (x - mean).flatten(1)
     if len(rows) > rows.shape[1]:
-        return torch.linalg.eigh(rows.T @ rows)[1].flip(1)[:, :components].T
+        return mean, torch.linalg.eigh(rows.T @ rows)[1].flip(1)[:, :components].T
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # ascending
     leading = vectors.flip(1)[:, :components]
-    return (leading / values.flip(0)[:components].clamp_min(1e-30).sqrt()).T @ rows
+    return mean, (leading / values.flip(0)[:components].clamp_min(1e-30).sqrt()).T @ rows

@@ -227,7 +227,7 @@ class DiffusionTask(Task):
         latents, contexts = self.to_fit(rows) if own or settings.images else (None, None)
         if own:
             components = min(settings.components, most_components(len(latents)))
-            of_config = self.schema.num_categories, components, settings.until, settings.residual, settings.channels
+            of_config = self.schema.num_categories, components, settings.until, settings.residual
             start = GaussianStart.fit(latents, contexts, *of_config)
         else:
             start = first_start(self.config)
