@@ -28,7 +28,7 @@ from ldm3d import shipped
 pytestmark = pytest.mark.slow
 
 APART = {
-    r"(pip|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|mri_synthseg|pre-commit) ": "not ldm3d",
+    r"(pip|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|pre-commit) ": "not ldm3d",
     r"python -m venv": "not ldm3d",
     r"python benchmarks/": "benchmarks run for long, and have tests of their own",
     r"accelerate launch --dynamo_backend": "compiles for minutes",
@@ -56,6 +56,7 @@ TINY = {
     "atlas": ["--volumes", "2", "--rounds", "1", "--steps", "1"],
     "augment": ["--per-group", "3", "--steps", "1"],
 }
+PARTS = {"csf": [3], "brain": [4, 5], "ventricles": [6, 7]}  # of the phantoms' labels
 ABOUT = {"generate": "--table", "edit": "--table"}  # with it, the number of volumes is the table's
 
 
@@ -84,7 +85,8 @@ def here(experiment, tmp_path, monkeypatch) -> Iterator[Path]:
     shutil.copytree(experiment / "run", "parts")
     for name in ("MODEL", "NAME"):
         Path(name).symlink_to("parts/model")
-    shutil.copytree(experiment / "run", "trained/run", ignore=shutil.ignore_patterns("diffusion-training", "model"))
+    for name in ("trained/run", "alone", "residual", "muon"):
+        shutil.copytree(experiment / "run", name, ignore=shutil.ignore_patterns("diffusion-training", "model"))
     for name in ("DIR", "data/toy", "data/brains", "data/clinic", "path/to/bids"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(experiment / "data")
@@ -130,7 +132,7 @@ def own_files(experiment: Path) -> None:
     paths = sorted(map(str, Path("dataset").glob("sub-*/anat/*.nii.gz")))
     table[:2].assign(path=paths, hole="lesion.nii.gz").to_csv("scans.tsv", sep="\t", index=False)
     Path("ixi").mkdir()
-    table["subject"] = people["participant_id"].str.removeprefix("sub-")
+    table["participant_id"] = people["participant_id"]
     table["ventricular_volume_ml"] = people["ventricular_volume_ml"]
     table.to_csv("ixi/scans.csv", index=False)
     Path("requests.tsv").write_text("age\tsex\n72\tF\n30\tM\n")
@@ -146,6 +148,24 @@ def own_files(experiment: Path) -> None:
     settings["output"] = "runs/inpaint"
     Path("configs/conditions").mkdir()
     Path("configs/conditions/inpaint.yaml").write_text(yaml.safe_dump(settings))
+    labels = {"name": "labels", "kind": "labels", "derivatives": str(data / "derivatives/labels"), "groups": PARTS}
+    settings["diffusion"] = settings["diffusion"] | {"conditions": [labels], "makes": "labels"}
+    del settings["diffusion"]["init_from"]
+    settings["output"] = "runs/segment"
+    Path("configs/conditions/segment.yaml").write_text(yaml.safe_dump(settings))
+
+
+def synthseg(scans: Path, labels: Path, table: Path) -> None:
+    """What SynthSeg would write about generated volumes, under its names and labels: it is not installed."""
+    command_line("generate", "NAME", "--num", 6, "--out", scans)
+    rows = []
+    for path in sorted(scans.glob("sub-*/anat/*_T1w.nii.gz")):
+        image = nib.load(path)
+        found = np.where(image.get_fdata() > 0.5, 4, 0).astype(np.int16)
+        labels.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(found, image.affine), labels / path.name.replace("_T1w", "_synthseg"))
+        rows.append({"subject": path.name, "left lateral ventricle": (found > 0).sum(), "right lateral ventricle": 0})
+    pd.DataFrame(rows).to_csv(table, index=False)
 
 
 def run(command: list[str]) -> None:
@@ -161,6 +181,8 @@ def run(command: list[str]) -> None:
             if ABOUT.get(name) in rest or "--bids" in rest:
                 given = given[2:] if name == "generate" else given
             command_line(name, *rest, *given)
+        case ["mri_synthseg", "--i", scans, "--o", labels, "--vol", table]:
+            synthseg(Path(scans), Path(labels), Path(table))
         case ["torchrun", *words] if "ldm3d" in words:
             run(words[words.index("ldm3d") :])
         case ["accelerate" | "torchrun" | "python", *words]:

@@ -49,6 +49,14 @@ def test_links_lead_somewhere(page):
 
 
 @every_page
+def test_blocks_open_and_close_on_lines_of_their_own(page):
+    """Else they are prose to readers, and to the tests of commands."""
+    fences = [line for line in page.read_text(encoding="utf-8").splitlines() if "```" in line]
+    assert [line for line in fences if not re.fullmatch(r"```\w*", line)] == []
+    assert len(fences) % 2 == 0 and not any(line != "```" for line in fences[1::2])
+
+
+@every_page
 def test_named_files_exist(page):
     for name in NAMED.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name

@@ -13,7 +13,7 @@ from torture.generation import make_pipeline
 
 from ldm3d import figures
 from ldm3d.errors import InputError
-from ldm3d.evaluation.explanation import ALL, FAMILY_WISE_ERROR, explain, sign_flip_test
+from ldm3d.evaluation.explanation import ALL, FAMILY_WISE_ERROR, _attention, explain, sign_flip_test
 from ldm3d.geometry import Grid
 from ldm3d.models.attention_maps import AttentionMaps, recorded
 from ldm3d.models.blocks import TransformerBlock
@@ -128,6 +128,13 @@ def test_a_planted_change_is_found_there_and_only_there():
     assert said["notably_brighter_ml"] == said["significant_ml"] == pytest.approx(cube.sum() * 0.008)
     assert said["notably_darker_ml"] == 0
     assert said["largest_change_at_mm"][0] in [2 * i - 7 for i in range(2, 5)]
+
+
+def test_where_the_network_is_never_called_there_is_no_attention():
+    """One step from a start: the Gaussian answers it alone."""
+    pipeline = make_pipeline()
+    pipeline.latents = lambda requests, sampling, positions: torch.zeros(len(requests), 1)
+    assert _attention(pipeline, {"age": 40}, pipeline.sampling, 2) == ({}, 0)
 
 
 def test_of_a_covariate_without_effect_nothing_is_found():

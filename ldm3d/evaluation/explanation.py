@@ -208,6 +208,8 @@ def _attention(
         if maps is None:
             return {}, 0
         pipeline.latents([request] * samples, sampling, range(samples))
+    if not maps:
+        return {}, 0
     factor = pipeline.autoencoder.downsampling
     shares = maps.mean(pipeline.grid.shape, factor).mean(dim=0).split(1)  # K of (1, X, Y, Z)
     cut = {name: pipeline.cropped(share.numpy()) for name, share in zip(pipeline.schema.names, shares)}

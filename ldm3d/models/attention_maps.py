@@ -31,6 +31,10 @@ class AttentionMaps:
         self._levels: dict[TransformerBlock, int] = {}
         self._calls: dict[TransformerBlock, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether the network was called: in few steps, the Gaussian of a start may answer all of them."""
+        return bool(self._sums)
+
     @property
     def coarsest(self) -> int:
         """Positions of the latent grid, along an axis, for each position of the coarsest map."""
