@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, load_model
+from ldm3d.cli.options import (
+    Audit,
+    BatchSize,
+    Device,
+    Guidance,
+    ModelPath,
+    Precision,
+    SamplerName,
+    Seed,
+    SeriesFolder,
+    Steps,
+    Threads,
+    app,
+    load_model,
+)
 from ldm3d.cli.placing import Stripped
 from ldm3d.errors import InputError, shown
 
@@ -15,7 +29,7 @@ from ldm3d.errors import InputError, shown
 def generate(
     context: typer.Context,
     model: ModelPath,
-    out: Annotated[Path, typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)],
+    out: SeriesFolder,
     num: Annotated[int | None, typer.Option("--num", "--volumes", min=1, help="By default 1 (torchrun: --volumes).")] = None,
     ask: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="A covariate whose name is an option.")] = [],  # noqa: B006 (typer reads it, and it is never changed)
     table: Annotated[Path | None, typer.Option(help="CSV or TSV with covariate columns: a volume for each row.")] = None,
@@ -23,14 +37,14 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: SamplerName = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")] = 8,
+    batch_size: BatchSize = 8,
     group: Annotated[int | None, typer.Option(min=1, help="Batch size of the U-Net; changes the last bits.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process; changes the last bits of volumes.")] = 1,
+    threads: Threads = 1,
     device: Device = None,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile: faster for many volumes.")] = False,
     check: Annotated[bool, typer.Option(help="Check finished volumes by checksum, not by size only.")] = True,
-    audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
+    audit: Audit = None,
     dicom: Annotated[Path | None, typer.Option(help="Write the volumes as DICOM into this folder, too.")] = None,
     condition: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="An image that the model takes.")] = [],  # noqa: B006
     measured: Annotated[list[str], typer.Option(metavar="NAME=MASK", help="Which voxels of it were measured.")] = [],  # noqa: B006
@@ -96,8 +110,8 @@ def run_series(pipeline, sampling, rows: list[dict], out: Path, batch_size: int,
             flush=True,
         )
     who = f"process {processes.rank} of {processes.world}: " if processes.world > 1 else ""
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file twice a minute
-    settings = {"desc": "generate", "unit": "volume", "mininterval": every, "delay": 1e-3, "disable": not processes.is_main}
+    settings = {"desc": "generate", "unit": "volume", "mininterval": often(), "disable": not processes.is_main}
+    settings["total"] = -(-len(rows) // processes.world)  # about; `show` knows this process's share
     with preemption() as stop, tqdm(**settings) as bar:
 
         def show(finished: int, volumes: int) -> None:
@@ -234,6 +248,11 @@ def requested(arguments: list[str], more: list[str]) -> dict[str, str]:
             raise InputError(f"{shown(name)} is asked twice; keep one")
         asked[name] = value
     return asked
+
+
+def often() -> float:
+    """Seconds between two updates of a progress bar; in a log file twice a minute."""
+    return 0.1 if sys.stderr.isatty() else 30
 
 
 def read_requests(table: Path) -> list[dict]:

@@ -1,5 +1,7 @@
 """The application, and what several commands share: options, and the model that they load."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -20,7 +22,11 @@ app = typer.Typer(
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    """Refuse several processes for commands that do not share their work."""
+    """Say that libraries are loaded, and refuse several processes for commands that do not share their work."""
+    if "--help" in sys.argv:  # which loads nothing
+        return
+    if "torch" not in sys.modules and not int(os.environ.get("RANK") or 0):
+        print("loading libraries; the first command after the installation takes longer", file=sys.stderr, flush=True)
     if context.invoked_subcommand not in SHARED:
         from ldm3d.processes import work_alone  # loads PyTorch, which takes seconds
 
@@ -45,6 +51,10 @@ Experiment = Annotated[
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: no guidance; by default the model's.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each process; changes the last bits of volumes.")]
+SeriesFolder = Annotated[Path, typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)]
+Audit = Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")]
 VOLUMETRY = "ldm3d.rulers.volumetry:measure_volumes"
 Ruler = Annotated[
     str, typer.Option(help="package.module:function (volume, spacing_mm) -> {covariate: value}, or segmenter:FOLDER")

@@ -1,25 +1,34 @@
 """Commands for groups of people instead of single scans: atlas, augment."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ldm3d.cli.generation import requested, run_series
-from ldm3d.cli.options import Device, Guidance, ModelPath, Precision, SamplerName, Seed, Steps, app, load_model
+from ldm3d.cli.generation import often, requested, run_series
+from ldm3d.cli.options import (
+    Audit,
+    BatchSize,
+    Device,
+    Guidance,
+    ModelPath,
+    Precision,
+    SamplerName,
+    Seed,
+    SeriesFolder,
+    Steps,
+    Threads,
+    app,
+    load_model,
+)
 from ldm3d.errors import InputError
-
-BatchSize = Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads; changes the last bits of volumes.")]
-OUT = typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def atlas(
     context: typer.Context,
     model: ModelPath,
-    out: Annotated[Path, OUT],
+    out: SeriesFolder,
     by: Annotated[str, typer.Option(metavar="NAME,...", help="Categories, each of which gets its own cells: sex.")] = "",
     volumes: Annotated[int, typer.Option(min=2, help="Drawn for each cell.")] = 100,
     rounds: Annotated[int, typer.Option(min=0, help="Of registration for the sharp template; 0: none.")] = 2,
@@ -49,7 +58,7 @@ def atlas(
     pipe, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
     pipe.threads = threads
     groups = [each.strip() for each in by.split(",") if each.strip()]
-    with preemption() as stop, tqdm(desc="atlas", unit="volume", mininterval=_often(), delay=1e-3) as bar:
+    with preemption() as stop, tqdm(desc="atlas", unit="volume", mininterval=often(), delay=1e-3) as bar:
 
         def show(cell: str, done: int, total: int) -> None:
             bar.set_description(cell, refresh=False)
@@ -68,7 +77,7 @@ def atlas(
 def augment(
     context: typer.Context,
     model: ModelPath,
-    out: Annotated[Path, OUT],
+    out: SeriesFolder,
     table: Annotated[Path, typer.Option(help="CSV or TSV of people, a row each, with columns of covariates.")],
     by: Annotated[str, typer.Option(metavar="NAME,...", help="Covariates whose groups are filled: age,sex.")],
     per_group: Annotated[int, typer.Option(min=1, help="People that each group is to have, real and generated.")] = 200,
@@ -80,7 +89,7 @@ def augment(
     sampler: SamplerName = None,
     batch_size: BatchSize = 8,
     threads: Threads = 1,
-    audit: Annotated[Path | None, typer.Option(help="Folder of `ldm3d audit`: withhold copies of training subjects.")] = None,
+    audit: Audit = None,
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
@@ -110,8 +119,3 @@ def augment(
         for name, frame in tables_of(groups, rows, out / "volumes", pipe.schema.names, table.parent, pipe.suffix).items():
             write_table(out / name, frame)
         print(f"real and generated people together: {out / 'augmented.tsv'}; how many of each: {out / 'groups.tsv'}")
-
-
-def _often() -> float:
-    """Seconds between two updates of a progress bar; in a log file twice a minute."""
-    return 0.1 if sys.stderr.isatty() else 30
