@@ -131,7 +131,8 @@ def own_files(experiment: Path) -> None:
     table[["age", "sex"]].to_csv("training.csv", index=False)
     paths = sorted(map(str, Path("dataset").glob("sub-*/anat/*.nii.gz")))
     table[:2].assign(path=paths, hole="lesion.nii.gz").to_csv("scans.tsv", sep="\t", index=False)
-    Path("ixi").mkdir()
+    shutil.copytree(data, "ixi/T1")
+    table["path"] = [f"T1/{path.relative_to(data)}" for path in scans]
     table["participant_id"] = people["participant_id"]
     table["ventricular_volume_ml"] = people["ventricular_volume_ml"]
     table.to_csv("ixi/scans.csv", index=False)
@@ -147,7 +148,8 @@ def own_files(experiment: Path) -> None:
     settings["diffusion"]["init_from"] = str(experiment / "run/model")
     settings["output"] = "runs/inpaint"
     Path("configs/conditions").mkdir()
-    Path("configs/conditions/inpaint.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("inpaint", "t1w-to-t2w"):
+        Path(f"configs/conditions/{name}.yaml").write_text(yaml.safe_dump(settings))
     labels = {"name": "labels", "kind": "labels", "derivatives": str(data / "derivatives/labels"), "groups": PARTS}
     settings["diffusion"] = settings["diffusion"] | {"conditions": [labels], "makes": "labels"}
     del settings["diffusion"]["init_from"]
@@ -157,7 +159,9 @@ def own_files(experiment: Path) -> None:
 
 def synthseg(scans: Path, labels: Path, table: Path) -> None:
     """What SynthSeg would write about generated volumes, under its names and labels: it is not installed."""
-    command_line("generate", "NAME", "--num", 6, "--out", scans)
+    asked = pd.DataFrame({"age": range(30, 90, 10), "ventricular_volume_ml": range(15, 75, 10)})
+    asked.to_csv("asked.csv", index=False)
+    command_line("generate", "NAME", "--table", "asked.csv", "--out", scans)
     rows = []
     for path in sorted(scans.glob("sub-*/anat/*_T1w.nii.gz")):
         image = nib.load(path)
