@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 PAGE, BEGIN, END = HERE / "installation.md", "<!-- sizes: made by docs/sizes.py -->\n", "<!-- end of sizes -->"
-EXTRAS = ("prepare", "evaluate", "serve", "dicom", "notebook", "tensorboard", "docs")
+# Extras that are not installed beside the others; their rows are from `pip download --no-deps` and `unzip -l`
+APART = {"xformers": "12.5 | xformers; and PyTorch 2.10 for CUDA, several GB, in place of any other"}
 ABOUT = {
     "torch": "networks; the build for CPUs (one for CUDA takes several GB)",
     "monai": "networks and losses of MONAI",
@@ -64,7 +65,7 @@ def closure(waiting: set[tuple[str, frozenset[str]]]) -> set[str]:
         try:
             waiting |= asked(distribution(package[0]).requires or (), package[1])
         except PackageNotFoundError:
-            raise SystemExit(f"{package[0]} is not installed: pip install '.[{','.join(EXTRAS)}]'") from None
+            raise SystemExit(f"{package[0]} is not installed: pip install '.[test]'") from None
     return {name for name, _ in seen}
 
 
@@ -73,6 +74,16 @@ def megabytes(names: Iterable[str]) -> float:
     files = (file for name in names for file in distribution(name).files or ())
     paths = {Path(str(file.locate())) for file in files}
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
+
+
+def told(extra: str, extras: dict[str, list[str]]) -> list[str]:
+    """Requirements of an extra, with those of the extras that it names."""
+    found = []
+    for text in extras[extra]:
+        requirement = Requirement(text)
+        own = requirement.name == "ldm3d"
+        found += [line for name in sorted(requirement.extras) for line in told(name, extras)] if own else [text]
+    return found
 
 
 def tables() -> str:
@@ -89,11 +100,15 @@ def tables() -> str:
     lines += [f"| {name} | {own:.1f} | {freed:.1f} | {ABOUT[name]} |" for own, freed, name in sorted(rows, reverse=True)]
     lines.append(f"| what these need | {others:.1f} | | |")
     lines += ["", "| extra | MB on top | brings |", "|---|---|---|"]
-    for extra in EXTRAS:
-        brings = asked(project["optional-dependencies"][extra])
-        added = closure(brings) - everything
-        names = ", ".join(sorted(name for name, _ in brings - direct))
-        lines.append(f"| `{extra}` | {megabytes(added):.1f} | {names} |")
+    extras = project["optional-dependencies"]
+    for extra in extras:
+        if extra in APART:
+            lines.append(f"| `{extra}` | {APART[extra]} |")
+            continue
+        brings = asked(told(extra, extras))
+        own = [text for text in extras[extra] if Requirement(text).name != "ldm3d"]
+        names = sorted(name for name, _ in asked(own) - direct) + ["all extras but xformers"] * (len(own) < len(extras[extra]))
+        lines.append(f"| `{extra}` | {megabytes(closure(brings) - everything):.1f} | {', '.join(names)} |")
     return "\n".join([*lines, ""])
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_every_page_is_found_from_the_readme():
         pages = {(page.parent / name).resolve() for name in names if name.endswith(".md")}
         waiting += pages - found - set(waiting)
     assert set((ROOT / "docs").rglob("*.md")) <= found
+
+
+def test_each_extra_is_told_with_its_size():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs/installation.md").read_text(encoding="utf-8")
+    for extra in extras:
+        assert len(re.findall(rf"^\| `{extra}` \|", page, re.MULTILINE)) == 2, f"{extra}: what for, and how large"
 
 
 @every_page
