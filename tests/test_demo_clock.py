@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ldm3d import demo, demo_clock
 from ldm3d.config.read import load_config
+from ldm3d.data.phantoms import default_spacing, draw_person
+from ldm3d.data.splits import assign_splits
 from ldm3d.demo_clock import Clock, expected_seconds, minutes
 
 TOY = Path(__file__).parents[1] / "configs/toy.yaml"
@@ -83,3 +86,19 @@ def test_every_part_is_measured_on_this_machine(monkeypatch, tmp_path, capsys):
     assert len(clock.expected) == 6 and all(seconds > 0 for seconds in clock.expected.values())
     assert "this will take about" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["data"]  # it leaves nothing behind
+
+
+@pytest.mark.parametrize("size", [demo.FULL, demo.QUICK], ids=["full", "quick"])
+def test_the_demo_has_nothing_to_warn_of_in_its_own_toys(size):
+    """Heads fit into the Grid, and what is asked for lies in the range that training sees."""
+    config = load_config(TOY, list(size.settings))
+    shape, spacing = config.data.grid.shape, config.data.grid.spacing_mm
+    assert default_spacing(shape) == pytest.approx(spacing[0] if isinstance(spacing, tuple | list) else spacing)
+    labels = [f"{i + 1:04d}" for i in range(size.subjects)]
+    split = assign_splits(labels, config.data.splits)
+    rng = np.random.default_rng
+    people = {label: draw_person(rng([0, i, 0])) for i, label in enumerate(labels)}
+    ages = {name: [people[s].age_years for s in labels if split[s] == name] for name in ("train", "test")}
+    volumes = [people[s].ventricles_ml for s in labels if split[s] == "train"]
+    assert min(ages["train"]) <= min(*ages["test"], *demo.AGES) and max(ages["train"]) >= max(*ages["test"], *demo.AGES)
+    assert min(volumes) < min(demo.VENTRICLES_ML) and max(volumes) > max(demo.VENTRICLES_ML)
