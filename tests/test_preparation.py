@@ -22,6 +22,7 @@ from ldm3d.data.quality import MEASURES, look_at, write_look
 from ldm3d.data.table_one import table_1
 from ldm3d.data.tables import read_table
 from ldm3d.report import preparation
+from ldm3d.report.page import linked
 from ldm3d.report.preparation import lines_of, write_preparation
 
 SUBJECTS = 12
@@ -183,6 +184,26 @@ def test_table_1_of_known_people():
 
 def load_schema(covariates):
     return CovariateSchema(tuple(CovariateConfig(**c).covariate() for c in covariates))
+
+
+def test_names_in_tables_lead_to_the_pictures(config):
+    """Whole names alone, of scans that are shown; what is cut off names a few scans, warnings name them within a text."""
+    scan(config, 7).write_bytes(b"not a scan")
+    page, names = prepared(config, "data.grid.shape=[16,16,8]")
+    led = re.findall(r'<a href="#(scan-\d+)">(sub-\d+)</a>', page)
+    assert {name for _, name in led} >= set(names[:1]) and len(led) > SUBJECTS
+    for anchor, name in led:
+        assert re.search(rf'id="{anchor}"><input type="checkbox" value="{name[4:]}"', page)
+    assert "sub-0007</a>" not in page and "sub-0007" in page
+    assert re.search(r"of their foreground|lose foreground", page) and re.search(r"</a>: [\d.]+ mm", page)
+
+
+def test_links_take_the_longest_name_and_nothing_of_other_names():
+    links = {"sub-1": "a", "sub-1 ses-2": "b", "sub-<3>": "c"}
+    assert linked("sub-1 ses-2: 4 mm\nsub-1: 5", links) == '<a href="#b">sub-1 ses-2</a>: 4 mm\n<a href="#a">sub-1</a>: 5'
+    assert linked("sub-10, my-sub-1 & sub-1-2", links) == "sub-10, my-sub-1 &amp; sub-1-2"
+    assert linked("sub-<3>", links) == '<a href="#c">sub-&lt;3&gt;</a>'
+    assert linked("<b>", links) == "&lt;b&gt;" and linked(3, {}) == 3
 
 
 def test_lines_add_to_what_is_left_out_already():

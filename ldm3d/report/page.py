@@ -7,6 +7,7 @@ pictures are data: URIs, and there are no scripts (but a few lines in `preparati
 import datetime
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
 import ldm3d
 from ldm3d import figures
@@ -99,6 +101,7 @@ class Section:
         quote: text to be copied, kept as it is.
         folded: likewise (the line that it is folded behind, text); None for none.
         fold: of a table that is long: the line that it is folded behind; "" shows it.
+        links: name -> id of an element of the page, where that name leads wherever it stands in the table.
     """
 
     title: str
@@ -112,6 +115,7 @@ class Section:
     quote: str = ""
     folded: tuple[str, str] | None = None
     fold: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_page(
@@ -139,6 +143,7 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm3d.report", ""), autoescape=True)
     environment.filters["rows"] = goal_rows
+    environment.filters["linked"] = linked
     page = environment.get_template(template).render(
         title=title,
         subtitle=f"ldm3d {ldm3d.__version__}, {provenance.get('made', '')[:10]}".rstrip(", "),
@@ -154,6 +159,17 @@ def write_page(
 def goal_rows(goals: Sequence[Goal]) -> list[dict[str, Any]]:
     """What the table of lights shows of each."""
     return [{**goal.to_dict(), "found": found(goal)} for goal in goals]
+
+
+def linked(text: Any, links: Mapping[str, str]) -> Any:
+    """A cell of a table in which each name of `links` leads to its element: the longest name that stands there as a whole."""
+    if not links:
+        return text
+    names = "|".join(re.escape(name) for name in sorted(links, key=len, reverse=True))
+    parts = re.split(rf"(?<![\w-])({names})(?![\w-])", str(text))  # every second one is a name
+    return Markup("").join(
+        Markup('<a href="#{}">{}</a>').format(links[part], part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
 
 
 def with_unit(value: str, unit: str) -> str:

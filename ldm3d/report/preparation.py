@@ -61,8 +61,9 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Card:
-    """A scan on the page: its name, what data.exclude calls it, its picture, and what is odd about it."""
+    """A scan on the page: its id there, its name, what data.exclude calls it, its picture, and what is odd about it."""
 
+    anchor: str
     name: str
     entry: str
     split: str
@@ -79,7 +80,10 @@ def write_preparation(config: Config, done: Prepared) -> Path:
     order = (-found["oddness"]).argsort(kind="stable").tolist()
     alone = ~done.table["subject"].duplicated(keep=False)  # such a subject's scan is named by its subject
     medians = found[list(NAMES)].median()
-    cards = [_card(done.table.iloc[i], looks[i], found.iloc[i], medians, root, alone[i]) for i in order[:MOST_SHOWN]]
+    cards = [
+        _card(f"scan-{rank}", done.table.iloc[i], looks[i], found.iloc[i], medians, root, alone[i])
+        for rank, i in enumerate(order[:MOST_SHOWN], 1)
+    ]
     odd = int((found["oddness"] > ODD).sum())
     first = min(max(odd, min(6, len(cards))), MOST_FIRST)
     columns = extra_columns(config, done.table)
@@ -96,6 +100,9 @@ def write_preparation(config: Config, done: Prepared) -> Path:
         _intensities(looks, columns.get("site")),
         _measures(found),
     ]
+    links = {card.name: card.anchor for card in reversed(cards)}  # a name of several scans leads to the oddest
+    for section in sections:
+        section.links = links
     counts = done.table["split"].value_counts()
     summary = [
         f"{len(done.table)} scans of {done.table['subject'].nunique()} subjects: "
@@ -225,7 +232,13 @@ def _measures(found: pd.DataFrame) -> Section:
 
 
 def _card(
-    row: pd.Series, look: Mapping[str, NDArray] | None, found: pd.Series, medians: pd.Series, root: Path, alone: bool
+    anchor: str,
+    row: pd.Series,
+    look: Mapping[str, NDArray] | None,
+    found: pd.Series,
+    medians: pd.Series,
+    root: Path,
+    alone: bool,
 ) -> Card:
     path = Path(row["path"])
     entry = row["subject"] if alone else str(path.relative_to(root) if path.is_relative_to(root) else path)
@@ -239,7 +252,7 @@ def _card(
         why = f"{NAMES[name]} {found[name]:.3g} (median {medians[name]:.3g})"
     if found["cut_mm"] > 0:
         why += ("; " if why else "") + f"{found['cut_mm']:g} mm cut off"
-    return Card(who(row), entry, row["split"], jpeg(look["picture"]) if look else "", why)
+    return Card(anchor, who(row), entry, row["split"], jpeg(look["picture"]) if look else "", why)
 
 
 def jpeg(picture: NDArray) -> str:
