@@ -70,13 +70,66 @@ def test_a_tracker_gets_numbers_and_settings_and_a_run_goes_on(tmp_path, wandb):
 
 
 def test_a_tracker_that_does_not_start_ends_in_one_message(tmp_path, wandb):
-    def init(**_):
+    asked = []
+
+    def init(id, **_):
+        asked.append(id)
         raise RuntimeError("no API key\nconfigured")
 
     wandb.init = init
     training = TrainingConfig(tracker=["tensorboard", "wandb"], **TRAINING)
-    with pytest.raises(InputError, match=r"wandb does not start \(RuntimeError: no API key configured\); log in"):
-        start_trackers(Accelerator(cpu=True, log_with=external(training)), training, tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"wandb does not start \(RuntimeError: no API key configured\); log in"):
+            start_trackers(Accelerator(cpu=True, log_with=external(training)), training, tmp_path)
+    assert len(asked) == 2 and len(set(asked)) == 1  # no second run there for the next try
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    """A stand-in for the package that refuses other settings in a run that goes on; its runs by their id."""
+    module = types.ModuleType("mlflow")
+    module.runs, module.on = {}, []
+
+    def start_run(run_id=None, **_):
+        run_id = run_id or f"run-{len(module.runs)}"
+        params = module.runs.setdefault(run_id, {})
+        module.on.append(run_id)
+        return types.SimpleNamespace(
+            info=types.SimpleNamespace(run_id=run_id), data=types.SimpleNamespace(params=dict(params))
+        )
+
+    def log_params(values):
+        params = module.runs[module.on[-1]]
+        if changed := [name for name, value in values.items() if params.get(name, str(value)) != str(value)]:
+            raise ValueError(f"Changing param values is not allowed: {changed}")
+        params.update({name: str(value) for name, value in values.items()})
+
+    module.start_run, module.log_params = start_run, log_params
+    module.search_experiments, module.create_experiment = lambda **_: [], lambda **_: "0"
+    module.log_metrics, module.end_run = lambda *_, **__: None, lambda: None
+    module.utils = types.SimpleNamespace(
+        validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
+    )
+    module.__spec__ = importlib.util.spec_from_loader("mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.MLFLOW])
+    return module
+
+
+def test_a_run_goes_on_in_mlflow_with_more_steps(tmp_path, mlflow):
+    """The commonest way to go on; MLflow itself (3.17) refused it."""
+    run_of(TrainingConfig(tracker="mlflow", **TRAINING), tmp_path, 0)
+    run_of(TrainingConfig(tracker="mlflow", **TRAINING | {"steps": 8}), tmp_path, 1)
+    assert mlflow.on == ["run-0", "run-0"] and mlflow.runs["run-0"]["steps"] == "4"
+
+
+def test_the_way_out_of_a_tracker_is_not_cut_off(tmp_path, wandb):
+    def init(**_):
+        raise RuntimeError("The filesystem is in maintenance mode. " * 12 + "Set MLFLOW_ALLOW_FILE_STORE=true.")
+
+    wandb.init = init
+    with pytest.raises(InputError, match="Set MLFLOW_ALLOW_FILE_STORE=true"):
+        start_trackers(Accelerator(cpu=True, log_with=["wandb"]), TrainingConfig(tracker="wandb", **TRAINING), tmp_path)
 
 
 def test_a_missing_package_is_named(monkeypatch):

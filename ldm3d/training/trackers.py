@@ -43,6 +43,7 @@ def start_trackers(accelerator: Accelerator, training: TrainingConfig, run: Path
         return
     known = read_json(run / RECORD) if (run / RECORD).is_file() else {}
     known.setdefault("wandb", secrets.token_hex(8))
+    write_atomic(run / RECORD, json.dumps(known) + "\n")  # before it starts: it may, and another of them may not
     name = f"{run.parent.name}/{run.name}"
     options: dict[str, dict[str, Any]] = {
         "wandb": {"name": name, "id": known["wandb"], "resume": "allow", "dir": str(run)},
@@ -50,14 +51,16 @@ def start_trackers(accelerator: Accelerator, training: TrainingConfig, run: Path
     }
     settings = {key: value if isinstance(value, int | float | str) else str(value) for key, value in training}
     try:
-        accelerator.init_trackers(PROJECT, settings, options)
+        accelerator.init_trackers(PROJECT, None, options)
+        for tracker in accelerator.trackers:
+            begun: dict[str, str] = {}
+            if tracker.name == "mlflow":  # a run keeps the settings that it began with, and refuses others, such as more steps
+                known["mlflow"], begun = tracker.tracker.info.run_id, tracker.tracker.data.params
+                write_atomic(run / RECORD, json.dumps(known) + "\n")
+            tracker.store_init_configuration({key: value for key, value in settings.items() if key not in begun})
     except Exception as error:  # of any kind: no login, no server, a run that was deleted there
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:700]  # MLflow's way out stands at the end
         raise InputError(
             f"training.tracker: {' or '.join(external(training))} does not start ({type(error).__name__}: {reason}); log in, "
             f"or set it to {TENSORBOARD}. If the run was deleted there, delete {run / RECORD}"
         ) from None
-    for tracker in accelerator.trackers:
-        if tracker.name == "mlflow":
-            known["mlflow"] = tracker.tracker.info.run_id
-    write_atomic(run / RECORD, json.dumps(known) + "\n")
