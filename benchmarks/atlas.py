@@ -28,6 +28,7 @@ from ldm3d.applications.atlas import Template, template_of
 from ldm3d.applications.placed import place
 from ldm3d.metrics.reconstruction import ssim
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import NAMES, dtype
 from ldm3d.rulers.volumetry import apply_measure, load_measure
 
 BRAIN = 0.05
@@ -36,6 +37,7 @@ BRAIN = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--precision", choices=NAMES, default="auto", help="of the networks, as the commands have it")
     parser.add_argument("table", type=Path)
     parser.add_argument("--ages", nargs="+", type=float, default=[30.0, 55.0, 80.0])
     parser.add_argument("--volumes", type=int, default=24)
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
+    pipe = Pipeline.from_pretrained(arguments.model, "cpu", dtype(arguments.precision, "cpu"))
     measure = load_measure("ldm3d.rulers.volumetry:measure_volumes")
     spacing, fixed = pipe.grid.spacing_mm, dict(pair.split("=", 1) for pair in arguments.ask)
     frame = pd.read_csv(arguments.table)
@@ -91,7 +93,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     if arguments.name:
         protocol.write(
-            f"atlas-{arguments.name}", [{"model": pipe.model_hash, "rounds": arguments.rounds, **r} for r in rows_out]
+            f"atlas-{arguments.name}",
+            [{"model": pipe.model_hash, "precision": str(pipe.dtype), "rounds": arguments.rounds, **r} for r in rows_out],
         )
     if arguments.picture:
         shown, titles = [], []

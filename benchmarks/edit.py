@@ -42,6 +42,7 @@ from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import to_grid
 from ldm3d.description import Preparation
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import NAMES, dtype
 from ldm3d.rulers.volumetry import apply_measure, load_measure
 
 BASELINES = ("no change", "group")
@@ -73,6 +74,7 @@ class Pair:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--precision", choices=NAMES, default="auto", help="of the networks, as the commands have it")
     parser.add_argument("data", type=Path)
     parser.add_argument("--root", type=Path, help="folder of all scans, if it is not DATA's")
     parser.add_argument("--known", nargs="*", default=["sex"], help="covariates that are given and held")
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the data: writes results/edit-NAME-DEVICE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
+    pipe = Pipeline.from_pretrained(arguments.model, "cpu", dtype(arguments.precision, "cpu"))
     if arguments.follows is not None:
         pipe.schema = with_rules(pipe.schema, dict(text.split("=", 1) for text in arguments.follows), arguments.training)
     measure = load_measure(arguments.measure)
@@ -99,7 +101,13 @@ def main() -> None:
     names = [*arguments.known, arguments.changed]
     pairs = read_pairs(pipe, arguments.data, arguments.root, names, arguments.num, measure)
     by = np.array([pair.rows[1][arguments.changed] - pair.rows[0][arguments.changed] for pair in pairs])
-    asked = {"model": pipe.model_hash, "pairs": len(pairs), "changed": arguments.changed, "steps": arguments.steps}
+    asked = {
+        "model": pipe.model_hash,
+        "precision": str(pipe.dtype),
+        "pairs": len(pairs),
+        "changed": arguments.changed,
+        "steps": arguments.steps,
+    }
     asked["open"] = arguments.open
     shown = baselines(pairs, by, measure, pipe.grid.spacing_mm)
     methods = {name: summary(pairs, by, *shown[name]) for name in BASELINES}

@@ -41,6 +41,7 @@ from ldm3d.applications.restore import CORRECTIONS, interval_of, posterior_volum
 from ldm3d.diffusion.operators import Linear, Measured, mask, slices
 from ldm3d.environment import processor
 from ldm3d.pipeline import Pipeline
+from ldm3d.precision import NAMES, dtype
 
 NOISE = 0.005
 RADIUS_MM = 27.0
@@ -59,6 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--precision", choices=NAMES, default="auto", help="of the networks, as the commands have it")
     parser.add_argument("table", type=Path)
     parser.add_argument("--mean", type=Path, required=True)
     parser.add_argument("--num", type=int, default=6)
@@ -80,7 +82,7 @@ def main() -> None:
         changed["without"] = [*arguments.without, *ABLATIONS[name].get("without", []), "baselines"]
         variants[name] = argparse.Namespace(**changed)
     torch.set_num_threads(1)
-    pipe = Pipeline.from_pretrained(arguments.model, "cpu", torch.float32)
+    pipe = Pipeline.from_pretrained(arguments.model, "cpu", dtype(arguments.precision, "cpu"))
     people = _people(arguments.table, arguments.num)
     average = None
     if "hole" in arguments.tasks:
@@ -108,7 +110,14 @@ def _write(pipe: Pipeline, rows: list[dict[str, Any]], arguments: argparse.Names
         for (task, variant), of in pd.DataFrame(rows).groupby(["task", "variant"], sort=False)
     }
     settings = {key: getattr(arguments, key) for key in ("samples", "levels", "corrections", "without")}
-    results = {"model": pipe.model_hash, "processor": processor(), **settings, "means": means, "people": rows}
+    results = {
+        "model": pipe.model_hash,
+        "precision": str(pipe.dtype),
+        "processor": processor(),
+        **settings,
+        "means": means,
+        "people": rows,
+    }
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

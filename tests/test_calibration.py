@@ -1,5 +1,7 @@
 """z and p of residuals: right on healthy people whatever their residuals are like, and a lesion is found."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -63,3 +65,31 @@ def test_files(calibration, tmp_path):
         Calibration.load(tmp_path / "d.npz", {})
     with pytest.raises(InputError, match="too few"):
         Calibration.fit(residuals(LEAST_PEOPLE - 1, 1), np.ones((LEAST_PEOPLE - 1, *SHAPE)), {})
+
+
+def test_each_is_compared_with_the_others_alone():
+    """What is usual is counted without the person who is judged: as if each had been left out and all fitted anew."""
+    people = residuals(10, 5)
+    found = Calibration.fit(people, np.repeat(BRAIN[None], 10, 0), {})
+    smoothed = np.stack([ndimage.gaussian_filter(each, 1.5 / 2.3548, mode="nearest") for each in people])
+    scores = []
+    for person in range(10):
+        others = np.delete(smoothed, person, axis=0)
+        variance = ndimage.gaussian_filter(others.var(axis=0, ddof=1), 4 / 2.3548, mode="nearest")
+        away = smoothed[person] - others.mean(axis=0)
+        scores.append(np.abs(away / np.sqrt((variance + 0.005**2) * (1 + 1 / 9)))[BRAIN > 0])
+    scores = np.concatenate(scores)
+    assert found.sizes[-1] == pytest.approx(scores.min(), abs=1e-4)
+    for p in (0.5, 0.05, 0.01):
+        assert np.interp(np.log(p), np.log(found.chances), found.sizes) == pytest.approx(np.quantile(scores, 1 - p), rel=0.02)
+
+
+def test_memory_grows_little_beyond_the_residuals():
+    """40 people at 1 mm are 0.9 GB of residuals: as much again is fine, ten times as much is not."""
+    people = residuals(40, 6).astype(np.float32)
+    volumes = np.repeat(BRAIN[None], 40, 0).astype(np.float32)
+    tracemalloc.start()
+    Calibration.fit(people, volumes, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * people.nbytes

@@ -102,7 +102,7 @@ def calibrate(
             progress(outcome)
     if failed and len(residuals) < 2:
         raise InputError(f"no healthy scan could be used:\n{itemised(failed)}")
-    return Calibration.fit(np.array(residuals), np.array(volumes), about_of(pipe, options))
+    return Calibration.fit(residuals, volumes, about_of(pipe, options))
 
 
 def about_of(pipe: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Legend: N healthy people; residuals R (N, X, Y, Z), smoothed; z = (R - m) / (s s
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class Calibration:
     about: Mapping[str, Any]
 
     @classmethod
-    def fit(cls, residuals: NDArray, volumes: NDArray, about: Mapping[str, Any]) -> "Calibration":
-        """From residuals and volumes of healthy people, (N, X, Y, Z).
+    def fit(cls, residuals: Sequence[NDArray], volumes: Sequence[NDArray], about: Mapping[str, Any]) -> "Calibration":
+        """From residuals and volumes of healthy people, N of (X, Y, Z); memory for about as much again.
 
         Raises:
             InputError: fewer than LEAST_PEOPLE.
@@ -65,20 +65,17 @@ class Calibration:
             raise InputError(
                 f"{count} healthy people are too few to say what is usual; give at least {LEAST_PEOPLE}, better 40"
             )
-        smoothed = np.stack([_smooth(residual, SMOOTHING) for residual in residuals]).astype(np.float64)
-        brain = volumes.mean(axis=0) > BRAIN
-        left_out = []
-        for person in range(count):
-            others = np.delete(smoothed, person, axis=0)
-            left_out.append(_score(smoothed[person], *_usual(others), count - 1))
-        null = np.sort(np.abs(np.stack(left_out)[:, brain]).ravel())[::-1]
+        brain = np.mean(volumes, axis=0) > BRAIN
+        smoothed = np.stack([_smooth(residual, SMOOTHING).astype(np.float32) for residual in residuals])
+        scores = _left_out(smoothed, brain)
+        null = np.sort(np.abs(scores), axis=None)[::-1]
         # The k-th largest of n is exceeded by chance with (k + 1) / (n + 1), itself included
         chances = np.geomspace(2 / (len(null) + 1), 1, TAIL)
         sizes = null[(chances * (len(null) + 1)).astype(int).clip(2, len(null)) - 2]
         cut = float(np.interp(np.log(FORMING), np.log(chances), sizes))
-        largest = [max(_clusters(score, brain, cut)[1], default=0) for score in left_out]
-        mean, deviation = _usual(smoothed)
-        return cls(mean, deviation, brain, chances, sizes, np.array(largest), dict(about))
+        largest = [max(_clusters(_in_place(score, brain), brain, cut)[1], default=0) for score in scores]
+        mean = smoothed.mean(axis=0, dtype=np.float64)
+        return cls(mean, _usual(_squares(smoothed, mean), count), brain, chances, sizes, np.array(largest), dict(about))
 
     @property
     def people(self) -> int:
@@ -155,10 +152,37 @@ class Calibration:
 _ARRAYS = ("mean", "deviation", "brain", "chances", "sizes", "largest")
 
 
-def _usual(smoothed: NDArray) -> tuple[NDArray, NDArray]:
-    """m and s of residuals (N, X, Y, Z); variances are pooled over a neighbourhood."""
-    variance = _smooth(smoothed.var(axis=0, ddof=1), POOLING)
-    return smoothed.mean(axis=0), np.sqrt(variance.clip(0) + FLOOR**2)
+def _left_out(smoothed: NDArray, brain: NDArray) -> NDArray:
+    """z of each person against all others, (N, voxels of the brain), without adding these up anew for each."""
+    count, mean = len(smoothed), smoothed.mean(axis=0, dtype=np.float64)
+    squares = _squares(smoothed, mean)
+    scores = np.empty((count, int(brain.sum())), np.float32)
+    for person in range(count):
+        away = smoothed[person] - mean
+        others = mean - away / (count - 1), squares - count / (count - 1) * away**2
+        scores[person] = _score(smoothed[person], others[0], _usual(others[1], count - 1), count - 1)[brain]
+    return scores
+
+
+def _squares(smoothed: NDArray, mean: NDArray) -> NDArray:
+    """Sum of squared differences from the mean over people, (X, Y, Z), one person at a time."""
+    total = np.zeros(mean.shape)
+    for each in smoothed:
+        total += (each - mean) ** 2
+    return total
+
+
+def _usual(squares: NDArray, count: int) -> NDArray:
+    """s from the sum of squares of N people; variances are pooled over a neighbourhood."""
+    deviation: NDArray = np.sqrt(_smooth(squares / (count - 1), POOLING).clip(0) + FLOOR**2)
+    return deviation
+
+
+def _in_place(values: NDArray, brain: NDArray) -> NDArray:
+    """Voxels of the brain as a volume, 0 outside of it."""
+    volume = np.zeros(brain.shape, values.dtype)
+    volume[brain] = values
+    return volume
 
 
 def _score(smoothed: NDArray, mean: NDArray, deviation: NDArray, count: int) -> NDArray:

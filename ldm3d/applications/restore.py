@@ -18,7 +18,8 @@ from scipy import stats
 from torch import Tensor
 
 from ldm3d.applications.decoding import LatentDecoder
-from ldm3d.applications.degraded import Degraded, degraded
+from ldm3d.applications.degraded import degraded
+from ldm3d.applications.measured_scan import Degraded
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.applications.prior import Prior, latent_shape, level_times, prior_of
 from ldm3d.applications.remainder import Remainder
