@@ -18,14 +18,14 @@ class Applied:
 
         return place(self, image, **options)
 
-    def explore(self, preview_steps: int = 4) -> Any:
+    def explore(self, **options: Any) -> Any:
         """A widget for notebooks, sliders and the brain that follows; see `ldm3d.serve.notebook.Explorer`."""
         try:
             from ldm3d.serve.notebook import explore
         except ModuleNotFoundError as error:
             raise InputError(f"{error.name} is missing, which the widget needs; pip install 'ldm3d[notebook]'") from None
 
-        return explore(self, preview_steps)  # type: ignore[arg-type]
+        return explore(self, **options)  # type: ignore[arg-type]
 
     def push_to_hub(self, name: str, **options: Any) -> str:
         """Push the model to a hub as "user/name"; see `ldm3d.export.push`."""

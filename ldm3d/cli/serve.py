@@ -6,6 +6,7 @@ import typer
 
 from ldm3d.cli.options import Device, ModelPath, Precision, app
 from ldm3d.errors import InputError
+from ldm3d.serve import PREVIEW_STEPS
 
 
 @app.command()
@@ -13,7 +14,7 @@ def serve(
     model: ModelPath,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen at; beyond loopback the URL has a token.")] = "127.0.0.1",
-    preview_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the coarse preview.")] = 4,
+    preview_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the coarse preview.")] = PREVIEW_STEPS,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; 1 gives the volumes of `ldm3d generate`.")] = 1,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at once; one is computed, the others wait.")] = 256,
     seconds: Annotated[float, typer.Option(min=1, help="Of computing, for one volume.")] = 600,

@@ -8,6 +8,7 @@ from ipyniivue import NiiVue, SliceType, Volume
 
 from ldm3d.covariates import describe
 from ldm3d.pipeline import Pipeline
+from ldm3d.serve import PREVIEW_STEPS
 from ldm3d.serve.asked import Asked
 from ldm3d.serve.plausibility import remarks
 from ldm3d.serve.studio import Job, Studio
@@ -31,7 +32,7 @@ class Explorer(ipywidgets.HBox):
         shown: the volume that is shown, as .nii.gz.
     """
 
-    def __init__(self, pipeline: Pipeline, preview_steps: int = 4):
+    def __init__(self, pipeline: Pipeline, preview_steps: int = PREVIEW_STEPS):
         self._studio = Studio(pipeline, "model", preview_steps=preview_steps)
         self.controls: dict[str, Any] = {}
         self.opened: dict[str, Any] = {}
@@ -98,6 +99,6 @@ class Explorer(ipywidgets.HBox):
         self._said.value = f"<b>SYNTHETIC</b>: {describe(row)}, seed {sampling.seed}; {quality}. {warning}"
 
 
-def explore(pipeline: Pipeline, preview_steps: int = 4) -> Explorer:
+def explore(pipeline: Pipeline, preview_steps: int = PREVIEW_STEPS) -> Explorer:
     """The widget of a pipeline, see `Explorer`."""
     return Explorer(pipeline, preview_steps)

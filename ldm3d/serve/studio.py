@@ -16,6 +16,7 @@ from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.errors import InputError
 from ldm3d.generation.sampling import draw
 from ldm3d.pipeline import Pipeline
+from ldm3d.serve import PREVIEW_STEPS
 from ldm3d.serve.asked import Asked, Limits
 from ldm3d.serve.works import works_of
 
@@ -82,7 +83,7 @@ class Studio:
         preview_steps: of the sampler, for a coarse volume.
     """
 
-    def __init__(self, pipeline: Pipeline, name: str, limits: Limits | None = None, preview_steps: int = 4):
+    def __init__(self, pipeline: Pipeline, name: str, limits: Limits | None = None, preview_steps: int = PREVIEW_STEPS):
         self.pipeline, self.name = pipeline, name
         self.limits, self.preview_steps = limits or Limits(), preview_steps
         self._thread = ThreadPoolExecutor(1, "ldm3d")
