@@ -8,7 +8,7 @@ import pytest
 from ldm3d import demo, demo_clock
 from ldm3d.config.read import load_config
 from ldm3d.data.phantoms import default_spacing, draw_person
-from ldm3d.data.splits import assign_splits
+from ldm3d.data.splits import MIN_TEST_SUBJECTS, assign_splits
 from ldm3d.demo_clock import Clock, expected_seconds, minutes
 
 TOY = Path(__file__).parents[1] / "configs/toy.yaml"
@@ -96,6 +96,7 @@ def test_the_demo_has_nothing_to_warn_of_in_its_own_toys(size):
     assert default_spacing(shape) == pytest.approx(spacing[0] if isinstance(spacing, tuple | list) else spacing)
     labels = [f"{i + 1:04d}" for i in range(size.subjects)]
     split = assign_splits(labels, config.data.splits)
+    assert list(split.values()).count("test") >= MIN_TEST_SUBJECTS
     rng = np.random.default_rng
     people = {label: draw_person(rng([0, i, 0])) for i, label in enumerate(labels)}
     ages = {name: [people[s].age_years for s in labels if split[s] == name] for name in ("train", "test")}
