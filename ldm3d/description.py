@@ -33,7 +33,7 @@ DESCRIPTION = "pipeline.json"
 # What it describes
 PARTS = (
     *("schema", "grid", "process", "target", "sampling", "skull_stripped", "suffix", "crop", "scales", "denoising"),
-    *("preparation", "conditions", "contrasts", "labels"),
+    *("preparation", "conditions", "contrasts", "labels", "suffixes"),
 )
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
@@ -44,6 +44,7 @@ Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 Denoising = Annotated[dict[str, tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(max_length=100)]
 ImageConditions = Annotated[tuple[Condition, ...], Field(max_length=100)]
 Groups = Annotated[dict[str, tuple[int, ...]], Field(max_length=1000)]
+Suffixes = Annotated[tuple[Suffix, ...], Field(max_length=100)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 Planes = Annotated[int, Field(ge=0)]
 Crop = tuple[tuple[Planes, Planes], tuple[Planes, Planes], tuple[Planes, Planes]]
@@ -148,6 +149,7 @@ def write_description(path: Path, parts: Mapping[str, Any], rounded_from: str | 
         **({"contrasts": {name: each.to_dict() for name, each in parts["contrasts"].items()}} if parts["contrasts"] else {}),
         **({"preparation": parts["preparation"].to_dict()} if parts["preparation"] else {}),
         **({"labels": parts["labels"]} if parts["labels"] else {}),
+        **({"suffixes": parts["suffixes"]} if len(parts["suffixes"]) > 1 else {}),
         "generates": "synthetic volumes; no patient's data",
         **({ROUNDED_FROM: rounded_from} if rounded_from else {}),
     }
@@ -176,6 +178,7 @@ def read_description(path: Path) -> dict[str, Any]:
             "contrasts": TypeAdapter(dict[str, Contrast]).validate_python(values.get("contrasts", {})),
             "preparation": TypeAdapter(Preparation | None).validate_python(values.get("preparation")),
             "labels": TypeAdapter(Groups).validate_python(values.get("labels", {})),
+            "suffixes": TypeAdapter(Suffixes).validate_python(values.get("suffixes", ())),
         }
     except ValidationError as error:
         first = error.errors()[0]
@@ -282,6 +285,11 @@ def check_parts(
         raise InputError(
             f"{folder}: {DESCRIPTION} lists {len(parts['labels'])} groups of labels, the autoencoder has "
             f"{autoencoder.in_channels} channels; they are of different models"
+        )
+    if max(1, len(parts["suffixes"])) != autoencoder.contrasts or parts["suffix"] != [*parts["suffixes"], parts["suffix"]][0]:
+        raise InputError(
+            f"{folder}: {DESCRIPTION} lists contrasts {', '.join(parts['suffixes']) or parts['suffix']} of {parts['suffix']} "
+            f"volumes, the autoencoder codes {autoencoder.contrasts}; they are of different models"
         )
     if any(n % factor for n in grid.shape):
         raise InputError(f"{folder}: the autoencoder's downsampling {factor} does not divide the grid {grid.shape}")

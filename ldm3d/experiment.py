@@ -19,7 +19,7 @@ from ldm3d.base_model import take_autoencoder
 from ldm3d.config.conditions import without_sources
 from ldm3d.config.explain import explain
 from ldm3d.config.sections import Config
-from ldm3d.data.conditions import ScanImages, cached_conditions, find_files
+from ldm3d.data.conditions import ScanImages, find_files, with_files
 from ldm3d.data.conditions import fingerprint as fingerprint_of_condition
 from ldm3d.data.keys import file_key, scan_of, settings_of
 from ldm3d.data.placing import grid_of
@@ -82,11 +82,12 @@ def latents_origin(config: Config) -> dict[str, str]:
     origin = {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
     if config.diffusion.mirror:
         origin["mirrored volumes"] = "encoded"
-    if conditions := cached_conditions(config):
+    if conditions := with_files(config):
         scans = read_scan_table(config)
         for each in conditions:
             files = find_files(config, each, scans)
-            origin[f"condition {each.name}"] = fingerprint_of_condition(config, each, files, list(scans["key"]))
+            kind = "contrast" if each in config.contrasts else "condition"
+            origin[f"{kind} {each.name}"] = fingerprint_of_condition(config, each, files, list(scans["key"]))
     return origin
 
 
@@ -196,7 +197,7 @@ def scans_by_use(
         names = scans["key"].map(scan_of)
     seen = set(scans.loc[names.isin(known.seen), "subject"])
     seen |= _seen_by_label(known, scans, seen, data, own, processes.is_main)
-    if config.diffusion.conditions:  # those that lack an image are of no use; `ScanImages` warns of them
+    if config.diffusion.conditions or config.contrasts:  # those that lack an image are of no use; `ScanImages` warns of them
         complete = ScanImages(config, scans).complete
         scans, names = scans.iloc[complete], names.iloc[complete]
     held_out = scans[~scans["subject"].isin(seen)].reset_index(drop=True)
@@ -329,10 +330,11 @@ def _config_of(model: Path) -> Config:
         "name": "unknown",
         "output": "not-given",
         "data": {
-            "table": "not-given.csv",
+            "bids" if parts["suffixes"] else "table": "not-given.csv",
             "grid": {"shape": list(grid.shape), "spacing_mm": list(grid.spacing_mm), **_place_of(grid)},
             "skull_stripped": parts["skull_stripped"],
             "suffix": parts["suffix"],
+            "channels": parts["suffixes"],
             "splits": {"validation": 0, "test": 0},
             **(parts["preparation"].to_dict() if parts["preparation"] else {}),
         },

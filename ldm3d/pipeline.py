@@ -62,6 +62,7 @@ class Pipeline(Networks, Applied):
         conditions: images that the U-Net takes beside covariates, see `ldm3d.conditions`.
         preparation: how the scans of the training were brought to the Grid; None where that is not known.
         contrasts: how the images of conditions looked in the training, by the condition's name; others are warned of.
+        suffixes: of the contrasts in a volume, where there are several, the first of them `suffix`.
         labels: of the groups whose shares of each voxel are the channels of volumes; None: volumes are images.
         model_hash: names the weights in what is written; from_pretrained fills it in.
         crop: (before, after) planes of each axis that generated volumes lose after decoding.
@@ -95,6 +96,7 @@ class Pipeline(Networks, Applied):
         preparation: Preparation | None = None,
         contrasts: Mapping[str, Contrast] | None = None,
         labels: Mapping[str, Sequence[int]] | None = None,
+        suffixes: Sequence[str] = (),
     ):
         if any(number is not None and number < 1 for number in (group, threads)):
             raise InputError(f"group {group} and threads {threads} must be at least 1, or None")
@@ -104,6 +106,7 @@ class Pipeline(Networks, Applied):
         self.skull_stripped, self.suffix, self.model_hash, self.scales = skull_stripped, suffix, model_hash, tuple(scales)
         self.denoising, self.preparation, self.contrasts = dict(denoising or {}), preparation, dict(contrasts or {})
         self.labels = {name: tuple(values) for name, values in (labels or {}).items()}
+        self._further = tuple(suffixes[1:])
         self.crop = tuple(tuple(planes) for planes in crop)
         self.decode_mode, self.group, self.threads = decode_mode, group, threads
         self.compiled = False
@@ -115,6 +118,11 @@ class Pipeline(Networks, Applied):
     def output_grid(self) -> Grid:
         """The grid of generated volumes: the networks' own without what is cropped."""
         return self.grid.cropped(self.crop)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """BIDS suffixes of the contrasts in a volume, whose channels they are in this order."""
+        return self.suffix, *self._further
 
     @property
     def computing(self) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def place(pipe: Pipeline, image: Any, register: RegistrationConfig | bool | None
     scan, affine, name = read_given(image)
     channels = pipe.autoencoder.in_channels
     if channels != 1:
-        raise InputError(f"this model is of volumes with {channels} channels, and {name} is one; that is not supported yet")
+        of = " and ".join(pipe.suffixes) if len(pipe.suffixes) > 1 else f"{channels} channels"
+        raise InputError(f"this model is of volumes of {of}, and {name} is one image; take a model of {pipe.suffix} alone")
     known = pipe.preparation or Preparation()
     wanted = _wanted(pipe, register)
     tool = None if stripped else tool_of_model(known.brain_extraction)

@@ -196,7 +196,8 @@ def encode(
 
     from ldm3d.conditions import ImageChannels
     from ldm3d.config.read import load_config
-    from ldm3d.data.conditions import CodedVolumes, cached_conditions, find_files, load_condition
+    from ldm3d.data.coded import CodedVolumes
+    from ldm3d.data.conditions import cached_conditions, find_files, load_condition
     from ldm3d.data.latents import describe_noise, is_fresh, noise_share, read_latents, write_latents
     from ldm3d.data.preparing import read_scan_table
     from ldm3d.experiment import latents_origin

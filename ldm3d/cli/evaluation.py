@@ -205,7 +205,7 @@ def likelihood(
     precision: Annotated[str, typer.Option(help="auto (here float32), float32 or bfloat16.")] = "auto",
 ) -> None:
     """Likelihood of each held-out subject under the model: nats per latent dimension, and bits per voxel."""
-    from ldm3d.data.preparing import load_prepared
+    from ldm3d.data.conditions import ScanImages
     from ldm3d.data.tables import write_table
     from ldm3d.evaluation.likelihood import score
     from ldm3d.experiment import scans_by_use
@@ -216,11 +216,7 @@ def likelihood(
     work = out.with_name(f"{out.stem}-work")
     config, _, scans = scans_by_use(model, data, work, root, experiment=experiment, overrides=override)
     subjects = scans[pipeline.schema.names].to_dict("records")
-
-    def load(i: int):
-        return load_prepared(config, scans["key"][i])
-
-    found = score(pipeline, subjects, load, method, times, steps, seed=seed)
+    found = score(pipeline, subjects, ScanImages(config, scans).made, method, times, steps, seed=seed)
     found.insert(0, "subject", scans["subject"])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_table(out, found)

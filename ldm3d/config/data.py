@@ -173,6 +173,7 @@ ENTITIES = (  # of BIDS file names, beside sub, in their short form
 )
 
 Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names
+Contrast = Annotated[Suffix, Field(pattern="^[A-Za-z]")]  # the name of an image beside the scans
 
 
 class DataConfig(Section):
@@ -183,6 +184,8 @@ class DataConfig(Section):
     root: Path | None = None  # no scan lies outside; relative paths start here. Default: the table's folder, or `bids`
     # Of the BIDS files, and of the volumes that a model of them generates
     suffix: Suffix = "T1w"
+    # Contrasts of one volume, which are coded and made together: [T1w, T2w, FLAIR], the first that of `suffix`; none: one
+    channels: Annotated[tuple[Contrast, ...], Field(exclude_if=lambda names: not names)] = ()
     # Which BIDS file of a session is its scan: {space: MNI152NLin2009cAsym, run: 1}; null: without; a list: one scan for each
     filter: dict[str, Any] = Field(default_factory=dict)
     # A BIDS derivative of `bids`, which scans and masks are then taken from; `bids` still gives the tables
@@ -258,6 +261,14 @@ class DataConfig(Section):
             if getattr(self, name) and not self.bids:
                 instead = "; a `table` has the covariates itself" if name in ("participants", "sessions") else ""
                 raise ValueError(f"`{name}` goes with `bids`{instead}")
+        if self.channels:
+            if self.channels[0] != self.suffix or len(set(self.channels)) < max(2, len(self.channels)):
+                raise ValueError(
+                    f"channels [{', '.join(self.channels)}]: list two or more contrasts, each once, that of the scans "
+                    f"(suffix {self.suffix}) first"
+                )
+            if not self.bids:
+                raise ValueError("`channels` goes with `bids`, where the other contrasts of a scan are found")
         if self.mask is not None and self.brain_extraction is not None:
             raise ValueError("give either mask, which are there, or brain_extraction, which makes them")
         if self.mask is not None and not self.mask.keys() - {"root"}:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm3d.config.base import Fraction, Positive, Sampler, Section
+from ldm3d.config.coded import check_channels, check_label_maps
 from ldm3d.config.conditions import (
     Condition,
     ImageCondition,
@@ -297,18 +298,21 @@ class Config(Section):
         return next((each for each in made if isinstance(each, LabelsCondition)), None)
 
     @property
+    def contrasts(self) -> tuple[ImageCondition, ...]:
+        """What `data.channels` has beside the scan: found as images that are given are."""
+        return tuple(ImageCondition(name=suffix, kind="image", suffix=suffix) for suffix in self.data.channels[1:])
+
+    @property
     def autoencoder_arguments(self) -> dict[str, Any]:
         """Of `ldm3d.models.pretrained.make_network`: the network, with the channels of what the model makes."""
-        labels = self.made_labels
-        return {**self.autoencoder.network.model_dump(), **({"in_channels": len(labels.groups)} if labels else {})}
+        labels, channels = self.made_labels, self.data.channels
+        of_volumes = {"in_channels": len(labels.groups)} if labels else {"contrasts": len(channels)} if channels else {}
+        return {**self.autoencoder.network.model_dump(), **of_volumes}
 
     @model_validator(mode="after")
-    def _label_maps_fit(self) -> Self:
-        coder = self.autoencoder
-        if self.made_labels and (coder.network.kind != "ldm3d" or coder.perceptual or coder.adversarial):
-            raise ValueError(
-                "diffusion.makes: an autoencoder of label maps is ldm3d's own, without perceptual and adversarial losses"
-            )
+    def _channels_fit(self) -> Self:
+        check_label_maps(self.made_labels, self.autoencoder)
+        check_channels(self.data.channels, self)
         return self
 
     @property

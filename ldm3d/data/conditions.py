@@ -4,11 +4,10 @@ A condition that a scan lacks is a volume of NaN, which stays NaN through every 
 """
 
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from ldm3d.data.placing import grid_of, to_grid
 from ldm3d.data.preparing import load_info, load_prepared, load_removed
 from ldm3d.data.removed import remove_beside
 from ldm3d.errors import InputError, some
-from ldm3d.files import checked_name, write_atomic
 from ldm3d.geometry import WORLD, Grid
 from ldm3d.randomness import generator
 
@@ -49,8 +47,13 @@ def cached_conditions(config: Config) -> list[Cached]:
     ]
 
 
+def with_files(config: Config) -> list[Cached]:
+    """All that each scan may have in files of their own: further contrasts of the volumes, and conditions."""
+    return [*config.contrasts, *cached_conditions(config)]
+
+
 def find_files(config: Config, condition: Cached, scans: pd.DataFrame) -> list[Path | None]:
-    """The file of a condition of each scan; None where there is none, and a warning says how many.
+    """The file of a condition, or of a contrast, of each scan; None where there is none, and a warning says how many.
 
     Raises:
         InputError: no scan has one; of a scan's label maps there are several.
@@ -59,12 +62,17 @@ def find_files(config: Config, condition: Cached, scans: pd.DataFrame) -> list[P
     lacking = [f"sub-{s}" + (f" ses-{v}" if v else "") for s, v, f in zip(scans["subject"], scans["session"], files) if not f]
     if len(lacking) == len(scans):
         raise InputError(
-            f"diffusion.conditions {condition.name}: none of {len(scans)} scans has one; check suffix, derivatives, pattern"
+            f"{_key(config, condition)}: none of {len(scans)} scans has one; check suffix, derivatives, pattern"
         )
     if lacking:
         message = f"{len(lacking)} of {len(scans)} scans have no {condition.name} ({some(lacking)}): left open"
         warnings.warn(message, stacklevel=3)
     return files
+
+
+def _key(config: Config, condition: Cached) -> str:
+    """Where the config names it."""
+    return f"{'data.channels' if condition in config.contrasts else 'diffusion.conditions'} {condition.name}"
 
 
 def _images(config: Config, condition: ImageCondition, scans: pd.DataFrame) -> list[Path | None]:
@@ -125,51 +133,6 @@ def load_condition(config: Config, condition: Cached, files: Mapping[str, Path |
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
-@dataclass(frozen=True)
-class CodedVolumes:
-    """What the autoencoder of an experiment is of: the scans; or label maps, if these are made. Small, and picklable.
-
-    Attributes:
-        config: whose prepared folder holds the scans.
-        files: label maps by the key of the scan; None where scans are coded.
-        folder: where label maps are kept as they lie on the Grid: to bring one there takes longer than a training step.
-    """
-
-    config: Config
-    files: Mapping[str, Path | None] | None = None
-    folder: Path = Path()
-
-    @classmethod
-    def of(cls, config: Config, scans: pd.DataFrame) -> "CodedVolumes":
-        """Of the scans of a table; InputError as `find_files` raises it."""
-        labels, keys = config.made_labels, list(scans["key"])
-        if labels is None:
-            return cls(config)
-        files = find_files(config, labels, scans)
-        name = f"{labels.name}-{fingerprint(config, labels, files, keys)}"
-        return cls(config, dict(zip(keys, files)), config.prepared_folder / name)
-
-    def __contains__(self, key: str) -> bool:
-        return self.files is None or self.files.get(key) is not None
-
-    def __call__(self, key: str) -> NDArray:
-        """Of a scan, by its key: (C, X, Y, Z) float32 in [0, 1]; NaN where it has no label map."""
-        labels = self.config.made_labels
-        if self.files is None or labels is None:
-            return load_prepared(self.config, key)
-        path = self.folder / f"{checked_name(key, 'key')}.npy"
-        if key in self and path.is_file():
-            return np.load(path).astype(np.float32)
-        volume = load_condition(self.config, labels, self.files, key)
-        if key in self:
-            buffer = io.BytesIO()
-            np.save(buffer, volume.astype(np.float16))
-            self.folder.mkdir(exist_ok=True)
-            write_atomic(path, buffer.getvalue())
-            volume = volume.astype(np.float16).astype(np.float32)
-        return volume
-
-
 class ScanImages:
     """What a model makes of each prepared scan, and what it is given to make it.
 
@@ -183,7 +146,7 @@ class ScanImages:
 
     def __init__(self, config: Config, scans: pd.DataFrame):
         self.config, self.scans, self.keys = config, scans.reset_index(drop=True), list(scans["key"])
-        self.files = {each.name: dict(zip(self.keys, find_files(config, each, scans))) for each in cached_conditions(config)}
+        self.files = {each.name: dict(zip(self.keys, find_files(config, each, scans))) for each in with_files(config)}
         of_visits = (each for each in config.given_conditions if isinstance(each, ImageCondition) and each.visit)
         self.visits = {each.name: visits_of(each, scans) for each in of_visits}
 
@@ -197,9 +160,11 @@ class ScanImages:
         ]
 
     def made(self, i: int) -> NDArray:
-        """What the model should make of a scan, (C, X, Y, Z) in [0, 1]: the scan itself, or the condition `makes`."""
-        makes = self.config.diffusion.makes
-        return self._cached(makes, i) if makes else load_prepared(self.config, self.keys[i])
+        """What the model should make of a scan, (C, X, Y, Z) in [0, 1]: all its contrasts, or the condition `makes`."""
+        if makes := self.config.diffusion.makes:
+            return self._cached(makes, i)
+        others = (self._cached(each.name, i) for each in self.config.contrasts)
+        return np.concatenate([load_prepared(self.config, self.keys[i]), *others])
 
     def given(self, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """By name: the images of a scan, (C, X, Y, Z), and which voxels are there of those that miss some, (1, X, Y, Z).
@@ -245,7 +210,7 @@ class ScanImages:
         return next(iter(self.visits[name][i]), i) if name in self.visits else i
 
     def _cached(self, name: str, i: int) -> NDArray:
-        condition = next(each for each in cached_conditions(self.config) if each.name == name)
+        condition = next(each for each in with_files(self.config) if each.name == name)
         return load_condition(self.config, condition, self.files[name], self.keys[i])
 
 

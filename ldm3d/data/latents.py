@@ -107,7 +107,8 @@ def noise_share(moments: NDArray, most: int = 256) -> NDArray:
         most: at most so many scans, evenly chosen, are looked at.
     """
     total = np.zeros((3, moments.shape[1] // 2))  # means of: the mean, its square, the variance
-    chosen = [i for i in evenly(range(len(moments)), most) if np.isfinite(moments[i]).all()]  # what is made may be missing
+    complete = np.isfinite(moments[:, :, 0, 0, 0]).all(axis=1).nonzero()[0]  # what is made may be missing
+    chosen = evenly(complete.tolist(), most)
     for scan in chosen:
         mean, log_variance = np.split(moments[scan].astype(np.float64), 2)  # (c, x, y, z) each
         total += np.stack([part.mean(axis=(1, 2, 3)) for part in (mean, mean**2, np.exp(log_variance))]) / len(chosen)

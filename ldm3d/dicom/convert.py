@@ -17,6 +17,7 @@ def convert(folder: Path | str, out: Path | str, classic: bool = False) -> int:
     Args:
         folder: with the volumes and their sidecars.
         out: OUT/sub-syn0001.dcm and so on, of a classic series OUT/sub-syn0001/0001.dcm; files of these names are replaced.
+            Where there are several contrasts, sub-syn0001_T1w and so on.
         classic: a file for each plane, for programs that do not read Enhanced MR.
 
     Raises:
@@ -25,12 +26,13 @@ def convert(folder: Path | str, out: Path | str, classic: bool = False) -> int:
     volumes = sorted(Path(folder).glob("sub-*/anat/*_desc-synthetic_*.nii.gz"))
     if not volumes:
         raise InputError(f"{folder} holds no volume of `ldm3d generate` (sub-*/anat/*_desc-synthetic_*.nii.gz)")
-    out = Path(out)
+    out, contrasts = Path(out), {_suffix(path) for path in volumes}
     for path in volumes:
         sidecar = _sidecar(path)
         volume, affine = read_volume(path)
         subject = path.name.split("_")[0]
-        about = sidecar, subject.removeprefix("sub-"), path.name.split("_")[-1].split(".")[0]
+        about = sidecar, subject.removeprefix("sub-"), _suffix(path)
+        subject += f"_{_suffix(path)}" if len(contrasts) > 1 else ""
         if classic:
             images = to_classic(volume, affine, *about)
             names = [f"{subject}/{number:04d}" for number in range(1, len(images) + 1)]
@@ -41,6 +43,10 @@ def convert(folder: Path | str, out: Path | str, classic: bool = False) -> int:
             with replacing(out / f"{name}.dcm") as unfinished:
                 image.save_as(unfinished, enforce_file_format=True)
     return len(volumes)
+
+
+def _suffix(path: Path) -> str:
+    return path.name.split("_")[-1].split(".")[0]
 
 
 def _sidecar(path: Path) -> dict[str, Any]:

@@ -32,8 +32,22 @@ class Objective(Protocol):
         """The learned part of the process; None if the process is given."""
         ...
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
-        """(N,), like x; `estimate` where the network learns what it leaves of x."""
+    def losses(
+        self,
+        predict: Predict,
+        x: Tensor,
+        e: Tensor,
+        u: Tensor,
+        estimate: Estimator | None = None,
+        lacking: Tensor | None = None,
+    ) -> Tensor:
+        """(N,), like x.
+
+        Args:
+            predict, x, e, u: see above.
+            estimate: where the network learns what it leaves of x.
+            lacking: channels of each sample, (N, C), that are not known; they do not count. None: all count.
+        """
         ...
 
 
@@ -70,14 +84,22 @@ class Denoising:
         self.times, self.location, self.scale = times, location, scale
         self.share = quantile_of_time(times, until, location, scale)
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
+    def losses(
+        self,
+        predict: Predict,
+        x: Tensor,
+        e: Tensor,
+        u: Tensor,
+        estimate: Estimator | None = None,
+        lacking: Tensor | None = None,
+    ) -> Tensor:
         u = (u * self.share).clamp(MARGIN, 1 - MARGIN)
         t = times_from_quantiles(self.times, u, self.location, self.scale)
         z = self.process.add_noise(x, e, t)
         g = estimate(z, t) if estimate else None
         error = predict(self.preconditioning.input(z, t, g), self.process.network_time(t))
         error = error - self.preconditioning.target_of(x, e, t, g)
-        return self.preconditioning.loss(self.weight, t, error.square(), g)
+        return self.preconditioning.loss(self.weight, t, error.square(), g, lacking)
 
 
 class VDMObjective:
@@ -95,7 +117,16 @@ class VDMObjective:
     def process(self) -> Process:
         return self.schedule.process()
 
-    def losses(self, predict: Predict, x: Tensor, e: Tensor, u: Tensor, estimate: Estimator | None = None) -> Tensor:
+    def losses(
+        self,
+        predict: Predict,
+        x: Tensor,
+        e: Tensor,
+        u: Tensor,
+        estimate: Estimator | None = None,
+        lacking: Tensor | None = None,
+    ) -> Tensor:
+        assert lacking is None  # the config says so: the bound is of all elements of a latent
         return vdm_losses(self.schedule, predict, self.target, x, e, u.clamp(MARGIN, 1 - MARGIN))
 
 

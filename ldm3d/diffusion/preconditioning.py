@@ -82,19 +82,22 @@ class Preconditioning:
         x = s * (a * self._centred(z, t, g) / r - b * output)
         return x if g is None else g.x + x
 
-    def loss(self, weight: str, t: Tensor, squared_error: Tensor, g: Estimated | None = None) -> Tensor:
+    def loss(
+        self, weight: str, t: Tensor, squared_error: Tensor, g: Estimated | None = None, lacking: Tensor | None = None
+    ) -> Tensor:
         """The weighted mean squared error of each sample, (N,), from squared errors (N, C, X, Y, Z) at times t (N,).
 
         Without scales the weight is `Process.loss_weight`. With them, and "min-snr", the same with each channel's own a and b:
         min(a^2 / b^2, 5) b^2. "noise" counts errors as those of the noise, by a^2: channels that are drowned do not count.
         "level" does so too, by a^2 / mean(a^2): times at which most channels are drowned count as much as any other.
+        Channels that a sample is `lacking`, (N, C), do not count: the mean is over the others.
         """
         if not self.scales:
-            return self.process.loss_weight(weight, self.target, t) * squared_error.flatten(1).mean(dim=1)
+            return self.process.loss_weight(weight, self.target, t) * _mean_without(lacking, squared_error)
         _, a, b, _ = self._coefficients(squared_error, t, g)
         weights = {"none": torch.ones_like(a), "noise": a**2, "min-snr": (a / b).square().clamp(max=5.0) * b**2}
         weights["level"] = a**2 / (a**2).mean(dim=1, keepdim=True)
-        return (weights[weight] * squared_error).flatten(1).mean(dim=1)
+        return _mean_without(lacking, weights[weight] * squared_error)
 
     def _centred(self, z: Tensor, t: float | Tensor, g: Estimated | None) -> Tensor:
         """z - alpha g."""
@@ -110,3 +113,11 @@ class Preconditioning:
         r = (alpha**2 * s**2 + sigma**2).sqrt()
         r, a, b, s = (v.to(like.dtype)[:, :, None, None, None] for v in (r, alpha * s / r, sigma / r, s))
         return r, a, b, s
+
+
+def _mean_without(lacking: Tensor | None, values: Tensor) -> Tensor:
+    """Mean of each sample, (N,), of values (N, C, X, Y, Z) without the channels that are `lacking`, (N, C)."""
+    if lacking is None:
+        return values.flatten(1).mean(dim=1)
+    by_channel = values.flatten(2).mean(dim=2).masked_fill(lacking, 0)  # all channels are of one size
+    return by_channel.sum(dim=1) / (~lacking).sum(dim=1)

@@ -34,7 +34,7 @@ from ldm3d.evaluation.truth import SAMPLES, SUBJECTS, compare_with_truth
 from ldm3d.generation.given import Images
 from ldm3d.generation.given_scans import Given, told_of
 from ldm3d.metrics.discriminability import FOLDS, STEPS
-from ldm3d.metrics.features import Extractor
+from ldm3d.metrics.features import Extractor, OfFirstChannel
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE, Processes
 from ldm3d.rulers.regression import MAX_VOLUMES, fit_predictor, together
@@ -217,6 +217,7 @@ def assess(
     """Evaluate a model on held-out scans.
 
     Args:
+        extractor: of models of several contrasts, it sees the first.
         config, trained, held_out: from `ldm3d.experiment.scans_by_use`; `trained` is empty if that data is not available.
         predict: whether to predict covariates that `measure` does not give, by regression on images.
         downstream: whether to assess downstream utility.
@@ -224,7 +225,7 @@ def assess(
 
     Other arguments, result and errors are those of `evaluate`.
     """
-    schema = pipeline.schema
+    schema, extractor = pipeline.schema, OfFirstChannel(extractor) if len(pipeline.suffixes) > 1 else extractor
     subjects, people = held_out[schema.names].to_dict("records"), list(held_out["subject"])
     training = trained[schema.names].to_dict("records") if len(trained) else None
 

@@ -30,10 +30,11 @@ def origin_of(pipeline: Any) -> Origin:
     schema, process, grid = (part.to_dict() for part in (pipeline.schema, pipeline.process, pipeline.grid))
     parts = [schema, process, pipeline.target, pipeline.crop, grid]
     parts += [pipeline.suffix] if pipeline.suffix != "T1w" else []  # as in series that were begun before there was another
+    parts += [pipeline.suffixes] if len(pipeline.suffixes) > 1 else []
     parts += [pipeline.scales] if pipeline.scales else []
     parts += [without_sources(each) for each in pipeline.conditions]
     settings = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     names = pipeline.mark, pipeline.model_hash, settings
-    facts = pipeline.suffix, pipeline.skull_stripped
+    facts = pipeline.suffixes, pipeline.skull_stripped
     decoding = pipeline.computing, pipeline.decode_mode == "auto"
     return Origin(pipeline.output_grid, pipeline.schema, *facts, *names, *decoding, pipeline.images)

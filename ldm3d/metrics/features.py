@@ -225,6 +225,24 @@ class SegmenterFeatures(nn.Module):
         return self.network(volumes[:, :1]).softmax(dim=1)
 
 
+class OfFirstChannel(nn.Module):
+    """Features of the first channel of volumes alone: of the first of several contrasts.
+
+    Args:
+        extractor: of volumes with one channel.
+    """
+
+    def __init__(self, extractor: Extractor):
+        super().__init__()
+        self.extractor = extractor
+        if hasattr(extractor, "maps"):
+            self.maps = lambda volumes: extractor.maps(volumes[:, :1])
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """(N, C, X, Y, Z) -> (N, D)."""
+        return self.extractor(volumes[:, :1])
+
+
 def _read(weights: Path | str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         raise InputError(f"weights {weights} do not exist; give a file, or use the extractor that needs none")

@@ -6,6 +6,9 @@ before the first step (`fit_linear_path`), and the networks learn its residual.
 
 Volumes are (N, C, X, Y, Z) in [0, 1]; latents (N, c, X/f, Y/f, Z/f); moments hold the posterior's mean and log-variance,
 (N, 2c, X/f, Y/f, Z/f) (Kingma & Welling 2014, here as in Rombach et al. 2022).
+
+Volumes of several contrasts (T1w and T2w of one head) are coded contrast by contrast with the same weights. Their latents lie
+side by side, so that a contrast which a subject lacks is missing in its own channels alone.
 """
 
 from collections.abc import Sequence
@@ -37,6 +40,7 @@ class LatentSpace(Pretrained):
         in_channels: C, modalities in a volume.
         latent_channels: c.
         downsampling: f.
+        contrasts: that are coded each by itself, with C / contrasts channels and c / contrasts latent ones.
 
     Buffers `latent_mean` and `latent_std`, (c,), are the latents' statistics over the training split.
     """
@@ -44,9 +48,10 @@ class LatentSpace(Pretrained):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, in_channels: int, latent_channels: int, downsampling: int):
+    def __init__(self, in_channels: int, latent_channels: int, downsampling: int, contrasts: int = 1):
         super().__init__()
         self.in_channels, self.latent_channels, self.downsampling = in_channels, latent_channels, downsampling
+        self.contrasts = contrasts
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -81,6 +86,24 @@ class LatentSpace(Pretrained):
         mean, log_variance = moments.chunk(2, dim=1)
         return mean if noise is None else mean + torch.exp(log_variance / 2) * noise
 
+    def apart(self, x: Tensor) -> Tensor:
+        """Volumes or latents (N, C, ...) with each contrast as one of its own: (N contrasts, C / contrasts, ...)."""
+        return x.reshape(-1, x.shape[1] // self.contrasts, *x.shape[2:])
+
+    def beside(self, x: Tensor) -> Tensor:
+        """The inverse of `apart`."""
+        return x.reshape(-1, x.shape[1] * self.contrasts, *x.shape[2:])
+
+    def lacking(self, moments: Tensor) -> Tensor:
+        """Which latent channels are of contrasts that are missing, (N, c): NaN in moments (N, 2c, x, y, z).
+
+        The first contrast is the scan itself, which is always there: NaN in it is a fault, as in models of one contrast.
+        """
+        middle = tuple(n // 2 for n in moments.shape[2:])  # a U-Net's latents may be padded with zeros
+        lacking = moments[(slice(None), slice(self.latent_channels), *middle)].isnan()
+        lacking[:, : self.latent_channels // self.contrasts] = False
+        return lacking
+
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """(c, X/f, Y/f, Z/f) of a volume of `shape` (X, Y, Z)."""
         return self.latent_channels, *(n // self.downsampling for n in shape)
@@ -105,14 +128,18 @@ class Autoencoder(LatentSpace):
     """KL-regularised autoencoder that owns the scale of its latents.
 
     Args:
-        latent_channels: c.
+        latent_channels: c, of each contrast.
         downsampling: f, a power of two.
         channels: width at 1/2, 1/4, ... 1/f of the resolution; log2(f) numbers (one for f = 1).
         blocks: residual blocks a level, in the encoder and in the decoder.
         attention: self-attention at the coarsest level. Tiles of a volume then decode otherwise than the volume.
         linear_path: whether there is a linear code beside the networks.
-        in_channels: C, modalities in a volume.
+        in_channels: modalities in a volume.
+        contrasts: in a volume, which this network codes one by one: C is contrasts * in_channels, and volumes have
+            contrasts * latent_channels latent ones.
     """
+
+    later_arguments = ("contrasts",)
 
     def __init__(
         self,
@@ -123,8 +150,9 @@ class Autoencoder(LatentSpace):
         attention: bool = False,
         linear_path: bool = True,
         in_channels: int = 1,
+        contrasts: int = 1,
     ):
-        super().__init__(in_channels, latent_channels, downsampling)
+        super().__init__(contrasts * in_channels, contrasts * latent_channels, downsampling, contrasts)
         levels = max(1, downsampling.bit_length() - 1)
         if downsampling < 1 or downsampling & (downsampling - 1) or len(channels) != levels:
             raise InputError(
@@ -175,20 +203,22 @@ class Autoencoder(LatentSpace):
             InputError: a side that f does not divide.
         """
         self.check_sides(x)
+        x = self.apart(x)
         h = self.encoder(space_to_depth(x, self.stem))  # (N, channels[-1], X/f, Y/f, Z/f)
         mean, log_variance = self.to_moments(h).chunk(2, dim=1)
         if self.analysis is not None:
             mean = mean + self.analysis(space_to_depth(x, self.downsampling))
-        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
+        return torch.cat([self.beside(mean), self.beside(log_variance.clamp(*LOG_VARIANCE_RANGE))], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (N, c, X/f, Y/f, Z/f) -> volume (N, C, X, Y, Z), not clipped; float32 also from half precision."""
+        z = self.apart(z)
         h = self.decoder(z)  # (N, channels[0], X/s, Y/s, Z/s), s = self.stem
         if self.synthesis is None:
-            return depth_to_space(convolve_to_voxels(h, self.to_voxels), self.stem)
+            return self.beside(depth_to_space(convolve_to_voxels(h, self.to_voxels), self.stem))
         # Half precision rounds the network's small correction, but neither the linear path's image nor the sum
         volume = depth_to_space(convolve_to_voxels(z, self.synthesis), self.downsampling)
-        return volume + depth_to_space(self.to_voxels(h), self.stem)
+        return self.beside(volume + depth_to_space(self.to_voxels(h), self.stem))
 
     def decoder_modules(self) -> list[nn.Module]:
         return [module for module in (self.decoder, self.to_voxels, self.synthesis) if module is not None]
@@ -196,7 +226,7 @@ class Autoencoder(LatentSpace):
     def through_linear_path(self, x: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) encoded and decoded by the linear path alone."""
         analysis, synthesis = self._linear_path()
-        return depth_to_space(synthesis(analysis(space_to_depth(x, self.downsampling))), self.downsampling)
+        return self.beside(depth_to_space(synthesis(analysis(space_to_depth(self.apart(x), self.downsampling))), self.downsampling))
 
     def _linear_path(self) -> tuple[nn.Conv3d, nn.Conv3d]:
         if self.analysis is None or self.synthesis is None:
@@ -216,9 +246,8 @@ class Autoencoder(LatentSpace):
             ridge: added to the diagonal of the regression's normal equations, relative to its mean.
         """
         analysis, synthesis = self._linear_path()
-        f, c = self.downsampling, self.latent_channels
-        patch = self.in_channels * f**3
-        blocks = space_to_depth(volumes.float(), f)  # (N, C f^3, X/f, Y/f, Z/f)
+        f, c, patch = self.downsampling, analysis.out_channels, analysis.in_channels
+        blocks = space_to_depth(self.apart(volumes).float(), f)  # (N, C f^3, X/f, Y/f, Z/f)
         rows = blocks.transpose(0, 1).flatten(1).double()  # (C f^3, all blocks)
         mean = rows.mean(dim=1, keepdim=True)
         covariance = (rows - mean) @ (rows - mean).T / rows.shape[1]

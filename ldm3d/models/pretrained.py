@@ -46,6 +46,7 @@ class Pretrained(nn.Module):
     """
 
     arguments: dict[str, Any]
+    later_arguments: ClassVar[tuple[str, ...]] = ()  # not recorded where they have their defaults, as in older folders
     of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors whose values were rounded to `EIGHT_BITS` when they were made
 
     def __init_subclass__(cls, **options: Any):
@@ -60,7 +61,12 @@ class Pretrained(nn.Module):
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             own = list(bound.arguments.items())[1:]  # but self; a subclass's come after its parents', and stay
-            self.arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in own}
+            usual = {name: signature.parameters[name].default for name in self.later_arguments}
+            self.arguments = {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in own
+                if name not in usual or value != usual[name]
+            }
 
         cls.__init__ = construct_and_record  # type: ignore[method-assign]  # with the signature that it wraps
 

@@ -48,6 +48,8 @@ def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None =
         InputError: a decoder with a layer that is not known here.
     """
     limit = chunk_bytes or chunk_bytes_of(z.device)
+    if isinstance(autoencoder, Autoencoder):
+        z = autoencoder.apart(z)
     volume = z.new_empty(0)
     for start, chunk in placed(_decoded(autoencoder, z, limit)):
         if start == 0:
@@ -58,7 +60,7 @@ def decode_streamed(autoencoder: nn.Module, z: Tensor, chunk_bytes: int | None =
         linear = _to_voxels(iter([z]), autoencoder.synthesis, limit)
         for start, chunk in placed(depth_to_space(chunk, autoencoder.downsampling) for chunk in linear):
             volume.narrow(2, start, chunk.shape[2]).add_(chunk)
-    return volume
+    return autoencoder.beside(volume) if isinstance(autoencoder, Autoencoder) else volume
 
 
 def chunk_bytes_of(device: torch.device) -> int:

@@ -106,8 +106,11 @@ def written_in(folder: Path, pipeline: Pipeline) -> Volumes:
             stacklevel=2,
         )
 
+    renamed = [(f"_{pipeline.suffix}.nii", f"_{suffix}.nii") for suffix in pipeline.suffixes]
+
     def load(i: int) -> NDArray:
-        volume, affine = read_volume(paths[i])
+        contrasts = [read_volume(paths[i].with_name(paths[i].name.replace(*names))) for names in renamed]
+        volume, affine = np.concatenate([voxels for voxels, _ in contrasts]), contrasts[0][1]
         grid = pipeline.output_grid
         if volume.shape[1:] != grid.shape or not np.allclose(affine, grid.affine, atol=1e-3):
             raise InputError(

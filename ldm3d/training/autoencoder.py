@@ -64,6 +64,7 @@ class AutoencoderTask(VolumeTask):
             "autoencoder": config.autoencoder.model_dump(mode="json"),
             "grid": config.data.grid.model_dump(mode="json"),
             "seed": config.seed,
+            **({"channels": config.data.channels} if config.data.channels else {}),
             **sampling_of(config),
         }
 
@@ -96,25 +97,26 @@ class AutoencoderTask(VolumeTask):
     def export(self, average: LatentSpace, which: str) -> None:
         """Write the averaged network, with its latents' statistics over the training split, as OUTPUT/autoencoder."""
         config, accelerator, training = self.config, self.accelerator, self.config.autoencoder.training
-        # This process's share, then all: (sum, sum of squares) of each channel, and the number of values
-        count, total = 0, torch.zeros(2, average.latent_channels, dtype=torch.float64)
+        # This process's share, then all, of each channel: sum, sum of squares, and the number of values
+        total = torch.zeros(3, average.latent_channels, dtype=torch.float64)
         own = self.keys["train"][accelerator.process_index :: accelerator.num_processes]
         together = max(1, training.batch_size // (training.accumulation * accelerator.num_processes))
         with torch.no_grad(), accelerator.autocast():
             for first in range(0, len(own), together):
-                volumes = self.volumes(own[first : first + together]).to(accelerator.device)
-                mean, log_variance = average.encode(volumes).float().chunk(2, dim=1)
+                volumes = [torch.from_numpy(self.coded(key)) for key in own[first : first + together]]
+                encoded = average.encode(torch.stack(volumes).to(accelerator.device)).float()
+                lacking = average.lacking(encoded)[:, :, None, None, None]
+                mean, log_variance = encoded.chunk(2, dim=1)
                 # The second moment of a posterior sample includes its variance
-                moments = torch.stack([mean, mean.square() + log_variance.exp()])  # (2, n, c, x, y, z)
-                total += moments.double().sum(dim=(1, 3, 4, 5)).cpu()
-                count += mean[:, 0].numel()
-        total = accelerator.reduce(total.float().to(accelerator.device), "sum").double().cpu()
-        count = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
-        mean, square = total / count
+                values = torch.stack([mean, mean.square() + log_variance.exp(), torch.ones_like(mean)])  # (3, n, c, x, y, z)
+                total += values.masked_fill(lacking, 0).double().sum(dim=(1, 3, 4, 5)).cpu()
+        mean, square, count = accelerator.reduce(total.float().to(accelerator.device), "sum").double().cpu()
+        mean, square = mean / count, square / count
         average.latent_mean.copy_(mean)
         average.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
         if config.autoencoder.latent_scaling == "voxels":
-            volumes = self.volumes(evenly(self.keys["train"], SCALED_VOLUMES)).to(accelerator.device)
+            complete = list(filter(self.coded.complete, self.keys["train"]))
+            volumes = self.volumes(evenly(complete, SCALED_VOLUMES)).to(accelerator.device)
             with accelerator.autocast():
                 average.latent_std.div_(voxel_scales(average, volumes).to(accelerator.device))
         if accelerator.is_main_process:

@@ -97,10 +97,13 @@ class DiffusionTask(Task):
         self.split = {
             name: [i for i, s in enumerate(scans["split"]) if s == name and there[i]] for name in ("train", "validation")
         }
+        # Those that lack no contrast, for all that is of whole latents
+        whole = ~self.autoencoder.lacking(torch.from_numpy(np.array(moments[:, :, :1, :1, :1]))).any(dim=1)
+        self.complete = {name: [i for i in rows if whole[i]] for name, rows in self.split.items()}
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
         by_channel = config.autoencoder.latent_scaling == "voxels" or settings.learns_residual
-        self.scales = deviations(self.autoencoder, moments, self.split["train"]) if by_channel else ()
+        self.scales = deviations(self.autoencoder, moments, self.complete["train"]) if by_channel else ()
         model = self.first_network().to(accelerator.device)
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
         self.images = TrainingImages(config, self.autoencoder, scans, self.contexts)
@@ -145,14 +148,21 @@ class DiffusionTask(Task):
         return pad_to(self.autoencoder.normalise(self.autoencoder.sample(moments, noise)), self.padded)
 
     def loss(self, unet: nn.Module, x: Tensor, noise: Tensor, u: Tensor, conditions: Conditions) -> Tensor:
-        """Mean of the objective over a batch: x, noise (n, c, *padded); u (n,)."""
+        """Mean of the objective over a batch: x, noise (n, c, *padded); u (n,).
+
+        A contrast that is missing is NaN in x. The network then sees noise on 0, the mean, and nothing is asked of it there.
+        """
+        lacking = None
+        if self.config.contrasts:
+            lacking = self.autoencoder.lacking(x)
+            x = x.masked_fill(lacking[:, :, None, None, None], 0)
 
         def predict(z: Tensor, network_time: Tensor) -> Tensor:
             with self.accelerator.autocast():
                 return call_network(unet, z, network_time, conditions)
 
         estimate = self.estimate and self.estimate.under(conditions, self.objective.process)
-        return self.objective.losses(predict, x, noise, u, estimate).mean()
+        return self.objective.losses(predict, x, noise, u, estimate, lacking).mean()
 
     def before_step(self, loss: Tensor) -> None:
         for schedule, optimizer in self.companions.values():
@@ -194,7 +204,7 @@ class DiffusionTask(Task):
         """See `GaussianRuler.compare`; {} where there are too few training latents, or off the main process."""
         if self.ruler is None or not self.accelerator.is_main_process:
             return {}
-        rows = evenly(self.split["validation"], HELD_OUT)
+        rows = evenly(self.complete["validation"], HELD_OUT)
         given, device = self.conditions_of(rows), self.accelerator.device
         process = self.objective.process
         model = NetworkDenoiser(average, process, self.config.diffusion.target, self.scales, self.estimate).given(given)
@@ -210,9 +220,10 @@ class DiffusionTask(Task):
     @functools.cached_property
     def ruler(self) -> GaussianRuler | None:
         """Fitted at the first validation; the means of the posteriors, as `score` takes them."""
-        if not self.for_gaussian or self.objective.schedule is not None:  # a learned schedule moves
+        nobody = not self.for_gaussian or not self.complete["validation"]
+        if nobody or self.objective.schedule is not None:  # a learned schedule moves
             return None
-        held_out = evenly(self.split["validation"], HELD_OUT)
+        held_out = evenly(self.complete["validation"], HELD_OUT)
         return GaussianRuler(self.to_fit(self.for_gaussian)[0], self.means(held_out), self.objective.process)
 
     @functools.cached_property
@@ -221,7 +232,7 @@ class DiffusionTask(Task):
         settings = self.config.diffusion.start
         if settings is None:
             return None
-        rows = self.for_gaussian or self.split["train"]
+        rows = self.for_gaussian or self.complete["train"]
         # Else its network has learned what another Gaussian leaves
         own = settings.refit or not (self.config.diffusion.init_from and settings.residual)
         latents, contexts = self.to_fit(rows) if own or settings.images else (None, None)
@@ -239,8 +250,8 @@ class DiffusionTask(Task):
     def for_gaussian(self) -> list[int]:
         """The training latents that Gaussians are fitted to; none where there are too few, or each is too large."""
         values = math.prod(self.padded) * self.autoencoder.latent_channels * (1 + self.config.diffusion.mirror)
-        count = few_enough(len(self.split["train"]), values)
-        return evenly(self.split["train"], count) if count else []
+        count = few_enough(len(self.complete["train"]), values)
+        return evenly(self.complete["train"], count) if count else []
 
     def to_fit(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(latents, contexts) of some scans that a Gaussian is fitted to; with `mirror`, the mirrored ones follow.
@@ -291,6 +302,7 @@ class DiffusionTask(Task):
             "start": self.start,
         }
         facts["conditions"] = self.config.given_conditions
+        facts["suffixes"] = data.channels
         facts["labels"] = self.config.made_labels.groups if self.config.made_labels else None
         facts["preparation"] = Preparation.of(data)
         facts["contrasts"] = self.contrasts

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm3d import figures
 from ldm3d.config.sections import AutoencoderConfig, Config, DecoderConfig
 from ldm3d.data.batches import evenly
-from ldm3d.data.conditions import CodedVolumes
+from ldm3d.data.coded import CodedVolumes
 from ldm3d.data.samples import VolumeSamples
 from ldm3d.metrics.reconstruction import psnr
 from ldm3d.models.autoencoder import LatentSpace
@@ -47,15 +47,15 @@ class VolumeTask(Task):
         accelerator: Accelerator,
     ):
         self.config, self.scans, self.accelerator = config, scans, accelerator
-        self.load = CodedVolumes.of(config, scans)
-        scans = scans[[key in self.load for key in scans["key"]]]
+        self.coded = CodedVolumes.of(config, scans)
+        scans = scans[[key in self.coded for key in scans["key"]]]
         self.keys = {split: list(scans.loc[scans["split"] == split, "key"]) for split in ("train", "validation")}
         main = Trained.of(network, settings.training)
         self.loss = VolumeLoss.of(settings, space.in_channels, accelerator)
         self.trained = {MAIN: main, **self.loss.trained}
         self.settled, self.takes_other_scans = self.loss.settled, config.autoencoder.changed_data == GO_ON
         shape = space.latent_shape(config.data.grid.shape)
-        samples = self.sample_class(config, tuple(self.keys["train"]), shape, self.load)
+        samples = self.sample_class(config, tuple(self.keys["train"]), shape, self.coded.filled)
         rows = scans[scans["split"] == "train"]
         self.batches = batches_of(samples, settings.training, config, accelerator, rows)
 
@@ -73,8 +73,8 @@ class VolumeTask(Task):
         return network
 
     def volumes(self, keys: Sequence[str]) -> Tensor:
-        """What the autoencoder is of, (n, C, X, Y, Z), on the CPU."""
-        return torch.stack([torch.from_numpy(self.load(key)) for key in keys])
+        """What the autoencoder is of, (n, C, X, Y, Z), on the CPU; where a contrast is missing, the scan itself."""
+        return torch.stack([torch.from_numpy(self.coded.filled(key)) for key in keys])
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         made, moments = self.reconstruct(self.trained[MAIN].module, batch)
