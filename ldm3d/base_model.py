@@ -28,13 +28,14 @@ def take_autoencoder(config: Config) -> bool:
     if config.base_model is None:
         return False
     source, own = model_folder(config.base_model) / "autoencoder", config.autoencoder_folder
-    _check_network(config.autoencoder.network.model_dump(mode="json", exclude={"kind"}), source, "autoencoder.network")
     suffixes = read_description(source.parent / DESCRIPTION)["suffixes"]
     if suffixes != config.data.channels:
+        made, asked = (" and ".join(names) or "one contrast" for names in (suffixes, config.data.channels))
         raise InputError(
-            f"{config.base_model} makes volumes of {' and '.join(suffixes) or 'one contrast'}, and data.channels asks for "
-            f"{' and '.join(config.data.channels) or 'one contrast'}; write the same contrasts, or train an autoencoder of these"
+            f"{config.base_model} makes volumes of {made}, and data.channels asks for {asked}; write the same contrasts, or "
+            "train an autoencoder of these (without autoencoder.shared and diffusion.init_from)"
         )
+    _check_network(config.autoencoder.network.model_dump(mode="json", exclude={"kind"}), source, "autoencoder.network")
     if not own.is_dir():
         own.parent.mkdir(parents=True, exist_ok=True)
         draft = own.with_name(f"{own.name}.unfinished")

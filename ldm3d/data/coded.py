@@ -42,8 +42,9 @@ class CodedVolumes:
         coded = cls(config, tuple(KeptVolumes.of(config, part, scans) for part in parts))
         train = scans.loc[scans["split"] == "train", "key"]
         if config.contrasts and len(train) and not any(map(coded.complete, train)):
+            names = ", ".join(config.data.channels)
             raise InputError(
-                f"data.channels: none of {len(train)} scans of the training split has all of {', '.join(config.data.channels)}; "
+                f"data.channels: none of {len(train)} scans of the training split has all of {names}; "
                 "a model of several contrasts learns from such scans how they belong together"
             )
         return coded

@@ -61,9 +61,7 @@ def find_files(config: Config, condition: Cached, scans: pd.DataFrame) -> list[P
     files = (_images if isinstance(condition, ImageCondition) else _label_maps)(config, condition, scans)
     lacking = [f"sub-{s}" + (f" ses-{v}" if v else "") for s, v, f in zip(scans["subject"], scans["session"], files) if not f]
     if len(lacking) == len(scans):
-        raise InputError(
-            f"{_key(config, condition)}: none of {len(scans)} scans has one; check suffix, derivatives, pattern"
-        )
+        raise InputError(f"{_key(config, condition)}: none of {len(scans)} scans has one; check suffix, derivatives, pattern")
     if lacking:
         message = f"{len(lacking)} of {len(scans)} scans have no {condition.name} ({some(lacking)}): left open"
         warnings.warn(message, stacklevel=3)

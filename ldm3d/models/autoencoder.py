@@ -226,7 +226,9 @@ class Autoencoder(LatentSpace):
     def through_linear_path(self, x: Tensor) -> Tensor:
         """Volumes (N, C, X, Y, Z) encoded and decoded by the linear path alone."""
         analysis, synthesis = self._linear_path()
-        return self.beside(depth_to_space(synthesis(analysis(space_to_depth(self.apart(x), self.downsampling))), self.downsampling))
+        return self.beside(
+            depth_to_space(synthesis(analysis(space_to_depth(self.apart(x), self.downsampling))), self.downsampling)
+        )
 
     def _linear_path(self) -> tuple[nn.Conv3d, nn.Conv3d]:
         if self.analysis is None or self.synthesis is None:

@@ -97,9 +97,8 @@ class DiffusionTask(Task):
         self.split = {
             name: [i for i, s in enumerate(scans["split"]) if s == name and there[i]] for name in ("train", "validation")
         }
-        # Those that lack no contrast, for all that is of whole latents
         whole = ~self.autoencoder.lacking(torch.from_numpy(np.array(moments[:, :, :1, :1, :1]))).any(dim=1)
-        self.complete = {name: [i for i in rows if whole[i]] for name, rows in self.split.items()}
+        self.complete = {name: [i for i in rows if whole[i]] for name, rows in self.split.items()}  # which lack no contrast
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
         self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
         by_channel = config.autoencoder.latent_scaling == "voxels" or settings.learns_residual
@@ -152,9 +151,8 @@ class DiffusionTask(Task):
 
         A contrast that is missing is NaN in x. The network then sees noise on 0, the mean, and nothing is asked of it there.
         """
-        lacking = None
-        if self.config.contrasts:
-            lacking = self.autoencoder.lacking(x)
+        lacking = self.autoencoder.lacking(x) if self.config.contrasts else None
+        if lacking is not None:
             x = x.masked_fill(lacking[:, :, None, None, None], 0)
 
         def predict(z: Tensor, network_time: Tensor) -> Tensor:
@@ -219,9 +217,8 @@ class DiffusionTask(Task):
 
     @functools.cached_property
     def ruler(self) -> GaussianRuler | None:
-        """Fitted at the first validation; the means of the posteriors, as `score` takes them."""
-        nobody = not self.for_gaussian or not self.complete["validation"]
-        if nobody or self.objective.schedule is not None:  # a learned schedule moves
+        """Fitted at the first validation, but for a learned schedule, which moves; the means of posteriors, as in `score`."""
+        if not self.for_gaussian or not self.complete["validation"] or self.objective.schedule is not None:
             return None
         held_out = evenly(self.complete["validation"], HELD_OUT)
         return GaussianRuler(self.to_fit(self.for_gaussian)[0], self.means(held_out), self.objective.process)
@@ -301,8 +298,7 @@ class DiffusionTask(Task):
             "scales": self.scales,
             "start": self.start,
         }
-        facts["conditions"] = self.config.given_conditions
-        facts["suffixes"] = data.channels
+        facts["conditions"], facts["suffixes"] = self.config.given_conditions, data.channels
         facts["labels"] = self.config.made_labels.groups if self.config.made_labels else None
         facts["preparation"] = Preparation.of(data)
         facts["contrasts"] = self.contrasts
