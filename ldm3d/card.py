@@ -49,7 +49,7 @@ def card(
         licence: of the weights.
     """
     measure = f"\nA segmenter lies beside the networks and measures {', '.join(structures)}: `--measure segmenter:{name}`.\n"
-    without = " without skull" if pipeline.skull_stripped else ""
+    of, without = " and ".join(pipeline.suffixes), " without skull" if pipeline.skull_stripped else ""
     return f"""---
 license: {licence}
 library_name: ldm3d
@@ -64,7 +64,7 @@ tags:
 
 # {name}
 
-A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {pipeline.suffix} volumes{without}.
+A latent diffusion model of 3D brain MRI, made with ldm3d {ldm3d.__version__}: {of} volumes{without}.
 
 **For research only.** It is no medical device. What it generates is no patient's image and no basis of a diagnosis.
 

@@ -208,7 +208,8 @@ def summary(pipeline: Any) -> str:
     return "\n".join(
         [
             f"Pipeline, model {pipeline.model_hash}",
-            f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm",
+            f"  volumes   {' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:g}' for s in grid.spacing_mm)} mm"
+            + (f", each of {' and '.join(pipeline.suffixes)}" if len(pipeline.suffixes) > 1 else ""),
             *(f"  {'asks for' if i == 0 else '':9} {c.name}: {c.answers}" for i, c in enumerate(pipeline.schema)),
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
             f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}" + _of_start(pipeline),

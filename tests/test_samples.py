@@ -9,7 +9,7 @@ from conftest import tiny_settings
 
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
-from ldm3d.data.conditions import CodedVolumes
+from ldm3d.data.coded import CodedVolumes
 from ldm3d.data.samples import LatentSamples, VolumeSamples, moved
 from ldm3d.randomness import generator
 

@@ -12,7 +12,7 @@ from conftest import command_line, train
 
 from ldm3d.applications.segment import Segmented, segment
 from ldm3d.config.read import load_config
-from ldm3d.data.conditions import CodedVolumes
+from ldm3d.data.coded import CodedVolumes
 from ldm3d.data.preparing import read_scan_table
 from ldm3d.errors import InputError
 from ldm3d.metrics.labels import calibration_error, dice, energy_distance, negative_log_likelihood, with_background
@@ -53,7 +53,7 @@ def test_the_autoencoder_is_of_label_maps_and_the_scan_is_given_by_its_voxels(mo
     assert sum(there) == len(scans) - 1
     truth = torch.from_numpy(np.stack([coded(key) for key in scans["key"][there][:3]]))
     assert truth.shape[1] == 2 and 0 < truth.mean() < 1 and truth.sum(dim=1).max() <= 1.001
-    assert len(list(coded.folder.glob("*.npy"))) == sum(there)  # brought to the Grid once
+    assert len(list(coded.kept[0].folder.glob("*.npy"))) == sum(there)  # brought to the Grid once
     again = pipe.reconstruct(truth)
     assert (again - truth).square().mean() < 0.3 * truth.var()
     moments = np.load(config.latents_folder / "moments.npy", mmap_mode="r")
