@@ -26,6 +26,7 @@ from ldm3d.diffusion.objective import Denoising
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin
+from ldm3d.generation.series import ABSENT, BROKEN, FINISHED, Series
 from ldm3d.models.autoencoder import Autoencoder, LatentSpace
 from ldm3d.models.recomputing import decode_recomputed
 from ldm3d.models.streaming import decode_streamed
@@ -229,6 +230,23 @@ def test_a_pipeline_makes_both_contrasts_and_a_dataset_has_a_file_of_each(contra
     assert (out / "sub-syn0001/anat/sub-syn0001_desc-synthetic_T2w.nii.gz").stat().st_mtime_ns == kept
 
 
+def test_a_guard_withholds_all_contrasts_of_a_volume(contrasts, tmp_path):
+    pipe = Pipeline.from_pretrained(contrasts / "run/model")
+    rows = pipe.parse([{"age": 70}, {"age": 30}])
+    with Series(tmp_path / "out", pipe.origin, rows, pipe.sampling.to_dict(), guard={"audit": "a"}) as series:
+        for i in (0, 1):
+            assert series.state(i) == ABSENT
+            series.write(i, np.full((2, 24, 28, 24), 0.1 * i, np.float32))
+            assert series.state(i) == FINISHED and all(path.is_file() for path in series.paths(i))
+        series.paths(1)[1].write_bytes(b"half")
+        assert series.state(1) == BROKEN
+        series.withhold(0, {"distance": 0.1})
+        assert series.state(0) == FINISHED and not any(path.exists() for path in series.paths(0))
+        assert series.finish() == 1  # the broken one is seen as missing
+        series.write(1, np.zeros((2, 24, 28, 24), np.float32))
+        assert series.finish() == 0 and series.count_withheld() == 1
+
+
 def test_evaluation_takes_whoever_lacks_nothing(contrasts, tmp_path):
     command_line(*("evaluate", contrasts / "run/model", "--data", contrasts / "data", "--out", tmp_path / "page", "--num", 4))
     found = json.loads((tmp_path / "page/metrics.json").read_text())
@@ -255,7 +273,10 @@ def test_a_model_of_contrasts_takes_no_single_scan(contrasts):
         (["data.channels=[T1w]"], "list two or more contrasts"),
         (["data.channels=[T1w, T2w, T2w]"], "each once"),
         (["data.bids=null", "data.table=scans.csv"], "`channels` goes with `bids`"),
-        (["diffusion.process.kind=vdm", "autoencoder.latent_scaling=unit"], "data.channels does not go with .*vdm"),
+        (
+            ["diffusion.process.kind=vdm", "diffusion.time_sampling.kind=uniform", "autoencoder.latent_scaling=unit"],
+            "data.channels does not go with .*vdm",
+        ),
         (
             ["diffusion.conditions=[{name: FLAIR, kind: image, suffix: FLAIR}]", "diffusion.mirror=false"],
             "keep label maps alone",

@@ -261,7 +261,7 @@ def _run(arguments: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[s
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the prepared folder depends on, by its name in the config."""
-    data = config.data.model_dump(mode="json", exclude={"sample", "balance"})  # which concern training alone
+    data = config.data.model_dump(mode="json", exclude={"sample", "balance", "channels"})  # of training alone
     settings = {f"data.{key}": value for key, value in data.items() if key != "grid"}
     settings |= {f"data.grid.{key}": value for key, value in data["grid"].items()}
     settings |= {f"covariate {c.name}": c.model_dump(mode="json", exclude={"follows"}) for c in config.covariates}

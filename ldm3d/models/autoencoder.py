@@ -99,8 +99,8 @@ class LatentSpace(Pretrained):
 
         The first contrast is the scan itself, which is always there: NaN in it is a fault, as in models of one contrast.
         """
-        middle = tuple(n // 2 for n in moments.shape[2:])  # a U-Net's latents may be padded with zeros
-        lacking = moments[(slice(None), slice(self.latent_channels), *middle)].isnan()
+        i, j, k = (n // 2 for n in moments.shape[2:])  # in the middle: a U-Net's latents may be padded with zeros
+        lacking = moments[:, : self.latent_channels, i, j, k].isnan()
         lacking[:, : self.latent_channels // self.contrasts] = False
         return lacking
 
