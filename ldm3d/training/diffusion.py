@@ -151,7 +151,7 @@ class DiffusionTask(Task):
 
         A contrast that is missing is NaN in x. The network then sees noise on 0, the mean, and nothing is asked of it there.
         """
-        lacking = self.autoencoder.lacking(x) if self.config.contrasts else None
+        lacking = self.autoencoder.lacking(x) if self.config.data.channels else None
         if lacking is not None:
             x = x.masked_fill(lacking[:, :, None, None, None], 0)
 
