@@ -292,7 +292,7 @@ def test_what_does_not_go_together(contrasts, changes, message):
 
 def test_a_contrast_that_nobody_has(contrasts):
     config = load_config(contrasts / "config.yaml", ["data.channels=[T1w, FLAIR]"])
-    with pytest.raises(InputError, match=r"data.channels FLAIR: none of 20 scans has one"):
+    with pytest.raises(InputError, match=r"data.channels FLAIR: no scan found in"):
         CodedVolumes.of(config, read_scan_table(config))
     config, scans = load_config(contrasts / "config.yaml", ()), read_scan_table(load_config(contrasts / "config.yaml", ()))
     scans["split"] = ["train" if f"sub-{s}" in LACKING else "test" for s in scans["subject"]]

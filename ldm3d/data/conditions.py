@@ -79,7 +79,10 @@ def _images(config: Config, condition: ImageCondition, scans: pd.DataFrame) -> l
     changes: dict[str, Any] = {"suffix": condition.suffix, "filter": {}, "mask": None, "exclude": None}
     if condition.derivatives:
         changes["derivatives"] = condition.derivatives
-    found = read_scans(config.data.model_copy(update=changes), ())
+    try:
+        found = read_scans(config.data.model_copy(update=changes), ())
+    except InputError as error:
+        raise InputError(f"{_key(config, condition)}: {error}") from None
     paths = {(s, v): Path(p) for s, v, p in zip(found["subject"], found["session"], found["path"])}
     return [paths.get(each) for each in zip(scans["subject"], scans["session"])]
 
