@@ -247,6 +247,7 @@ def test_a_guard_withholds_all_contrasts_of_a_volume(contrasts, tmp_path):
         assert series.finish() == 0 and series.count_withheld() == 1
 
 
+@pytest.mark.slow
 def test_evaluation_takes_whoever_lacks_nothing(contrasts, tmp_path):
     options = "--data", contrasts / "data", "--out", tmp_path / "page", "--num", 4, "--steps", 1, "--no-predict"
     command_line("evaluate", contrasts / "run/model", *options)
