@@ -249,7 +249,7 @@ def _card(
         why = "nothing in it could be measured"
     elif found["oddness"] > ODD:
         name = found["measure"]
-        why = f"{NAMES[name]} {found[name]:.3g} (median {medians[name]:.3g})"
+        why = f"{NAMES[name]} {found[name]:.3g} (typical: {medians[name]:.3g})"
     if found["cut_mm"] > 0:
         why += ("; " if why else "") + f"{found['cut_mm']:g} mm cut off"
     return Card(anchor, who(row), entry, row["split"], jpeg(look["picture"]) if look else "", why)

@@ -1,0 +1,112 @@
+"""Do quantities of whole heads, off-axis and shifted, follow the truth as those of the brains as they lie?
+
+    python benchmarks/moved_heads.py DATASET [--num 32] [--recipe brains-3mm] [--measure NAME] [--out TABLE.tsv]
+
+DATASET is BIDS with whole heads, label maps of the same voxels below derivatives/ (`*_dseg.nii.gz`) and participants.tsv
+with ventricular_volume_ml and brain_volume_ml, counted on the labels. Each head is prepared twice by a config with the
+recipe, which registers rigidly to MNI152:
+
+    aligned   the brain alone, as it lies
+    moved     the whole head, turned by up to 20 degrees about every axis, shifted by up to 25 mm and sampled anew along
+              oblique axes; its brain is extracted by a mask, which is moved alike (`data.mask`)
+
+No network is trained: both are measured on the prepared volumes, which is all that a training gets. The table that is printed
+has, for each quantity, r and slope with the truth in both, r between both, and the median of their difference.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+from whole_heads import DEGREES, NO_BRAIN, OBLIQUE_DEGREES, SHIFT_MM, labels_of, moved, sampled
+
+from ldm3d.cli.options import VOLUMETRY
+from ldm3d.config.read import load_config
+from ldm3d.data.masks import apply_mask
+from ldm3d.data.nifti import read_volume
+from ldm3d.data.preparing import prepare
+from ldm3d.rulers.table import measure_scans
+
+QUANTITIES = "ventricular_volume_ml", "brain_volume_ml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--num", type=int, default=32)
+    parser.add_argument("--recipe", default="brains-3mm")
+    parser.add_argument("--measure", default=VOLUMETRY)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    paths = sorted(arguments.dataset.glob("sub-*/**/*_T1w.nii.gz"))[: arguments.num]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for i, path in enumerate(paths):
+            write_pair(folder, path, labels_of(path, arguments.dataset), np.random.default_rng([0, i]))
+        found = {name: measured(folder, name, arguments) for name in ("aligned", "moved")}
+    truth = pd.read_csv(arguments.dataset / "participants.tsv", sep="\t").set_index("participant_id")
+    table = pd.concat({"truth": truth[list(QUANTITIES)], **found}, axis=1, join="inner")
+    if arguments.out:
+        table.to_csv(arguments.out, sep="\t")
+    print(f"{len(table)} heads\n{compared(table).round(3).to_string()}")
+
+
+def write_pair(folder: Path, path: Path, labels_path: Path, rng: np.random.Generator) -> None:
+    """One head in both datasets, and the mask in the derivative of the second."""
+    (head, affine), (labels, labels_affine) = read_volume(path), read_volume(labels_path)
+    brain = (~np.isin(np.rint(labels), NO_BRAIN)).astype(np.float32)
+    middle = labels_affine[:3, :3] @ np.argwhere(brain[0]).mean(axis=0) + labels_affine[:3, 3]
+    motion, oblique = moved(rng, DEGREES, SHIFT_MM, middle), moved(rng, OBLIQUE_DEGREES, 0, middle)
+    subject = path.name.split("_")[0]
+    write(folder / "aligned", subject, "T1w", apply_mask(head, affine, brain, labels_affine)[0], affine)
+    write(folder / "moved", subject, "T1w", *sampled(head, affine, motion, oblique))
+    mask, place = sampled(brain, labels_affine, motion, oblique, "nearest")
+    write(folder / "masks", subject, "desc-brain_mask", mask, place)
+
+
+def write(dataset: Path, subject: str, ending: str, volume: NDArray, affine: NDArray) -> None:
+    path = dataset / subject / "anat" / f"{subject}_{ending}.nii.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume[0], affine), path)
+    description = {"Name": dataset.name, "BIDSVersion": "1.10.0"}
+    (dataset / "dataset_description.json").write_text(json.dumps(description))
+
+
+def measured(folder: Path, name: str, arguments: argparse.Namespace) -> pd.DataFrame:
+    """Quantities of the prepared scans, by subject."""
+    data = {"bids": str(folder / name), "skull_stripped": True, "splits": {"validation": 0, "test": 0}}
+    if name == "moved":
+        data["mask"] = {"desc": "brain", "suffix": "mask", "root": str(folder / "masks")}
+    path = folder / f"{name}.yaml"
+    settings = {"name": name, "output": str(folder / f"run-{name}"), "recipe": arguments.recipe, "data": data}
+    path.write_text(yaml.safe_dump(settings | {"covariates": []}))
+    config = load_config(path)
+    prepare(config, workers=1)
+    table = measure_scans(config, arguments.measure)
+    return table.set_index(config.data.subject_column)[list(QUANTITIES)]
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a quantity."""
+    rows = {}
+    for quantity in QUANTITIES:
+        truth, aligned, other = (table[each, quantity] for each in ("truth", "aligned", "moved"))
+        rows[quantity] = {
+            "r aligned": np.corrcoef(truth, aligned)[0, 1],
+            "r moved": np.corrcoef(truth, other)[0, 1],
+            "slope aligned": np.polyfit(truth, aligned, 1)[0],
+            "slope moved": np.polyfit(truth, other, 1)[0],
+            "r between": np.corrcoef(aligned, other)[0, 1],
+            "difference, ml": (other - aligned).abs().median(),
+        }
+    return pd.DataFrame(rows).T
+
+
+if __name__ == "__main__":
+    main()
