@@ -13,13 +13,10 @@ import json
 from pathlib import Path
 
 import torch
+from held_out import HeldOut
 
 from ldm3d import figures
-from ldm3d.config.read import load_config
-from ldm3d.data.batches import evenly
-from ldm3d.data.conditions import ScanImages
-from ldm3d.data.preparing import read_scan_table
-from ldm3d.evaluation.assess import fit_simpler, given_of
+from ldm3d.evaluation.assess import fit_simpler
 from ldm3d.evaluation.truth import compare_with_truth
 from ldm3d.pipeline import Pipeline
 from ldm3d.processes import ALONE
@@ -36,20 +33,18 @@ def main() -> None:
     parser.add_argument("--regression", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(asked.config, asked.set)
-    pipeline, table = Pipeline.from_pretrained(config.model_folder), read_scan_table(config)
-    held_out, trained = (table[table["split"] == split].reset_index(drop=True) for split in ("test", "train"))
-    images = ScanImages(config, held_out)
-    rows, people = pipeline.parse(held_out[pipeline.schema.names].to_dict("records")), list(held_out["subject"])
-    some, sampling = evenly(images.complete, asked.scans), pipeline.sampling.replace(steps=asked.steps)
-    given = lambda i: given_of(pipeline, images, i)  # noqa: E731
-    simpler = fit_simpler(config, trained)
-    beside = images.cubic, Pipeline.from_pretrained(asked.regression) if asked.regression else None
-    found = compare_with_truth(pipeline, rows, people, images.made, given, some, sampling, simpler, ALONE, *beside)
+    held = HeldOut.of(asked.config, asked.set)
+    some, sampling = held.some(asked.scans), held.pipeline.sampling.replace(steps=asked.steps)
+    simpler, regression = (
+        fit_simpler(held.config, held.trained),
+        asked.regression and Pipeline.from_pretrained(asked.regression),
+    )
+    of_scans = held.rows, held.people, held.images.made, held.given, some
+    found = compare_with_truth(held.pipeline, *of_scans, sampling, simpler, ALONE, held.images.cubic, regression)
     print(json.dumps(found.to_dict(), indent=1))
     print(*truth.summary(found), sep="\n")
     if asked.picture:
-        figures.save(truth.draw(pipeline, found)["truth"], asked.picture)
+        figures.save(truth.draw(held.pipeline, found)["truth"], asked.picture)
 
 
 if __name__ == "__main__":
