@@ -35,10 +35,8 @@ def main() -> None:
     torch.set_num_threads(1)
     held = HeldOut.of(asked.config, asked.set)
     some, sampling = held.some(asked.scans), held.pipeline.sampling.replace(steps=asked.steps)
-    simpler, regression = (
-        fit_simpler(held.config, held.trained),
-        asked.regression and Pipeline.from_pretrained(asked.regression),
-    )
+    simpler = fit_simpler(held.config, held.trained)
+    regression = Pipeline.from_pretrained(asked.regression) if asked.regression else None
     of_scans = held.rows, held.people, held.images.made, held.given, some
     found = compare_with_truth(held.pipeline, *of_scans, sampling, simpler, ALONE, held.images.cubic, regression)
     print(json.dumps(found.to_dict(), indent=1))

@@ -4,8 +4,8 @@
 
 Each held-out scan of the config's test split that has another visit is made from that one, with the age and the sex that the
 table gives; all else is left open. Compared is the *change* from the visit that was given: of the ventricles and of the brain
-by the built-in ruler, and of the voxels of the grid. Beside it "no change", and the group's mean change: by ridge regression on
-the years between, the age and the squares, of all pairs of the training split, voxel by voxel in the latent space ("linear").
+by the built-in ruler, and of the voxels of the grid. Beside it "no change", and a linear extrapolation in the latent space:
+the change of each number by the years between and by their product with the age, fitted to all pairs of the training split.
 """
 
 import argparse
