@@ -6,6 +6,8 @@ Of held-out scans of the config's test split: Fréchet distance of standardised 
 those of a segmenter), and the area under the ROC curve of a classifier against reconstructions of the truth. In turn:
 reconstructions, one sample of each scan, one step of the same network, and of a network for regression (see conditions.py).
 
+Where the scan is given in a worse version: how far each is from it when it is made worse again by the same numbers.
+
 Where a label map is given: Dice of the labels that the segmenter finds, with those that were given; on the truth, too.
 """
 
@@ -19,7 +21,7 @@ from held_out import HeldOut
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm3d.config.conditions import LabelsCondition
+from ldm3d.config.conditions import DegradedCondition, LabelsCondition
 from ldm3d.metrics.anatomy import dice
 from ldm3d.metrics.discriminability import classifier_auc
 from ldm3d.metrics.distances import frechet_distance
@@ -55,6 +57,9 @@ def main() -> None:
     reconstructed = torch.from_numpy(volumes["reconstruction"])
     for kind in list(volumes)[2:]:
         print(f"AUC against reconstructions, {kind}: {classifier_auc(reconstructed, torch.from_numpy(volumes[kind])):.3f}")
+    for condition in held.config.given_conditions:
+        if isinstance(condition, DegradedCondition):
+            consistency(held, condition, some, volumes)
     maps = [each for each in held.config.given_conditions if isinstance(each, LabelsCondition)]
     if asked.segmenter and maps:
         overlaps(held, maps[0], some, volumes, Segmenter.from_pretrained(asked.segmenter))
@@ -67,6 +72,16 @@ def distances(volumes: dict[str, NDArray], segmenter: str | None) -> None:
             k: round(frechet_distance(*standardise(features["truth"], f)), 1) for k, f in features.items() if k != "truth"
         }
         print(f"distance to the truth, {name.partition(':')[0]} features: {json.dumps(found)}", flush=True)
+
+
+def consistency(held: HeldOut, condition: DegradedCondition, some: list[int], volumes: dict[str, NDArray]) -> None:
+    """How far an answer, made worse as the truth was, is from what was given: root mean square error relative to it."""
+    for kind, made in volumes.items():
+        errors = []
+        for i, volume, truth in zip(some, made, volumes["truth"]):
+            given = held.images.as_given(condition, i, truth)
+            errors.append(np.linalg.norm(held.images.as_given(condition, i, volume) - given) / np.linalg.norm(given))
+        print(f"error of what it becomes when made worse again, {kind}: {100 * np.mean(errors):.2f} %", flush=True)
 
 
 def overlaps(held: HeldOut, maps: LabelsCondition, some: list[int], volumes: dict[str, NDArray], segmenter: Segmenter) -> None:

@@ -192,10 +192,16 @@ class ScanImages:
                 return self._degraded(each, self.keys[i], cubic=True)[0].clamp(0, 1).numpy()
         return None
 
-    def _degraded(self, condition: DegradedCondition, key: str, cubic: bool = False) -> tuple[Tensor, Tensor]:
-        scan, spacing_mm = torch.from_numpy(load_prepared(self.config, key)), self.config.data.grid.spacing_mm
+    def as_given(self, condition: DegradedCondition, i: int, volume: NDArray) -> NDArray:
+        """Another volume (C, X, Y, Z), made worse by the numbers that made the scan worse: an answer should give the same."""
+        return self._degraded(condition, self.keys[i], torch.from_numpy(volume))[0].numpy()
+
+    def _degraded(
+        self, condition: DegradedCondition, key: str, volume: Tensor | None = None, cubic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        scan = torch.from_numpy(load_prepared(self.config, key)) if volume is None else volume
         drawn = generator("image of a scan", condition.name, scan_of(key))
-        return degraded(scan, spacing_mm, condition.degradations, drawn, cubic)
+        return degraded(scan, self.config.data.grid.spacing_mm, condition.degradations, drawn, cubic)
 
     def told(self, i: int) -> dict[str, dict[str, Any]]:
         """By name: the covariates that the visit which a scan is given tells."""
