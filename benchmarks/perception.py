@@ -1,9 +1,10 @@
 """Do single samples of a model that is given images look like the truth, where a regression's answer is too smooth?
 
     python benchmarks/perception.py CONFIG [--set key=value] [--num 60] [--steps 12] [--regression MODEL] [--segmenter MODEL]
+        [--classifier sample regression]
 
 Of held-out scans of the config's test split: Fréchet distance of standardised features to the true volumes (random ones, and
-those of a segmenter), and the area under the ROC curve of a classifier against reconstructions of the truth. In turn:
+those of a segmenter), and with --classifier the area under the ROC curve of one against reconstructions of the truth. In turn:
 reconstructions, one sample of each scan, one step of the same network, and of a network for regression (see conditions.py).
 
 Where the scan is given in a worse version: how far each is from it when it is made worse again by the same numbers.
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--regression", type=Path)
     parser.add_argument("--segmenter")
+    parser.add_argument("--classifier", nargs="*", default=[], metavar="KIND", help="such as sample: minutes for each")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     held = HeldOut.of(asked.config, asked.set)
@@ -55,7 +57,7 @@ def main() -> None:
     volumes = {kind: np.stack([make(i) for i in tqdm(some, desc=kind)]) for kind, make in makers.items()}
     distances(volumes, asked.segmenter)
     reconstructed = torch.from_numpy(volumes["reconstruction"])
-    for kind in list(volumes)[2:]:
+    for kind in asked.classifier:
         print(f"AUC against reconstructions, {kind}: {classifier_auc(reconstructed, torch.from_numpy(volumes[kind])):.3f}")
     for condition in held.config.given_conditions:
         if isinstance(condition, DegradedCondition):
