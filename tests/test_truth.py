@@ -14,7 +14,20 @@ from ldm3d.config.read import load_config
 from ldm3d.data.conditions import ScanImages
 from ldm3d.data.preparing import load_prepared, read_scan_table
 from ldm3d.evaluation.simpler import Simpler, non_local_means
-from ldm3d.evaluation.truth import ANSWERS, AVERAGE, CUBIC, MEAN, NON_LOCAL, ONE_STEP, OWN, REGRESSION, SAMPLE, TRAINED, spread
+from ldm3d.evaluation.truth import (
+    ANSWERS,
+    AVERAGE,
+    CUBIC,
+    MEAN,
+    NON_LOCAL,
+    ONE_STEP,
+    OWN,
+    REGRESSION,
+    SAMPLE,
+    TRAINED,
+    in_greys,
+    spread,
+)
 from ldm3d.experiment import scans_by_use
 
 
@@ -134,3 +147,8 @@ def test_a_scan_of_another_dataset_takes_no_image_of_the_training(conditioned, t
     shutil.copytree(conditioned / "labels", tmp_path / "others/derivatives/labels")
     config, _, held_out = scans_by_use(tmp_path / "run/model", tmp_path / "others", tmp_path / "work")
     assert len(held_out) == 19 and len(ScanImages(config, held_out).complete) == 19
+
+
+def test_groups_of_a_label_map_are_told_apart_in_pictures():
+    shares = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)  # one group in each of three voxels
+    assert in_greys(shares).ravel() == pytest.approx([0.25, 0.625, 1])

@@ -163,7 +163,7 @@ def compare_with_truth(
         truth, where = pipeline.cropped(truth), pipeline.cropped(_where(truth, known))
         found = {name: _figures(volume, truth, where) for name, volume in answers.items()}
         first = next(iter(known.volumes.values())).numpy()
-        picture = first.mean(axis=0, keepdims=True) if len(first) != len(truth) else first
+        picture = in_greys(first) if len(first) != len(truth) else first
         shown = (pipeline.cropped(picture), *(answers[name] for name in (SAMPLE, MEAN, ONE_STEP)), truth)
         scores = label_scores(drawn, truth, where.any(axis=0)) if pipeline.labels else np.zeros(0)
         return found, *spread(drawn, truth, where), scores, shown if n < SHOWN else None
@@ -210,6 +210,11 @@ def _where(truth: NDArray, known: Given) -> NDArray:
     for measured in known.measured.values():
         where = where & (measured == 0)
     return where.numpy()
+
+
+def in_greys(shares: NDArray) -> NDArray:
+    """Shares of groups of labels, (G, X, Y, Z), as one picture (1, X, Y, Z): a grey for each group."""
+    return np.tensordot(np.linspace(0.25, 1, len(shares), dtype=shares.dtype), shares, 1)[None]
 
 
 def _own(pipeline: Pipeline, known: Given) -> NDArray | None:
