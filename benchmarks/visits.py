@@ -24,6 +24,7 @@ from ldm3d.data.preparing import load_prepared
 from ldm3d.rulers.volumetry import measure_volumes
 
 QUANTITIES = ("ventricular_volume_ml", "brain_volume_ml")
+MEAN, KEPT = "mean of the samples", "the same, with what the autoencoder cannot hold of the visit given"
 RIDGE = 1e-3
 
 
@@ -41,21 +42,22 @@ def main() -> None:
     held = HeldOut.of(asked.config, asked.set)
     visit = next(each for each in held.config.given_conditions if isinstance(each, ImageCondition) and each.visit)
     linear, shown = Linear.fit(held, visit), []
-    years, found = [], {name: [] for name in ("truth", "no change", "linear", "a sample", "mean of the samples")}
+    years, found = [], {name: [] for name in ("truth", "no change", "linear", "a sample", MEAN, KEPT)}
     for i in tqdm(held.some(asked.num), desc="scans"):
         given = held.given(i)
         first = held.pipeline.cropped(given.volumes[visit.name].numpy())
         age, own = float(held.images.told(i)[visit.name]["age"]), float(held.rows[i]["age"])
         drawn = held.drawn(i, asked.samples, asked.steps, ("age", "sex", "source"))
         volumes = {"truth": held.truth(i), "no change": first, "linear": held.pipeline.cropped(linear(first, age, own))}
-        volumes |= {"a sample": drawn[0], "mean of the samples": drawn.mean(axis=0)}
+        lost = first - held.pipeline.cropped(held.pipeline.reconstruct(torch.from_numpy(first)[None])[0].cpu().numpy())
+        several = {MEAN: drawn, KEPT: (drawn + lost).clip(0, 1)}
+        volumes |= {"a sample": drawn[0], **{name: each.mean(axis=0) for name, each in several.items()}}
         before = measured(first, held)
         for name, volume in volumes.items():
-            each = [drawn[k] for k in range(len(drawn))] if name == "mean of the samples" else [volume]
-            change = np.mean([measured(one, held) for one in each], axis=0) - before
+            change = np.mean([measured(one, held) for one in several.get(name, [volume])], axis=0) - before
             found[name].append([*change, np.square(volume - volumes["truth"]).sum()])
         years.append(own - age)
-        shown.append([first, drawn[0], volumes["mean of the samples"], volumes["truth"]])
+        shown.append([first, drawn[0], volumes[MEAN], volumes["truth"]])
     report(np.array(years), {name: np.array(rows) for name, rows in found.items()})
     if asked.picture:
         most = np.argsort(-np.abs(years))[:3]
@@ -106,7 +108,7 @@ class Linear:
         return cls(held, np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1]), x.T @ y))
 
     def __call__(self, first: NDArray, age: float, to: float) -> NDArray:
-        decode, z = self.held.pipeline.autoencoder.decode, _latent(self.held, first)
+        decode, z = self.held.pipeline.decode, _latent(self.held, first)
         change = torch.from_numpy(np.array(_terms(age, to)) @ self.weights).float().view_as(z)
         # What the autoencoder cannot hold is kept
         difference = decode(z + change) - decode(z)
@@ -115,7 +117,8 @@ class Linear:
 
 def _latent(held: HeldOut, volume: NDArray) -> torch.Tensor:
     autoencoder = held.pipeline.autoencoder
-    return autoencoder.sample(autoencoder.encode(torch.from_numpy(volume)[None]))  # the mean of the posterior
+    kind = next(autoencoder.parameters()).dtype
+    return autoencoder.sample(autoencoder.encode(torch.from_numpy(volume)[None].to(kind))).float()  # the posterior's mean
 
 
 def _terms(age: float, to: float) -> tuple[float, float]:
