@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm3d.data.conditions import CodedVolumes
+from ldm3d.data.coded import CodedVolumes
 from ldm3d.data.preparing import load_prepared
 from ldm3d.evaluation.label_maps import SCORES, label_scores
 from ldm3d.metrics.labels import with_background
