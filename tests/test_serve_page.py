@@ -1,13 +1,13 @@
 """The page of `ldm3d serve` in headless Chromium: load, slide, wait for the new brain, download, compare."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chromium import NEEDED, browsing
 from serving import served
 from torture.generation import make_pipeline
 
@@ -15,10 +15,7 @@ from ldm3d.data.nifti import from_image, unpack_volume, write_volume
 from ldm3d.pipeline import Pipeline
 from ldm3d.serve.studio import Studio
 
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs chromium and chromedriver (Debian: apt-get install chromium-driver)"
-)
+pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +27,8 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1000", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument("--disable-3d-apis")  # no WebGL: the canvas takes over
-    downloads = tmp_path_factory.mktemp("downloads")
-    # Several downloads, one after another, without a question: clicks by a script are no user's
-    prefs = {"profile.default_content_setting_values.automatic_downloads": 1, "download.default_directory": str(downloads)}
-    options.add_experimental_option("prefs", prefs)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(120)
-    driver.downloads = downloads
-    yield driver
-    driver.quit()
+    with browsing(tmp_path_factory.mktemp("downloads")) as driver:
+        yield driver
 
 
 def until(condition, seconds: float = 120):
