@@ -1,7 +1,8 @@
 """Finding lesions without having seen one: the healthy counterpart, against what a sceptic tries first.
 
     python benchmarks/anomaly.py MODEL HEALTHY LESIONS [--healthy-num 24] [--num 12] [--samples 2] [--levels 4]
-        [--methods counterpart intensity mahalanobis autoencoder] [--disturb noise=0.03 bias=0.2 contrast=0.1] [--name NAME]
+        [--methods counterpart intensity mahalanobis autoencoder] [--disturb noise=0.03 bias=0.2 contrast=0.1]
+        [--disturbed-num 5] [--name NAME]
 
 HEALTHY has a path column and covariates of healthy people that the model has not seen; all thresholds come from them alone.
 LESIONS has a mask column, too. Compared, each smoothed and turned into z and p alike (`ldm3d.applications.calibration`):
@@ -87,7 +88,7 @@ def main() -> None:
         patients = complete([_looked_at(pipe, row, options, word) for row in ill])
         apart = healthy[used:]
         if word.startswith(("noise", "bias")):
-            apart = complete([_looked_at(pipe, row, options, word) for row in rows[used:]])
+            apart = complete([_looked_at(pipe, row, options, word) for row in rows[used:][: arguments.disturbed_num]])
         results[word] = {}
         for method, (calibration, cut) in calibrated.items():
             results[word][method] = judged(calibration, method, apart, patients, cut, voxels)
@@ -116,6 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--doubted", type=float, default=0.1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--disturb", nargs="*", default=[], metavar="NAME=NUMBER", help=", ".join(DISTURBANCES))
+    parser.add_argument("--disturbed-num", type=int, help="of the healthy apart who are disturbed, too; default: all")
     parser.add_argument("--name", default="anomaly-cpu")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()

@@ -13,7 +13,6 @@ from ldm3d.applications.calibration import FORMING, Calibration
 
 RIDGE = 0.1  # share of the mean variance that is added to each: 40 people tell little of a covariance of seven voxels
 NEAR = [(0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
-MOST_Z = 40.0  # beyond any lesion's
 Person = dict[str, Any]
 
 
@@ -110,8 +109,8 @@ def one_false_cluster(calibration: Calibration, residuals: list[NDArray]) -> flo
     From above: far below it, everything grows together to a single cluster again.
     """
     scores = [np.abs(calibration.score(each)) for each in residuals]
-    least = MOST_Z
-    for cut in np.arange(MOST_Z, 0, -0.1):
+    least = max(float(score.max()) for score in scores)
+    for cut in np.arange(least, 0, -0.1):
         if np.mean([ndimage.label(score > cut)[1] for score in scores]) > 1:
             break
         least = float(cut)
