@@ -166,7 +166,7 @@ def _disturbed(placed: PlacedScan, share: NDArray, word: str) -> PlacedScan:
     on_grid = torch.from_numpy(changed.clip(0, 1).astype(np.float32))[None, None]
     autoencoder = placed.pipe.autoencoder
     with torch.no_grad():
-        z = autoencoder.normalise(autoencoder.sample(autoencoder.encode(on_grid))).float()
+        z = autoencoder.normalise(autoencoder.sample(autoencoder.encode(on_grid.to(placed.pipe.dtype)).float())).float()
     return replace(placed, volume=on_grid, z=z)
 
 
