@@ -37,7 +37,7 @@ BRAIN = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--precision", choices=NAMES, default="auto", help="of the networks, as the commands have it")
+    parser.add_argument("--precision", choices=NAMES, default="float32", help="of the networks")
     parser.add_argument("table", type=Path)
     parser.add_argument("--ages", nargs="+", type=float, default=[30.0, 55.0, 80.0])
     parser.add_argument("--volumes", type=int, default=24)

@@ -74,7 +74,7 @@ class Pair:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--precision", choices=NAMES, default="auto", help="of the networks, as the commands have it")
+    parser.add_argument("--precision", choices=NAMES, default="float32", help="of the networks")
     parser.add_argument("data", type=Path)
     parser.add_argument("--root", type=Path, help="folder of all scans, if it is not DATA's")
     parser.add_argument("--known", nargs="*", default=["sex"], help="covariates that are given and held")
