@@ -1,6 +1,8 @@
 """z and p of residuals: right on healthy people whatever their residuals are like, and a lesion is found."""
 
+import importlib.util
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,3 +95,16 @@ def test_memory_grows_little_beyond_the_residuals():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.5 * people.nbytes
+
+
+def test_the_cut_of_one_false_cluster_is_sought_from_above(calibration):
+    """Where every voxel is unusual, all of them are a single cluster: that is no reason to call every lesion found."""
+    file = Path(__file__).parents[1] / "benchmarks/anomaly_judged.py"
+    judged = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("anomaly_judged", file))
+    spec.loader.exec_module(judged)
+    people = [each + 3 * (BRAIN > 0) for each in residuals(4, 7)]
+    lowest = min(np.abs(calibration.score(each))[BRAIN > 0].min() for each in people)
+    assert lowest > 2
+    cut = judged.one_false_cluster(calibration, people)
+    counts = [ndimage.label(np.abs(calibration.score(each)) > cut)[1] for each in people]
+    assert cut > lowest and np.mean(counts) <= 1
