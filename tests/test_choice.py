@@ -112,8 +112,10 @@ def validated(moments, rows, rank=0, world=1):
         device="cpu", process_index=rank, num_processes=world, reduce=lambda value, _: value, autocast=nullcontext
     )
     task.objective, task.autoencoder = Denoising(make_process("flow"), "v", "none", "uniform"), LatentSpace(1, 2, 4)
-    task.images, task.config = None, SimpleNamespace(diffusion=SimpleNamespace(mirror=False))
+    one_contrast = SimpleNamespace(channels=())
+    task.images, task.config = None, SimpleNamespace(diffusion=SimpleNamespace(mirror=False), data=one_contrast)
     task.moments, task.split, task.padded = moments, {"train": [], "validation": rows}, (2, 2, 2)
+    task.complete = task.split
     task.contexts = torch.arange(2000.0).reshape(-1, 1, 2) / 1000
     return task.score(unet, 0)["validation_loss"]
 
