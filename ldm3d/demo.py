@@ -117,7 +117,7 @@ def start_clock(config: Config, out: Path, size: Size = FULL) -> Clock:
     if not size.learns:
         print("every part of the demo in small, in about a minute", flush=True)
         return Clock({})
-    print("measuring how long this will take here: about a minute on an idle machine", flush=True)
+    print("measuring for about a minute how long the demo will take on this machine", flush=True)
     swept = sweeps.VALUES * sweeps.REPEATS * sum(c.kind == "continuous" for c in config.covariates)
     held_out = round(size.subjects * config.data.splits.test)
     drawn = len(AGES) * len(VENTRICLES_ML)

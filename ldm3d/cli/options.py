@@ -26,7 +26,7 @@ def _before(context: typer.Context) -> None:
     if "--help" in sys.argv:  # which loads nothing
         return
     if "torch" not in sys.modules and not int(os.environ.get("RANK") or 0):
-        print("loading libraries; the first command after the installation takes longer", file=sys.stderr, flush=True)
+        print("loading libraries", file=sys.stderr, flush=True)
     if context.invoked_subcommand not in SHARED:
         from ldm3d.processes import work_alone  # loads PyTorch, which takes seconds
 

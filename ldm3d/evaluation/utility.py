@@ -73,7 +73,7 @@ def downstream_utility(
     if size < MIN_PEOPLE or not len(tested[1]):
         raise InputError(
             f"{len(real[1])} real and {len(synthetic[1])} synthetic volumes to train on, {len(tested[1])} to test on: "
-            f"{-(-MIN_PEOPLE * 10 // 8)} of each are needed; generate more (--num), or give the training data in --data"
+            f"{-(-MIN_PEOPLE * 10 // 8)} of each are needed; generate more (--num), or give more people in --data"
         )
     errors: dict[str, list[NDArray]] = {kind: [] for kind in KINDS}
     for repeat in range(repeats):
