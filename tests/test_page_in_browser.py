@@ -1,6 +1,11 @@
-"""Pages of reports on paper, in headless Chromium: nothing is cut off at the right."""
+"""Pages of reports in headless Chromium: nothing is cut off on paper, and a figure is enlarged by a click."""
 
+import base64
+import io
+
+import numpy as np
 from chromium import NEEDED, browsing
+from matplotlib import image
 
 from ldm3d.report.page import Goal, Section, write_page
 
@@ -23,3 +28,20 @@ def test_wide_tables_fit_the_paper(tmp_path):
         assert browser.execute_script(width) > PAPER  # on a screen it scrolls
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         assert browser.execute_script(width) <= PAPER
+
+
+def test_a_click_enlarges_a_figure_and_another_one_brings_it_back(tmp_path):
+    drawn = io.BytesIO()
+    image.imsave(drawn, np.tile(np.linspace(0, 1, 3000), (400, 1)), format="png")
+    source = f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+    section = Section("Pictures", plots=[{"source": source, "caption": f"the {k}th"} for k in (5, 6)])
+    page = write_page(tmp_path, "A title", [section], {"model": "abc", "made": "2026-01-02T03:04"})
+    with browsing(tmp_path) as browser:
+        browser.get(page.as_uri())
+        shown = browser.find_element("tag name", "img")
+        small = shown.size["width"]
+        shown.click()
+        assert shown.size["width"] == 3000 and small < 400  # every pixel of it
+        assert browser.execute_script("return document.elementFromPoint(300, 5).className") == "scroll"  # it covers the page
+        shown.click()
+        assert shown.size["width"] == small
