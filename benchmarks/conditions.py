@@ -8,12 +8,11 @@ MODEL is one of the same config that was trained for regression alone, for as ma
 The part of `ldm3d evaluate` that is called "beside each person's own truth" (docs/evaluation.md), alone.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
-from held_out import HeldOut
+from held_out import HeldOut, options
 
 from ldm3d import figures
 from ldm3d.evaluation.assess import fit_simpler
@@ -24,11 +23,8 @@ from ldm3d.report.sections import truth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[])
+    parser = options(__doc__)
     parser.add_argument("--scans", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--regression", type=Path)
     asked = parser.parse_args()

@@ -1,5 +1,6 @@
 """The held-out scans of an experiment whose model is given images: what each is given, what it should become, what is made."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,15 @@ from ldm3d.evaluation.truth import one_step
 from ldm3d.generation.given import Images
 from ldm3d.generation.given_scans import Given
 from ldm3d.pipeline import Pipeline
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What scripts on held-out scans take alike: a config with its changes, and steps of sampling."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--steps", type=int, default=12)
+    return parser
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ Where the scan is given in a worse version: how far each is from it when it is m
 Where a label map is given: Dice of the labels that the segmenter finds, with those that were given; on the truth, too.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from held_out import HeldOut
+from held_out import HeldOut, options
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -33,11 +32,8 @@ from ldm3d.shipped import segmenter_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[])
+    parser = options(__doc__)
     parser.add_argument("--num", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--regression", type=Path)
     parser.add_argument("--segmenter")
     parser.add_argument("--classifier", nargs="*", default=[], metavar="KIND", help="such as sample: minutes for each")

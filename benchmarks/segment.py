@@ -7,13 +7,11 @@ scans and label maps, with its Dice and cross-entropy loss, for MINUTES. Printed
 both on held-out scans, in the foreground: Dice of the most probable label, calibration error, likelihood, energy distance.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from held_out import HeldOut
+from held_out import HeldOut, options
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from numpy.typing import NDArray
@@ -31,12 +29,9 @@ BATCH = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[])
+    parser = options(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--scans", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)

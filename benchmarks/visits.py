@@ -8,12 +8,11 @@ by the built-in ruler, and of the voxels of the grid. Beside it "no change", and
 the change of each number by the years between and by their product with the age, fitted to all pairs of the training split.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-from held_out import HeldOut
+from held_out import HeldOut, options
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -29,11 +28,8 @@ RIDGE = 1e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[])
+    parser = options(__doc__)
     parser.add_argument("--num", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args()
