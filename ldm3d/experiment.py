@@ -81,7 +81,7 @@ def latents_origin(config: Config) -> dict[str, str]:
         )
     origin = {"autoencoder": weights_hash(config.autoencoder_folder), "prepared data": fingerprint(config)}
     if config.diffusion.mirror:
-        origin["mirrored volumes"] = "encoded"
+        origin["mirrored volumes"] = "mirrored-*.npy"
     if conditions := with_files(config):
         scans = read_scan_table(config)
         for each in conditions:

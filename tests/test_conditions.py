@@ -145,7 +145,7 @@ def test_a_wrong_condition_is_refused(conditions, message, tmp_path):
 def test_images_leave_all_other_random_numbers_as_they_were(tmp_path):
     np.save(tmp_path / "moments.npy", np.zeros((3, 6, 4, 5, 4), np.float32))
     plain = LatentSamples(tmp_path, (0, 1, 2), torch.rand(3, 2, 2), (4, 6, 4))
-    reader = lambda row, rng: {f"{IMAGE}a": torch.rand(2, generator=rng)}  # noqa: E731
+    reader = lambda row, rng, mirrored: {f"{IMAGE}a": torch.rand(2, generator=rng)}  # noqa: E731
     with_image = LatentSamples(tmp_path, (0, 1, 2), plain.contexts, (4, 6, 4), (reader,))
     one, two = plain(1, generator(0)), with_image(1, generator(0))
     assert two.keys() - one.keys() == {f"{IMAGE}a", "drop_images"}

@@ -20,6 +20,26 @@ _STRENGTHS = {
     "hole": ("mm across", 1.0, 300.0),
     "slices": ("share of the slices", 0.0, 0.95),
 }
+# FreeSurfer's labels that are of one side, with those of the other
+_LEFT = {
+    2: 41,
+    3: 42,
+    4: 43,
+    5: 44,
+    7: 46,
+    8: 47,
+    10: 49,
+    11: 50,
+    12: 51,
+    13: 52,
+    17: 53,
+    18: 54,
+    26: 58,
+    28: 60,
+    30: 62,
+    31: 63,
+}
+_SIDES = {**_LEFT, **{right: left for left, right in _LEFT.items()}}
 
 
 def _is_none(value: Any) -> bool:
@@ -135,6 +155,17 @@ def check_names(conditions: Sequence[Condition]) -> None:
     names = [condition.name for condition in conditions]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two conditions are called {twice[0]!r}; give each its own name")
+
+
+def check_sides(conditions: Sequence[Condition]) -> None:
+    """Raise ValueError where a group of FreeSurfer's labels has one of a pair without the other: mirrored, it is the other."""
+    for each in conditions:
+        for name, labels in getattr(each, "groups", {}).items():
+            if alone := [label for label in labels if _SIDES.get(label, label) not in labels]:
+                raise ValueError(
+                    f"mirror: the group {name} of {each.name} holds label {alone[0]} and not {_SIDES[alone[0]]}, that of the "
+                    "other side; put both into one group, or leave mirror out"
+                )
 
 
 def check_made(conditions: Sequence[Condition], makes: str | None, init_from: str | None) -> None:

@@ -18,6 +18,7 @@ from ldm3d.config.conditions import (
     check_detail,
     check_made,
     check_names,
+    check_sides,
     check_told,
 )
 from ldm3d.config.data import CovariateConfig, DataConfig
@@ -119,7 +120,7 @@ class DiffusionConfig(Section):
     drop_covariates: Fraction = 0.3  # share of the samples for which some or all covariates are left open
     # A Gaussian denoises at high noise, the network below it; None: the network alone, as at all noise with `conditions`
     start: Annotated[StartConfig | None, Field(exclude_if=lambda start: start is None)] = None
-    # Train on brains mirrored from left to right, too: twice as many
+    # Train on brains mirrored from left to right, too, with the images that belong to them: twice as many
     mirror: Annotated[bool, Field(exclude_if=lambda mirror: not mirror)] = False
     network: UNetNetwork
     # A trained model, whose autoencoder and U-Net this one starts with
@@ -149,8 +150,8 @@ class DiffusionConfig(Section):
     @model_validator(mode="after")
     def _conditions_fit(self) -> Self:
         check_names(self.conditions)
-        if self.conditions and self.mirror:
-            raise ValueError("mirror: leave it out, the images of conditions are not mirrored")
+        if self.mirror:
+            check_sides(self.conditions)
         if self.conditions and self.start and not self.start.residual:
             raise ValueError("start: with `conditions` the network sees what the Gaussian says; set start.residual to true")
         if self.start and self.start.images and not self.conditions:

@@ -1,12 +1,13 @@
 """The latent cache: raw posterior moments of every prepared scan, written once and read by stage 2 alone.
 
 FOLDER/moments.npy    float32 (scans, 2c, x, y, z), rows in the order of scans.tsv
-FOLDER/mirrored.npy  the same of the volumes mirrored from left to right, where `diffusion.mirror` asks for them
 FOLDER/condition-NAME.npy   the same of an image condition, (scans, c', x, y, z); NaN where a scan has none
+FOLDER/mirrored-*.npy       each of these of the volumes mirrored from left to right, where `diffusion.mirror` asks for them
 FOLDER/scans.tsv      the table of prepared scans, with splits and covariates
 FOLDER/latents.json   what the cache was made from; another origin is a stale cache
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 from ldm3d.processes import ALONE, Processes
 
-MOMENTS, MIRRORED, SCANS, ORIGIN = "moments.npy", "mirrored.npy", "scans.tsv", "latents.json"
+MOMENTS, SCANS, ORIGIN = "moments.npy", "scans.tsv", "latents.json"
 NOISE_LIMIT = 0.1  # of a channel's variance
 
 
@@ -48,14 +49,14 @@ def write_latents(
         batch_size: scans at a time.
         processes: that share the work; all of them have to call this.
         conditions: name -> the same two functions of an image condition.
-        mirrored: whether the mirrored volumes are encoded, too.
+        mirrored: whether the mirrored volumes and images are encoded, too.
     """
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ORIGIN).unlink(missing_ok=True)
     arrays = {MOMENTS: (load, encode), **{condition_file(name): pair for name, pair in (conditions or {}).items()}}
     if mirrored:
-        arrays[MIRRORED] = (lambda key: load(key)[:, ::-1], encode)
+        arrays |= {mirrored_file(name): (functools.partial(_flipped, own), code) for name, (own, code) in arrays.items()}
     for name, pair in arrays.items():
         _write_array(folder / name, list(scans["key"]), *pair, batch_size, processes)
     if processes.is_main:
@@ -90,6 +91,16 @@ def _write_array(
 def condition_file(name: str) -> str:
     """Where a condition's rows are."""
     return f"condition-{name}.npy"
+
+
+def mirrored_file(name: str) -> str:
+    """Where the rows of an array are of the mirrored volumes."""
+    return f"mirrored-{name}"
+
+
+def _flipped(load: Callable[[str], NDArray], key: str) -> NDArray:
+    """A volume (C, X, Y, Z) mirrored from left to right."""
+    return load(key)[:, ::-1]
 
 
 def _finish(folder: Path, scans: pd.DataFrame, origin: Mapping[str, str]) -> None:

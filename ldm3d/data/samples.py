@@ -18,7 +18,7 @@ from ldm3d.conditions import with_told
 from ldm3d.config.conditions import DegradedCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.degrade import degraded
-from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file
+from ldm3d.data.latents import MOMENTS, condition_file, mirrored_file
 from ldm3d.data.preparing import load_prepared
 from ldm3d.models.blocks import space_to_depth
 
@@ -72,7 +72,36 @@ class PerturbedSamples(VolumeSamples):
         return {**read, "perturbation": perturbation, "strength": torch.rand((), generator=rng)}
 
 
+Reader = Callable[[int, Generator, bool], dict[str, Tensor]]  # of a row of the cache, or of its mirror image
 IMAGE, MEASURED = "image ", "measured "  # before the name of a condition: its channels or volume; voxels that are not missing
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """An array of the latent cache, and that of the mirrored volumes: the number of a row -> (..., x, y, z)."""
+
+    folder: Path
+    file: str = MOMENTS
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "file": self.file}
+
+    @cached_property
+    def _own(self) -> NDArray:
+        return np.load(self.folder / self.file, mmap_mode="r")
+
+    @cached_property
+    def _mirrored(self) -> NDArray:
+        return np.load(self.folder / mirrored_file(self.file), mmap_mode="r")
+
+    def __call__(self, row: int, mirrored: bool = False) -> Tensor:
+        return torch.from_numpy((self._mirrored if mirrored else self._own)[row].copy())
+
+
+def prepared(config: Config, key: str, mirrored: bool) -> Tensor:
+    """A prepared scan (1, X, Y, Z), mirrored from left to right if asked for."""
+    volume = torch.from_numpy(load_prepared(config, key))
+    return volume.flip(1) if mirrored else volume
 
 
 @dataclass(frozen=True)
@@ -82,15 +111,12 @@ class CachedImages:
     name: str
     folder: Path
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
-
     @cached_property
-    def _rows(self) -> NDArray:
-        return np.load(self.folder / condition_file(self.name), mmap_mode="r")
+    def _rows(self) -> CachedRows:
+        return CachedRows(self.folder, condition_file(self.name))
 
-    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
-        return {f"{IMAGE}{self.name}": torch.from_numpy(self._rows[row].copy())}
+    def __call__(self, row: int, rng: Generator, mirrored: bool = False) -> dict[str, Tensor]:
+        return {f"{IMAGE}{self.name}": self._rows(row, mirrored)}
 
 
 @dataclass(frozen=True)
@@ -105,17 +131,14 @@ class Visits:
     others: tuple[tuple[int, ...], ...]
     told: Tensor
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
-
     @cached_property
-    def _rows(self) -> NDArray:
-        return np.load(self.folder / MOMENTS, mmap_mode="r")
+    def _rows(self) -> CachedRows:
+        return CachedRows(self.folder)
 
-    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
+    def __call__(self, row: int, rng: Generator, mirrored: bool = False) -> dict[str, Tensor]:
         others, chosen = self.others[row], float(torch.rand((), generator=rng))
         visit = others[int(chosen * len(others))] if others else row
-        image = with_told(torch.from_numpy(self._rows[visit].copy()).chunk(2)[0], self.told[visit])
+        image = with_told(self._rows(visit, mirrored).chunk(2)[0], self.told[visit])
         return {f"{IMAGE}{self.name}": image if others else torch.full_like(image, torch.nan)}
 
 
@@ -127,8 +150,8 @@ class DegradedVolumes:
     config: Config
     keys: tuple[str, ...]
 
-    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
-        volume, spacing_mm = torch.from_numpy(load_prepared(self.config, self.keys[row])), self.config.data.grid.spacing_mm
+    def __call__(self, row: int, rng: Generator, mirrored: bool = False) -> dict[str, Tensor]:
+        volume, spacing_mm = prepared(self.config, self.keys[row], mirrored), self.config.data.grid.spacing_mm
         worse, measured = degraded(volume, spacing_mm, self.condition.degradations, rng)
         return {f"{IMAGE}{self.condition.name}": worse, f"{MEASURED}{self.condition.name}": measured}
 
@@ -141,8 +164,8 @@ class ScanBlocks:
     config: Config
     keys: tuple[str, ...]
 
-    def __call__(self, row: int, rng: Generator) -> dict[str, Tensor]:
-        volume = torch.from_numpy(load_prepared(self.config, self.keys[row]))[None]
+    def __call__(self, row: int, rng: Generator, mirrored: bool = False) -> dict[str, Tensor]:
+        volume = prepared(self.config, self.keys[row], mirrored)[None]
         return {f"{IMAGE}{self.name}": space_to_depth(volume, self.config.autoencoder.network.downsampling)[0]}
 
 
@@ -155,36 +178,29 @@ class LatentSamples:
         rows: of the cache; sample i is the i-th.
         contexts: encoded covariates of all rows of the cache, (scans, K, 2).
         padded: (x, y, z) that the U-Net sees: the shape of `noise`.
-        images: of the conditions, each (row, generator) -> its tensors by name.
+        images: of the conditions, each (row, generator, whether mirrored) -> its tensors by name.
         file: of the moments, in the folder.
-        mirrored: whether every second sample, by chance, is of the mirrored volume.
+        mirrored: whether every second sample, by chance, is of the mirrored volume and images.
     """
 
     folder: Path
     rows: tuple[int, ...]
     contexts: Tensor
     padded: tuple[int, ...]
-    images: tuple[Callable[[int, Generator], dict[str, Tensor]], ...] = ()
+    images: tuple[Reader, ...] = ()
     file: str = MOMENTS
     mirrored: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_moments", "_mirrored")}
-
     @cached_property
-    def _moments(self) -> NDArray:
-        return np.load(self.folder / self.file, mmap_mode="r")
-
-    @cached_property
-    def _mirrored(self) -> NDArray:
-        return np.load(self.folder / MIRRORED, mmap_mode="r")
+    def _rows(self) -> CachedRows:
+        return CachedRows(self.folder, self.file)
 
     def __call__(self, sample: int, rng: Generator) -> dict[str, Tensor]:
         row = self.rows[sample]
-        moments = torch.from_numpy(self._moments[row].copy())  # (2c, x, y, z)
+        moments = self._rows(row)  # (2c, x, y, z)
         channels = len(moments) // 2
         read = {
             "moments": moments,
@@ -194,8 +210,9 @@ class LatentSamples:
             "drop": torch.rand(self.contexts.shape[1] + 2, generator=rng),
         }
         # Drawn last, so that all other numbers are those of a training without mirrored volumes and images
-        if self.mirrored and torch.rand((), generator=rng) < 0.5:
-            read["moments"] = torch.from_numpy(self._mirrored[row].copy())
+        mirrored = self.mirrored and bool(torch.rand((), generator=rng) < 0.5)
+        if mirrored:
+            read["moments"] = self._rows(row, mirrored)
         for image in self.images:
-            read |= image(row, rng)
+            read |= image(row, rng, mirrored)
         return read | ({"drop_images": torch.rand(len(self.images), generator=rng)} if self.images else {})

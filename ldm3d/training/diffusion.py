@@ -25,7 +25,7 @@ from ldm3d.config.sections import Config, DiffusionConfig
 from ldm3d.contrast import Contrast
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
-from ldm3d.data.latents import MIRRORED, MOMENTS, condition_file, read_latents
+from ldm3d.data.latents import MOMENTS, condition_file, mirrored_file, read_latents
 from ldm3d.data.placing import grid_of
 from ldm3d.data.samples import LatentSamples
 from ldm3d.description import Preparation, Sampling
@@ -89,7 +89,7 @@ class DiffusionTask(Task):
         settings, training = config.diffusion, config.diffusion.training
         self.config, self.accelerator = config, accelerator
         self.autoencoder, self.moments, self.scans = autoencoder.to(accelerator.device), moments, scans
-        file = condition_file(settings.makes) if settings.makes and not config.made_labels else MOMENTS
+        self.file = file = condition_file(settings.makes) if settings.makes and not config.made_labels else MOMENTS
         if file != MOMENTS:
             moments = self.moments = np.load(config.latents_folder / file, mmap_mode="r")
         # What is made may be missing for some scans; a scan's own latent that is not finite is a fault, which steps skip
@@ -191,12 +191,19 @@ class DiffusionTask(Task):
         total = accelerator.reduce(torch.tensor(total, device=device), "sum").item()
         return {"validation_loss": total / (len(rows) * VALIDATION_REPEATS), **self.beside_gaussian(average)}
 
-    def conditions_of(self, rows: Sequence[int], numbers: Sequence[int] | None = None) -> Conditions:
-        """All that is known of some rows of the cache; what is random of their images follows from `numbers`, or the rows."""
-        covariates = self.contexts[rows].to(self.accelerator.device)
+    def conditions_of(
+        self, rows: Sequence[int], numbers: Sequence[int] | None = None, mirrored: Sequence[bool] | None = None
+    ) -> Conditions:
+        """All that is known of some rows of the cache; what is random of their images follows from `numbers`, or the rows.
+
+        `mirrored` says of each whether its images are mirrored; None: none of them.
+        """
+        covariates, device = self.contexts[rows].to(self.accelerator.device), self.accelerator.device
         if not self.images:
             return Conditions(covariates)
-        return self.images.given(covariates, self.images.of_rows(rows, numbers or rows, self.accelerator.device))
+        return self.images.given(
+            covariates, self.images.of_rows(rows, numbers or rows, device, mirrored or [False] * len(rows))
+        )
 
     def beside_gaussian(self, average: LatentUNet) -> dict[str, float]:
         """See `GaussianRuler.compare`; {} where there are too few training latents, or off the main process."""
@@ -240,7 +247,7 @@ class DiffusionTask(Task):
         else:
             start = first_start(self.config)
         if settings.images:
-            start = start.with_images(latents, contexts, lambda chosen: self.conditions_of([rows[i] for i in chosen]))
+            start = start.with_images(latents, contexts, functools.partial(self.of_fitted, rows))
         return start.to(self.accelerator.device)
 
     @functools.cached_property
@@ -257,9 +264,19 @@ class DiffusionTask(Task):
         """
         if not self.config.diffusion.mirror:
             return self.means(rows), self.contexts[rows]
-        rows = rows[: max(len(rows) - len(rows) % FOLDS, 1)]
-        mirrored = np.load(self.config.latents_folder / MIRRORED, mmap_mode="r")
+        rows = self.in_folds(rows)
+        mirrored = np.load(self.config.latents_folder / mirrored_file(self.file), mmap_mode="r")
         return torch.cat([self.means(rows), self.means(rows, mirrored)]), self.contexts[[*rows, *rows]]
+
+    @staticmethod
+    def in_folds(rows: Sequence[int]) -> Sequence[int]:
+        return rows[: max(len(rows) - len(rows) % FOLDS, 1)]
+
+    def of_fitted(self, rows: Sequence[int], chosen: Sequence[int]) -> Conditions:
+        """`conditions_of` the latents of these numbers among those that `to_fit` gives for some rows."""
+        rows = self.in_folds(rows) if self.config.diffusion.mirror else rows
+        mirrored = [i >= len(rows) for i in chosen]
+        return self.conditions_of([rows[i % len(rows)] for i in chosen], mirrored=mirrored)
 
     def means(self, rows: Sequence[int], moments: NDArray | None = None) -> Tensor:
         """The latents of some scans, (N, c, *padded), on the CPU: the means of their posteriors, by default of the cache."""

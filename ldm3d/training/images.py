@@ -1,10 +1,10 @@
 """The image conditions of a training: what reads them with each sample, and what a step makes of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ldm3d.conditions import ImageChannels, in_voxels
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
@@ -12,13 +12,12 @@ from ldm3d.config.sections import Config
 from ldm3d.contrast import Contrast
 from ldm3d.data.batches import evenly
 from ldm3d.data.conditions import ScanImages, visits_of
-from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, ScanBlocks, Visits
+from ldm3d.data.samples import IMAGE, MEASURED, CachedImages, DegradedVolumes, Reader, ScanBlocks, Visits
 from ldm3d.models.autoencoder import LatentSpace
 from ldm3d.models.conditioning import Conditions
 from ldm3d.randomness import generator
 
 LOOKED_AT = 64  # scans from which is learned how an image looks
-Reader = Callable[[int, Generator], dict[str, Tensor]]
 
 
 class TrainingImages:
@@ -59,13 +58,15 @@ class TrainingImages:
                 given[name] = batch["drop_images"][:, i] >= condition.drop
         return Conditions(covariates, *self.channels.stacked(raw, measured, given or None))
 
-    def of_rows(self, rows: Sequence[int], numbers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """The images of some rows of the cache as a batch, with random numbers that follow from `numbers` alone."""
+    def of_rows(
+        self, rows: Sequence[int], numbers: Sequence[int], device: torch.device, mirrored: Sequence[bool]
+    ) -> dict[str, Tensor]:
+        """The images of some rows of the cache as a batch, mirrored or not, with random numbers that follow from `numbers`."""
         samples = []
-        for row, number in zip(rows, numbers):
+        for row, number, flipped in zip(rows, numbers, mirrored):
             rng, sample = generator("validation images", int(number)), {}
             for reader in self.readers:
-                sample |= reader(row, rng)
+                sample |= reader(row, rng, flipped)
             samples.append(sample)
         return {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
 
