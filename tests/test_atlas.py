@@ -100,6 +100,7 @@ def test_the_folder(model, tmp_path, fails, capsys):
     sidecar = json.loads((anat / "tpl-synthetic_cohort-age50sexM_desc-mean_T1w.json").read_text())
     assert sidecar["synthetic"] and sidecar["Cohort"] == {"age": 50, "sex": "M"}
     assert list(read_table(out / "cohorts.tsv")["cohort"]) == [f"age{a}sex{s}" for s in "FM" for a in (30, 50)]
+    assert "figures/templates.png" in (out / "report.html").read_text()
     checked = subprocess.run([VALIDATOR, out, "--json"], capture_output=True, text=True)
     found = json.loads(checked.stdout)["issues"]["issues"]
     assert not [issue for issue in found if issue["severity"] == "error"]

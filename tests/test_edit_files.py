@@ -54,6 +54,7 @@ def test_a_trajectory_with_its_maps(model, data, tmp_path):
     table = read_table(out / "volumes.tsv")
     assert list(table["to_age"]) == ["50.0", "60.0", "70.0"] and "brain_volume_ml_change" in table
     assert sorted(p.name for p in (out / "figures").iterdir()) == ["sub-01_desc-difference.png", "sub-01_desc-edited.png"]
+    assert "figures/sub-01_desc-difference.png" in (out / "report.html").read_text()
 
 
 def test_a_table_goes_on_and_bad_scans_are_named(model, data, tmp_path, capsys, fails):
@@ -62,6 +63,7 @@ def test_a_table_goes_on_and_bad_scans_are_named(model, data, tmp_path, capsys, 
     asked = ["edit", model, "--table", tmp_path / "raw/scans.csv", "--to", "age=+10", "--steps", 1, "--out", tmp_path / "out"]
     message = fails(*asked)
     assert "1 of 3 scans" in message and "no such file" in message
+    assert "sub-02_desc-edited.png" in (tmp_path / "out/report.html").read_text()  # also where a scan was left out
     done = tmp_path / "out/sub-01/anat/sub-01_desc-edited_T1w.nii.gz"
     checked = subprocess.run([VALIDATOR, tmp_path / "out", "--json"], capture_output=True, text=True)
     found = json.loads(checked.stdout)["issues"]["issues"]

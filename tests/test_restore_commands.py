@@ -41,6 +41,7 @@ def test_restore(model, people, tmp_path, capsys, fails):
     sidecar = json.loads((out / "sub-0/anat/sub-0_desc-restored_T1w.json").read_text())
     assert sidecar["Restoration"]["operator"] == "missing=z:10-12 blur=3"
     assert sidecar["Restoration"]["covariates"] == {"age": 50, "sex": "F"}
+    assert "What happened: missing=z:10-12 blur=3." in (out / "report.html").read_text()
     command_line(*asked, "--operator", "missing=z:10-12", "--operator", "blur=3")
     assert "is there already" in capsys.readouterr().out
     assert "asked for otherwise" in fails(*asked, "--operator", "blur=3")
@@ -66,4 +67,6 @@ def test_calibrate_and_anomaly(model, people, tmp_path, capsys, fails):
     assert score.shape == (40, 46, 38) and np.abs(score.get_fdata()).max() > 1
     sidecar = json.loads((tmp_path / "out/sub-3/anat/sub-3_desc-zscore_T1w.json").read_text())
     assert sidecar["Anomaly"]["HealthyPeople"] == LEAST_PEOPLE
+    found, page = sidecar["Anomaly"]["Clusters"], (tmp_path / "out/report.html").read_text()
+    assert f"{len(found)} clusters beyond" in page and "figures/sub-3_desc-zscore.png" in page
     assert "samples: 1, not 2" in fails(*asked, "--samples", 2, "--levels", 1)

@@ -47,7 +47,7 @@ class Kind:
     def ignored(self) -> str:
         """The content of .bidsignore."""
         files = [name if "." in name else f"*_desc-{name}_*" for name in self.beside]
-        return "".join(f"{line}\n" for line in ("figures", *files))
+        return "".join(f"{line}\n" for line in ("figures", "report.html", *files))
 
     def check(self, folder: Path) -> None:
         """Raise InputError where a folder holds something else."""

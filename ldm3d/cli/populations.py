@@ -50,8 +50,10 @@ def atlas(
     """
     from tqdm import tqdm
 
+    from ldm3d.applications.atlas_files import ATLAS
     from ldm3d.applications.atlas_files import atlas as apply
     from ldm3d.preemption import REQUEUE, preemption
+    from ldm3d.report.derived import write_derived
 
     if not name.isascii() or not name.isalnum():
         raise InputError(f"--name {name!r}: a template's name has letters and digits only")
@@ -70,7 +72,8 @@ def atlas(
     if not done:
         print(f"stopped by {stop.signal}: run the same command to continue from there", flush=True)
         raise SystemExit(REQUEUE)
-    print(f"templates of synthetic volumes written to {out}; measured volumes: {out / 'cohorts.tsv'}")
+    page = write_derived(out, ATLAS)
+    print(f"templates of synthetic volumes written to {out}; measured volumes: {out / 'cohorts.tsv'}; page: {page}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -35,26 +35,37 @@ def each_scan(
     """
     from tqdm import tqdm
 
-    failed, kept, said = [], 0, ""
-    for each in tqdm(scans, desc=command, unit="scan", disable=None if len(scans) > 1 else True):
-        try:
-            files = files_of(each)
-            if files.is_done:
-                kept, said = kept + 1, f"{each.scan.name} is there already, in {files.folder}"
-                continue
-            with progress_bar(each.scan.name.partition(".")[0], unit, leave=len(scans) == 1) as show:
-                said = work(each, files, show)
-        except InputError as error:
-            if len(scans) == 1:
-                raise
-            failed.append(f"{each.scan.name}: {error}" if each.scan.name not in str(error) else str(error))
-            tqdm.write(f"left out: {failed[-1]}")
+    failed, kept, said, done = [], 0, "", None
+    try:
+        for each in tqdm(scans, desc=command, unit="scan", disable=None if len(scans) > 1 else True):
+            try:
+                files = files_of(each)
+                if files.is_done:
+                    kept, said, done = kept + 1, f"{each.scan.name} is there already, in {files.folder}", files
+                    continue
+                with progress_bar(each.scan.name.partition(".")[0], unit, leave=len(scans) == 1) as show:
+                    said, done = work(each, files, show), files
+            except InputError as error:
+                if len(scans) == 1:
+                    raise
+                failed.append(f"{each.scan.name}: {error}" if each.scan.name not in str(error) else str(error))
+                tqdm.write(f"left out: {failed[-1]}")
+    finally:
+        if done:
+            print(f"page: {_page(done)}")
     if len(scans) == 1:
         print(said)
         return
     print(f"{len(scans) - len(failed)} of {len(scans)} scans done, {kept} of them were there already")
     if failed:
         raise InputError(f"{len(failed)} of {len(scans)} scans were left out; the first: {failed[0]}")
+
+
+def _page(files: Any) -> Path:
+    """The page of a folder, of all that is done there."""
+    from ldm3d.report.derived import write_derived  # the import takes seconds
+
+    return write_derived(files.folder, files.kind)
 
 
 @contextlib.contextmanager
