@@ -7,7 +7,7 @@ Of held-out scans of the config's test split: Fréchet distance of standardised 
 those of a segmenter), and with --classifier the area under the ROC curve of one against reconstructions of the truth. In turn:
 reconstructions, one sample of each scan, one step of the same network, and of a network for regression (see conditions.py).
 
-Where the scan is given in a worse version: how far each is from it when it is made worse again by the same numbers.
+Where the scan is given in a lower resolution: how far what is measured of each is from what is given, which has noise.
 
 Where a label map is given: Dice of the labels that the segmenter finds, with those that were given; on the truth, too.
 """
@@ -21,7 +21,7 @@ from held_out import HeldOut, options
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm3d.config.conditions import DegradedCondition, LabelsCondition
+from ldm3d.config.conditions import LabelsCondition
 from ldm3d.metrics.anatomy import dice
 from ldm3d.metrics.discriminability import classifier_auc
 from ldm3d.metrics.distances import frechet_distance
@@ -55,9 +55,7 @@ def main() -> None:
     reconstructed = torch.from_numpy(volumes["reconstruction"])
     for kind in asked.classifier:
         print(f"AUC against reconstructions, {kind}: {classifier_auc(reconstructed, torch.from_numpy(volumes[kind])):.3f}")
-    for condition in held.config.given_conditions:
-        if isinstance(condition, DegradedCondition):
-            consistency(held, condition, some, volumes)
+    consistency(held, some, volumes)
     maps = [each for each in held.config.given_conditions if isinstance(each, LabelsCondition)]
     if asked.segmenter and maps:
         overlaps(held, maps[0], some, volumes, Segmenter.from_pretrained(asked.segmenter))
@@ -72,14 +70,16 @@ def distances(volumes: dict[str, NDArray], segmenter: str | None) -> None:
         print(f"distance to the truth, {name.partition(':')[0]} features: {json.dumps(found)}", flush=True)
 
 
-def consistency(held: HeldOut, condition: DegradedCondition, some: list[int], volumes: dict[str, NDArray]) -> None:
-    """How far an answer, made worse as the truth was, is from what was given: root mean square error relative to it."""
+def consistency(held: HeldOut, some: list[int], volumes: dict[str, NDArray]) -> None:
+    """How far an answer, measured as the scan was, is from what was given: root mean square error relative to it."""
     for kind, made in volumes.items():
         errors = []
-        for i, volume, truth in zip(some, made, volumes["truth"]):
-            given = held.images.as_given(condition, i, truth)
-            errors.append(np.linalg.norm(held.images.as_given(condition, i, volume) - given) / np.linalg.norm(given))
-        print(f"error of what it becomes when made worse again, {kind}: {100 * np.mean(errors):.2f} %", flush=True)
+        for i, volume in zip(some, made):
+            for each in held.images.coarse(i).values():
+                left = each.linear(torch.from_numpy(volume)) - each.values
+                errors.append(float(left.norm() / each.values.norm()))
+        if errors:
+            print(f"error of what is measured of it, {kind}: {100 * np.mean(errors):.2f} %", flush=True)
 
 
 def overlaps(held: HeldOut, maps: LabelsCondition, some: list[int], volumes: dict[str, NDArray], segmenter: Segmenter) -> None:

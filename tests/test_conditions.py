@@ -158,7 +158,7 @@ BALL = (torch.stack(torch.meshgrid(*[torch.arange(n) - n / 2 for n in (40, 48, 4
 
 
 def worse(strength, operator="hole", seed=0, spacing=(4.5, 4.5, 4.5), volume=BALL, **more):
-    return degraded(volume, spacing, [Degradation(operator=operator, strength=strength, **more)], generator(seed))
+    return degraded(volume, spacing, [Degradation(operator=operator, strength=strength, **more)], generator(seed))[:2]
 
 
 def test_holes_have_the_size_that_was_asked_and_lie_in_the_foreground():

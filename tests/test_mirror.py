@@ -105,7 +105,7 @@ def test_images_are_mirrored_with_their_brain(given, tmp_path, train_here, monke
     assert not torch.equal(shown[:, first:], own[:, first:])
     (hole,) = (reader for reader in task.images.readers if isinstance(reader, DegradedVolumes))
     scan = torch.from_numpy(load_prepared(config, task.scans["key"][row])).flip(1)
-    made, known = degraded(scan, config.data.grid.spacing_mm, hole.condition.degradations, generator(7))
+    made, known, _ = degraded(scan, config.data.grid.spacing_mm, hole.condition.degradations, generator(7))
     read = hole(row, generator(7), True)
     assert torch.equal(read["image holed"], made) and torch.equal(read["measured holed"], known)
 

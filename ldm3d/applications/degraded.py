@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from ldm3d.applications.measured_scan import Degraded
 from ldm3d.applications.placed import PlacedScan
 from ldm3d.data.nifti import read_volume
-from ldm3d.diffusion.operators import Chain, Identity, Linear, Sampled, Scaled, blur, mask
+from ldm3d.data.slicing import sliced, thick_axes
+from ldm3d.diffusion.operators import Chain, Identity, Linear, Scaled, blur, mask
 from ldm3d.errors import InputError, choose
 from ldm3d.geometry import resample, spacing_of
 
@@ -84,38 +85,24 @@ class _Reader:
 
     def _sliced(self, name: str) -> Degraded:
         """The scan's own lattice where it is coarser than the Grid, averaged to the Grid's spacing where it is finer."""
-        placed, thick = self.placed, self.thick or {}
-        own, grid = spacing_of(placed.affine), np.array(placed.pipe.grid.spacing_mm)
-        if not (thick := thick or {axis: mm for axis, mm in enumerate(own) if mm > 1.2 * grid.min()}):
+        placed, grid = self.placed, self.placed.pipe.grid
+        own, grid_mm = spacing_of(placed.affine), min(grid.spacing_mm)
+        if not (thick := self.thick or thick_axes(placed.affine, grid_mm)):
             raise InputError(
-                f"{placed.name} has voxels of {' x '.join(f'{mm:g}' for mm in own)} mm and the model {grid.min():g} mm: no "
+                f"{placed.name} has voxels of {' x '.join(f'{mm:g}' for mm in own)} mm and the model {grid_mm:g} mm: no "
                 "slice of it is thicker; give axis and thickness, slices=z:6"
             )
-        step = np.maximum(own, grid.min() * (1 - 1e-6))
-        shape = [max(int(n * mm / s + 1e-6), 1) for n, mm, s in zip(self.shape, own, step)]
-        lattice = placed.affine.copy()
-        lattice[:3, :3] *= step / own
-        middle = (np.array(self.shape) - 1) / 2, (np.array(shape) - 1) / 2
-        lattice[:3, 3] += placed.affine[:3, :3] @ middle[0] - lattice[:3, :3] @ middle[1]
         scaled = (placed.seen - placed.info["low"]) / (placed.info["high"] - placed.info["low"])
-        y = resample(scaled.clip(0, 1).astype(np.float32), placed.affine, lattice, shape)
-        parts = [max(round(thick[axis] / grid.min()), 1) if axis in thick else 1 for axis in range(3)]
-        offsets = [
-            ((np.arange(k) + 0.5) / k - 0.5) * (thick[axis] / step[axis] if axis in thick else 0)
-            for axis, k in enumerate(parts)
-        ]
-        steps = torch.from_numpy(np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1).reshape(-1, 3))
-        to_grid = torch.from_numpy(np.linalg.solve(self.grid_affine, lattice))
-        self.operators.append(Sampled(to_grid, placed.pipe.grid.shape, shape, steps))
+        seen, lattice = sliced(scaled, placed.affine, self.grid_affine, grid.shape, thick)
+        self.operators.append(seen.linear)
         if self.known is not None:
-            here = resample(self.known.astype(np.float32), placed.affine, lattice, shape)
+            here = resample(self.known.astype(np.float32), placed.affine, lattice, seen.values.shape[1:])
             self.operators.append(mask(torch.from_numpy(here[0] > SURE)))
-        finer = [max(math.ceil(own[axis] / grid.min() - 0.2), 1) if axis in thick else 1 for axis in range(3)]
+        finer = [max(math.ceil(own[axis] / grid_mm - 0.2), 1) if axis in thick else 1 for axis in range(3)]
         affine = placed.affine.copy()
         affine[:3, :3] /= finer
         affine[:3, 3] += placed.affine[:3, :3] @ ((1 / np.array(finer) - 1) / 2)
-        measured = torch.from_numpy(y)[None].to(placed.volume)
-        return Degraded(name, Chain(*self.operators), measured, None, affine, tuple(finer))
+        return Degraded(name, Chain(*self.operators), seen.values[None].to(placed.volume), None, affine, tuple(finer))
 
     def _mask(self, value: str) -> None:
         self._keep(self._marked(value, "mask"))

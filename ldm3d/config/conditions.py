@@ -137,6 +137,17 @@ class DegradedCondition(_Condition):
         """Whether voxels are missing, so that those that are not are known."""
         return any(each.operator in ("hole", "slices") for each in self.degradations)
 
+    @property
+    def coarsens(self) -> bool:
+        """Whether it is a scan of lower resolution, and nothing but noise beside: what was measured is then known."""
+        operators = {each.operator for each in self.degradations}
+        return "resolution" in operators and operators <= {"resolution", "blur", "noise"}
+
+    @property
+    def noise_std(self) -> float:
+        """Of the noise that it adds, on average."""
+        return sum(sum(each.strength) / 2 for each in self.degradations if each.operator == "noise")
+
 
 def _kind(condition: Any) -> str:
     return str(condition.get("kind", "image") if isinstance(condition, dict) else condition.kind)

@@ -20,13 +20,14 @@ from torch import Tensor
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
-from ldm3d.data.degrade import degraded
+from ldm3d.data.degrade import Degraded, degraded
 from ldm3d.data.keys import file_key, scan_of
 from ldm3d.data.labels import LabelMaps, read_labels, shares_on_grid
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import grid_of, to_grid
 from ldm3d.data.preparing import load_info, load_prepared, load_removed
 from ldm3d.data.removed import remove_beside
+from ldm3d.data.slicing import Measurement
 from ldm3d.errors import InputError, some
 from ldm3d.geometry import WORLD, Grid
 from ldm3d.randomness import generator
@@ -176,30 +177,31 @@ class ScanImages:
         for condition in self.config.given_conditions:
             name, key = condition.name, self.keys[i]
             if isinstance(condition, DegradedCondition):
-                volumes[name], known = self._degraded(condition, key)
+                worse = self._degraded(condition, key)
+                volumes[name] = worse.volume
                 if condition.hides:
-                    measured[name] = known
+                    measured[name] = worse.known
             elif name in self.files:
                 volumes[name] = torch.from_numpy(self._cached(name, i))
             else:  # a scan: that of another visit, or the own one, of which something else is made
                 volumes[name] = torch.from_numpy(load_prepared(self.config, self.keys[self._visit(name, i)]))
         return volumes, measured
 
+    def coarse(self, i: int) -> dict[str, Measurement]:
+        """By name: the scan as it was measured, where it is given in a lower resolution."""
+        coarsened = [each for each in self.config.given_conditions if isinstance(each, DegradedCondition) and each.coarsens]
+        worse = {each: self._degraded(each, self.keys[i]) for each in coarsened}
+        return {each.name: Measurement(made.linear, made.volume, each.noise_std) for each, made in worse.items()}
+
     def cubic(self, i: int) -> NDArray | None:
         """A scan that is given in a lower resolution, brought back by cubic interpolation; None where there is none such."""
         for each in self.config.given_conditions:
             if isinstance(each, DegradedCondition) and any(step.operator == "resolution" for step in each.degradations):
-                return self._degraded(each, self.keys[i], cubic=True)[0].clamp(0, 1).numpy()
+                return self._degraded(each, self.keys[i], cubic=True).volume.clamp(0, 1).numpy()
         return None
 
-    def as_given(self, condition: DegradedCondition, i: int, volume: NDArray) -> NDArray:
-        """Another volume (C, X, Y, Z), made worse by the numbers that made the scan worse: an answer should give the same."""
-        return self._degraded(condition, self.keys[i], torch.from_numpy(volume))[0].numpy()
-
-    def _degraded(
-        self, condition: DegradedCondition, key: str, volume: Tensor | None = None, cubic: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        scan = torch.from_numpy(load_prepared(self.config, key)) if volume is None else volume
+    def _degraded(self, condition: DegradedCondition, key: str, cubic: bool = False) -> Degraded:
+        scan = torch.from_numpy(load_prepared(self.config, key))
         drawn = generator("image of a scan", condition.name, scan_of(key))
         return degraded(scan, self.config.data.grid.spacing_mm, condition.degradations, drawn, cubic)
 

@@ -6,6 +6,7 @@ interpolation, as a real scan of that kind is when it is placed there.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -18,9 +19,23 @@ BIAS_WAVES = 3  # cosines of a bias field along each axis
 ROUGHNESS = 0.35  # of a hole's surface, as a share of its radius
 
 
+class Degraded(NamedTuple):
+    """A volume that was made worse.
+
+    Attributes:
+        volume: (C, X, Y, Z); 0 where voxels are missing.
+        known: (1, X, Y, Z), 1 where voxels are still measured and 0 where they are missing.
+        linear: what happened to it but for noise and missing voxels, from the Grid to the Grid.
+    """
+
+    volume: Tensor
+    known: Tensor
+    linear: Linear
+
+
 def degraded(
     volume: Tensor, spacing_mm: Sequence[float], degradations: Sequence[Degradation], rng: Generator, cubic: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> Degraded:
     """A volume after some degradations, one after the other.
 
     Args:
@@ -29,12 +44,8 @@ def degraded(
         degradations: in their order.
         rng: of all random numbers.
         cubic: bring a lower resolution back to the Grid by cubic interpolation: what a sceptic compares a model with.
-
-    Returns:
-        The degraded volume, like `volume`; and (1, X, Y, Z), 1 where voxels are still measured and 0 where they are missing
-        (there the volume is 0).
     """
-    known = torch.ones(1, *volume.shape[1:])
+    known, operators = torch.ones(1, *volume.shape[1:]), list[Linear]()
     for each in degradations:
         low, high = each.strength
         strength = low + (high - low) * float(torch.rand((), generator=rng))
@@ -45,8 +56,9 @@ def degraded(
         elif each.operator == "noise":
             volume = rician(volume, strength, rng)
         else:
-            volume = _linear(each, volume.shape[1:], spacing_mm, strength, rng, cubic)(volume)
-    return volume * known, known
+            operators.append(_linear(each, volume.shape[1:], spacing_mm, strength, rng, cubic))
+            volume = operators[-1](volume)
+    return Degraded(volume * known, known, Chain(*operators))
 
 
 def rician(volume: Tensor, deviation: float, rng: Generator) -> Tensor:

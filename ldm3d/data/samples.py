@@ -152,8 +152,8 @@ class DegradedVolumes:
 
     def __call__(self, row: int, rng: Generator, mirrored: bool = False) -> dict[str, Tensor]:
         volume, spacing_mm = prepared(self.config, self.keys[row], mirrored), self.config.data.grid.spacing_mm
-        worse, measured = degraded(volume, spacing_mm, self.condition.degradations, rng)
-        return {f"{IMAGE}{self.condition.name}": worse, f"{MEASURED}{self.condition.name}": measured}
+        worse = degraded(volume, spacing_mm, self.condition.degradations, rng)
+        return {f"{IMAGE}{self.condition.name}": worse.volume, f"{MEASURED}{self.condition.name}": worse.known}
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,8 @@ def assess(
 def given_of(pipeline: Pipeline, scans: ScanImages, i: int) -> Given:
     """The images of a held-out scan."""
     told = {name: (None, covariates) for name, covariates in scans.told(i).items()}
-    return Given(*scans.given(i), {}, told_of(pipeline.conditions, told, pipeline.schema))
+    volumes, measured = scans.given(i)
+    return Given(volumes, measured, {}, told_of(pipeline.conditions, told, pipeline.schema), scans.coarse(i))
 
 
 def fit_simpler(config: Config, trained: pd.DataFrame) -> Simpler | None:

@@ -116,6 +116,8 @@ class Images:
         if (name := self._hidden(given)) is not None:
             mask = given.measured[name][0].numpy() >= WHOLE
             volume = seamless(volume, given.volumes[name].numpy(), mask)
+        for measurement in given.coarse.values():
+            volume = measurement.agreed(volume)
         if self.like is None:
             return cropped(volume)
         own = given.own[self.like]

@@ -18,6 +18,7 @@ from ldm3d.data.extraction import Tool, tool_of_model
 from ldm3d.data.given import read_given
 from ldm3d.data.registration import placed as placed_scan
 from ldm3d.data.removed import Removed, remove, remove_beside
+from ldm3d.data.slicing import Measurement, sliced, thick_axes
 from ldm3d.description import Preparation
 from ldm3d.errors import InputError, choose
 from ldm3d.geometry import Grid, resample
@@ -54,12 +55,14 @@ class Given:
         measured: of conditions with voxels missing, by name: (1, X, Y, Z), 1 where a voxel is there.
         own: by name, the image as it came.
         told: of visits, by name: standardised covariates that they tell, (K,), NaN for unknown; see `told_of`.
+        coarse: of scans of lower resolution, by name: what was measured.
     """
 
     volumes: Mapping[str, Tensor]
     measured: Mapping[str, Tensor]
     own: Mapping[str, Own]
     told: Mapping[str, Tensor] = field(default_factory=dict)
+    coarse: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 def place(
@@ -96,10 +99,11 @@ def place(
     wanted = _Wanted(grid, preparation, stripped, None if has_no_skull else tool_of_model(preparation.brain_extraction))
     volumes, measured = {}, {}
     own: dict[str, Own] = {}
+    coarse: dict[str, Measurement] = {}
     for name in (anchor, *(each for each in read if each != anchor)):
         condition, (scan, affine, mask, source) = known[name], read[name]
         try:
-            volume, info, removed = _placed(condition, scan, affine, source, wanted, own.get(anchor))
+            volume, info, removed, seen = _placed(condition, scan, affine, source, wanted, own.get(anchor))
         except InputError as error:
             raise InputError(f"{name}: {source or 'the image'}: {error}") from None
         inside, volumes[name] = None, torch.from_numpy(volume)
@@ -107,7 +111,9 @@ def place(
             inside, measured[name] = _measured(mask, scan, affine, np.array(info["grid_affine"]), grid)
             volumes[name] = volumes[name] * measured[name]
         own[name] = Own(scan, affine, info, inside, source, removed)
-    return Given(volumes, measured, own)
+        if isinstance(condition, DegradedCondition) and condition.coarsens:
+            coarse |= _coarse(condition, seen, own[name], grid)
+    return Given(volumes, measured, own, coarse=coarse)
 
 
 def check_needed(conditions: Sequence[Condition], given: Container[str] = ()) -> None:
@@ -131,8 +137,8 @@ class _Wanted:
 
 def _placed(
     condition: Condition, scan: NDArray, affine: NDArray, source: str, wanted: _Wanted, anchor: Own | None
-) -> tuple[NDArray, Mapping[str, Any], Removed]:
-    """An image on the Grid (C, X, Y, Z), the way back, and what it was relieved of.
+) -> tuple[NDArray, Mapping[str, Any], Removed, NDArray]:
+    """An image on the Grid (C, X, Y, Z), the way back, what it was relieved of, and what that left of it.
 
     Args:
         condition, scan, affine, source: of the image.
@@ -148,11 +154,22 @@ def _placed(
         seen, removed = remove_beside(scan, affine, anchor.removed, anchor.affine, correct)
     if not alone and anchor is not None:
         volume, info = on_grid(condition, (seen, affine), at(wanted.grid, anchor.info), how.percentiles)
-        return volume, info, removed
+        return volume, info, removed, seen
     volume, info = placed_scan(seen, affine, wanted.grid, how.percentiles, how.registration, wanted.stripped)
     if labels:
         volume, info = on_grid(condition, (scan, affine), at(wanted.grid, info), how.percentiles)
-    return volume, info, removed
+    return volume, info, removed, seen
+
+
+def _coarse(condition: DegradedCondition, seen: NDArray, own: Own, grid: Grid) -> dict[str, Measurement]:
+    """A scan of thick slices as a measurement, by the condition's name; {} where no voxel of it is thicker than the Grid's."""
+    thick = thick_axes(own.affine, min(grid.spacing_mm))
+    if not thick:
+        return {}
+    scaled = (seen - own.info["low"]) / (own.info["high"] - own.info["low"])
+    profile = next(each.profile for each in condition.degradations if each.operator == "resolution")
+    grid_affine = np.array(own.info["grid_affine"])
+    return {condition.name: sliced(scaled, own.affine, grid_affine, grid.shape, thick, profile, condition.noise_std)[0]}
 
 
 def _measured(
