@@ -14,6 +14,7 @@ import pandas as pd
 
 import ldm3d
 from ldm3d.config.sections import Config
+from ldm3d.data.bands import people_by_band
 from ldm3d.data.preparing import load_info, read_scan_table
 from ldm3d.data.source import source_of
 from ldm3d.data.splits import TRAIN
@@ -49,6 +50,7 @@ def account_of(config: Config) -> dict[str, Any]:
             "table": table_1(table, config.schema(), columns),
             "sites": _sites(table, columns),
             "few": _few(table, config),
+            "bands": people_by_band(table[table["split"] == TRAIN], config.schema()),
             "bids": data.bids is not None,
             "source": source_of(data.bids),
         },

@@ -14,6 +14,7 @@ import numpy as np
 from ldm3d.account import read_account
 from ldm3d.config.read import load_config
 from ldm3d.config.sections import Config
+from ldm3d.data.marked import are_synthetic
 from ldm3d.data.preparing import load_prepared
 from ldm3d.demo_clock import Clock, drawing_seconds, expected_seconds
 from ldm3d.evaluation import sweeps
@@ -160,6 +161,7 @@ def _evaluate(pipeline: Pipeline, data: Path, out: Path, size: Size) -> tuple[li
         return load_prepared(config, scans["key"][i])
 
     found = evaluate(pipeline, subjects, load, measure_volumes, pipeline.sampling, size.generated, extractor=RandomFeatures())
+    found.synthetic = are_synthetic(scans, pipeline.schema.covariates)
     found.analyse_subgroups(pipeline.schema)
     goals = demo_goals(found) if size.learns else []
     account = read_account(out / "run/model")

@@ -15,20 +15,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ldm3d.geometry import slices
+from ldm3d.geometry import SCALE_MM, planes_of, slices
 
 INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
-SCALE_MM = 50  # length of the bar beside slices
-FILM_WIDE, FRAME_MS = 540, 120  # pixels of a film, and how long a frame is shown
-FARTHEST = 4  # of what a forest plot shows, in units of its band
+FARTHEST = 4  # of what plots of intervals show, in units of their band
 
 
 def mosaic(
     volumes: Sequence[NDArray], titles: Sequence[str], spacing_mm: Sequence[float], columns: int = 4, heading: str = ""
 ) -> Figure:
-    """Three slices of every volume, at most `columns` volumes a row, each under its title."""
+    """Three slices of every volume, at most `columns` volumes a row, each under its title; with sides and a scale in mm."""
     columns = min(columns, len(volumes))  # no empty places beside a few
     rows = -(-len(volumes) // columns)
     images = [np.clip(np.nan_to_num(slices(np.asarray(v, np.float32), spacing_mm)), 0, 1) for v in volumes]
@@ -44,6 +42,7 @@ def mosaic(
     for axis, image, title in zip(axes, images, titles):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
         axis.set_title(title, fontsize=9, color=INK, pad=3)
+        _mark(axis, volumes[0].shape, spacing_mm)
     tall = figure.get_figheight()
     if heading:
         figure.suptitle(heading, fontsize=11, color=INK, y=1 - 0.1 / tall, va="top")
@@ -87,12 +86,25 @@ def lightbox(volumes: Sequence[NDArray], titles: Sequence[str], affine: NDArray,
     return figure
 
 
+def _mark(axis, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
+    """Sides and a scale on the picture that `slices` makes of a volume of this shape, (C, X, Y, Z)."""
+    planes, wide = planes_of(shape, spacing_mm)
+    for start, end, low, high in planes:
+        _letter(axis, start + 0.008, 0.97, low, ha="left", va="top")
+        _letter(axis, end - 0.008, 0.97, high, ha="right", va="top")
+    across = SCALE_MM / wide
+    axis.plot([0.01, 0.01 + across], [0.03, 0.03], color="white", linewidth=1.2, transform=axis.transAxes)
+    _letter(axis, 0.018 + across, 0.03, f"{SCALE_MM} mm", ha="left")
+
+
 def _letter(axis, x: float, y: float, text: str, ha: str = "center", va: str = "center") -> None:
     axis.text(x, y, text, color="white", fontsize=7, ha=ha, va=va, transform=axis.transAxes)
 
 
 def forest(rows: Sequence[tuple[str, float, float, float, float, str]], label: str) -> Figure:
-    """A forest plot: a figure with its interval in each row, drawn up to `FARTHEST`, beside a grey band from 0 to 1.
+    """A forest plot: a figure with its interval in each row, beside a grey band from 0 to 1.
+
+    It is drawn up to `FARTHEST`. An interval that goes on beyond has an arrowhead there, and its figures in words.
 
     Args:
         rows: (name, value, low, high, what chance gives, colour); NaN for what is not known.
@@ -101,17 +113,29 @@ def forest(rows: Sequence[tuple[str, float, float, float, float, str]], label: s
     figure = Figure(figsize=(8.2, 0.75 + 0.21 * len(rows)), layout="constrained")
     axis = figure.subplots()
     axis.axvspan(0, 1, color=MUTED, alpha=0.18, linewidth=0)
-    for place, (_, *numbers, colour) in enumerate(rows):
-        value, low, high, chance = np.clip(numbers, -0.5, FARTHEST)
-        axis.hlines(place, low, high, color=colour, linewidth=1.6)
-        axis.scatter(value, place, s=18, color=colour, zorder=3, marker=">" if numbers[0] > FARTHEST else "o")
-        axis.scatter(chance, place, s=34, color=INK, marker="|", linewidths=1, zorder=2)
+    ends = -0.5, FARTHEST
+    for place, (_, value, low, high, chance, colour) in enumerate(rows):
+        _whisker(axis, place, low, high, ends, colour, 1.6)
+        if value <= FARTHEST:
+            axis.scatter(value, place, s=18, color=colour, zorder=3)
+        if chance <= FARTHEST:
+            axis.scatter(chance, place, s=34, color=INK, marker="|", linewidths=1, zorder=2)
+        if high > FARTHEST:
+            axis.text(FARTHEST + 0.16, place, f"{value:.1f} (to {high:.1f})", fontsize=6.5, color=colour, va="center")
     axis.axvline(1, color=INK, linewidth=0.8, linestyle="--")
     axis.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], xlim=(-0.5, FARTHEST + 0.1))
     axis.set_ylim(len(rows) - 0.4, -0.6)
     _plain(axis, label, "")
     axis.tick_params(axis="y", labelcolor=INK)
     return figure
+
+
+def _whisker(axis, place: float, low: float, high: float, ends: tuple[float, float], colour: str, width: float) -> None:
+    """A line from low to high, with an arrowhead where it is cut as it goes on beyond `ends`."""
+    axis.hlines(place, *np.clip((low, high), *ends), color=colour, linewidth=width)
+    for is_cut, end, marker in ((low < ends[0], ends[0], "<"), (high > ends[1], ends[1], ">")):
+        if is_cut:
+            axis.scatter(end, place, s=22, color=colour, marker=marker, zorder=4, clip_on=False)
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -216,8 +240,9 @@ def histogram(values: NDArray, label: str, title: str) -> Figure:
 
 
 def ranges(names: Sequence[str], series: dict[str, NDArray], label: str, title: str) -> Figure:
-    """The range of each of F figures in several sets, beside a grey band from -1 to 1, drawn up to 4 on either side.
+    """The range of each of F figures in several sets, beside a grey band from -1 to 1.
 
+    It is drawn up to `FARTHEST` on either side, with an arrowhead at what goes on beyond.
     Each series is (F, 3): low, middle and high.
     """
     figure = Figure(figsize=(7.2, 0.6 + 0.3 * len(names)), layout="constrained")
@@ -225,11 +250,13 @@ def ranges(names: Sequence[str], series: dict[str, NDArray], label: str, title: 
     axis.axvspan(-1, 1, color=MUTED, alpha=0.2, linewidth=0)
     places = np.arange(len(names))
     for k, (colour, (name, values)) in enumerate(zip((MUTED, ACCENT), series.items())):
-        low, middle, high = np.clip(values, -4, 4).T
         at = places + 0.25 * (k - (len(series) - 1) / 2)
-        axis.hlines(at, low, high, color=colour, linewidth=2.5, label=name)
-        axis.scatter(middle, at, s=16, color=colour, zorder=3)
-    axis.set(yticks=places, yticklabels=names, xlim=(-4.1, 4.1), ylim=(len(names) - 0.5, -0.5))
+        for place, (low, middle, high) in zip(at, values):
+            _whisker(axis, place, low, high, (-FARTHEST, FARTHEST), colour, 2.5)
+            if abs(middle) <= FARTHEST:
+                axis.scatter(middle, place, s=16, color=colour, zorder=3)
+        axis.plot([], color=colour, linewidth=2.5, label=name)
+    axis.set(yticks=places, yticklabels=names, xlim=(-FARTHEST - 0.1, FARTHEST + 0.1), ylim=(len(names) - 0.5, -0.5))
     axis.set_title(title, fontsize=9, color=INK)
     axis.legend(fontsize=7, frameon=False, loc="lower right")
     _plain(axis, label, "")
@@ -265,6 +292,7 @@ def overlay(
     axis = figure.subplots()
     axis.axis("off")
     axis.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+    _mark(axis, volume.shape, spacing_mm)
     if signed:
         low, alpha = -high, np.clip(1.5 * np.abs(shown) / high, 0, 0.9)
     else:
@@ -291,19 +319,6 @@ def _plain(axis, x_label: str, y_label: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write as PNG."""
     figure.savefig(path, dpi=130)
-
-
-def save_film(volumes: NDArray, titles: Sequence[str], spacing_mm: Sequence[float], path: Path) -> None:
-    """Three slices of each volume (F, C, X, Y, Z), one after another and back, as an animated GIF."""
-    pictures = []
-    for volume, title in zip(volumes, titles):
-        grey = np.clip(np.nan_to_num(slices(volume, spacing_mm)), 0, 1)
-        picture = Image.fromarray((255 * grey).astype(np.uint8))
-        picture = picture.resize((FILM_WIDE, round(FILM_WIDE * picture.height / picture.width)), Image.Resampling.BICUBIC)
-        ImageDraw.Draw(picture).text((6, 4), title, fill=255)
-        pictures.append(picture)
-    there_and_back = [*pictures, *pictures[-2:0:-1]]
-    there_and_back[0].save(path, save_all=True, append_images=there_and_back[1:], duration=FRAME_MS, loop=0)
 
 
 def to_data_uri(figure: Figure) -> str:

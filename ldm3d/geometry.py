@@ -24,6 +24,7 @@ _ALIGNED = 1e-3
 PLACES = FOREGROUND, WORLD = "foreground", "world"  # of a Grid
 # Middle of the brain in MNI space. With an even number of voxels of 1 mm, those of the Grid are those of the templates
 MNI_CENTRE_MM = (0.5, -17.5, 7.5)
+SCALE_MM = 50  # length of the bar beside slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +218,7 @@ def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
     volume = volume[0]
     x, y, z = (n // 2 for n in volume.shape)
     sx, sy, sz = spacing_mm
-    # The sagittal slice is a little off the middle, where only the fissure would be
+    # In the order of `planes_of`. The sagittal slice is a little off the middle, where only the fissure would be
     planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
     fine = min(spacing_mm)
     images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
@@ -227,6 +228,14 @@ def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
         missing = height - image.shape[0]
         padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
     return np.concatenate(padded, axis=1)
+
+
+def planes_of(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[list[tuple[float, float, str, str]], float]:
+    """Where the planes of `slices` lie across: (start, end, left side, right side), in shares of the width; and that in mm."""
+    x, y = (count * spacing for count, spacing in zip(shape[-3:], spacing_mm[:2]))
+    wide = 2 * x + y
+    ends = x / wide, 2 * x / wide
+    return [(0, ends[0], "L", "R"), (ends[0], ends[1], "L", "R"), (ends[1], 1, "P", "A")], wide
 
 
 def _stretch(plane: NDArray, across: float, up: float) -> NDArray:

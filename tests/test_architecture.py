@@ -70,7 +70,7 @@ LAYERS = (
     ("reading",),
     ("start", "conditions", "contrast"),
     ("data", "memory", "description"),
-    ("seen", "metrics", "environment", "figures", "shipped", "account", "methods", "other_data"),
+    ("seen", "metrics", "environment", "figures", "films", "shipped", "account", "methods", "other_data"),
     ("base_model",),
     ("experiment", "generation", "folder", "applied", "dicom"),
     ("networks",),

@@ -115,8 +115,12 @@ def test_synthetic_volumes_that_do_not_show_their_label_are_of_no_use():
 
 
 def test_too_few_volumes_to_learn_from():
-    with pytest.raises(InputError, match="25 of each are needed"):
+    with pytest.raises(InputError, match=r"24 training scans with age, and 25 are needed.*leave --downstream out"):
+        downstream_utility("age", people(24, 0), people(60, 1), people(10, 2), range(10))
+    with pytest.raises(InputError, match=r"24 volumes were generated .* --num generates more"):
         downstream_utility("age", people(60, 0), people(24, 1), people(10, 2), range(10))
+    with pytest.raises(InputError, match="no held-out scan has age"):
+        downstream_utility("age", people(60, 0), people(60, 1), people(0, 2), range(10))
 
 
 def test_the_light_of_usefulness_with_the_default_number_of_volumes():

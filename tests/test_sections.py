@@ -164,7 +164,7 @@ def test_sections_hold_every_row_and_name_requests_beyond():
     assert [row[:3] for row in table["rows"]] == [["ml (ml)", "real", "120"], ["ml (ml)", "generated", "120"]]
     assert all(cell.endswith(")") for row in table["rows"] for cell in row[3:])  # an interval each
     beyond = titles["Requests outside of the training data"]
-    assert "12 of 120" in beyond.text and "not available" in beyond.text and len(beyond.table["rows"]) == 10
+    assert "12 of 120" in beyond.text and "checked alone" in beyond.text and len(beyond.table["rows"]) == 10
     assert light_of(found)["Requests outside of the training data"] == "red"
     assert [row[:2] for row in titles["Reconstruction of held-out volumes"].table["rows"]] == [["ml (ml)", "120"]]
     frame = fidelity_table(found)

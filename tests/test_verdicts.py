@@ -11,7 +11,8 @@ from test_sections import SCHEMA, N, evaluation, finding
 
 from ldm3d import figures
 from ldm3d.covariates import Covariate, CovariateSchema, in_words
-from ldm3d.evaluation.coverage import EVERYONE, Cell, coverage
+from ldm3d.data.bands import EVERYONE, people_by_band
+from ldm3d.evaluation.coverage import Cell, coverage
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.subgroups import VolumeScores, gaps
 from ldm3d.evaluation.utility import Utility
@@ -162,6 +163,35 @@ def test_answers_go_by_training_testing_and_interval(cell, light):
 
 def test_small_numbers_of_people_are_not_told():
     assert answer(Cell("", "", 1, 4), "age").reasons == ("1 to 4 in training", "1 to 4 held out")
+
+
+def test_the_model_s_own_account_counts_people_whose_scans_are_not_at_hand():
+    given, found = aged(), aged()
+    found.training = found.training_people = None
+    scans = pd.DataFrame(given.training).assign(subject=given.training_people)
+    schema = AGED.fit(given.training)
+    table = {"columns": ["", "all", "train"], "rows": [["subjects", "110", "110"], ["site: A", "9 (8%)", "9 (8%)"]]}
+    data = {"scans": {"train": 110}, "subjects": {"train": 110}, "few": {"sex: F": 70, "sex: M": 40}, "table": table}
+    account = {"data": {**data, "bands": people_by_band(scans, schema)}}
+    (counted,), (told,) = coverage(schema, given), coverage(schema, found, account)
+    assert [cell.trained for cell in told.cells] == [cell.trained for cell in counted.cells]
+    assert "not counted" not in str(matrices([told])) and "are counted where" not in matrices([told])[0]["text"]
+
+    (older,) = coverage(schema, found, {"data": data})  # an older version's
+    cells = [(row, column) for row in (EVERYONE, "70 to 80") for column in ("F", EVERYONE)]
+    assert [older.at(*cell).trained for cell in cells] == [70, 110, None, None]
+    people = people_section(found, schema, account)
+    assert "110 scans that the model was trained on" in people.text and people.table["columns"] == ["", "train", "test"]
+    assert people.table["rows"][0] == ["subjects", "110", "110"] and ["site: A", "9 (8%)", "none"] in people.table["rows"]
+    assert "neither in its folder nor in --data" in people_section(found, schema).text
+
+
+def test_small_numbers_of_people_are_not_in_an_account():
+    scans = pd.DataFrame({"subject": [*"abcdefg"], "age": [61.0, 65, 69, 71, 72, 75, np.nan], "sex": ["F"] * 3 + ["M"] * 4})
+    cells = {(band, sex): count for band, sex, count in people_by_band(scans.assign(sex=scans["sex"]), AGED)["people"]}
+    assert cells == {
+        ("all", "all"): 7, ("all", "F"): 4, ("all", "M"): 4, (60, "all"): 4, (60, "F"): 4, (70, "all"): 4, (70, "M"): 4
+    }  # fmt: skip
 
 
 def test_without_regressors_or_covariates():

@@ -31,6 +31,7 @@ from ldm3d.data.nifti import read_volume, unpack_volume, write_volume
 from ldm3d.data.tables import write_table
 from ldm3d.description import Sampling
 from ldm3d.files import write_atomic
+from ldm3d.films import save_film
 from ldm3d.generation.run import generate
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
@@ -237,7 +238,7 @@ def _finish(folder: Path, name: str, pipe: Pipeline, cells: Sequence[CellFiles])
         about |= {"SkullStripped": pipe.skull_stripped, "Frames": [round(a, 4) for a in at]}
         write_atomic(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), as_json(about))
         moving = [f"synthetic  {label}  {place:.0f}" for place in at]
-        figures.save_film(frames[:, None], moving, spacing, folder / "figures" / f"{stem}.gif")
+        save_film(frames[:, None], moving, spacing, folder / "figures" / f"{stem}.gif")
 
 
 def _number(value: float) -> float | None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm3d.config.sections import Config
 from ldm3d.data.conditions import ScanImages
+from ldm3d.data.marked import are_synthetic
 from ldm3d.description import Sampling
 from ldm3d.errors import InputError
 from ldm3d.evaluation import sweeps
@@ -247,6 +248,7 @@ def assess(
     result = evaluate(
         pipeline, subjects, load, measure, sampling, num_generated, **others, segmenter=segmenter, classifier=classifier
     )
+    result.synthetic = are_synthetic(held_out, schema.covariates)
     if training is not None:
         result.training, result.training_people = schema.parse_all(training), list(trained["subject"])
     if names:

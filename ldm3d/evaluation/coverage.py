@@ -6,21 +6,20 @@ held-out people of the cell.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from ldm3d.covariates import Covariate, CovariateSchema, Value
+from ldm3d.data.bands import BAND_YEARS, EVERYONE, axes_of, band_of, read_bands
+from ldm3d.data.splits import TRAIN
 from ldm3d.evaluation.results import Evaluation
 from ldm3d.evaluation.subgroups import label, labels_of
 from ldm3d.evaluation.utility import Utility
 from ldm3d.statistics.bootstrap import means, relative, resamples
-
-BAND_YEARS = 10
-SEXES = ("sex", "gender")
-EVERYONE = "all"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Cell:
 
     Attributes:
         row, column: labels; `EVERYONE` for no restriction.
-        trained: training people; None if that data is not available.
+        trained: training people, from that data or from the model's account; None if neither tells.
         tested: held-out people.
         ratio, low, high: error of regressors that were trained on synthetic volumes, relative to those that were trained on
             real ones, with its 95% interval; NaN if there is none.
@@ -70,17 +69,20 @@ class Coverage:
         return {"task": self.task or None, **names, "cells": [asdict(cell) for cell in self.cells]}
 
 
-def coverage(schema: CovariateSchema, found: Evaluation) -> list[Coverage]:
-    """One for each task of `found.utility`, or one without a task; none for a model without covariates."""
+def coverage(schema: CovariateSchema, found: Evaluation, account: Mapping[str, Any] | None = None) -> list[Coverage]:
+    """One for each task of `found.utility`, or one without a task; none for a model without covariates.
+
+    `account`: of the model (`ldm3d.account`), which counts training people where their scans are not at hand.
+    """
     if not len(schema):
         return []
-    return [_coverage(schema, found, useful) for useful in found.utility or [None]]
+    return [_coverage(schema, found, account, useful) for useful in found.utility or [None]]
 
 
-def _coverage(schema: CovariateSchema, found: Evaluation, useful: Utility | None) -> Coverage:
-    by = next((c for c in schema if c.kind == "continuous" and c.unit in ("year", "years")), None)
-    categorical = sorted((c for c in schema if c.kind == "categorical"), key=lambda c: c.name not in SEXES)
-    across = categorical[0] if categorical else None
+def _coverage(
+    schema: CovariateSchema, found: Evaluation, account: Mapping[str, Any] | None, useful: Utility | None
+) -> Coverage:
+    by, across = axes_of(schema)
     edges = decades(by, [*found.subjects, *(found.training or ())]) if by else []
     rows = [*(labels_of(by, edges) if by else ()), EVERYONE]
     columns = [*(labels_of(across, []) if across else ()), EVERYONE]
@@ -92,15 +94,32 @@ def _coverage(schema: CovariateSchema, found: Evaluation, useful: Utility | None
     def count(people: Sequence[Hashable], all_values: Sequence[Mapping[str, Value]], row: str, column: str) -> int:
         return len({person for person, values in zip(people, all_values) if belongs(values, row, column)})
 
+    told = _told(schema, edges, account)
     cells = []
     for row in rows:
         for column in columns:
-            trained = None
             if found.training is not None:
                 trained = count(found.training_people or range(len(found.training)), found.training, row, column)
+            else:
+                trained = told(row, column)
             errors = _errors(useful, found, [belongs(values, row, column) for values in found.subjects]) if useful else ()
             cells.append(Cell(row, column, trained, count(found.people, found.subjects, row, column), *errors))
     return Coverage(useful.covariate if useful else "", by, across, rows, columns, cells)
+
+
+def _told(schema: CovariateSchema, edges: Sequence[float], account: Mapping[str, Any] | None) -> Callable[..., int | None]:
+    """(row, column) -> training people, as the account of a model tells; None where it does not."""
+    if account is None:
+        return lambda *_: None
+    by, across = axes_of(schema)
+    data, known = account["data"], Counter[tuple[str, str]]()
+    bands = read_bands(data.get("bands", {}), schema)
+    for (band, category), people in (bands or {}).items():
+        known[str(band if band == EVERYONE or by is None else label(by, edges, band)), category] += people
+    if across:  # all that older versions tell
+        known |= {(EVERYONE, each): data["few"].get(f"{across.name}: {each}", 0) for each in across.categories}
+    known[EVERYONE, EVERYONE] = int(data["subjects"].get(TRAIN, 0))
+    return lambda *cell: known[cell] if bands is not None else known.get(cell)
 
 
 def _errors(useful: Utility, found: Evaluation, chosen: Sequence[bool]) -> tuple[float, float, float]:
@@ -125,7 +144,7 @@ def decades(covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> list[f
     values += covariate.seen or ()
     if not values:
         return []
-    first, last = (BAND_YEARS * math.floor(end / BAND_YEARS) for end in (min(values), max(values)))
+    first, last = band_of(min(values)), band_of(max(values))
     edges = [float(edge) for edge in range(first, last + BAND_YEARS + 1, BAND_YEARS)]
     low, high = covariate.range or (-math.inf, math.inf)
     return [edge for edge in edges if low < edge <= high]

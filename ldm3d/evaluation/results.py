@@ -39,6 +39,7 @@ class Evaluation:
         order: indices of all held-out volumes, in the order in which they are used if not all are.
         requests: of the generated volumes: the covariates of held-out volumes in this order, repeated if there are fewer.
         subjects, people: covariates of each held-out volume, and its person.
+        synthetic: whether each held-out volume is itself known to be synthetic (phantoms, rendered brains); empty: none is.
         scores: of each volume, to be compared between groups of people.
         realism_gaps: gaps between groups in the metrics of `realism`, not yet corrected for their number.
         gaps: all gaps between groups, from `analyse_subgroups`.
@@ -70,6 +71,7 @@ class Evaluation:
     requests: list[dict[str, Value]] = field(default_factory=list)
     subjects: list[dict[str, Value]] = field(default_factory=list)
     people: list[Hashable] = field(default_factory=list)
+    synthetic: list[bool] = field(default_factory=list)
     scores: list[VolumeScores] = field(default_factory=list)
     realism_gaps: list[Gap] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
@@ -129,6 +131,10 @@ class Evaluation:
     def likelihood_interval(self, name: str) -> tuple[float, float]:
         """95% interval of the mean of a column of `likelihood`."""
         return mean_interval(self.likelihood[name].to_numpy(), [self.people[i] for i in self.order[: len(self.likelihood)]])
+
+    def is_synthetic(self, i: int) -> bool:
+        """Whether a held-out volume is itself known to be synthetic."""
+        return bool(self.synthetic) and self.synthetic[i]
 
     @property
     def sources(self) -> list[int]:

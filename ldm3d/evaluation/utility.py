@@ -5,6 +5,7 @@ held-out real people. The label of a synthetic volume is the value that was requ
 the same size. They are drawn anew in every repeat, and the tested people by the bootstrap, so that intervals include both.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +71,8 @@ def downstream_utility(
         InputError: too few volumes to train on, or none to test on.
     """
     size = int(TRAINING_PART * min(len(real[1]), len(synthetic[1])))
-    if size < MIN_PEOPLE or not len(tested[1]):
-        raise InputError(
-            f"{len(real[1])} real and {len(synthetic[1])} synthetic volumes to train on, {len(tested[1])} to test on: "
-            f"{-(-MIN_PEOPLE * 10 // 8)} of each are needed; generate more (--num), or give more people in --data"
-        )
+    if lacking := _lacking(covariate, len(real[1]), len(synthetic[1]), len(tested[1])):
+        raise InputError(lacking)
     errors: dict[str, list[NDArray]] = {kind: [] for kind in KINDS}
     for repeat in range(repeats):
         drawn = [_draw(one, size, seed, repeat, name) for one, name in ((real, "real"), (synthetic, "synthetic"))]
@@ -93,6 +91,19 @@ def downstream_utility(
     ratio_intervals = {kind: interval(draws[kind] / draws["real"]) for kind in KINDS[1:]}
     mean_errors = {kind: np.mean(rows, axis=0) for kind, rows in errors.items()}
     return Utility(covariate, len(tested[1]), volumes, mae, intervals, ratio, ratio_intervals, mean_errors)
+
+
+def _lacking(covariate: str, real: int, synthetic: int, tested: int) -> str:
+    """What there is too little of, and what can be done; "" for nothing."""
+    needed = math.ceil(MIN_PEOPLE / TRAINING_PART)
+    if real < needed:
+        return (
+            f"--data has {real} training scans with {covariate}, and {needed} are needed. Give all scans of the training in "
+            "--data; if these are all, the training is too small for this comparison: leave --downstream out"
+        )
+    if synthetic < needed:
+        return f"{synthetic} volumes were generated for people with {covariate}, and {needed} are needed: --num generates more"
+    return "" if tested else f"no held-out scan has {covariate}: give held-out people with it in --data"
 
 
 def _draw(one: Set, size: int, *position: int | str) -> Set:

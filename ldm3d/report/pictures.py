@@ -13,8 +13,8 @@ from ldm3d.report.sections import anatomy, subgroups, truth
 
 PAIR = "pair-"  # and a number: a real and a synthetic volume of the same covariates
 CAPTION = (
-    "The same axial slices of a real and of a synthetic volume, from below to above. L and R: the person's left and right; z: "
-    "height in millimetres."
+    "The same axial slices of a held-out and of a generated volume, from below to above. L and R: the person's left and "
+    "right; z: height in millimetres."
 )
 
 
@@ -22,14 +22,14 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
     """Every picture of the page, by name."""
     spacing, schema = pipeline.grid.spacing_mm, pipeline.schema
     columns = min(3, len(evaluation.real))
-    found = {}
+    found, kinds = {}, [held_out(evaluation, i) for i in evaluation.order[: len(evaluation.real)]]
     for n, pair in enumerate(zip(evaluation.real, evaluation.generated)):
         asked = in_units(evaluation.requests[n], schema)
-        titles = [f"REAL (held-out): {asked}", f"SYNTHETIC, requested: {asked}"] if asked else ["REAL (held-out)", "SYNTHETIC"]
+        titles = [f"{kinds[n]}: {asked}", f"SYNTHETIC, requested: {asked}"] if asked else [kinds[n], "SYNTHETIC"]
         found[f"{PAIR}{n + 1}"] = figures.lightbox(pair, titles, pipeline.output_grid.affine)
     qualities = [f"reconstruction, {evaluation.psnr_foreground_db[i]:.1f} dB" for i in evaluation.order[:columns]]
     shown = evaluation.real[:columns] + evaluation.reconstructed[:columns]
-    found["reconstructions"] = figures.mosaic(shown, ["real"] * columns + qualities, spacing, columns)
+    found["reconstructions"] = figures.mosaic(shown, [*kinds[:columns], *qualities], spacing, columns)
     for c in evaluation.comparisons:
         if c.kind == "kept":  # in a table only
             continue
@@ -56,6 +56,11 @@ def draw(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, figures.Figure
         found["denoising"] = figures.lines(levels, errors, "sigma / alpha", "error / variance", "denoising error", log=True)
     found |= truth.draw(pipeline, evaluation.truth)
     return found | anatomy.draw(evaluation.anatomy) | subgroups.draw(evaluation.gaps)
+
+
+def held_out(evaluation: Evaluation, i: int) -> str:
+    """What a held-out volume is called: a phantom or a rendered brain is no real one."""
+    return "HELD-OUT (itself synthetic)" if evaluation.is_synthetic(i) else "REAL (held-out)"
 
 
 def lightbox_pictures(evaluation: Evaluation, pictures: Mapping[str, str]) -> list[dict[str, str]]:

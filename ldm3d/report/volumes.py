@@ -1,5 +1,6 @@
 """Tables of an evaluation: a row for each volume, and who was trained on and tested."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,14 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def people_section(found: Evaluation, schema: CovariateSchema) -> Section:
-    """Table 1: the people of the training and of the test; of the test alone if the training data is not available."""
+def people_section(found: Evaluation, schema: CovariateSchema, account: Mapping[str, Any] | None = None) -> Section:
+    """Table 1: the people of the training and of the test.
+
+    Args:
+        found: people of the training are there if their scans were given.
+        schema: of the covariates.
+        account: of the model (`ldm3d.account`), which tells of the training where its scans were not given.
+    """
     parts = [(TRAIN, found.training or [], found.training_people or []), (TEST, found.subjects, found.people)]
     rows = [
         {"split": split, "subject": f"{split} {person}", **values}
@@ -53,9 +60,29 @@ def people_section(found: Evaluation, schema: CovariateSchema) -> Section:
     for covariate in schema:
         if covariate.kind == "continuous":
             table[covariate.name] = table[covariate.name].astype(float)
-    text = (
-        f"Table 1: {len(found.training or []) or 'an unknown number of'} scans that the model was trained on, and "
-        f"{len(found.subjects)} held-out scans that it was tested on. Mean ± standard deviation and range, or numbers and "
-        f"shares. {len(found.requests)} synthetic volumes were requested with the covariates of held-out people."
+    shown, trained = table_1(table, schema.covariates, {}), len(found.training or [])
+    if not trained and account:
+        trained, shown = account["data"]["scans"].get(TRAIN, 0), beside(account["data"]["table"], shown)
+    on = (
+        f"{trained} scans that the model was trained on"
+        if trained
+        else "what the model was trained on is described neither in its folder nor in --data"
     )
-    return Section("Who was trained on, and who was tested", text, table_1(table, schema.covariates, {}))
+    text = (
+        f"Table 1: {on}; {len(found.subjects)} held-out scans that it was tested on. Mean ± standard deviation and range, or "
+        f"numbers and shares. {len(found.requests)} synthetic volumes were requested with the covariates of held-out people."
+    )
+    return Section("Who was trained on, and who was tested", text, shown)
+
+
+def beside(trained: Mapping[str, list], tested: Mapping[str, list]) -> dict[str, list]:
+    """Table 1 of the training's own account and of held-out people, as one: the columns of training and test."""
+    columns = []
+    for table, split in ((trained, TRAIN), (tested, TEST)):
+        place = table["columns"].index(split)
+        columns.append({row[0]: row[place] for row in table["rows"]})
+    labels = list(dict.fromkeys(label for cells in columns for label in cells))
+    return {
+        "columns": ["", TRAIN, TEST],
+        "rows": [[label, *(cells.get(label, "none") for cells in columns)] for label in labels],
+    }

@@ -26,6 +26,10 @@ from ldm3d.report.volumes import people_section, volume_table
 
 FIDELITY, VOLUMES = "fidelity.tsv", "volumes.tsv"
 TEMPLATE = "evaluation.html"
+OWN = (
+    " {} held-out volumes are themselves synthetic, such as phantoms or rendered brains: where this page says real, it means "
+    "these. What it says of realism holds for them, and for no real person."
+)
 LEAD = (
     "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not "
     "the same person."
@@ -56,7 +60,7 @@ def write_report(
     Args:
         goals: beside the lights of the evaluation.
         audit: of the same model; the page then shows training subjects.
-        account: of the model's training (`ldm3d.account`), for the text of the methods.
+        account: of the model's training (`ldm3d.account`), for the text of the methods and the people of the training.
 
     Returns:
         The page.
@@ -70,7 +74,7 @@ def write_report(
     if audit:  # its pictures, of training subjects, are on the page only
         shown |= {name: figures.to_data_uri(figure) for name, figure in privacy.draw(pipeline, audit).items()}
         metrics["audit"] = audit.to_dict()
-    covered = coverage(pipeline.schema, evaluation)
+    covered = coverage(pipeline.schema, evaluation, account)
     metrics["coverage"] = [each.to_dict() for each in covered]
     detail = sections(evaluation, pipeline.schema, shown, audit)
     answers = [replace(verdict, sections=detail[verdict.question]) for verdict in verdicts(evaluation, audit)]
@@ -78,13 +82,13 @@ def write_report(
     every = [*goals, *(goal for verdict in answers for goal in verdict.goals)]
     write_json(folder / METRICS, metrics | {"goals": [goal.to_dict() for goal in every], "provenance": made})
     parts = [denoising_section(pipeline.denoising, shown)] if pipeline.denoising else []
-    parts.append(people_section(evaluation, pipeline.schema))
+    parts.append(people_section(evaluation, pipeline.schema, account))
     text = methods_text(account, sampling, metrics)
     write_methods(folder, text, account)
     parts.append(methods_section(text, account))
     lightbox = lightbox_pictures(evaluation, shown)
     number_pictures([lightbox, *(all_pictures(each.sections) for each in answers), all_pictures(parts)], set(pictures))
-    more = {"verdicts": answers, "lightbox": lightbox, "lead": _lead(pipeline)}
+    more = {"verdicts": answers, "lightbox": lightbox, "lead": _lead(pipeline) + _own(evaluation)}
     more |= {"matrices": matrices(covered), "files": FILES}
     return write_page(folder, title, parts, made, goals, TEMPLATE, **more)
 
@@ -94,6 +98,12 @@ def _lead(pipeline: Pipeline) -> str:
     if pipeline.conditions:
         return LEAD_IMAGES
     return LEAD if len(pipeline.schema) else LEAD_OPEN
+
+
+def _own(evaluation: Evaluation) -> str:
+    """That held-out volumes are no real ones, where it is so."""
+    own, count = sum(evaluation.synthetic), len(evaluation.synthetic)
+    return OWN.format("All" if own == count else f"{own} of {count}") if own else ""
 
 
 def methods_section(text: str, account: Mapping[str, Any] | None = None) -> Section:

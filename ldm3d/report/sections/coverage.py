@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm3d.covariates import in_words
-from ldm3d.evaluation.coverage import EVERYONE, Cell, Coverage
+from ldm3d.data.bands import EVERYONE, FEWEST_TOLD
+from ldm3d.evaluation.coverage import Cell, Coverage
 from ldm3d.evaluation.subgroups import MIN_GROUP
 from ldm3d.report.page import AMBER, GREEN, GREY, RED
 from ldm3d.report.sections.regression import MAX_UTILITY_RATIO
-
-FEWEST_SHOWN = 5  # people; smaller numbers might identify somebody
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Answer:
 
 def answer(cell: Cell, task: str) -> Answer:
     """May the model be used for these people, to train regressors of `task`? "" if none was trained."""
-    trained = "training people not known" if cell.trained is None else f"{people(cell.trained)} in training"
+    trained = "training people not counted" if cell.trained is None else f"{people(cell.trained)} in training"
     reasons = [trained, f"{people(cell.tested)} held out"]
     if task and cell.tested >= MIN_GROUP and math.isfinite(cell.ratio):
         reasons.append(f"error {cell.ratio:.2f} times that of real ({cell.low:.2f} to {cell.high:.2f})")
@@ -42,7 +41,7 @@ def answer(cell: Cell, task: str) -> Answer:
 
 def people(number: int) -> str:
     """How many, without a number that might identify somebody."""
-    return f"1 to {FEWEST_SHOWN - 1}" if 0 < number < FEWEST_SHOWN else str(number)
+    return f"1 to {FEWEST_TOLD - 1}" if 0 < number < FEWEST_TOLD else str(number)
 
 
 def matrices(found: Sequence[Coverage]) -> list[dict[str, Any]]:
@@ -80,12 +79,11 @@ def _text(found: Coverage, task: str) -> str:
         else "No regressor was trained on synthetic volumes, so no group can be answered with yes: run ldm3d evaluate with "
         "--downstream, and with the training data in --data. "
     )
-    where = (
-        "" if found.cells[-1].trained is not None else "Without the training data, numbers of training people are unknown. "
-    )
+    counted = all(cell.trained is not None for cell in found.cells)
+    where = "" if counted else "Training people of a group are counted where --data has the scans of the training, too. "
     holds = " The answer holds for this task and this simple regressor, for scans like those of the held-out people."
     return (
         f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not judged: fewer than {MIN_GROUP} held-out "
-        f"people{'' if task else ', or no regressor'}. Numbers from 1 to {FEWEST_SHOWN - 1} are not told apart, so that "
+        f"people{'' if task else ', or no regressor'}. Numbers from 1 to {FEWEST_TOLD - 1} are not told apart, so that "
         f"nobody is identified.{holds if task else ''}"
     )

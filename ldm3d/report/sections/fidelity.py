@@ -113,7 +113,7 @@ def outside_section(found: Evaluation) -> Section:
         "volumes). There, generation is extrapolation."
     )
     if not found.joint:
-        text += " The table of the training data is not available, so each covariate was checked alone."
+        text += " Each covariate was checked alone; combinations are where --data has the scans of the training, too."
     rows = [[str(each.number), each.asked, in_words(each.reason)] for each in found.outside[:SHOWN]]
     table = {"columns": ["volume", "request", "reason"], "rows": rows} if rows else None
     note = f"The first {SHOWN}; all are in metrics.json." if count > SHOWN else ""

@@ -30,7 +30,8 @@ NOTE = (
 CAPTION = (
     "Points: the gap between the worst and the best group; lines: its 95% interval. Grey band: gaps that are small enough to "
     f"be tolerated. Ticks: gaps that random groups have by chance (95th percentile). Red: {GAP}; amber: {SMALL_GAP}; green: "
-    f"{NO_GAP}; grey: {FEW}. Arrowheads lie beyond the picture."
+    f"{NO_GAP}; grey: {FEW}. An arrowhead: the interval goes on beyond the picture, to the "
+    "figure beside it; ticks beyond it are left out."
 )
 
 
