@@ -1,6 +1,12 @@
 // Three planes and a volume rendering by NiiVue, which needs WebGL2.
 
+import { AXIAL, BRIGHTER, CORONAL, DARKER, MOST, SAGITTAL } from "./planes.js";
+
 const BUNDLE = "static/niivue-0.69.0.umd.js";
+const PLANES = [AXIAL, CORONAL, SAGITTAL]; // in the order of NiiVue's numbers for them
+const TRANSLUCENT = 1; // below cal_min, opacity is the square of the share of it, in NiiVue's shader
+const OPAQUE = (2 / 3) * MOST; // so that smaller differences look as they do on the planes, which blend in proportion
+const COLOURS = { brighter: BRIGHTER, darker: DARKER };
 let loading = null;
 
 export function hasWebGL2() {
@@ -62,6 +68,7 @@ export class Rendered {
       crosshairColor: [0.43, 0.75, 1, 0.7],
       crosshairWidth: 0.25,
       dragAndDropEnabled: false,
+      isOrientationTextVisible: false, // `label` has both sides, and nothing is cut off
       isRadiologicalConvention: false,
       loadingText: "",
       logLevel: "error",
@@ -69,9 +76,36 @@ export class Rendered {
       multiplanarLayout: 2,
       show3Dcrosshair: true,
     });
+    for (const [name, colour] of Object.entries(COLOURS)) {
+      const [R, G, B] = colour.map((c) => [c, c]);
+      this.nv.addColormap(name, { R, G, B, A: [0, 255], I: [0, 255] });
+    }
+    const draw = this.nv.drawScene.bind(this.nv);
+    this.nv.drawScene = (...given) => {
+      draw(...given);
+      this.label();
+    };
     await this.nv.attachToCanvas(this.canvas);
     this.nv.setSliceType(this.nv.sliceTypeMultiplanar);
     this.nv.onLocationChange = (place) => this.told(place);
+  }
+
+  // Sides of each plane, in its corners
+  label() {
+    const ratio = this.canvas.width / (this.canvas.clientWidth || 1);
+    const slices = this.nv.screenSlices.filter(({ axCorSag }) => axCorSag < PLANES.length);
+    const wanted = JSON.stringify(slices.map(({ axCorSag, leftTopWidthHeight }) => [axCorSag, leftTopWidthHeight, ratio]));
+    if (wanted === this.labelled) return;
+    this.labelled = wanted;
+    for (const old of this.picture.querySelectorAll(".side")) old.remove();
+    for (const { axCorSag, leftTopWidthHeight } of slices) {
+      const [left, top, wide] = leftTopWidthHeight.map((n) => n / ratio);
+      for (const [end, text] of PLANES[axCorSag].ends.entries()) {
+        const side = Object.assign(document.createElement("span"), { className: end ? "side right" : "side", textContent: text });
+        Object.assign(side.style, { left: `${left + end * wide}px`, top: `${top}px` });
+        this.picture.append(side);
+      }
+    }
   }
 
   told(place) {
@@ -93,8 +127,9 @@ export class Rendered {
   }
 }
 
-// Grey for the brain; from 0.04 to 0.3 in red for what is brighter, in blue for what is darker
+// Grey for the brain; differences the more opaque the larger they are, as the planes have them
 function scale(layer, i) {
-  layer.colormap = ["gray", "warm", "winter"][i]; // first: it sets the range by the data
-  [layer.cal_min, layer.cal_max] = i ? [0.04, 0.3] : [0.02, 1];
+  layer.colormap = ["gray", ...Object.keys(COLOURS)][i]; // first: it sets the range by the data
+  [layer.cal_min, layer.cal_max] = i ? [OPAQUE, 1.01 * OPAQUE] : [0.02, 1];
+  layer.colormapType = i ? TRANSLUCENT : 0;
 }

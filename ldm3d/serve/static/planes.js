@@ -1,11 +1,13 @@
 // Three planes of a volume on a canvas, with a crosshair; needs no WebGL. The patient's left is on the left.
 
-const AXIAL = { across: 0, up: 1, through: 2, name: "axial", ends: ["L", "R"] };
-const CORONAL = { across: 0, up: 2, through: 1, name: "coronal", ends: ["L", "R"] };
-const SAGITTAL = { across: 1, up: 2, through: 0, name: "sagittal", ends: ["P", "A"] };
-const GAP = 6;
+export const AXIAL = { across: 0, up: 1, through: 2, name: "axial", ends: ["L", "R"] };
+export const CORONAL = { across: 0, up: 2, through: 1, name: "coronal", ends: ["L", "R"] };
+export const SAGITTAL = { across: 1, up: 2, through: 0, name: "sagittal", ends: ["P", "A"] };
 const LEAST = 0.04; // of a difference that is drawn
-const MOST = 0.3;
+export const MOST = 0.3;
+export const BRIGHTER = [255, 120, 60];
+export const DARKER = [70, 140, 255];
+const GAP = 6;
 
 export class Planes {
   constructor(picture, moved) {
@@ -126,7 +128,7 @@ export class Planes {
   coloured(grey, voxel) {
     const change = this.difference ? this.difference.at(voxel) : 0;
     const share = Math.min(1, Math.max(0, (Math.abs(change) - LEAST) / (MOST - LEAST)));
-    const colour = change > 0 ? [255, 120, 60] : [70, 140, 255];
+    const colour = change > 0 ? BRIGHTER : DARKER;
     return [...colour.map((c) => grey * (1 - share) + c * share), 255];
   }
 
