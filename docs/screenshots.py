@@ -21,18 +21,14 @@ IMAGES = Path(__file__).parent / "images"
 
 
 class Shown:
-    """The page in a browser."""
+    """The page in a browser, with WebGL2 by software or without any."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, webgl: bool = False):
         options = webdriver.ChromeOptions()
         options.binary_location = str(shutil.which("chromium"))
-        for argument in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            "--disable-3d-apis",
-            "--hide-scrollbars",
-        ):
+        by_software = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+        common = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars")
+        for argument in (*common, *(by_software if webgl else ("--disable-3d-apis",))):
             options.add_argument(argument)
         self.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
         self.driver.set_window_size(1300, 1000)
@@ -67,14 +63,20 @@ class Shown:
         self.driver.save_screenshot(str(IMAGES / f"{name}.png"))
 
 
-def take(page: Shown, scan: Path) -> None:
+def two_ages(page: Shown, name: str) -> None:
+    """A person of 53 and of 85 years beside each other."""
     page.until(lambda request: True)
     page.set("ask-age", 53)
     page.until(lambda request: request["covariates"]["age"] == 53)
     page.click("keep")
     page.set("ask-age", 85)
     page.until(lambda request: request["covariates"]["age"] == 85)
-    page.shoot("serve")
+    time.sleep(5)  # until all three are drawn by software
+    page.shoot(name)
+
+
+def restored(page: Shown, scan: Path) -> None:
+    """A scan that lacks slices."""
     page.click("drop")
     page.set("ask-age", 40)
     page.driver.find_element("id", "file").send_keys(str(scan))
@@ -89,7 +91,7 @@ def take(page: Shown, scan: Path) -> None:
 
 
 def main(model: str) -> None:
-    """A person of 53 and of 85 years beside each other; then a synthetic scan that lacks 27 mm, restored."""
+    """Two ages of a person by NiiVue and on a canvas; then a synthetic scan that lacks 27 mm, restored."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = ldm3d.Pipeline.from_pretrained(model)
         image = pipe(age=40, sex="F", seed=3).images[0]
@@ -101,11 +103,14 @@ def main(model: str) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
             try:
                 address = next(line.split()[0] for line in served.stdout or () if line.startswith("http"))
-                page = Shown(address)
-                try:
-                    take(page, scan)
-                finally:
-                    page.driver.quit()
+                for name, webgl in (("serve", True), ("serve-planes", False)):
+                    page = Shown(address, webgl)
+                    try:
+                        two_ages(page, name)
+                        if not webgl:
+                            restored(page, scan)
+                    finally:
+                        page.driver.quit()
             finally:
                 served.terminate()
 

@@ -67,7 +67,14 @@ return [...document.querySelectorAll('figure[data-name=current] .side')].map((si
   const inside = place.left >= box.left && place.right <= box.right && place.top >= box.top && place.bottom <= box.bottom;
   return [side.textContent, inside];
 });"""
-    assert sorted(page.execute_script(script)) == [["A", True], ["L", True], ["L", True], ["P", True], ["R", True], ["R", True]]
+    assert sorted(page.execute_script(script)) == [
+        ["A", True],
+        ["L", True],
+        ["L", True],
+        ["P", True],
+        ["R", True],
+        ["R", True],
+    ]
 
 
 def test_a_click_moves_the_crosshair_of_all_brains(page):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+import warnings
 
 import pytest
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm3d.config.training import TrainingConfig
 from ldm3d.errors import InputError
 from ldm3d.training.metrics import Metrics
-from ldm3d.training.trackers import RECORD, external, start_trackers
+from ldm3d.training.trackers import RECORD, external, start_trackers, writes_tensorboard
 
 TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3}
 
@@ -44,9 +45,9 @@ def wandb(monkeypatch):
 
 
 def run_of(training: TrainingConfig, folder, first: int) -> None:
-    accelerator = Accelerator(cpu=True, log_with=external(training))
+    accelerator = Accelerator(cpu=True, log_with=external(training) or None)
     start_trackers(accelerator, training, folder)
-    metrics = Metrics(folder, accelerator, first, "tensorboard" in training.tracker)
+    metrics = Metrics(folder, accelerator, first, writes_tensorboard(training))
     metrics.add(first + 1, {"loss": 0.25, "other": float("nan")})
     metrics.close()
     for tracker in accelerator.trackers:
@@ -146,7 +147,11 @@ def test_without_tensorboard_a_training_goes_on_and_says_so(tmp_path, monkeypatc
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.warns(UserWarning, match=r"not installed.*pip install 'ldm3d\[tensorboard\]'"):
-        run_of(TrainingConfig(**TRAINING), tmp_path, 0)
+        run_of(TrainingConfig(tracker="tensorboard", **TRAINING), tmp_path, 0)
+    (tmp_path / "by default").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_of(TrainingConfig(**TRAINING), tmp_path / "by default", 0)  # nobody asked for it
     assert not (tmp_path / "tensorboard").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     monkeypatch.undo()
     run_of(TrainingConfig(**TRAINING), tmp_path, 1)  # now it is installed

@@ -175,7 +175,7 @@ def test_the_model_s_own_account_counts_people_whose_scans_are_not_at_hand():
     account = {"data": {**data, "bands": people_by_band(scans, schema)}}
     (counted,), (told,) = coverage(schema, given), coverage(schema, found, account)
     assert [cell.trained for cell in told.cells] == [cell.trained for cell in counted.cells]
-    assert "not counted" not in str(matrices([told])) and "are counted where" not in matrices([told])[0]["text"]
+    assert "not counted" not in str(matrices([told])) and "are counted where" not in matrices([told])[0]["lead"]
 
     (older,) = coverage(schema, found, {"data": data})  # an older version's
     cells = [(row, column) for row in (EVERYONE, "70 to 80") for column in ("F", EVERYONE)]
@@ -199,7 +199,7 @@ def test_without_regressors_or_covariates():
     found.utility = found.training = None
     (only,) = coverage(AGED.fit(found.subjects), found)
     assert {answer(cell, only.task).light for cell in only.cells} == {"grey"}
-    assert "--downstream" in matrices([only])[0]["text"] and coverage(CovariateSchema(()), found) == []
+    assert "--downstream" in matrices([only])[0]["lead"] and coverage(CovariateSchema(()), found) == []
 
 
 # Pictures and tables
@@ -269,6 +269,9 @@ def test_the_page_has_pictures_before_verdicts_before_folded_detail(tmp_path):
     places = [
         page.index(f'id="{key}"') for key in ("figure-1", "verdicts", "use", "reconstruction", "follows", "real", "safe")
     ]
+    assert page.index("No regressor was trained", places[2]) < page.index(
+        '<table class="use">'
+    )  # why it is grey, before it is
     assert places == sorted(places) and page.index("<details>", places[3]) < page.index("Reconstruction of held-out")
     for key in ("pictures", "verdicts", "use", "reconstruction", "follows", "real", "safe", "files", "made"):
         assert page.count(f'id="{key}"') == 1 and f'href="#{key}"' in page

@@ -20,7 +20,7 @@ from ldm3d.training.metrics import Metrics, progress_bar
 from ldm3d.training.optimizer import set_learning_rate
 from ldm3d.training.sharding import gather
 from ldm3d.training.task import MAIN, Task
-from ldm3d.training.trackers import TENSORBOARD, start_trackers
+from ldm3d.training.trackers import start_trackers, writes_tensorboard
 
 
 def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerator, stop: Stop) -> None:
@@ -51,7 +51,7 @@ def fit(task: Task, training: TrainingConfig, run: Path, accelerator: Accelerato
     step, choice, main = state["step"], Choice(training.keep, state["best"], task.settled), task.trained[MAIN]
     finite = FiniteSteps(accelerator, training.max_skipped_steps, task.subjects, state["skipped_steps"])
     start_trackers(accelerator, training, run)
-    metrics = Metrics(run, accelerator, step, TENSORBOARD in training.tracker)
+    metrics = Metrics(run, accelerator, step, writes_tensorboard(training))
     bar = progress_bar(accelerator, task.title, step, training.steps)
     loader = task.batches.loader(step, training.steps, training.workers, pin_memory=accelerator.device.type == "cuda")
     logged: dict[str, Tensor] = {}  # means over the parts of a batch

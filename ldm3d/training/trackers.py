@@ -37,6 +37,12 @@ def external(training: TrainingConfig) -> list[str]:
     return names
 
 
+def writes_tensorboard(training: TrainingConfig) -> bool:
+    """Whether its files are wanted: where the config names it, or by default where the package is installed."""
+    named = "tracker" in training.model_fields_set
+    return TENSORBOARD in training.tracker and (named or importlib.util.find_spec(TENSORBOARD) is not None)
+
+
 def start_trackers(accelerator: Accelerator, training: TrainingConfig, run: Path) -> None:
     """Start them for a run, or let them go on where it goes on; nothing where there are none."""
     if not external(training) or not accelerator.is_main_process:

@@ -56,7 +56,8 @@ def matrices(found: Sequence[Coverage]) -> list[dict[str, Any]]:
         shown.append(
             {
                 "title": f"To train a regressor of {task}?" if task else "For whom?",
-                "text": _text(each, task),
+                "lead": _lead(each, task),
+                "note": _note(each, task),
                 "corner": f"{in_words(each.by.name)}{unit}" if each.by else "",
                 "columns": columns,
                 "rows": rows,
@@ -70,20 +71,27 @@ def in_row(label: str, found: Coverage) -> str:
     return label if label != EVERYONE else f"any {in_words(found.by.name)}" if found.by else "everyone"
 
 
-def _text(found: Coverage, task: str) -> str:
+def _lead(found: Coverage, task: str) -> str:
+    """How the matrix is read, and why it is grey where nothing could be answered."""
     known = (
         f"Yes: a regressor of {task} that was trained on synthetic volumes errs at most {MAX_UTILITY_RATIO:g} times as much "
         "on held-out real people of this group as one trained on as many real volumes; the whole 95% interval says so. No: "
-        "the whole interval lies above, or the model has never seen such people. "
+        "the whole interval lies above, or the model has never seen such people."
         if task
         else "No regressor was trained on synthetic volumes, so no group can be answered with yes: run ldm3d evaluate with "
-        "--downstream, and with the training data in --data. "
+        "--downstream, and with the training data in --data."
     )
     counted = all(cell.trained is not None for cell in found.cells)
-    where = "" if counted else "Training people of a group are counted where --data has the scans of the training, too. "
+    return known + (
+        "" if counted else " Training people of a group are counted where --data has the scans of the training, too."
+    )
+
+
+def _note(found: Coverage, task: str) -> str:
+    """What the words mean."""
     holds = " The answer holds for this task and this simple regressor, for scans like those of the held-out people."
     return (
-        f"{known}{where}Hardly seen: fewer than {MIN_GROUP} training people. Not judged: fewer than {MIN_GROUP} held-out "
+        f"Hardly seen: fewer than {MIN_GROUP} training people. Not judged: fewer than {MIN_GROUP} held-out "
         f"people{'' if task else ', or no regressor'}. Numbers from 1 to {FEWEST_TOLD - 1} are not told apart, so that "
         f"nobody is identified.{holds if task else ''}"
     )
