@@ -4,9 +4,9 @@
 
 CONFIG is given a condition of kind labels (configs/conditions/masks-to-brain.yaml), and was trained. MONAI's network (Park et
 al. 2019, in a U-Net) sees the same channels of the label map at every normalisation, and learns the noise of its DDPM
-scheduler (1,000 steps, scaled linear betas) with Adam for MINUTES of CPU time; it samples by DDIM in 50 steps. Both are decoded
-by the same autoencoder. Of held-out scans, as `perception.py` prints them: Fréchet distances to the true volumes, and Dice of
-the labels that the segmenter finds with those that were given.
+scheduler (1,000 steps, scaled linear betas) with Adam for MINUTES of CPU time. It samples by DDIM in 50 steps. Both are
+decoded by the same autoencoder. Of held-out scans, as `perception.py` prints them: Fréchet distances to the true volumes, and
+Dice of the labels that the segmenter finds with those that were given.
 """
 
 import time

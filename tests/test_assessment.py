@@ -75,6 +75,16 @@ def test_ages_are_not_predicted_without_the_data_that_was_trained_on(experiment,
     assert "predicted" not in metrics and {row["covariate"] for row in metrics["fidelity"]} == {"ventricular_volume_ml"}
 
 
+def test_a_learned_ruler_predicts_what_a_measure_would_give(experiment, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(regression, "MIN_PEOPLE", 11)
+    arguments = ["--data", experiment / "data", "--num", 3, "--steps", 1, "--measure", "learned"]
+    command_line("evaluate", experiment / "run/model", *arguments, "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["predicted"]["covariates"]) == {"age", "ventricular_volume_ml"}
+    assert {row["covariate"] for row in metrics["fidelity"]} == {"age", "ventricular_volume_ml"}
+    assert "drop --no-predict" in fails("evaluate", experiment / "run/model", *arguments, "--no-predict")
+
+
 def test_a_segmenter_and_a_classifier_judge_anatomy(experiment, tmp_path, monkeypatch, capsys):
     """With the segmenter's features where no others are asked for; five people, and two steps of the classifier."""
     network = SegmentationUNet({"brain": [4, 5], "ventricles": [6, 7]}, (4, 8))

@@ -17,13 +17,13 @@ from ldm3d.cli.options import (
     ModelPath,
     Precision,
     Root,
-    Ruler,
     SamplerName,
     Seed,
     Steps,
 )
 from ldm3d.errors import InputError
 
+LEARNED = "learned"  # no measure: all covariates are predicted by regression
 Features = Annotated[
     str | None,
     typer.Option(
@@ -49,7 +49,7 @@ def evaluate(
     override: DataOverride = [],  # noqa: B006 (typer reads it, and it is never changed)
     out: Annotated[Path, typer.Option(help="Where to write the page and the figures.")] = Path("evaluation"),
     num: Annotated[int, typer.Option("--num", "--volumes", min=3, help="To generate (torchrun: --volumes).")] = 200,
-    measure: Ruler = VOLUMETRY,
+    measure: Annotated[str, typer.Option(help="package.module:function, segmenter:FOLDER, or learned.")] = VOLUMETRY,
     segmenter: Annotated[Path | None, typer.Option(help="Of `ldm3d segmenter`: compare the anatomy of volumes.")] = None,
     features: Features = None,
     classifier: Classifier = None,
@@ -86,7 +86,9 @@ def evaluate(
     processes = started_processes()
     precision = "float32" if with_likelihood and precision == "auto" else precision  # see `likelihood`
     pipeline, sampling = options.load_model(model, device, precision, seed, steps, guidance, sampler)
-    function = load_measure(measure, str(pipeline.device))
+    if measure == LEARNED and not predict:
+        raise InputError("--measure learned predicts covariates by regression; drop --no-predict")
+    function = load_measure(measure, str(pipeline.device)) if measure != LEARNED else lambda volume, spacing_mm: {}
     extractor = _extractor(features or (f"segmenter:{segmenter}" if segmenter else "random"))
     judge = Segmenter.from_pretrained(segmenter, pipeline.device) if segmenter else None
     if classifier is None:
