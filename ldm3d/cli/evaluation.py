@@ -1,5 +1,6 @@
 """Commands that assess a model: evaluate, audit, likelihood, explain."""
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -54,7 +55,10 @@ def evaluate(
     features: Features = None,
     classifier: Classifier = None,
     predict: Annotated[bool, typer.Option(help="Predict covariates that MEASURE does not give (age) by regression.")] = True,
-    downstream: Annotated[bool, typer.Option("--downstream", help="Train regressors on synthetic volumes.")] = False,
+    downstream: Annotated[
+        bool,
+        typer.Option("--downstream", help="Train regressors, or segmenters where label maps are given, on synthetic volumes."),
+    ] = False,
     with_likelihood: Annotated[bool, typer.Option("--likelihood", help="Likelihood of held-out volumes.")] = False,
     with_audit: Annotated[bool, typer.Option("--audit", help="Privacy audit; the page then shows training subjects.")] = False,
     regression: Annotated[
@@ -103,6 +107,8 @@ def evaluate(
     parts |= {"segmenter": judge, "classifier": classifier}
     parts["regression"] = rival(regression, pipeline, device, precision) if regression else None
     found = assess(pipeline, config, trained, held_out, function, extractor, sampling, num, **parts, processes=processes)
+    if downstream and processes.is_main:
+        found.segmentation = _segmentation(pipeline, config, trained, held_out, sampling)
     audited = None
     if with_audit and trained.empty:
         warnings.warn("no audit: --data has none of the volumes that the model was trained on", stacklevel=1)
@@ -131,6 +137,21 @@ def _extractor(features: str):
     if features.startswith("segmenter:"):  # of a folder, or of a shipped model
         features = f"segmenter:{segmenter_folder(features.partition(':')[2])}"
     return load_extractor(features)
+
+
+def _segmentation(pipeline, config, trained, held_out, sampling):
+    """Downstream utility of a model that draws scans of label maps; None of others, or, with a warning, of too few people."""
+    from ldm3d.evaluation.segmentation_utility import labels_of, utility_of_model
+    from ldm3d.training.segmenter import train_segmenter
+
+    if labels_of(pipeline) is None:
+        return None
+    train = functools.partial(train_segmenter, device=pipeline.device)
+    try:
+        return utility_of_model(pipeline, config, trained, held_out, train, sampling)
+    except InputError as error:  # the other figures are still useful
+        warnings.warn(f"downstream utility for segmentation is not assessed: {error}", stacklevel=2)
+        return None
 
 
 def rival(model: Path, pipeline, device: str | None, precision: str):

@@ -14,6 +14,7 @@ from ldm3d.evaluation.discriminability import Discriminability
 from ldm3d.evaluation.likelihood import COLUMNS
 from ldm3d.evaluation.realism_metrics import REALISM_METRICS
 from ldm3d.evaluation.samples import QUALITIES
+from ldm3d.evaluation.segmentation_utility import SegmentationUtility
 from ldm3d.evaluation.subgroups import Gap, VolumeScores
 from ldm3d.evaluation.support import OutsideTraining
 from ldm3d.evaluation.sweeps import Sweep
@@ -54,6 +55,7 @@ class Evaluation:
         predicted: covariates that were predicted by regression, and the number of training volumes; None: none.
         categories: how often the requested category was recognised.
         utility: of each covariate; None if it was not assessed.
+        segmentation: downstream utility of a model that draws scans of label maps; None if it was not assessed.
         truth: how near volumes come to each subject's own, of a model that takes images; None of others.
         likelihood: a row for each scored volume, see `ldm3d.evaluation.likelihood.score`; None if it was not assessed.
     """
@@ -88,6 +90,7 @@ class Evaluation:
     predicted: tuple[list[str], int] | None = None
     categories: list[Hits] = field(default_factory=list)
     utility: list[Utility] | None = None
+    segmentation: SegmentationUtility | None = None
     truth: Truth | None = None
     likelihood: pd.DataFrame | None = None
 
@@ -115,6 +118,8 @@ class Evaluation:
             found["categories"] = [each.to_dict() for each in self.categories]
         if self.utility is not None:
             found["downstream"] = [each.to_dict() for each in self.utility]
+        if self.segmentation:
+            found["downstream_segmentation"] = self.segmentation.to_dict()
         if self.likelihood is not None:
             found["likelihood"] = {"volumes": len(self.likelihood), "times": self.likelihood.attrs["times"]} | {
                 name: {"mean": float(self.likelihood[name].mean()), "interval": self.likelihood_interval(name)}

@@ -60,6 +60,8 @@ def sections(
     if found.categories:
         follows.append(regression.categories_section(found.categories))
     follows += [regression.utility_section(each) for each in found.utility or ()]
+    if found.segmentation:
+        follows.append(regression.segmentation_section(found.segmentation))
     real = [
         *realism.sections(found.realism, found.realism_of_reconstructions),
         *anatomy.sections(found.anatomy, found.discriminability, pictures),

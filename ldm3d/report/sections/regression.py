@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ldm3d.covariates import CovariateSchema, in_words
 from ldm3d.evaluation.results import Evaluation
+from ldm3d.evaluation.segmentation_utility import DRAWN, MOVED, REAL, SegmentationUtility
 from ldm3d.evaluation.utility import Utility
 from ldm3d.report.page import GREY, Goal, Section, number, with_interval
 from ldm3d.report.sections.fidelity import MIN_R
@@ -73,6 +74,28 @@ def utility_section(found: Utility) -> Section:
         {"columns": ["trained on", "volumes", "mean absolute error", "relative to real"], "rows": rows},
         note="Ridge regression on features. Means over training sets drawn at random; intervals are over training sets and "
         "tested people. Synthetic volumes were generated for the covariates of the tested people, so their range is the same.",
+    )
+
+
+def segmentation_section(found: SegmentationUtility) -> Section:
+    """Of `ldm3d.evaluation.segmentation_utility`."""
+    rows = []
+    for size, kind in found.scores:
+        beside = [
+            with_interval(*found.mean(size, kind, other)) if kind == DRAWN and (size, other) in found.scores else ""
+            for other in (REAL, MOVED)
+        ]
+        rows.append([str(size), kind, with_interval(*found.mean(size, kind)), *beside])
+    seeds = len(next(iter(found.scores.values())))
+    return Section(
+        "Downstream utility: segmentation after training with volumes that the model draws of label maps",
+        f"The same small network trained on few people's scans and label maps, and tested on {len(found.people)} others: mean "
+        f"Dice over {', '.join(map(in_words, found.groups))}. Every second volume is what the table names: a real scan, the "
+        "same mirrored and shifted, or one that the model drew of a label map that was. The model itself was trained on "
+        "everybody, as the last row's network is.",
+        {"columns": ["people", "every second volume", "Dice", f"minus {REAL}", f"minus {MOVED}"], "rows": rows},
+        labels=2,
+        note=f"Means over {seeds} trainings on other people; intervals are over trainings and tested people.",
     )
 
 
