@@ -1,7 +1,7 @@
 """Do volumes drawn from label maps help to train a segmenter, where 10, 20 or 50 people have one?
 
     python benchmarks/downstream.py CONFIG [--set key=value] [--steps 12] [--sizes 10 20 50] [--seeds 5] [--tested 20]
-        [--training-steps 300] [--name downstream-segmentation-cpu]
+        [--training-steps 300] [--painted] [--name downstream-segmentation-cpu]
 
 CONFIG is of a model that makes scans of label maps (configs/conditions/masks-to-brain.yaml), and was trained. Each network is
 trained on real scans and their label maps, with every second volume (`ldm3d.evaluation.segmentation_utility`)
@@ -9,7 +9,7 @@ trained on real scans and their label maps, with every second volume (`ldm3d.eva
     real                        real, too
     real, mirrored and shifted
     drawn by the model          of a label map that is mirrored and shifted
-    painted                     of a label map in random contrasts (as SynthSeg, Billot et al. 2023), turned and scaled
+    painted (--painted)         of a label map in random contrasts (as SynthSeg, Billot et al. 2023), turned and scaled
 
 all with random contrast, bias field, blur and noise (`ldm3d.data.augment.vary`); "all real" is trained on everybody whom the
 model was trained on. Printed and written: mean Dice over groups of labels, and differences, on people of the test split.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--tested", type=int, default=TESTED)
     parser.add_argument("--training-steps", type=int, default=STEPS)
+    parser.add_argument("--painted", action="store_true")
     parser.add_argument("--name", default="downstream-segmentation-cpu")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,9 +59,9 @@ def main() -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = utility_of_model(
-            *scans, train, sampling, asked.tested, more, sizes=asked.sizes, seeds=asked.seeds, progress=show
-        )
+        further = more if asked.painted else None
+        how = {"sizes": asked.sizes, "seeds": asked.seeds, "progress": show}
+        found = utility_of_model(*scans, train, sampling, asked.tested, further, **how)
     written = {"model": held.pipeline.model_hash, "processor": processor(), "training_steps": asked.training_steps}
     written |= {"sampling_steps": asked.steps, "tested": len(found.people), "rows": found.to_dict()}
     (RESULTS / f"{asked.name}.json").write_text(json.dumps(written, indent=2) + "\n")

@@ -80,7 +80,9 @@ def run(knows, **options):
 def test_differences_are_those_of_the_networks():
     is_drawn = lambda seconds: bool(seconds) and seconds[0][0].min() > 0  # noqa: E731
     steps = []
-    found, _, _ = run(lambda count, seconds: 8 if is_drawn(seconds) or count == 30 else 4, progress=lambda *at: steps.append(at))
+    found, _, _ = run(
+        lambda count, seconds: 8 if is_drawn(seconds) or count == 30 else 4, progress=lambda *at: steps.append(at)
+    )
     assert {size for size, _ in found.scores} == {4, 10, 30}  # of 99 there are too few
     assert found.mean(4, REAL)[0] == pytest.approx(0.75)  # the right block, and the left one of half of the people
     assert found.mean(10, DRAWN)[0] == 1 and found.mean(30, ALL) == (1, (1, 1))
