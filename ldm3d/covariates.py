@@ -323,10 +323,12 @@ class CovariateSchema:
 
 
 def describe(row: Mapping[str, Value]) -> str:
-    """A request in a line: "age 72, sex F"."""
+    """A request in a line: "age 72, sex F"; of numbers four digits, or all before the point."""
 
     def text(value: Value) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
     given = [f"{in_words(name)} {text(v)}" for name, v in row.items() if v is not None]
     return ", ".join(given) or "nothing asked"

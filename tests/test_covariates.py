@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ldm3d.covariates import Covariate, CovariateSchema, drop_covariates
+from ldm3d.covariates import Covariate, CovariateSchema, describe, drop_covariates
 from ldm3d.errors import InputError
 from ldm3d.notation import read_number
 
@@ -298,3 +298,9 @@ def test_every_number_of_open_covariates_is_equally_likely(probability):
 def test_nothing_dropped_at_probability_0():
     context = torch.ones(50, 3, 2)
     assert torch.equal(drop_covariates(context, torch.zeros(50, 5), 0.0), context)
+
+
+def test_a_request_in_a_line_is_rounded():
+    row = {"age": 72, "sex": "F", "ventricular_volume_ml": 46.42318741607666, "brain_volume_ml": 1209.48, "cells": 123456.7}
+    assert describe(row) == "age 72, sex F, ventricular volume 46.42, brain volume 1209, cells 123457"
+    assert describe({"age": 71.5, "volume": 0.001234, "sex": None}) == "age 71.5, volume 0.001234"
