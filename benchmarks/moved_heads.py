@@ -1,6 +1,6 @@
 """Do quantities of whole heads, off-axis and shifted, follow the truth as those of the brains as they lie?
 
-    python benchmarks/moved_heads.py DATASET [--num 32] [--recipe brains-3mm] [--measure NAME] [--out TABLE.tsv]
+    python benchmarks/moved_heads.py DATASET [--num 32] [--recipe brains-3mm] [--measure NAME] [--folder DIR] [--out FILE.tsv]
 
 DATASET is BIDS with whole heads, label maps of the same voxels below derivatives/ (`*_dseg.nii.gz`) and participants.tsv
 with ventricular_volume_ml and brain_volume_ml, counted on the labels. Each head is prepared twice by a config with the
@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=32)
     parser.add_argument("--recipe", default="brains-3mm")
     parser.add_argument("--measure", default=VOLUMETRY)
+    parser.add_argument("--folder", type=Path, help="keep both datasets and what is prepared of them here")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     paths = sorted(arguments.dataset.glob("sub-*/**/*_T1w.nii.gz"))[: arguments.num]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = arguments.folder or Path(temporary)
         for i, path in enumerate(paths):
             write_pair(folder, path, labels_of(path, arguments.dataset), np.random.default_rng([0, i]))
         found = {name: measured(folder, name, arguments) for name in ("aligned", "moved")}

@@ -57,7 +57,7 @@ def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSche
         (U-Net, covariates with the model's normalisation, the model's description as `read_description` has it).
 
     Raises:
-        InputError: no such model; other covariates, another target or process, or another network than the config's.
+        InputError: no such model; covariates that it has not, another target or process, or another network than the config's.
     """
     folder = model_folder(str(config.diffusion.init_from))
     parts = read_description(folder / DESCRIPTION)
@@ -93,8 +93,9 @@ def first_start(config: Config) -> GaussianStart:
 
 
 def seen_ranges(of_model: CovariateSchema, fitted: CovariateSchema) -> CovariateSchema:
-    """A model's covariates, normalised as it was trained, with the ranges that this training sees."""
-    return CovariateSchema(tuple(replace(old, seen=new.seen) for old, new in zip(of_model, fitted)))
+    """A model's covariates, normalised as it was trained, with the ranges that this training sees of those that it has."""
+    seen = {new.name: new.seen for new in fitted}
+    return CovariateSchema(tuple(replace(old, seen=seen.get(old.name, old.seen)) for old in of_model))
 
 
 def _check_network(wanted: dict[str, Any], folder: Path, section: str) -> None:
@@ -108,12 +109,12 @@ def _check_network(wanted: dict[str, Any], folder: Path, section: str) -> None:
 
 
 def _check_covariates(wanted: CovariateSchema, given: CovariateSchema, folder: Path) -> None:
-    """Raise InputError unless both schemas ask for the same, in the same order."""
-    described = [[(c.name, c.kind, c.unit, tuple(c.categories)) for c in schema] for schema in (wanted, given)]
-    if described[0] != described[1]:
+    """Raise InputError unless each of the config's covariates is one of the model's, and it has one if the model has any."""
+    described = [{(c.name, c.kind, c.unit, tuple(c.categories)) for c in schema} for schema in (wanted, given)]
+    if not described[0] <= described[1] or len(wanted) < min(len(given), 1):
         raise InputError(
             f"diffusion.init_from {folder}: its covariates are {_listed(given)}; the config's are {_listed(wanted)}. Write "
-            "the same ones in the same order, with the same units and categories"
+            "those of them that your data have, with the same units and categories; the others are left open"
         )
 
 

@@ -3,6 +3,7 @@
 Layouts are made here, with volumes of a few voxels; what they have in common with published ones is file names and tables.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -187,10 +188,76 @@ def rows_without_scans_and_scans_without_rows(folder: Path) -> None:
     assert found["age"].tolist() == [30] and found["sex"].tolist() == ["F"]
 
 
+def parts_of_one_image(folder: Path) -> None:
+    """Chunks are parts of an image, phases are none, and a copy with a blank in its name is no scan."""
+    for name in ("chunk-1", "chunk-2"):
+        scan(folder, f"sub-01/anat/sub-01_{name}_T1w.nii.gz")
+    for name in ("part-mag", "part-phase"):
+        scan(folder, f"sub-02/anat/sub-02_{name}_T1w.nii.gz")
+    scan(folder, "sub-02/anat/sub-02_part-mag_T1w 2.nii.gz")
+    table(folder, "participant_id age sex", "sub-01 30 F", "sub-02 40 M")
+    with pytest.warns(UserWarning, match="chunk-2: the lowest chunk is used, which is a part of the image; join"):
+        assert names(read(folder)) == ["sub-01_chunk-1_T1w.nii.gz", "sub-02_part-mag_T1w.nii.gz"]
+
+
+def tasks_in_the_scanner(folder: Path) -> None:
+    """Scans of heads that were told to move: entities that are rare in anatomy can be asked for."""
+    for task, rec in itertools.product(("nodding", "still"), ("plain", "corrected")):
+        for sub in ("01", "02"):
+            scan(folder, f"sub-{sub}/anat/sub-{sub}_task-{task}_acq-a_rec-{rec}_T1w.nii.gz")
+    table(folder, "participant_id age sex", "sub-01 30 F", "sub-02 40 M")
+    with pytest.warns(UserWarning, match="task-still: the task that most sessions have goes first, of equals"):
+        assert len(read(folder)) == 2
+    found = read(folder, filter={"task": "still", "rec": "plain"})
+    assert names(found) == [f"sub-0{i}_task-still_acq-a_rec-plain_T1w.nii.gz" for i in (1, 2)]
+
+
+def native_space_by_name(folder: Path) -> None:
+    """A derivative that names native space: its scans there are used, not those in the template's."""
+    for sub in ("01", "02"):
+        scan(folder, f"sub-{sub}/anat/sub-{sub}_space-individual_desc-biascor_T1w.nii.gz")
+        scan(folder, f"sub-{sub}/anat/sub-{sub}_space-IXI549Space_desc-preproc_T1w.nii.gz")
+    table(folder, "participant_id age sex", "sub-01 30 F", "sub-02 40 M")
+    with pytest.warns(UserWarning, match="space-IXI549Space: only scans in native space"):
+        assert names(read(folder)) == [f"sub-0{i}_space-individual_desc-biascor_T1w.nii.gz" for i in (1, 2)]
+
+
+def tables_of_other_names(folder: Path) -> None:
+    """A table of visits beside the scans, one of questionnaires, and identifiers and sexes that are called otherwise."""
+    for ses in ("1", "2"):
+        scan(folder, f"sub-01/ses-{ses}/anat/sub-01_ses-{ses}_T1w.nii.gz")
+    visits = "participant_id session_id age sex", "sub-01 ses-1 29 F", "sub-01 ses-2 30 F"
+    table(folder, *visits, name="participant+sessions.tsv")
+    table(folder, "participant_id score", "sub-01 3", name="phenotype/test.tsv")
+    with pytest.raises(InputError, match=r"data.participants: PATH` \(participant\+sessions.tsv has age and sex\)"):
+        read(folder)
+    assert read(folder, participants=folder / "participant+sessions.tsv")["age"].tolist() == [29, 30]
+    table(folder, "subject_id age gender", "sub-01 30 female")
+    with pytest.raises(InputError, match=r"did you mean 'subject_id'\? name the right one with `data.subject_column: COLUMN`"):
+        read(folder)
+    with pytest.raises(InputError, match=r"did you mean 'gender'\? name the right one with `column: COLUMN` in the covariate"):
+        read(folder, subject_column="subject_id")
+    sex = SEX.model_copy(update={"column": "gender"})
+    assert read(folder, AGE, sex, subject_column="subject_id")["sex"].tolist() == ["F", "F"]
+
+
+def templates_and_people_without_brains(folder: Path) -> None:
+    """An atlas has images of no subject; the empty room is a subject without one."""
+    scan(folder / "a", "tpl-MNI152/anat/tpl-MNI152_res-1_T1w.nii.gz")
+    scan(folder / "a", "sub-01/anat/sub-01_UNIT1.nii.gz")
+    with pytest.raises(InputError, match=r"have the suffixes UNIT1; (.|\n)*res-1_T1w.nii.gz is of no subject(.|\n)*data.table"):
+        read(folder / "a")
+    scan(folder / "b", "sub-0001/anat/sub-0001_T1w.nii.gz")
+    table(folder / "b", "participant_id age sex hand", "sub-emptyroom n/a n/a n/a", "sub-0001 25 Male Right", "")
+    with pytest.warns(UserWarning, match="1 subjects without a T1w scan .sub-emptyroom"):
+        assert read(folder / "b")["sex"].tolist() == ["M"]
+
+
 KINDS = (
     *(several_sessions, several_runs, several_acquisitions, ages_as_published, no_participants, derivatives_with_spaces),
     *(symbolic_links, unpadded_ids, packed_and_unpacked, other_words_in_tables, other_contrasts_only),
-    rows_without_scans_and_scans_without_rows,
+    *(rows_without_scans_and_scans_without_rows, parts_of_one_image, tasks_in_the_scanner, native_space_by_name),
+    *(tables_of_other_names, templates_and_people_without_brains),
 )
 
 

@@ -168,8 +168,8 @@ def _texts(values: Any) -> Any:
 Codes = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # words of a table, or one of them
 
 ENTITIES = (  # of BIDS file names, beside sub, in their short form
-    *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "rec"),
-    *("res", "run", "sample", "seg", "space", "trc"),
+    *("ses", "acq", "ce", "chunk", "den", "desc", "dir", "echo", "flip", "hemi", "inv", "label", "mod", "mt", "part", "proc"),
+    *("rec", "res", "run", "sample", "seg", "space", "stain", "task", "trc"),
 )
 
 Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]  # becomes part of file names

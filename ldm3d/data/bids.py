@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ from ldm3d.data.from_dicom import holds_dicom
 from ldm3d.data.inside import check_inside, dataset_of, root_of, tables_root_of
 from ldm3d.data.joined import read_joined
 from ldm3d.data.layouts import label_of
-from ldm3d.data.participants import cells_of, look_up, purpose_of
+from ldm3d.data.participants import cells_of, look_up, purpose_of, way_out_of
 from ldm3d.data.people import split_columns
 from ldm3d.data.selection import Candidate, choose_scans
 from ldm3d.data.tables import check_column, check_unique, read_table
@@ -26,6 +27,7 @@ from ldm3d.errors import SHOWN, InputError, itemised, shown, some
 
 # Instead of layout files in the dataset, from which PyBIDS would take patterns of file names
 _NO_LAYOUT_FILE = ".no-such-file"
+IMAGES = [".nii", ".nii.gz"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, config_filename=_NO_LAYOUT_FILE)
     try:
         layout = BIDSLayout(dataset, validate=False, config=["bids", "derivatives"], indexer=indexer)
-        found = layout.get(suffix=suffix, extension=[".nii", ".nii.gz"])
+        found = layout.get(suffix=suffix, extension=IMAGES)
+        others = [] if any("subject" in file.get_entities() for file in found) else layout.get(extension=IMAGES)
     except Exception as error:  # a broken dataset can raise anything in PyBIDS, even SQL errors
         raise InputError(f"{dataset} cannot be read as a BIDS dataset: {' '.join(str(error).split())}") from error
     named = [(file.path, entities) for file in found if "subject" in (entities := file.get_entities())]
@@ -185,9 +188,20 @@ def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
         message = f"no scan found in {dataset}: looked for sub-*/[ses-*/]anat/sub-*_{suffix}.nii or .nii.gz; "
         if file := holds_dicom(dataset):
             raise InputError(f"{message}there is DICOM ({file}): run `ldm3d import-dicom {dataset} --out DATASET` first")
-        raise InputError(f"{message}check {setting} and data.suffix")
+        images = [(file.path, file.get_entities()) for file in others]
+        raise InputError(f"{message}{_what_there_is(images, suffix)}check {setting} and data.suffix")
     chosen = choose_scans([Candidate.of(*each) for each in named], data.filter, suffix)
     return [(scan.subject, scan.session, scan.path) for scan in chosen]
+
+
+def _what_there_is(images: Sequence[tuple[str, Mapping[str, Any]]], suffix: str) -> str:
+    """Suffixes of the images of subjects, and images of the suffix that are of no subject, in words; "" for neither."""
+    suffixes = sorted({str(entities["suffix"]) for _, entities in images if {"subject", "suffix"} <= entities.keys()})
+    said = f"the images of subjects there have the suffixes {some(suffixes, 10)}; " if suffixes else ""
+    nobodys = [path for path, entities in images if entities.get("suffix") == suffix and "subject" not in entities]
+    if nobodys:
+        said += f"{some(nobodys, 1)} is of no subject (sub-), name such files in a table (data.table) to use them; "
+    return said
 
 
 def _scans_of_table(data: DataConfig, columns: Mapping[str, str], units: Mapping[str, str]) -> _Scans:
@@ -197,7 +211,7 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str], units: Mapping
     check_column(path, table, data.path_column, "data.path_column")
     if not data.covariates_tables:
         for name, column in columns.items():
-            check_column(path, table, column, purpose_of(name))
+            check_column(path, table, column, purpose_of(name), way_out_of(name))
     if "session_column" in data.model_fields_set:
         check_column(path, table, data.session_column, "data.session_column")
     has_sessions = data.session_column in table
@@ -245,7 +259,7 @@ def _scans_of_table(data: DataConfig, columns: Mapping[str, str], units: Mapping
         for name, column in lacking.items():
             if not any(column in each.columns for each in further):
                 purpose = f"{purpose_of(name)}; nor has {some(each.path.name for each in further)}"
-                check_column(path, table, column, purpose)
+                check_column(path, table, column, purpose, way_out_of(name))
         joined, locations = look_up(scans, lacking, units, {}, further)
         given |= joined
 

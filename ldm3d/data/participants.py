@@ -174,19 +174,39 @@ def _check_columns(
         others = [each for each in further if each is not main]
         for name, column in lacking.items():
             purpose = purpose_of(name) + (f"; nor has {some(each.path.name for each in others)}" if others else "")
-            check_column(main.path, main.columns, column, purpose)
+            check_column(main.path, main.columns, column, purpose, way_out_of(name))
     elif lacking:
         wanted = some(lacking.values(), 10)
         raise InputError(
             f"{data.bids} has no participants.tsv, where {wanted} would stand; write one, a row a subject with "
-            f"{data.subject_column}, {wanted}, or name a table that lies elsewhere with `data.participants: PATH`. Without "
-            "any covariates (`covariates: []`) the scans are enough"
+            f"{data.subject_column}, {wanted}, or name a table that lies elsewhere with `data.participants: PATH`"
+            f"{_tables_beside(data, lacking.values())}. Without any covariates (`covariates: []`) the scans are enough"
         )
+
+
+def _tables_beside(data: DataConfig, columns: Iterable[str]) -> str:
+    """Tables of the dataset with a column of subjects and one that is asked for, in words; "" for none."""
+    found = []
+    for path in [*sorted(data.bids.glob("*.tsv")), *sorted(data.bids.glob("phenotype/*.tsv"))] if data.bids else []:
+        if path.is_file() and not path.is_symlink():
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                header = {cell.strip() for cell in file.readline(2**16).split("\t")}
+            has = [column for column in columns if column in header]
+            if data.subject_column in header and has:
+                found.append(f"{path.relative_to(data.bids)} has {' and '.join(has)}")
+    return f" ({some(found)})" if found else ""
 
 
 def purpose_of(name: str) -> str:
     """What needs a column: a covariate, or the setting of that name."""
     return name if name.startswith("data.") else f"covariate {name}"
+
+
+def way_out_of(name: str) -> str:
+    """What can be done where no table has a covariate's column; "" for a setting's."""
+    if name.startswith("data."):
+        return ""
+    return "name the right one with `column: COLUMN` in the covariate, add it to the table, or leave the covariate out"
 
 
 def _subjects(labels: Iterable[str]) -> str:

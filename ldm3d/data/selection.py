@@ -23,8 +23,10 @@ from ldm3d.errors import InputError, some
 
 # PyBIDS's names for these
 _LONG = {"acq": "acquisition", "ce": "ceagent", "dir": "direction", "mod": "modality", "rec": "reconstruction"}
-_LONG |= {"seg": "segmentation", "ses": "session", "trc": "tracer"}
-_PLAIN = {"part": ("", "mag"), "space": ("",), "ce": ("",)}
+_LONG |= {"seg": "segmentation", "ses": "session", "stain": "staining", "trc": "tracer"}
+# Names of native space as BIDS and pipelines have them
+_NATIVE = ("", "individual", "orig", "T1w")
+_PLAIN = {"part": ("", "mag"), "space": _NATIVE, "ce": ("",)}
 _ONLY = {
     "part": "only magnitudes are used",
     "space": "only scans in native space are used",
@@ -36,8 +38,11 @@ _RULES = {
     "res": "a scan without res goes first",
     "echo": "the first echo is used",
     "run": "the lowest run is used",
+    "chunk": "the lowest chunk is used, which is a part of the image; join the chunks first",
 }
-_ORDER = (*("desc", "rec", "res"), *(e for e in ENTITIES if e not in {*_PLAIN, *_RULES, "ses"}), "echo", "run")
+_TWIN = "another file with the same entities"
+_FIRST, _LAST = ("desc", "rec", "res"), ("echo", "run", "chunk")
+_ORDER = (*_FIRST, *(e for e in ENTITIES if e not in {*_PLAIN, *_RULES, "ses"}), *_LAST)
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,9 @@ def _difference(first: Candidate, other: Candidate) -> str:
     """Why the first is used and not the other."""
     for entity in _ORDER:
         if first.entities.get(entity) != other.entities.get(entity):
-            rule = _RULES.get(entity, f"the {entity} that most sessions have goes first")
+            rule = _RULES.get(entity, f"the {entity} that most sessions have goes first, of equals the first by name")
             return f"{other.has(entity)}: {rule}"
-    return "another file with the same entities: the first by path is used"
+    return f"{_TWIN}: the first by path is used"
 
 
 def _not_used(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequence[tuple], suffix: str) -> str:
@@ -148,17 +153,16 @@ def _not_used(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequ
     if scanless:
         names = some(f"sub-{subject}" + (f" ses-{session}" if session else "") for subject, session in scanless)
         lines.append(f"  {len(scanless)} sessions have no other scan and are left out: {names}")
-    reason = why[files[0].path].partition(":")[0]
-    entity, _, value = reason.partition("-")
-    example = f"{{{entity}: {value}}}" if value else "{run: 1}"
-    if reason.startswith("no "):
-        example = f"{{{reason.removeprefix('no ')}: null}}"
+    example = next((file for file in files if not why[file.path].startswith(_TWIN)), files[0])
+    entity, _, value = why[example.path].partition(":")[0].removeprefix("no ").partition("-")
+    others = f"set data.filter, such as {{{entity}: {value or 'null'}}}; null asks for files without an entity, and a list for a "
+    others = f"to use others, {others}scan of each value"
+    if why[example.path].startswith(_TWIN):
+        others = "to use others, name these in data.exclude"
     return (
         f"{len(files)} {suffix} files are left aside, because each session gives one scan:\n"
         + "\n".join(lines)
-        + "\n  such as "
-        f"{files[0].path}\nto use others, set data.filter, such as {example}; null asks for files without an entity, and a "
-        "list for a scan of each value"
+        + f"\n  such as {example.path}\n{others}"
     )
 
 

@@ -16,6 +16,8 @@ from ldm3d.files import write_atomic
 
 MAX_TABLE_BYTES = 2**30
 _WORKBOOKS = (".xlsx", ".xlsm")
+# Names that a column has elsewhere, in small letters
+_ALSO = {"sex": ("gender",), "gender": ("sex",), "age": ("age_at_scan", "age_years", "ageatscan"), "participant_id": ("subject_id",)}
 _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spreadsheet; a lone + or - is a value
 
 
@@ -136,14 +138,18 @@ def _clean(cells: Sequence[str], lines: Sequence[int], path: Path) -> list[str]:
     return cells
 
 
-def check_column(path: Path, columns: Collection[str], column: str, purpose: str) -> None:
+def check_column(path: Path, columns: Collection[str], column: str, purpose: str, way_out: str = "") -> None:
     """Raise InputError, with the nearest name, unless the table has the column; `purpose` is the setting that needs it."""
     if column not in columns:
         names = {name.lower(): name for name in columns if len(name) < 100}
-        close = nearest(column.lower(), names, cutoff=0.5)
+        close = next((name for name in _ALSO.get(column, ()) if name in names), None)
+        close = close or nearest(column.lower(), names, cutoff=0.5)
         hint = f"did you mean {names[close]!r}? " if close else ""
         listed = some((shown(name)[1:-1] for name in columns), 30)
-        raise InputError(f"{path} has no column {column!r} ({purpose}); {hint}Its columns: {listed}")
+        way_out = way_out or (f"name the right one with `{purpose}: COLUMN`" if purpose.startswith("data.") else "")
+        raise InputError(
+            f"{path} has no column {column!r} ({purpose}); {hint}{way_out}{'. ' if way_out else ''}Its columns: {listed}"
+        )
 
 
 def check_unique(path: Path, lines: Sequence[int], names: Sequence[str], hint: str = "") -> None:

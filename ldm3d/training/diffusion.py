@@ -105,7 +105,7 @@ class DiffusionTask(Task):
         self.scales = deviations(self.autoencoder, moments, self.complete["train"]) if by_channel else ()
         model = self.first_network().to(accelerator.device)
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
-        self.images = TrainingImages(config, self.autoencoder, scans, self.contexts)
+        self.images = TrainingImages(config, self.autoencoder, scans, self.contexts, self.schema.names)
         self.padded = model.padded_shape(moments.shape[2:])
         self.estimate = self.start if settings.learns_residual else None
         self.objective = make_objective(**settings.objective(), scales=self.scales, estimated=settings.learns_residual)

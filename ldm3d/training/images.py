@@ -28,12 +28,15 @@ class TrainingImages:
         autoencoder: of stage 1, on the device of the run.
         scans: table of the latent cache.
         contexts: encoded covariates of all its rows, (scans, K, 2).
+        names: of these covariates.
     """
 
-    def __init__(self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, contexts: Tensor):
+    def __init__(
+        self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]
+    ):
         self.conditions = config.given_conditions
         self.channels = ImageChannels(self.conditions, autoencoder)
-        self.readers = tuple(_reader(config, each, scans, contexts) for each in self.conditions)
+        self.readers = tuple(_reader(config, each, scans, contexts, names) for each in self.conditions)
 
     def __len__(self) -> int:
         return len(self.conditions)
@@ -80,7 +83,9 @@ def contrasts_of(config: Config, scans: pd.DataFrame) -> dict[str, Contrast]:
     return {name: each for name, each in fitted.items() if each}
 
 
-def _reader(config: Config, condition: Condition, scans: pd.DataFrame, contexts: Tensor) -> Reader:
+def _reader(
+    config: Config, condition: Condition, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]
+) -> Reader:
     """What reads a condition of a row of the cache."""
     if isinstance(condition, DegradedCondition):
         return DegradedVolumes(condition, config, tuple(scans["key"]))
@@ -89,7 +94,7 @@ def _reader(config: Config, condition: Condition, scans: pd.DataFrame, contexts:
     if condition not in config.diffusion.conditions:  # where another contrast is
         return Visits(condition.name, config.latents_folder, tuple((row,) for row in range(len(scans))), contexts[:, :0, 0])
     if isinstance(condition, ImageCondition) and condition.visit:
-        told = contexts[:, [config.schema().names.index(name) for name in condition.tells]]  # (scans, K', 2)
+        told = contexts[:, [names.index(name) for name in condition.tells]]  # (scans, K', 2)
         told = torch.where(told[..., 1] > 0, told[..., 0], torch.nan)
         return Visits(condition.name, config.latents_folder, visits_of(condition, scans), told)
     return CachedImages(condition.name, config.latents_folder)

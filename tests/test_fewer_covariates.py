@@ -1,0 +1,74 @@
+"""A training that starts from a model with more covariates than its own data have: the others stay, and are left open."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import command_line, tiny_settings
+from in_process import train
+
+from ldm3d.config.read import load_config
+from ldm3d.errors import InputError
+from ldm3d.pipeline import Pipeline
+from ldm3d.training.diffusion import DiffusionTask
+
+
+@pytest.fixture(scope="module")
+def fewer(experiment, tmp_path_factory):
+    """A config with sex and age, in this order, that starts from a model of age, sex and ventricles; trained for a step."""
+    folder = tmp_path_factory.mktemp("fewer")
+    shutil.copytree(experiment / "data", folder / "data")
+    table = folder / "data/participants.tsv"
+    rows = [line.split("\t") for line in table.read_text().splitlines()]
+    kept = [rows[0].index(name) for name in ("participant_id", "age", "sex")]
+    table.write_text("\n".join("\t".join(row[i] for i in kept) for row in rows) + "\n")
+    settings = tiny_settings(folder)
+    settings["covariates"] = [settings["covariates"][1], settings["covariates"][0]]
+    settings["diffusion"]["init_from"] = str(experiment / "run/model")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    command_line("prepare", folder / "config.yaml", "--workers", 1)
+    command_line("encode", folder / "config.yaml")
+    return folder
+
+
+def test_the_others_are_left_open_in_training_and_can_be_asked_for(experiment, fewer, monkeypatch):
+    contexts = []
+    monkeypatch.setattr(DiffusionTask, "score", lambda self, average, step: contexts.append(self.contexts) or {})
+    train("diffusion", fewer / "config.yaml", "training.steps=2", "training.learning_rate=1e-9")
+    base, tuned = (Pipeline.from_pretrained(folder / "run/model", "cpu") for folder in (experiment, fewer))
+    assert tuned.schema.names == base.schema.names == ["age", "sex", "ventricular_volume_ml"]
+    assert contexts[0][:, :2, 1].all() and not contexts[0][:, 2].any()
+    ages = base.schema.encode([{"age": 50}])[0, 0, 0]
+    assert tuned.schema.encode([{"age": 50}])[0, 0, 0] == ages  # normalised as the network has learned them
+    assert tuned.schema["ventricular_volume_ml"].seen == base.schema["ventricular_volume_ml"].seen
+    z, time = torch.randn(1, 3, 6, 7, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    for asked in ({"age": 50, "sex": "F"}, {"ventricular_volume_ml": 30}):
+        context = base.schema.encode([asked])
+        with torch.no_grad():
+            torch.testing.assert_close(tuned.unet(z, time, context), base.unet(z, time, context), rtol=0, atol=1e-4)
+
+
+def test_the_model_is_evaluated_on_data_without_them(fewer, tmp_path, capsys):
+    train("diffusion", fewer / "config.yaml", "training.steps=2", "training.learning_rate=1e-9")
+    options = "--num", 2, "--no-classifier", "--steps", 1
+    command_line("evaluate", fewer / "run/model", "--data", fewer / "data", "--out", tmp_path / "evaluation", *options)
+    assert "page written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "thickness"}, "its covariates are age (years)"),
+        ({"name": "age", "unit": "months"}, "age (months)"),
+    ],
+)
+def test_one_that_the_model_has_not_is_refused(fewer, change, message):
+    from ldm3d.base_model import first_unet
+
+    settings = yaml.safe_load((fewer / "config.yaml").read_text())
+    settings["covariates"][1] |= change
+    (fewer / "other.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError) as error:
+        first_unet(load_config(fewer / "other.yaml"), 0)
+    assert message in str(error.value) and "the others are left open" in str(error.value)
