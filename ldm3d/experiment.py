@@ -190,6 +190,9 @@ def scans_by_use(
         raise InputError(f"no data in {data}; give a BIDS folder, or a CSV or TSV with a path column")
     own = known.file is not None and known.data == data.resolve()
     config, scans = _prepared(known, data, work, root, own, processes, overrides)
+    for covariate in read_description(model_folder(str(model)) / DESCRIPTION)["schema"]:
+        if covariate.name not in scans:  # not in these data, so left open
+            scans[covariate.name] = pd.Series([None] * len(scans), dtype=float if covariate.kind == "continuous" else object)
     if known.by_file:
         before = settings_of(grid_of(config.data.grid), config.data.percentiles, version=1)
         names = pd.Series([file_key(Path(path), before) for path in scans["path"]], dtype=object)
@@ -233,11 +236,7 @@ def _prepared(
             f"{error}\n(of other data: --set covariates.NAME.column=COLUMN names another column, null one that is not there; "
             "--set data.KEY=VALUE sets filter, participants, mask and others)"
         ) from None
-    scans = read_scan_table(config)
-    for covariate in known.config.covariates:
-        if covariate.name not in scans:  # not in these data, so left open
-            scans[covariate.name] = pd.Series([None] * len(scans), dtype=float if covariate.kind == "continuous" else object)
-    return config, scans
+    return config, read_scan_table(config)
 
 
 def _seen_by_label(

@@ -190,6 +190,18 @@ def test_a_program_without_a_version_is_known_by_its_file(dataset):
         del os.environ["FREESURFER_HOME"]
 
 
+def test_a_program_of_pip_has_the_version_of_its_package(dataset, monkeypatch, tmp_path):
+    """Its own script is the same in every version, and --version is no option of it."""
+    info = tmp_path / "packages/HD_BET-2.0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: HD_BET\nVersion: 2.0.1\n")
+    monkeypatch.setenv("PYTHONPATH", str(info.parent))
+    other(dataset, "hd-bet", "sys.exit(2)")
+    assert find_tool(BrainExtractionConfig(command="hd-bet")).version == "hd-bet 2.0.1"
+    monkeypatch.delenv("PYTHONPATH")
+    assert find_tool(BrainExtractionConfig(command="hd-bet")).version.startswith("unknown, file ")
+
+
 def test_a_missing_program_is_named_with_those_that_are_there(dataset):
     other(dataset, "bet", "")
     config = load_config(dataset / "config.yaml", ["data.brain_extraction.command=hd-bet -device cpu"])
@@ -236,7 +248,7 @@ parser.add_argument("--disable_tta", action="store_true")
 parser.add_argument("--save_bet_mask", action="store_true")
 parser.add_argument("--no_bet_image", action="store_true")
 asked = parser.parse_args()
-assert asked.output.endswith(".nii.gz") and asked.save_bet_mask
+assert asked.input.endswith(".nii.gz") and asked.output.endswith(".nii.gz") and asked.save_bet_mask
 if asked.device == "cuda":
     sys.exit("Found no NVIDIA driver on your system")
 mask, _, affine = brain(asked.input)
@@ -276,6 +288,7 @@ def test_each_program_known_by_name_takes_its_own_command_line(tmp_path, monkeyp
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     for variable in ("FREESURFER_HOME", "FSLDIR"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("FSLOUTPUTTYPE", "NIFTI")  # as some have it; FSL then writes .nii
     (tmp_path / name).write_text(PLAYED.format(python=sys.executable, play=PLAYS[name].replace("{{", "{").replace("}}", "}")))
     (tmp_path / name).chmod(0o755)
     tool = find_tool(BrainExtractionConfig(command=command))
@@ -290,7 +303,9 @@ def test_each_program_known_by_name_takes_its_own_command_line(tmp_path, monkeyp
     mask, own = extract(tool, tmp_path / "sub-01_T1w.nii.gz", head, affine)
     np.testing.assert_array_equal(mask > 0.5, head > 500)
     np.testing.assert_array_equal(own, affine)
-    mask, _ = extract(tool, tmp_path / "orig.mgz", head, affine)  # no such program reads it: it gets a copy
-    np.testing.assert_array_equal(mask > 0.5, head > 500)
+    nib.save(nib.Nifti1Image(head[0], affine), tmp_path / "sub-02_T1w.nii")
+    for other_format in ("sub-02_T1w.nii", "orig.mgz"):  # a program that does not read it gets a copy
+        mask, _ = extract(tool, tmp_path / other_format, head, affine)
+        np.testing.assert_array_equal(mask > 0.5, head > 500)
     with pytest.raises(InputError, match=f"{name} failed with exit code 1: 'too bright to be a head'"):
         extract(tool, tmp_path / "orig.mgz", 20 * head, affine)

@@ -36,7 +36,7 @@ def test_the_others_are_left_open_in_training_and_can_be_asked_for(experiment, f
     contexts = []
     monkeypatch.setattr(DiffusionTask, "score", lambda self, average, step: contexts.append(self.contexts) or {})
     train("diffusion", fewer / "config.yaml", "training.steps=2", "training.learning_rate=1e-9")
-    base, tuned = (Pipeline.from_pretrained(folder / "run/model", "cpu") for folder in (experiment, fewer))
+    base, tuned = (Pipeline.from_pretrained(folder / "run/model", "cpu", torch.float32) for folder in (experiment, fewer))
     assert tuned.schema.names == base.schema.names == ["age", "sex", "ventricular_volume_ml"]
     assert contexts[0][:, :2, 1].all() and not contexts[0][:, 2].any()
     ages = base.schema.encode([{"age": 50}])[0, 0, 0]
@@ -51,7 +51,7 @@ def test_the_others_are_left_open_in_training_and_can_be_asked_for(experiment, f
 
 def test_the_model_is_evaluated_on_data_without_them(fewer, tmp_path, capsys):
     train("diffusion", fewer / "config.yaml", "training.steps=2", "training.learning_rate=1e-9")
-    options = "--num", 2, "--no-classifier", "--steps", 1
+    options = "--num", 3, "--no-classifier", "--steps", 1
     command_line("evaluate", fewer / "run/model", "--data", fewer / "data", "--out", tmp_path / "evaluation", *options)
     assert "page written" in capsys.readouterr().out
 

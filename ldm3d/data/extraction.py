@@ -26,6 +26,7 @@ _VERSION_S = 120  # a program that loads a network says its version late
 _FSL, _FREESURFER = ("FSLDIR", "etc/fslversion"), ("FREESURFER_HOME", "build-stamp.txt")
 # Of a tool without --version: an environment variable, and the file below its folder that says the version
 _VERSION_FILES = {"bet": _FSL, "mri_synthstrip": _FREESURFER}
+_PACKAGES = {"hd-bet": "hd-bet", "deepbet-cli": "deepbet"}  # of a tool without --version that pip installs
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def extract(tool: Tool, path: Path, volume: NDArray, affine: NDArray) -> tuple[N
     with tempfile.TemporaryDirectory(prefix="ldm3d-brain-") as name:
         folder = Path(name)
         scan = path.absolute()
-        if not scan.name.endswith((".nii", ".nii.gz")):
+        if not scan.name.endswith(".nii.gz" if tool.words[0] == "hd-bet" else (".nii", ".nii.gz")):  # it reads packed files only
             scan = folder / "scan.nii.gz"
             write_atomic(scan, pack_volume(volume, affine))
         places = {"{scan}": scan, "{mask}": folder / "mask.nii.gz", "{brain}": folder / "brain.nii.gz", "{folder}": folder}
@@ -123,7 +124,7 @@ def extract(tool: Tool, path: Path, volume: NDArray, affine: NDArray) -> tuple[N
 
 def _run(tool: Tool, words: list[str], folder: Path) -> None:
     """Run the command; an InputError with its last words if it fails."""
-    environment = {"OMP_NUM_THREADS": "1", "FSLOUTPUTTYPE": "NIFTI_GZ", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "FSLOUTPUTTYPE": "NIFTI_GZ"}  # in which its mask is looked for
     options: dict[str, Any] = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "timeout": TIMEOUT_S}
     try:
         done = subprocess.run([tool.program, *words[1:]], capture_output=True, check=False, **options)
@@ -151,11 +152,18 @@ def _version(name: str, program: str) -> str:
         file = Path(os.environ[variable[0]], variable[1])
         if file.is_file() and (text := file.read_text(errors="replace").strip()):
             return text.splitlines()[0][:100]
-    try:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": _VERSION_S, "check": False}
-        done = subprocess.run([program, "--version"], capture_output=True, **options)
-        if done.returncode == 0 and (text := done.stdout.decode(errors="replace").strip()):
-            return text.splitlines()[0][:100]
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return f"unknown, file {hashlib.sha256(Path(program).read_bytes()).hexdigest()[:12]}"
+    content = Path(program).read_bytes()
+    questions = [[program, "--version"]]
+    if name in _PACKAGES and content[:2] == b"#!":  # a script of a few lines, the same in every version: its Python knows
+        python = shlex.split(content.splitlines()[0][2:].decode(errors="replace"))
+        ask = f"import importlib.metadata as m; print({name!r}, m.version({_PACKAGES[name]!r}))"
+        questions.insert(0, [*python, "-c", ask])
+    for question in questions:
+        try:
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": _VERSION_S, "check": False}
+            done = subprocess.run(question, capture_output=True, **options)
+            if done.returncode == 0 and (text := done.stdout.decode(errors="replace").strip()):
+                return text.splitlines()[0][:100]
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    return f"unknown, file {hashlib.sha256(content).hexdigest()[:12]}"
