@@ -245,7 +245,9 @@ def templates_and_people_without_brains(folder: Path) -> None:
     """An atlas has images of no subject; the empty room is a subject without one."""
     scan(folder / "a", "tpl-MNI152/anat/tpl-MNI152_res-1_T1w.nii.gz")
     scan(folder / "a", "sub-01/anat/sub-01_UNIT1.nii.gz")
-    with pytest.raises(InputError, match=r"have the suffixes UNIT1; (.|\n)*res-1_T1w.nii.gz is of no subject(.|\n)*data.table"):
+    with pytest.raises(
+        InputError, match=r"have the suffixes UNIT1; (.|\n)*res-1_T1w.nii.gz is of no subject(.|\n)*data.table"
+    ):
         read(folder / "a")
     scan(folder / "b", "sub-0001/anat/sub-0001_T1w.nii.gz")
     table(folder / "b", "participant_id age sex hand", "sub-emptyroom n/a n/a n/a", "sub-0001 25 Male Right", "")

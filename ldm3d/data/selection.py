@@ -155,7 +155,9 @@ def _not_used(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequ
         lines.append(f"  {len(scanless)} sessions have no other scan and are left out: {names}")
     example = next((file for file in files if not why[file.path].startswith(_TWIN)), files[0])
     entity, _, value = why[example.path].partition(":")[0].removeprefix("no ").partition("-")
-    others = f"set data.filter, such as {{{entity}: {value or 'null'}}}; null asks for files without an entity, and a list for a "
+    others = (
+        f"set data.filter, such as {{{entity}: {value or 'null'}}}; null asks for files without an entity, and a list for a "
+    )
     others = f"to use others, {others}scan of each value"
     if why[example.path].startswith(_TWIN):
         others = "to use others, name these in data.exclude"

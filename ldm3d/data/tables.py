@@ -17,7 +17,12 @@ from ldm3d.files import write_atomic
 MAX_TABLE_BYTES = 2**30
 _WORKBOOKS = (".xlsx", ".xlsm")
 # Names that a column has elsewhere, in small letters
-_ALSO = {"sex": ("gender",), "gender": ("sex",), "age": ("age_at_scan", "age_years", "ageatscan"), "participant_id": ("subject_id",)}
+_ALSO = {
+    "sex": ("gender",),
+    "gender": ("sex",),
+    "age": ("age_at_scan", "age_years", "ageatscan"),
+    "participant_id": ("subject_id",),
+}
 _FORMULA = re.compile(r"'*[=+\-@](?=.)")  # the beginning of a formula in a spreadsheet; a lone + or - is a value
 
 

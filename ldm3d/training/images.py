@@ -31,9 +31,7 @@ class TrainingImages:
         names: of these covariates.
     """
 
-    def __init__(
-        self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]
-    ):
+    def __init__(self, config: Config, autoencoder: LatentSpace, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]):
         self.conditions = config.given_conditions
         self.channels = ImageChannels(self.conditions, autoencoder)
         self.readers = tuple(_reader(config, each, scans, contexts, names) for each in self.conditions)
@@ -83,9 +81,7 @@ def contrasts_of(config: Config, scans: pd.DataFrame) -> dict[str, Contrast]:
     return {name: each for name, each in fitted.items() if each}
 
 
-def _reader(
-    config: Config, condition: Condition, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]
-) -> Reader:
+def _reader(config: Config, condition: Condition, scans: pd.DataFrame, contexts: Tensor, names: Sequence[str]) -> Reader:
     """What reads a condition of a row of the cache."""
     if isinstance(condition, DegradedCondition):
         return DegradedVolumes(condition, config, tuple(scans["key"]))
