@@ -241,6 +241,22 @@ def tables_of_other_names(folder: Path) -> None:
     assert read(folder, AGE, sex, subject_column="subject_id")["sex"].tolist() == ["F", "F"]
 
 
+def sessions_of_other_names(folder: Path) -> None:
+    """Moods of each session under `session`: nothing of it is asked for, so it stops nobody, until something is."""
+    for ses in ("1", "2"):
+        scan(folder, f"sub-01/ses-{ses}/anat/sub-01_ses-{ses}_T1w.nii.gz")
+    table(folder, "participant_id sex age_at_first_scan_years", "sub-01 F 29")
+    table(folder, "session mood", "ses-1 5", "ses-2 7", name="sub-01/sub-01_sessions.tsv")
+    with pytest.raises(InputError, match="did you mean 'age_at_first_scan_years'"):
+        read(folder)
+    age = AGE.model_copy(update={"column": "age_at_first_scan_years"})
+    assert read(folder, age, SEX)["age"].tolist() == [29, 29]
+    mood = CovariateConfig(name="mood", kind="continuous", unit="points")
+    with pytest.raises(InputError, match=r"did you mean 'session'\? name the right one with `data.session_column: COLUMN`"):
+        read(folder, SEX, mood)
+    assert read(folder, SEX, mood, session_column="session")["mood"].tolist() == [5, 7]
+
+
 def templates_and_people_without_brains(folder: Path) -> None:
     """An atlas has images of no subject; the empty room is a subject without one."""
     scan(folder / "a", "tpl-MNI152/anat/tpl-MNI152_res-1_T1w.nii.gz")
@@ -259,7 +275,7 @@ KINDS = (
     *(several_sessions, several_runs, several_acquisitions, ages_as_published, no_participants, derivatives_with_spaces),
     *(symbolic_links, unpadded_ids, packed_and_unpacked, other_words_in_tables, other_contrasts_only),
     *(rows_without_scans_and_scans_without_rows, parts_of_one_image, tasks_in_the_scanner, native_space_by_name),
-    *(tables_of_other_names, templates_and_people_without_brains),
+    *(tables_of_other_names, sessions_of_other_names, templates_and_people_without_brains),
 )
 
 

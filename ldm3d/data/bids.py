@@ -189,7 +189,7 @@ def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
         if file := holds_dicom(dataset):
             raise InputError(f"{message}there is DICOM ({file}): run `ldm3d import-dicom {dataset} --out DATASET` first")
         images = [(file.path, file.get_entities()) for file in others]
-        raise InputError(f"{message}{_what_there_is(images, suffix)}check {setting} and data.suffix")
+        raise InputError(f"{message}check {setting} and data.suffix{_what_there_is(images, suffix)}")
     chosen = choose_scans([Candidate.of(*each) for each in named], data.filter, suffix)
     return [(scan.subject, scan.session, scan.path) for scan in chosen]
 
@@ -197,10 +197,10 @@ def _find_files(data: DataConfig) -> list[tuple[str, str, str]]:
 def _what_there_is(images: Sequence[tuple[str, Mapping[str, Any]]], suffix: str) -> str:
     """Suffixes of the images of subjects, and images of the suffix that are of no subject, in words; "" for neither."""
     suffixes = sorted({str(entities["suffix"]) for _, entities in images if {"subject", "suffix"} <= entities.keys()})
-    said = f"the images of subjects there have the suffixes {some(suffixes, 10)}; " if suffixes else ""
+    said = f"; the images of subjects there have the suffixes {some(suffixes, 10)}" if suffixes else ""
     nobodys = [path for path, entities in images if entities.get("suffix") == suffix and "subject" not in entities]
     if nobodys:
-        said += f"{some(nobodys, 1)} is of no subject (sub-), name such files in a table (data.table) to use them; "
+        said += f"; {some(nobodys, 1)} is of no subject (sub-): name such files in a table (data.table) to use them"
     return said
 
 

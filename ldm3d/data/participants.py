@@ -46,7 +46,7 @@ def cells_of(
     table = _participants(data, scans)
     if table:
         scans = _known(table, scans, data)
-    sessions = {subject: _sessions(data, subject, visits) for subject, visits in visits_of(scans).items()}
+    sessions = {subject: _sessions(data, subject, visits, columns.values()) for subject, visits in visits_of(scans).items()}
     further = read_joined(data, scans)
     _check_columns(data, table, [visits for visits in sessions.values() if visits], further, columns)
     own = {subject: [each for each in (visits, table) if each] for subject, visits in sessions.items()}
@@ -139,8 +139,8 @@ def _known(table: Table, scans: Sequence[Scan], data: DataConfig) -> list[Scan]:
     return known
 
 
-def _sessions(data: DataConfig, subject: str, visits: Collection[str]) -> Table | None:
-    """sub-XX_sessions.tsv; None if there is none."""
+def _sessions(data: DataConfig, subject: str, visits: Collection[str], wanted: Collection[str]) -> Table | None:
+    """sub-XX_sessions.tsv; None if there is none, or one without sessions that has nothing of what is wanted."""
     name = f"sub-{checked_name(subject, 'subject')}"
     folder = Path(os.path.abspath(data.sessions or data.bids))
     paths = [folder / name / f"{name}_sessions.tsv", folder / f"{name}_sessions.tsv"]
@@ -150,6 +150,8 @@ def _sessions(data: DataConfig, subject: str, visits: Collection[str]) -> Table 
     if not data.sessions:  # a folder that the config names may lie anywhere
         check_inside(path, tables_root_of(data))
     frame = read_table(path)
+    if data.session_column not in frame and not {*wanted} & {*frame}:
+        return None
     check_column(path, frame, data.session_column, "data.session_column")
     sessions = [label_of(cell) for cell in frame[data.session_column]]
     check_unique(path, frame.index, [f"ses-{session}" for session in sessions])

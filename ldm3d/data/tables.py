@@ -147,8 +147,8 @@ def check_column(path: Path, columns: Collection[str], column: str, purpose: str
     """Raise InputError, with the nearest name, unless the table has the column; `purpose` is the setting that needs it."""
     if column not in columns:
         names = {name.lower(): name for name in columns if len(name) < 100}
-        close = next((name for name in _ALSO.get(column, ()) if name in names), None)
-        close = close or nearest(column.lower(), names, cutoff=0.5)
+        also = (*_ALSO.get(column, ()), *(name for name in names if name.startswith(f"{column.lower()}_")))
+        close = next((name for name in also if name in names), None) or nearest(column.lower(), names, cutoff=0.5)
         hint = f"did you mean {names[close]!r}? " if close else ""
         listed = some((shown(name)[1:-1] for name in columns), 30)
         way_out = way_out or (f"name the right one with `{purpose}: COLUMN`" if purpose.startswith("data.") else "")
