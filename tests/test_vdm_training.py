@@ -24,7 +24,7 @@ from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError, differences
 from ldm3d.models.pretrained import make_network
 from ldm3d.preemption import REQUEUE, Stop
-from ldm3d.training import diffusion
+from ldm3d.training import diffusion, noise_schedule
 from ldm3d.training.metrics import read_metrics
 
 VDM = ("process={kind: vdm, gamma_min: -10, gamma_max: 8}", "diffusion.time_sampling={kind: uniform}")
@@ -143,7 +143,7 @@ def taught(*steps):
     accelerator = Accelerator(cpu=True)
     for gradient, loss in steps:
         schedule.logits.grad = torch.tensor(gradient)
-        diffusion.learn(schedule, optimizer, torch.tensor(loss), accelerator)
+        noise_schedule.learn(schedule, optimizer, torch.tensor(loss), accelerator)
         assert schedule.logits.grad is None
     return {**schedule.state_dict(), **optimizer.state[schedule.logits]}
 

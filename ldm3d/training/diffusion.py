@@ -16,12 +16,11 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from ldm3d import figures
 from ldm3d.base_model import first_start, first_unet, seen_ranges
 from ldm3d.conditions import ImageChannels
-from ldm3d.config.sections import Config, DiffusionConfig
+from ldm3d.config.sections import Config
 from ldm3d.contrast import Contrast
 from ldm3d.covariates import describe, drop_covariates
 from ldm3d.data.batches import evenly
@@ -32,7 +31,6 @@ from ldm3d.description import Preparation, Sampling
 from ldm3d.diffusion.denoiser import NetworkDenoiser, call_network, in_turn
 from ldm3d.diffusion.gaussian_fit import FOLDS, most_components
 from ldm3d.diffusion.objective import make_objective
-from ldm3d.diffusion.vdm import VDMSchedule
 from ldm3d.errors import InputError
 from ldm3d.experiment import latents_origin, save_experiment
 from ldm3d.models.autoencoder import LatentSpace
@@ -47,12 +45,12 @@ from ldm3d.training import checkpoint, command
 from ldm3d.training.decoder import best_decoder
 from ldm3d.training.images import TrainingImages, contrasts_of
 from ldm3d.training.loop import fit
+from ldm3d.training.noise_schedule import learn, schedule_optimizer
 from ldm3d.training.parallel import start_accelerator
 from ldm3d.training.ruler import HELD_OUT, GaussianRuler, few_enough, in_pairs, in_words
 from ldm3d.training.scales import deviations
 from ldm3d.training.task import MAIN, Task, Trained, batches_of, sampling_of
 
-SCHEDULE_LEARNING_RATE = 0.01  # of a vdm's gamma, unless the config sets it
 MAX_VALIDATION = 256  # latents, evenly chosen; more would not change which checkpoint is best
 VALIDATION_REPEATS = 4  # times at which each held-out latent is scored: the loss depends on the time more than on the latent
 VALIDATION_BATCH = 16
@@ -111,7 +109,12 @@ class DiffusionTask(Task):
         self.objective = make_objective(**settings.objective(), scales=self.scales, estimated=settings.learns_residual)
         self.trained = {MAIN: Trained.of(model, training)}
         if (schedule := self.objective.schedule) is not None:  # 64 numbers, whose gradient `learn` sums over the processes
-            self.companions = {"schedule": (schedule.to(accelerator.device), schedule_optimizer(schedule, settings))}
+            self.companions = {
+                "schedule": (
+                    schedule.to(accelerator.device),
+                    schedule_optimizer(schedule, settings.process.schedule_learning_rate),
+                )
+            }
         self.settings = {
             "diffusion": settings.model_dump(mode="json"),
             "covariates": checkpoint.as_json(self.schema.to_dict()),
@@ -320,28 +323,6 @@ class DiffusionTask(Task):
         facts["preparation"] = Preparation.of(data)
         facts["contrasts"] = self.contrasts
         return Pipeline(*networks, grid, process, target, sampling, threads=None, **facts)
-
-
-def schedule_optimizer(schedule: VDMSchedule, settings: DiffusionConfig) -> Adam:
-    rate = settings.process.schedule_learning_rate
-    return Adam(schedule.parameters(), SCHEDULE_LEARNING_RATE if rate is None else rate, fused=True)
-
-
-def learn(schedule: VDMSchedule, optimizer: Adam, loss: Tensor, accelerator: Accelerator) -> None:
-    """One step of a schedule towards less variance of the batch's loss, alike on every process; none if it is not finite.
-
-    The gradient of a squared loss is a product of the loss and its gradient. Both have to be of the full batch, so they are
-    averaged over accumulated parts and processes before they are multiplied: a part has only its own stretch of the
-    low-discrepancy times, and the square of its loss would mostly tell where that stretch lies.
-
-    Args:
-        loss: mean over this process's parts of the batch, whose gradient is in `schedule.logits.grad`.
-    """
-    schedule.logits.grad = accelerator.reduce(schedule.logits.grad, "mean")
-    schedule.learn_variance(accelerator.reduce(loss, "mean"))
-    optimizer.found_inf = (~schedule.logits.grad.isfinite().all()).float()  # where it is 1, a fused optimiser does nothing
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def draw_sweep(pipeline: Pipeline, path, accelerator: Accelerator, columns: int = 6) -> None:
