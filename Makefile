@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old-cpu test-long torture bench gpu lint docs docs-commands notebooks clean
+.PHONY: demo test test-old-cpu test-long torture bench gpu lint docs docs-commands packages notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldm3d demo --out demo
@@ -65,6 +65,10 @@ docs: $(VENV)/installed
 # Runs the commands of README and docs as they stand, with a tiny model under every name
 docs-commands: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_commands_run.py -m slow
+
+# Installs sdist and wheel into empty environments, from the registry that pip uses, and runs the quick demo in each
+packages: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_packages.py -m slow
 
 # Runs the notebooks of docs/notebooks
 notebooks: $(VENV)/installed

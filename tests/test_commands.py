@@ -104,7 +104,13 @@ def pip_takes(words: list[str]) -> None:
         if found := re.fullmatch(r"(?:\.|ldm3d)\[([\w,]+)\]", word):
             assert set(found[1].split(",")) <= PROJECT["optional-dependencies"].keys(), word
         else:
-            assert word in {".", "ldm3d"}, f"what is {word}?"
+            assert word in {".", "ldm3d", "uv"}, f"what is {word}?"
+
+
+def uv_takes(words: list[str]) -> None:
+    if words[0] != "venv":
+        assert words[0] == "pip", words
+        pip_takes(words[1:])
 
 
 def launcher_takes(parser, words: list[str]) -> None:
@@ -145,6 +151,7 @@ CHECKS = {
     "python": python_takes,
     "make": make_takes,
     "pip": pip_takes,
+    "uv": uv_takes,
     "accelerate": accelerate_takes,
     "torchrun": lambda words: launcher_takes(get_args_parser(), words),
     "docker": container_takes,

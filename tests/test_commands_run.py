@@ -28,7 +28,7 @@ from ldm3d import shipped
 pytestmark = pytest.mark.slow
 
 APART = {
-    r"(pip|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|pre-commit) ": "not ldm3d",
+    r"(pip|uv|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|pre-commit) ": "not ldm3d",
     r"python -m venv": "not ldm3d",
     r"python benchmarks/": "benchmarks run for long, and have tests of their own",
     r"accelerate launch --dynamo_backend": "compiles for minutes",

@@ -4,8 +4,10 @@ import base64
 import io
 
 import numpy as np
+import pytest
 from chromium import NEEDED, browsing
 from matplotlib import image
+from test_verdicts import written
 
 from ldm3d.report.page import Goal, Section, write_page
 
@@ -45,3 +47,17 @@ def test_a_click_enlarges_a_figure_and_another_one_brings_it_back(tmp_path):
         assert browser.execute_script("return document.elementFromPoint(300, 5).className") == "scroll"  # it covers the page
         shown.click()
         assert shown.size["width"] == small
+
+
+@pytest.mark.parametrize("width", [1300, 800, 400])
+def test_an_evaluation_fits_every_width(tmp_path, width):
+    page = written(tmp_path)
+    with browsing(tmp_path) as browser:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(page.as_uri())
+        browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script("return document.querySelector('nav').getBoundingClientRect().top") >= 0
+        browser.execute_script("document.getElementById('made').scrollIntoView()")
+        assert browser.execute_script("return document.querySelector('nav').getBoundingClientRect().top") == 0  # it stays

@@ -2,6 +2,7 @@
 
 import collections
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,12 @@ def test_the_model_s_own_account_counts_people_whose_scans_are_not_at_hand():
     assert [cell.trained for cell in told.cells] == [cell.trained for cell in counted.cells]
     assert "not counted" not in str(matrices([told])) and "are counted where" not in matrices([told])[0]["lead"]
 
+    found.training, found.training_people = given.training[:9], given.training_people[:9]  # a part of them
+    assert coverage(schema, found, account)[0].cells == told.cells
+    (part,) = coverage(schema, found)  # nothing says that they are a part
+    assert part.at(EVERYONE, EVERYONE).trained == 9
+    found.training = found.training_people = None
+
     (older,) = coverage(schema, found, {"data": data})  # an older version's
     cells = [(row, column) for row in (EVERYONE, "70 to 80") for column in ("F", EVERYONE)]
     assert [older.at(*cell).trained for cell in cells] == [70, 110, None, None]
@@ -258,14 +265,19 @@ def test_every_volume_has_a_row_that_names_nobody():
     assert people.table["columns"] == ["", "all", "test"] and people.table["rows"][0] == ["subjects", "120", "120"]
 
 
-def test_the_page_has_pictures_before_verdicts_before_folded_detail(tmp_path):
+def written(folder) -> Path:
+    """The page of a model without fault, with one pair of pictures."""
     found = good()
     detail = sections(found, SCHEMA, collections.defaultdict(lambda: "data:image/png;base64,"), None)
     answers = [Verdict(v.question, v.goals, v.missing, detail[v.question]) for v in verdicts(found, None)]
     lightbox = [{"source": "data:image/png;base64,AA", "caption": "A pair.", "name": "pair-1", "number": "1", "file": "p.png"}]
     (covered,) = matrices(coverage(SCHEMA, found))
     more = {"verdicts": answers, "lightbox": lightbox, "lead": "Lead.", "matrices": [covered], "files": FILES}
-    page = write_page(tmp_path, "Title", [Section("People")], {}, (), TEMPLATE, **more).read_text()
+    return write_page(folder, "Title", [Section("People")], {}, (), TEMPLATE, **more)
+
+
+def test_the_page_has_pictures_before_verdicts_before_folded_detail(tmp_path):
+    page = written(tmp_path).read_text()
     places = [
         page.index(f'id="{key}"') for key in ("figure-1", "verdicts", "use", "reconstruction", "follows", "real", "safe")
     ]

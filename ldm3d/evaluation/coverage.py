@@ -98,7 +98,7 @@ def _coverage(
     cells = []
     for row in rows:
         for column in columns:
-            if found.training is not None:
+            if found.training is not None and found.has_training_of(account):
                 trained = count(found.training_people or range(len(found.training)), found.training, row, column)
             else:
                 trained = told(row, column)

@@ -1,6 +1,6 @@
 """What an evaluation finds: figures of all parts, and what later parts need of earlier ones."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ldm3d.covariates import CovariateSchema, Value
+from ldm3d.data.splits import TRAIN
 from ldm3d.evaluation import subgroups
 from ldm3d.evaluation.anatomy import Anatomy
 from ldm3d.evaluation.discriminability import Discriminability
@@ -140,6 +141,11 @@ class Evaluation:
     def is_synthetic(self, i: int) -> bool:
         """Whether a held-out volume is itself known to be synthetic."""
         return bool(self.synthetic) and self.synthetic[i]
+
+    def has_training_of(self, account: Mapping[str, Any] | None) -> bool:
+        """Whether `training` is that of the whole training, as its account (`ldm3d.account`) counts scans, and not a part."""
+        own = len(self.training or ())
+        return own > 0 and (account is None or own >= account["data"]["scans"].get(TRAIN, 0))
 
     @property
     def sources(self) -> list[int]:

@@ -46,11 +46,13 @@ def people_section(found: Evaluation, schema: CovariateSchema, account: Mapping[
     """Table 1: the people of the training and of the test.
 
     Args:
-        found: people of the training are there if their scans were given.
+        found: people of the training are there if their scans were given, maybe only some of them.
         schema: of the covariates.
-        account: of the model (`ldm3d.account`), which tells of the training where its scans were not given.
+        account: of the model (`ldm3d.account`), which tells of the training where not all its scans were given.
     """
-    parts = [(TRAIN, found.training or [], found.training_people or []), (TEST, found.subjects, found.people)]
+    whole = found.has_training_of(account)
+    parts = [(TRAIN, found.training or [], found.training_people or [])] if whole else []
+    parts += [(TEST, found.subjects, found.people)]
     rows = [
         {"split": split, "subject": f"{split} {person}", **values}
         for split, all_values, people in parts
@@ -60,8 +62,8 @@ def people_section(found: Evaluation, schema: CovariateSchema, account: Mapping[
     for covariate in schema:
         if covariate.kind == "continuous":
             table[covariate.name] = table[covariate.name].astype(float)
-    shown, trained = table_1(table, schema.covariates, {}), len(found.training or [])
-    if not trained and account:
+    shown, trained = table_1(table, schema.covariates, {}), len(found.training or []) if whole else 0
+    if not whole and account:
         trained, shown = account["data"]["scans"].get(TRAIN, 0), beside(account["data"]["table"], shown)
     on = (
         f"{trained} scans that the model was trained on"
