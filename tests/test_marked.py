@@ -50,5 +50,6 @@ def test_a_header_a_sidecar_and_a_category_say_so_too(tmp_path):
 def test_pictures_and_the_page_say_it():
     some = SimpleNamespace(synthetic=[True, False], is_synthetic=lambda i: [True, False][i])
     assert [held_out(some, i) for i in (0, 1)] == ["HELD-OUT (itself synthetic)", "REAL (held-out)"]
-    assert "1 of 2 held-out volumes are themselves synthetic" in _own(some)
+    assert "1 of the 2 held-out volumes are themselves synthetic" in _own(some) and "among those" in _own(some)
+    assert "for no real person" in _own(SimpleNamespace(synthetic=[True] * 3))
     assert _own(SimpleNamespace(synthetic=[False])) == _own(SimpleNamespace(synthetic=[])) == ""

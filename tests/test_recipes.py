@@ -54,6 +54,9 @@ def test_the_apptainer_recipe_knows_its_sections_and_files():
     assert set(found) <= SECTIONS
     for line in filter(None, map(str.strip, found["files"])):
         assert (ROOT / line.split()[0]).exists(), line
+    for script in ("post", "environment", "runscript"):  # there is no linter of these recipes: at least they parse as shell
+        done = subprocess.run(["sh", "-n"], input="\n".join(found[script]), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_both_copy_what_the_wheel_is_built_from():

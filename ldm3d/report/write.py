@@ -26,10 +26,9 @@ from ldm3d.report.volumes import people_section, volume_table
 
 FIDELITY, VOLUMES = "fidelity.tsv", "volumes.tsv"
 TEMPLATE = "evaluation.html"
-OWN = (
-    " {} held-out volumes are themselves synthetic, such as phantoms or rendered brains: where this page says real, it means "
-    "these. What it says of realism holds for them, and for no real person."
-)
+OWN = " {} held-out volumes are themselves synthetic, such as phantoms or rendered brains. "
+ALL_OWN = "Where this page says real, it means these: what it says of realism holds for them, and for no real person."
+SOME_OWN = "Where this page says real, they are among those that it means."
 LEAD = (
     "Held-out people, and volumes that were generated for their covariates. Both have the same covariates, but they are not "
     "the same person."
@@ -103,7 +102,9 @@ def _lead(pipeline: Pipeline) -> str:
 def _own(evaluation: Evaluation) -> str:
     """That held-out volumes are no real ones, where it is so."""
     own, count = sum(evaluation.synthetic), len(evaluation.synthetic)
-    return OWN.format("All" if own == count else f"{own} of {count}") if own else ""
+    if not own:
+        return ""
+    return OWN.format(f"All {count}") + ALL_OWN if own == count else OWN.format(f"{own} of the {count}") + SOME_OWN
 
 
 def methods_section(text: str, account: Mapping[str, Any] | None = None) -> Section:
@@ -119,7 +120,7 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
     """How the volumes were generated."""
     return {
         "model": pipeline.model_hash,
-        "grid": f"{' x '.join(map(str, pipeline.grid.shape))} voxels of {pipeline.grid.spacing_mm} mm",
+        "grid": f"{_by(pipeline.grid.shape)} voxels of {_by(pipeline.grid.spacing_mm)} mm",
         "diffusion": f"{pipeline.process.kind}, target {pipeline.target}",
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.to_dict().items() if value is not None),
         "parameters": f"{_count(pipeline.autoencoder):,} autoencoder, {_count(pipeline.unet):,} U-Net",
@@ -128,6 +129,10 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
         "command": command(),
         "made": now(),
     }
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def _count(network) -> int:
