@@ -172,6 +172,11 @@ def linked(text: Any, links: Mapping[str, str]) -> Any:
     )
 
 
+def times(numbers: Sequence[float]) -> str:
+    """ "40 x 48 x 40"."""
+    return " x ".join(f"{each:g}" for each in numbers)
+
+
 def with_unit(value: str, unit: str) -> str:
     """ "5 ml", "5%", and "5" without a unit."""
     return f"{value}{unit}" if unit in ("", "%") else f"{value} {unit}"

@@ -30,7 +30,7 @@ from ldm3d.data.splits import TEST, TRAIN, VALIDATION
 from ldm3d.data.table_one import extra_columns, table_1
 from ldm3d.data.tables import write_table
 from ldm3d.geometry import Grid
-from ldm3d.report.page import Section, command, now, write_page
+from ldm3d.report.page import Section, command, now, times, write_page
 
 TEMPLATE, QUALITY = "preparation.html", "quality.tsv"
 MOST_SHOWN = 4000  # pictures: the page stays below 60 MB
@@ -112,7 +112,7 @@ def write_preparation(config: Config, done: Prepared) -> Path:
     ]
     made = {
         "config": config.name,
-        "grid": f"{' x '.join(map(str, config.data.grid.shape))} voxels of {config.data.grid.spacing_mm} mm",
+        "grid": f"{times(config.data.grid.shape)} voxels of {times(config.data.grid.spacing_mm)} mm",
         "versions": f"ldm3d {ldm3d.__version__}",
         "command": command(),
         "made": now(),

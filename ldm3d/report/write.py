@@ -15,7 +15,7 @@ from ldm3d.evaluation.results import Evaluation
 from ldm3d.methods import METHODS, REFERENCES, bibtex, methods_text, write_methods
 from ldm3d.pipeline import Pipeline
 from ldm3d.privacy.findings import Audit
-from ldm3d.report.page import METRICS, Goal, Section, command, now, save_pictures, write_json, write_page
+from ldm3d.report.page import METRICS, Goal, Section, command, now, save_pictures, times, write_json, write_page
 from ldm3d.report.pictures import all_pictures, draw, lightbox_pictures, number_pictures
 from ldm3d.report.sections import audit as privacy
 from ldm3d.report.sections.coverage import matrices
@@ -120,7 +120,7 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
     """How the volumes were generated."""
     return {
         "model": pipeline.model_hash,
-        "grid": f"{_by(pipeline.grid.shape)} voxels of {_by(pipeline.grid.spacing_mm)} mm",
+        "grid": f"{times(pipeline.grid.shape)} voxels of {times(pipeline.grid.spacing_mm)} mm",
         "diffusion": f"{pipeline.process.kind}, target {pipeline.target}",
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.to_dict().items() if value is not None),
         "parameters": f"{_count(pipeline.autoencoder):,} autoencoder, {_count(pipeline.unet):,} U-Net",
@@ -129,10 +129,6 @@ def provenance(pipeline: Pipeline, sampling: Sampling) -> dict[str, str]:
         "command": command(),
         "made": now(),
     }
-
-
-def _by(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def _count(network) -> int:
