@@ -36,4 +36,5 @@ def test_the_brain_follows_the_sliders(pipeline):
     explorer.another.click()
     assert explorer.seed.value != 0 and not np.array_equal(volume_of(explorer), before)
     assert "SYNTHETIC" in explorer._said.value and "preview" in explorer._said.value
+    assert explorer._viewer.opts.show_all_orientation_markers and explorer._viewer.opts.multiplanar_pad_pixels >= 10
     assert [volume.name for volume in explorer._viewer.volumes] == ["synthetic.nii.gz"]

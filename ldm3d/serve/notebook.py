@@ -42,7 +42,9 @@ class Explorer(ipywidgets.HBox):
         self.another = ipywidgets.Button(description="Another person")
         self.full = ipywidgets.Button(description="Full volume")
         self._said = ipywidgets.HTML()
-        self._viewer = NiiVue(height=420, crosshair_width=0.3)
+        # Both sides of each plane, with room around them: without it, letters are cut off at the edge
+        sides = {"show_all_orientation_markers": True, "multiplanar_pad_pixels": 16}
+        self._viewer = NiiVue(height=420, crosshair_width=0.3, **sides)
         self._viewer.set_slice_type(SliceType.MULTIPLANAR)
         for control in (*self.controls.values(), *self.opened.values(), self.seed):
             control.observe(lambda _: self.show(coarse=True), "value")
