@@ -1,7 +1,8 @@
 """Restoring known volumes from thick slices and around holes, against what is tried first.
 
     python benchmarks/restore.py MODEL TABLE --mean TABLE [--num 6] [--samples 8] [--levels 8] [--corrections 2]
-        [--without network remainder spread baselines adam] [--ablations [NAME ...]] [--name NAME] [--picture FILE]
+        [--without network remainder spread baselines adam] [--ablations [NAME ...]] [--trained MODEL ...] [--name NAME]
+        [--picture FILE]
 
 TABLE has a path column and covariates of people that the model has not seen, --mean one of people who make the mean brain.
 Each scan is placed on the model's Grid as for `pipe.restore`; there it is the truth. From it are made
@@ -14,6 +15,9 @@ and restored by cubic and linear interpolation (slices, missing), by the mean br
 (Adam on the decoder's input, as InverseSR's second stage; Wang et al. 2023), and by `posterior_volumes`. PSNR is of the voxels
 above 5% of the range (of these in the hole, or in missing slices), for the mean of the draws and for one of them. "held" is
 the share of true voxels in the 90% interval. Seconds are of one core, CPU time, for a draw.
+
+--trained: models of the same grid that were trained for this one task (super-resolution.yaml for slices, inpaint.yaml for
+hole, of configs/conditions); each draws as many samples, given the same measurement and covariates.
 
 --without: the network (the Gaussian at every level), the remainder, or the Gaussian's spread (white instead); "baselines" and
 "adam" leave out what takes the most time. --ablations: after the whole method each of ABLATIONS, or those that are named, on
@@ -38,8 +42,11 @@ from ldm3d.applications.decoding import LatentDecoder
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.applications.prior import Prior, latent_shape, prior_of, white_spread
 from ldm3d.applications.restore import CORRECTIONS, interval_of, posterior_volumes
-from ldm3d.diffusion.operators import Linear, Measured, mask, slices
+from ldm3d.data.slicing import Measurement
+from ldm3d.diffusion.operators import Chain, Linear, Measured, between, mask, slices
 from ldm3d.environment import processor
+from ldm3d.generation.given import Images
+from ldm3d.generation.given_scans import Given
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import NAMES, dtype
 
@@ -70,6 +77,7 @@ def main() -> None:
     parser.add_argument("--corrections", type=int, default=CORRECTIONS)
     parser.add_argument("--without", nargs="*", default=[], choices=["network", "remainder", "spread", "baselines", "adam"])
     parser.add_argument("--ablations", nargs="*", metavar="NAME", help=", ".join(ABLATIONS))
+    parser.add_argument("--trained", nargs="*", type=Path, default=[], metavar="MODEL")
     parser.add_argument("--tasks", nargs="*", default=["slices", "hole"])
     parser.add_argument("--name", default="restore-cpu", help="of the file of results")
     parser.add_argument("--picture", type=Path)
@@ -87,6 +95,7 @@ def main() -> None:
     average = None
     if "hole" in arguments.tasks:
         average = torch.stack([place(pipe, row["path"]).volume for row in _people(arguments.mean, arguments.mean_num)]).mean(0)
+    trained = [Pipeline.from_pretrained(folder, "cpu", dtype(arguments.precision, "cpu")) for folder in arguments.trained]
     rows: list[dict[str, Any]] = []
     shown: list[tuple[str, Tensor]] = []
     for number, person in enumerate(people):
@@ -95,6 +104,8 @@ def main() -> None:
             linear, where = _task(task, placed, number)
             for variant, of_variant in variants.items():
                 found, pictures = _restored(pipe, placed, person, task, linear, where, average, of_variant)
+                if variant == WHOLE:
+                    found |= _trained(trained, placed, person, task, linear, where, arguments.samples)
                 rows.append({"person": person["participant_id"], "task": task, "variant": variant, **found})
                 shown += pictures if number == 0 and variant == WHOLE else []
                 print(json.dumps(rows[-1]), flush=True)
@@ -152,8 +163,7 @@ def _restored(
     average: Tensor | None,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, float], list[tuple[str, Tensor]]]:
-    truth = placed.volume
-    y = Measured(linear, NOISE).draw(truth, torch.Generator().manual_seed(1))
+    truth, y = placed.volume, _measured(linear, placed)
     (row,) = pipe.parse([{name: person[name] for name in ("age", "sex", "source") if name in pipe.schema.names}])
     start, cpu = time.perf_counter(), time.process_time()
     drawn = posterior_volumes(
@@ -188,6 +198,44 @@ def _restored(
             found["optimised"] = _psnr(optimised, truth, where)
         shown.insert(1, ("mean brain" if task == "hole" else "cubic interpolation", plain))
     return {key: round(value, 3) for key, value in found.items()}, shown
+
+
+def _measured(linear: Linear, placed: PlacedScan) -> Tensor:
+    return Measured(linear, NOISE).draw(placed.volume, torch.Generator().manual_seed(1))
+
+
+def _trained(
+    models: list[Pipeline],
+    placed: PlacedScan,
+    person: dict[str, Any],
+    task: str,
+    linear: Linear,
+    where: Tensor,
+    samples: int,
+) -> dict[str, float]:
+    """PSNR of the mean of samples, and of one, of the model that was trained for the task; {} where there is none."""
+    found: dict[str, float] = {}
+    for model in models:
+        (condition,) = model.conditions
+        y = _measured(linear, placed)[0]
+        if task == "slices" and getattr(condition, "coarsens", False):
+            count = placed.volume.shape[-1]
+            back = Chain(linear, between(2, 0.5 + 2.0 * torch.arange(count // 2, dtype=torch.float64), count))
+            volume = back.operators[-1](y)
+            given = Given({condition.name: volume}, {}, {}, coarse={condition.name: Measurement(back, volume, NOISE)})
+        elif task == "hole" and getattr(condition, "hides", False):
+            known = linear(torch.ones_like(placed.volume))[0]
+            given = Given({condition.name: y * known}, {condition.name: known}, {})
+        else:
+            continue
+        of_one = model.given(Images(model.conditions, lambda _, given=given: given, {"benchmark": "restore"}, None))
+        rows = model.parse([{name: person[name] for name in ("age", "sex", "source") if name in model.schema.names}] * samples)
+        cpu = time.process_time()
+        drawn = torch.from_numpy(np.stack([*of_one.volumes(rows, model.sampling)]))
+        found["trained_seconds"] = round((time.process_time() - cpu) / samples, 3)
+        found |= {"trained": round(_psnr(drawn.mean(0, keepdim=True), placed.volume, where), 3)}
+        found |= {"trained one": round(_psnr(drawn[:1], placed.volume, where), 3)}
+    return found
 
 
 def _interpolated(y: Tensor, shape: torch.Size, task: str, order: int) -> Tensor:
