@@ -19,6 +19,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from held_out import HeldOut, options
 from protocol import RESULTS
@@ -27,14 +28,22 @@ from tqdm import tqdm
 from ldm3d.data.conditions import ScanImages
 from ldm3d.data.labels import paint_labels
 from ldm3d.environment import processor
-from ldm3d.evaluation.segmentation_utility import SEEDS, SIZES, TESTED, Second, labels_of, utility_of_model
+from ldm3d.evaluation.segmentation_utility import (
+    SEEDS,
+    SIZES,
+    TESTED,
+    Second,
+    SegmentationUtility,
+    labels_of,
+    utility_of_model,
+)
 from ldm3d.training.segmenter import STEPS, train_segmenter
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--tested", type=int, default=TESTED)
     parser.add_argument("--training-steps", type=int, default=STEPS)
     parser.add_argument("--painted", action="store_true")
@@ -53,18 +62,17 @@ def main() -> None:
     train = functools.partial(train_segmenter, steps=asked.training_steps)
     sampling = held.pipeline.sampling.replace(steps=asked.steps)
     scans = held.pipeline, held.config, held.trained, held.images.scans
-    with tqdm(desc="trainings") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        further = more if asked.painted else None
-        how = {"sizes": asked.sizes, "seeds": asked.seeds, "progress": show}
-        found = utility_of_model(*scans, train, sampling, asked.tested, further, **how)
     written = {"model": held.pipeline.model_hash, "processor": processor(), "training_steps": asked.training_steps}
-    written |= {"sampling_steps": asked.steps, "tested": len(found.people), "rows": found.to_dict()}
-    (RESULTS / f"{asked.name}.json").write_text(json.dumps(written, indent=2) + "\n")
+    parts: list[SegmentationUtility] = []
+    for seed in tqdm(range(asked.seeds), desc="seeds"):
+        further = more if asked.painted else None
+        parts.append(utility_of_model(*scans, train, sampling, asked.tested, further, sizes=asked.sizes, seeds=[seed]))
+        scores = {key: np.concatenate([part.scores[key] for part in parts]) for key in parts[0].scores}
+        found = SegmentationUtility(parts[0].groups, parts[0].people, scores)
+        written |= {"sampling_steps": asked.steps, "tested": len(found.people), "seeds": len(parts), "rows": found.to_dict()}
+        (RESULTS / f"{asked.name}.json").write_text(
+            json.dumps(written, indent=2) + "\n"
+        )  # after each, for a run that is stopped
     for row in written["rows"]:
         print(json.dumps(row))
 

@@ -64,6 +64,10 @@ def test_the_command(tmp_path, capsys, fails):
     assert said["covariates"] == {"age": float(joined["age"].iloc[7]), "sex": "F"}
     groups = read_table(tmp_path / "out/groups.tsv")
     assert list(groups["real"]) == ["3", "1", "0", "2"] and list(groups["synthetic"]) == ["0", "1", "2", "0"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert 'src="volumes/mosaic.png"' in page and (tmp_path / "out/volumes/mosaic.png").is_file()
+    model = json.loads((tmp_path / "out/volumes/dataset_description.json").read_text())["GeneratedBy"][0]["Description"]
+    assert model.rpartition(" ")[2] in page and "SYNTHETIC DATA" in page
     before = made.stat().st_mtime_ns
     command_line(*asked, "--by", "age,sex", "--per-group", 2, "--bins", 2)
     assert made.stat().st_mtime_ns == before

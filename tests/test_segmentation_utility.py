@@ -73,7 +73,7 @@ def run(knows, **options):
         return np.full((1, *SHAPE), (number + 1) / 1000, np.float32)
 
     people = [f"sub-{i}" for i in range(8)]
-    found = segmentation_utility(train, person, 30, draw, person, people, GROUPS, sizes=(4, 10, 99), seeds=3, **options)
+    found = segmentation_utility(train, person, 30, draw, person, people, GROUPS, sizes=(4, 10, 99), seeds=range(3), **options)
     return found, seen, asked
 
 
@@ -148,7 +148,7 @@ def test_of_a_model(of_labels):
 
     trained, others = (scans[scans["split"] == split].reset_index(drop=True) for split in ("train", "test"))
     sampling = Sampling(sampler="euler", steps=1)
-    found = utility_of_model(pipe, config, trained, others, train, sampling, tested=1, sizes=(3,), seeds=1)
+    found = utility_of_model(pipe, config, trained, others, train, sampling, tested=1, sizes=(3,), seeds=[0])
     assert found.groups == ["inside", "rest"] and set(found.people) <= set(others["subject"])
     own, drawn = seen["drawn"]
     assert {np.shape(volume) for volume, _ in own + drawn} == {(1, *pipe.output_grid.shape)}

@@ -105,6 +105,7 @@ def augment(
     from ldm3d.data.tables import read_table, write_table
     from ldm3d.privacy.guard import Guard
     from ldm3d.processes import Processes
+    from ldm3d.report.derived import write_augmented
 
     pipe, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
     pipe.threads = threads
@@ -121,4 +122,5 @@ def augment(
     if run_series(pipe, sampling, requests, out / "volumes", batch_size, True, guard, Processes()):
         for name, frame in tables_of(groups, rows, out / "volumes", pipe.schema.names, table.parent, pipe.suffix).items():
             write_table(out / name, frame)
-        print(f"real and generated people together: {out / 'augmented.tsv'}; how many of each: {out / 'groups.tsv'}")
+        page = write_augmented(out)
+        print(f"real and generated people together: {out / 'augmented.tsv'}; how many of each: {out / 'groups.tsv'}, {page}")

@@ -30,7 +30,8 @@ from ldm3d.randomness import generator
 from ldm3d.rulers.segmenter import Load, dice
 from ldm3d.statistics.bootstrap import SAMPLES, Interval, interval, resamples
 
-SIZES, SEEDS, TESTED, COPIES = (10, 20, 50), 5, 20, 2  # people, trainings, tested people, and drawn volumes a person and seed
+SIZES, SEEDS = (10, 20, 50), range(5)  # people to train on, and of all that is random
+TESTED, COPIES = 20, 2  # tested people, and drawn volumes a person and seed
 SHIFT = 2  # voxels at most, along each axis
 REAL, MOVED, DRAWN, ALL = "real", "real, mirrored and shifted", "drawn by the model", "all real"
 KINDS = (REAL, MOVED, DRAWN)
@@ -91,7 +92,7 @@ def segmentation_utility(
     people: Sequence[Hashable],
     groups: Mapping[str, Sequence[int]],
     sizes: Sequence[int] = SIZES,
-    seeds: int = SEEDS,
+    seeds: Sequence[int] = SEEDS,
     more: Mapping[str, Second] | None = None,
     crop: Callable[[NDArray], NDArray] = np.asarray,
     progress: Callable[[int, int], None] | None = None,
@@ -106,7 +107,8 @@ def segmentation_utility(
         tested: number of a tested person -> volume and shares.
         people: who they are.
         groups: name -> labels, in the order of the shares.
-        sizes, seeds: how many people, and how many times they are drawn anew with all that is random.
+        sizes: how many people.
+        seeds: with each of them they are drawn anew, and all that is random.
         more: further kinds of what every second volume is, by name.
         crop: of volumes and shares to where the model draws.
         progress: called with (trainings done, all).
@@ -119,7 +121,7 @@ def segmentation_utility(
         raise InputError(f"{count} people with label maps to train on and {len(people)} to test on: too few for a segmenter")
     scores: dict[tuple[int, str], list[NDArray]] = {}
     cropped = lambda pair: (crop(pair[0]), crop(pair[1]))  # noqa: E731
-    total, done = seeds * (len(sizes) * (len(KINDS) + len(more or {})) + 1), 0
+    total, done = len(seeds) * (len(sizes) * (len(KINDS) + len(more or {})) + 1), 0
 
     def test(size: int, kind: str, chosen: Sequence[int], seed: int, second: Second | None) -> None:
         nonlocal done
@@ -131,7 +133,7 @@ def segmentation_utility(
         if progress:
             progress(done, total)
 
-    for seed in range(seeds):
+    for seed in seeds:
         order = torch.randperm(count, generator=generator("segmentation utility", "people", seed)).tolist()
         drawn = _Drawn(load, draw, count, seed)
         kinds: dict[str, Second | None] = {REAL: None, MOVED: lambda i, random: moved(load(i), random), DRAWN: drawn}
@@ -171,12 +173,13 @@ def utility_of_model(
     known, others = (ScanImages(config, table) for table in (trained, held_out))
     own = [*{trained["subject"].iloc[i]: i for i in reversed(known.complete)}.values()][::-1]  # the first scan of each person
     apart = others.complete
-    people = [str(held_out["subject"].iloc[i]) for i in apart]
-    chosen = in_turn(people, sampling.seed)[:tested]
-    rows = pipeline.parse(trained[pipeline.schema.names].to_dict("records"))
 
     def pair(scans: ScanImages, i: int) -> Pair:
         return scans.made(i)[:1], with_background(scans.given(i)[0][condition.name].numpy())
+
+    rows = pipeline.parse(trained[pipeline.schema.names].to_dict("records"))
+    people = [str(held_out["subject"].iloc[i]) for i in apart]
+    chosen = in_turn(people, sampling.seed)[:tested]
 
     def draw(i: int, shares: NDArray, number: int) -> NDArray:
         given = Given({condition.name: torch.from_numpy(np.ascontiguousarray(shares))}, {}, {})

@@ -1,4 +1,4 @@
-"""The page of a folder of results: what a model made of scans (edit, restore, anomaly, segment), or an atlas.
+"""The page of a folder of results: what a model made of scans (edit, restore, anomaly, segment), an atlas, or more people.
 
 Pictures come first, and what was measured is below each. The pictures stay files of the folder, so that a page of many scans
 stays small: it is to be moved with its folder.
@@ -32,6 +32,11 @@ CAPTIONS = {
     "templates": "The template of each cell.",
     "film": "The templates, moving.",
 }
+GROUPS = "groups.tsv"
+AUGMENTED = (
+    "Volumes that a latent diffusion model (ldm3d) generated for groups of a table that have few people. They hold what the "
+    "model learned of its training data, and are no people."
+)
 Table = dict[str, list]
 
 
@@ -45,11 +50,24 @@ def write_derived(folder: Path, kind: Kind) -> Path:
     Returns:
         The page.
     """
-    described = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
     sections = _atlas(folder) if kind is ATLAS else _scans(folder, kind)
+    return _write(folder, kind.title, kind.readme, sections, SYNTHETIC if kind is ATLAS else OF_SCANS, folder)
+
+
+def write_augmented(folder: Path) -> Path:
+    """Write FOLDER/report.html of people who were added to a table, see `ldm3d.applications.augment`; returns the page."""
+    groups = read_table(folder / GROUPS)
+    table = {"columns": [in_words(name) for name in groups], "rows": groups.to_numpy().tolist()}
+    labels = len(groups.columns) - 2  # the last are counts
+    shown = [{"source": "volumes/mosaic.png", "caption": "The first of the generated volumes.", "name": "mosaic"}]
+    found = [Section("Groups, and how many people each has", "", table, labels, shown, fold="Each group, real and generated")]
+    return _write(folder, "Generated volumes for thin groups", AUGMENTED, found, SYNTHETIC, folder / "volumes")
+
+
+def _write(folder: Path, title: str, about: str, sections: Sequence[Section], badge: str, dataset: Path) -> Path:
+    described = json.loads((dataset / "dataset_description.json").read_text(encoding="utf-8"))
     made = {"command": command(), "made": now(), "model": described["GeneratedBy"][0]["Description"].rpartition(" ")[2]}
-    badge = SYNTHETIC if kind is ATLAS else OF_SCANS
-    return write_page(folder, described["Name"], sections, made, (), TEMPLATE, badge=badge, about=kind.readme)
+    return write_page(folder, title, sections, made, (), TEMPLATE, badge=badge, about=about)
 
 
 def _scans(folder: Path, kind: Kind) -> list[Section]:
