@@ -70,9 +70,8 @@ def main() -> None:
         scores = {key: np.concatenate([part.scores[key] for part in parts]) for key in parts[0].scores}
         found = SegmentationUtility(parts[0].groups, parts[0].people, scores)
         written |= {"sampling_steps": asked.steps, "tested": len(found.people), "seeds": len(parts), "rows": found.to_dict()}
-        (RESULTS / f"{asked.name}.json").write_text(
-            json.dumps(written, indent=2) + "\n"
-        )  # after each, for a run that is stopped
+        # After each, for a run that is stopped
+        (RESULTS / f"{asked.name}.json").write_text(json.dumps(written, indent=2) + "\n")
     for row in written["rows"]:
         print(json.dumps(row))
 
