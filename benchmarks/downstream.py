@@ -1,10 +1,12 @@
 """Do volumes drawn from label maps help to train a segmenter, where 10, 20 or 50 people have one?
 
     python benchmarks/downstream.py CONFIG [--set key=value] [--steps 12] [--sizes 10 20 50] [--seeds 5] [--tested 20]
-        [--training-steps 300] [--painted] [--name downstream-segmentation-cpu]
+        [--network voxels] [--training-steps 300] [--painted] [--name downstream-segmentation-cpu]
 
 CONFIG is of a model that makes scans of label maps (configs/conditions/masks-to-brain.yaml), and was trained. Each network is
-trained on real scans and their label maps, with every second volume (`ldm3d.evaluation.segmentation_utility`)
+a perceptron of each voxel's surroundings (`voxel_classifier.py`), which is trained within seconds, or the U-Net of `ldm3d
+segmenter` (--network unet), in so many steps. It learns from real scans and their label maps, with every second volume
+(`ldm3d.evaluation.segmentation_utility`)
 
     real                        real, too
     real, mirrored and shifted
@@ -24,6 +26,7 @@ import torch
 from held_out import HeldOut, options
 from protocol import RESULTS
 from tqdm import tqdm
+from voxel_classifier import train_voxel_classifier
 
 from ldm3d.data.conditions import ScanImages
 from ldm3d.data.labels import paint_labels
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--tested", type=int, default=TESTED)
-    parser.add_argument("--training-steps", type=int, default=STEPS)
+    parser.add_argument("--network", choices=("voxels", "unet"), default="voxels")
+    parser.add_argument("--training-steps", type=int, default=STEPS, help="of the U-Net")
     parser.add_argument("--painted", action="store_true")
     parser.add_argument("--name", default="downstream-segmentation-cpu")
     asked = parser.parse_args()
@@ -59,10 +63,11 @@ def main() -> None:
         files = ScanImages(held.config, held.trained).files[condition.name]
         return {"painted": lambda i, random: paint_labels(held.config, keys[i], files[keys[i]], condition.groups, random)}
 
-    train = functools.partial(train_segmenter, steps=asked.training_steps)
+    unet = functools.partial(train_segmenter, steps=asked.training_steps)
+    train = train_voxel_classifier if asked.network == "voxels" else unet
     sampling = held.pipeline.sampling.replace(steps=asked.steps)
     scans = held.pipeline, held.config, held.trained, held.images.scans
-    written = {"model": held.pipeline.model_hash, "processor": processor(), "training_steps": asked.training_steps}
+    written = {"model": held.pipeline.model_hash, "processor": processor(), "network": asked.network}
     parts: list[SegmentationUtility] = []
     for seed in tqdm(range(asked.seeds), desc="seeds"):
         further = more if asked.painted else None

@@ -61,7 +61,7 @@ def run(knows, **options):
     """`knows`: (people, whether every second volume is given) -> of the network."""
     seen, asked = [], {}
 
-    def train(load, count, groups, *, seed, paint, finest):
+    def train(load, count, groups, *, seed, paint):
         volumes = [round(100 * float(load(i)[0].max())) - 1 for i in range(count)]
         random = np.random.default_rng(seed)
         seconds = [paint(i, random) for i in range(count) for _ in range(8)] if paint else []
@@ -140,7 +140,7 @@ def test_of_a_model(of_labels):
     pipe, config = of_labels
     scans, seen = read_scan_table(config), {}
 
-    def train(load, count, groups, *, seed, paint, finest):
+    def train(load, count, groups, *, seed, paint):
         if paint and "drawn" not in seen and count == 3:
             pairs = [paint(i % 3, np.random.default_rng(i)) for i in range(12)]
             seen["drawn" if "moved" in seen else "moved"] = [load(i) for i in range(3)], pairs

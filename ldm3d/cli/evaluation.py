@@ -78,6 +78,7 @@ def evaluate(
     from ldm3d.account import read_account
     from ldm3d.evaluation.assess import assess, plan
     from ldm3d.evaluation.discriminability import is_quick
+    from ldm3d.evaluation.segmentation_utility import labels_of, trainings
     from ldm3d.experiment import scans_by_use
     from ldm3d.privacy.audit import plan as audit_plan
     from ldm3d.processes import started_processes
@@ -100,6 +101,8 @@ def evaluate(
     config, trained, held_out = scans_by_use(model, data, out / "work", root, processes, experiment, override)
     counts = len(trained), len(held_out), num
     lines = plan(pipeline, *counts, sampling, predict or downstream, with_likelihood, judge is not None, classifier)
+    if downstream and labels_of(pipeline):
+        lines.append(f"train {trainings(len(trained))} segmenters on scans with label maps, and on volumes drawn of these")
     lines += audit_plan(*counts) if with_audit and len(trained) else []
     if processes.is_main:
         _announce(lines)

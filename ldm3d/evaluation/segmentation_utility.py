@@ -45,7 +45,7 @@ class Train(Protocol):
     """Of a segmenter: as `ldm3d.training.segmenter.train_segmenter`."""
 
     def __call__(
-        self, load: Load, count: int, groups: Mapping[str, Sequence[int]], *, seed: int, paint: Second | None, finest: int
+        self, load: Load, count: int, groups: Mapping[str, Sequence[int]], *, seed: int, paint: Second | None
     ) -> SegmentationUNet: ...
 
 
@@ -121,12 +121,12 @@ def segmentation_utility(
         raise InputError(f"{count} people with label maps to train on and {len(people)} to test on: too few for a segmenter")
     scores: dict[tuple[int, str], list[NDArray]] = {}
     cropped = lambda pair: (crop(pair[0]), crop(pair[1]))  # noqa: E731
-    total, done = len(seeds) * (len(sizes) * (len(KINDS) + len(more or {})) + 1), 0
+    total, done = trainings(count, sizes, seeds, len(more or {})), 0
 
     def test(size: int, kind: str, chosen: Sequence[int], seed: int, second: Second | None) -> None:
         nonlocal done
         among = (lambda i, random: cropped(second(chosen[i], random))) if second else None
-        network = train(lambda i: cropped(load(chosen[i])), len(chosen), groups, seed=seed, paint=among, finest=0)
+        network = train(lambda i: cropped(load(chosen[i])), len(chosen), groups, seed=seed, paint=among)
         found = np.array([*dice(network, lambda i: cropped(tested(i)), range(len(people))).values()])  # (groups, tested)
         scores.setdefault((size, kind), []).append(np.nanmean(found, axis=0))
         done += 1
@@ -142,6 +142,11 @@ def segmentation_utility(
                 test(size, kind, order[:size], seed, second)
         test(count, ALL, order, seed, None)
     return SegmentationUtility(list(groups), people, {key: np.stack(rows) for key, rows in scores.items()})
+
+
+def trainings(count: int, sizes: Sequence[int] = SIZES, seeds: Sequence[int] = SEEDS, more: int = 0) -> int:
+    """How many networks are trained, if there are `count` people; `more`: further kinds."""
+    return len(seeds) * (sum(size <= count for size in sizes) * (len(KINDS) + more) + 1)
 
 
 def utility_of_model(

@@ -42,7 +42,6 @@ def train_segmenter(
     paint: Paint | None = None,
     channels: Sequence[int] = CHANNELS,
     totals: Mapping[str, Sequence[str]] | None = None,
-    finest: int = FINEST,
 ) -> SegmentationUNet:
     """Train on scans 0 to `count` - 1.
 
@@ -54,7 +53,7 @@ def train_segmenter(
         seed: of weights, order and augmentation.
         device: where to train.
         paint: of every second volume: number of a scan and random numbers -> volume and shares; None for none.
-        channels, totals, finest: see `SegmentationUNet`.
+        channels, totals: see `SegmentationUNet`.
 
     Raises:
         InputError: no scan, or a group whose labels are nowhere in the first ones.
@@ -67,7 +66,7 @@ def train_segmenter(
             raise InputError(f"{name}: labels {list(labels)} are in none of the first {len(loaded)} label maps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("segmenter", seed).initial_seed() % 2**63)
-        network = SegmentationUNet(groups, channels, totals, finest).to(device).train()
+        network = SegmentationUNet(groups, channels, totals, FINEST).to(device).train()
     mend_convolutions(network)
     kind = torch.device(device).type
 

@@ -95,7 +95,8 @@ def segmentation_section(found: SegmentationUtility) -> Section:
         "everybody, as the last row's network is.",
         {"columns": ["people", "every second volume", "Dice", f"minus {REAL}", f"minus {MOVED}"], "rows": rows},
         labels=2,
-        note=f"Means over {seeds} trainings on other people; intervals are over trainings and tested people.",
+        note=f"Means over {seeds} trainings on other people; intervals are over trainings and tested people. Where a network "
+        "that was trained on everybody is no better than one of few people, the network is the limit, and no volume can help.",
     )
 
 
