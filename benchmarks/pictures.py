@@ -32,7 +32,9 @@ def main() -> None:
     rows = pipeline.parse(requests(pipeline.schema, arguments.num))
     volumes = [volume.copy() for volume in pipeline.volumes(rows, pipeline.sampling.replace(seed=arguments.seed))]
     out = arguments.out or IMAGES / f"{folder.resolve().name}.png"
-    mosaic = figures.mosaic(volumes, [describe(row) for row in rows], pipeline.output_grid.spacing_mm, arguments.columns)
+    mosaic = figures.mosaic(
+        volumes, [describe(row) for row in rows], pipeline.output_grid.spacing_mm, arguments.columns, "synthetic"
+    )
     figures.save(mosaic, out)
     print(f"written to {out}")
 
