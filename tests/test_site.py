@@ -118,7 +118,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
         outside = Outside()
         outside.feed(page.read_text(encoding="utf-8"))
         assert not outside.found, page
-    drawn = (tmp_path / "site/architecture.html").read_text(encoding="utf-8")
-    assert f'<script src="{site_pages.MERMAID}">' in drawn and (tmp_path / "site" / site_pages.MERMAID).is_file()
     api = (tmp_path / "site/api/pipeline.html").read_text(encoding="utf-8")
     assert "Generate volumes that show the asked covariates" in re.sub(r"<[^>]+>", "", api)
