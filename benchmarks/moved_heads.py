@@ -11,12 +11,15 @@ recipe, which registers rigidly to MNI152:
               oblique axes; its brain is extracted by a mask, which is moved alike (`data.mask`)
 
 No network is trained: both are measured on the prepared volumes, which is all that a training gets. The table that is printed
-has, for each quantity, r and slope with the truth in both, r between both, and the median of their difference.
+has, for each quantity, r and slope with the truth in both, r between both, and the median of their difference. Before it
+stands how far apart both preparations of a head put its brain, in mm on average over it: the motion is known exactly, so
+registration should bring both to the same place.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -30,9 +33,10 @@ from ldm3d.cli.options import VOLUMETRY
 from ldm3d.config.read import load_config
 from ldm3d.data.masks import apply_mask
 from ldm3d.data.nifti import read_volume
-from ldm3d.data.preparing import prepare
+from ldm3d.data.preparing import load_info, prepare, read_scan_table
 from ldm3d.rulers.table import measure_scans
 
+PREPARED = "aligned", "moved"
 QUANTITIES = "ventricular_volume_ml", "brain_volume_ml"
 
 
@@ -50,25 +54,58 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         for i, path in enumerate(paths):
             write_pair(folder, path, labels_of(path, arguments.dataset), np.random.default_rng([0, i]))
-        found = {name: measured(folder, name, arguments) for name in ("aligned", "moved")}
+        found = {name: measured(folder, name, arguments) for name in PREPARED}
+        apart = pd.Series({path.name.split("_")[0]: value for path, value in apart_mm(folder, paths, arguments.dataset)})
     truth = pd.read_csv(arguments.dataset / "participants.tsv", sep="\t").set_index("participant_id")
     table = pd.concat({"truth": truth[list(QUANTITIES)], **found}, axis=1, join="inner")
+    table["apart", "mm"] = apart
     if arguments.out:
         table.to_csv(arguments.out, sep="\t")
-    print(f"{len(table)} heads\n{compared(table).round(3).to_string()}")
+    print(f"{len(table)} heads, {apart.median():.2f} mm apart (median), {apart.max():.2f} at most")
+    print(compared(table).round(3).to_string())
 
 
 def write_pair(folder: Path, path: Path, labels_path: Path, rng: np.random.Generator) -> None:
     """One head in both datasets, and the mask in the derivative of the second."""
-    (head, affine), (labels, labels_affine) = read_volume(path), read_volume(labels_path)
-    brain = (~np.isin(np.rint(labels), NO_BRAIN)).astype(np.float32)
-    middle = labels_affine[:3, :3] @ np.argwhere(brain[0]).mean(axis=0) + labels_affine[:3, 3]
-    motion, oblique = moved(rng, DEGREES, SHIFT_MM, middle), moved(rng, OBLIQUE_DEGREES, 0, middle)
+    head, affine = read_volume(path)
+    brain, labels_affine, points = brain_of(labels_path)
+    motion, oblique = motions(rng, points)
     subject = path.name.split("_")[0]
     write(folder / "aligned", subject, "T1w", apply_mask(head, affine, brain, labels_affine)[0], affine)
     write(folder / "moved", subject, "T1w", *sampled(head, affine, motion, oblique))
     mask, place = sampled(brain, labels_affine, motion, oblique, "nearest")
     write(folder / "masks", subject, "desc-brain_mask", mask, place)
+
+
+def brain_of(labels_path: Path) -> tuple[NDArray, NDArray, NDArray]:
+    """Which voxels are brain, (1, X, Y, Z); their affine; and where they lie, in mm, (N, 3)."""
+    labels, affine = read_volume(labels_path)
+    brain = (~np.isin(np.rint(labels), NO_BRAIN)).astype(np.float32)
+    return brain, affine, np.argwhere(brain[0]) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def motions(rng: np.random.Generator, points: NDArray) -> tuple[NDArray, NDArray]:
+    """The motion of a head, and the turn of the axes along which it is sampled."""
+    middle = points.mean(axis=0)
+    return moved(rng, DEGREES, SHIFT_MM, middle), moved(rng, OBLIQUE_DEGREES, 0, middle)
+
+
+def apart_mm(folder: Path, paths: Sequence[Path], dataset: Path) -> Iterator[tuple[Path, float]]:
+    """Mean distance between where both preparations of a head put a point of its brain."""
+    placed = {}
+    for name in PREPARED:
+        config = load_config(folder / f"{name}.yaml")
+        scans = read_scan_table(config)
+        placed[name] = {
+            row.subject: np.array(load_info(config, row.key)["registration"]["matrix"]) for row in scans.itertuples()
+        }
+    for i, path in enumerate(paths):
+        subject = path.name.split("_")[0].removeprefix("sub-")
+        if all(subject in each for each in placed.values()):
+            *_, points = brain_of(labels_of(path, dataset))
+            motion, _ = motions(np.random.default_rng([0, i]), points)
+            off = placed["moved"][subject] @ motion - placed["aligned"][subject]
+            yield path, float(np.linalg.norm(points @ off[:3, :3].T + off[:3, 3], axis=1).mean())
 
 
 def write(dataset: Path, subject: str, ending: str, volume: NDArray, affine: NDArray) -> None:
