@@ -99,3 +99,4 @@ def test_the_quick_demo_runs_in_an_environment_of_its_own(packages, tmp_path, ki
     page = (here / "demo/evaluation/report.html").read_text()
     assert "Synthetic" in page and "held-out volumes are themselves synthetic" in page and "for no real person" in page
     assert "warning" not in (demo.stdout + demo.stderr).lower(), demo.stderr  # nothing that nobody asked for
+    shutil.rmtree(place)  # a gigabyte
