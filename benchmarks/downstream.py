@@ -10,7 +10,7 @@ segmenter` (--network unet), in so many steps. It learns from real scans and the
 
     real                        real, too
     real, mirrored and shifted
-    drawn by the model          of a label map that is mirrored and shifted
+    drawn by the model          of a label map, and mirrored and shifted with it
     painted (--painted)         of a label map in random contrasts (as SynthSeg, Billot et al. 2023), turned and scaled
 
 all with random contrast, bias field, blur and noise (`ldm3d.data.augment.vary`); "all real" is trained on everybody whom the

@@ -1,8 +1,8 @@
 """Downstream utility for segmentation: do volumes that a model draws from label maps help where few scans have one?
 
 A network is trained on few real people with their label maps, alone and with every second volume made from the same label
-maps, in several ways; it is tested on other people. A label map that a volume is drawn from comes along, mirrored and shifted,
-so that the fair comparison is with real scans that are mirrored and shifted as much.
+maps, in several ways; it is tested on other people. A label map that a volume is drawn of comes along. Both are mirrored and
+shifted, so that the fair comparison is with real scans that are mirrored and shifted as much.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -213,7 +213,10 @@ def labels_of(pipeline: Pipeline) -> LabelsCondition | None:
 
 
 class _Drawn:
-    """Volumes that the model draws for a person's label map, mirrored and shifted: some for each person, kept."""
+    """Volumes that the model draws of a person's label map, kept, and each time mirrored and shifted with it.
+
+    Only afterwards: registered label maps that are moved are unlike all that the model was trained on.
+    """
 
     def __init__(self, load: Load, draw: Draw, count: int, seed: int):
         self.load, self.draw, self.count, self.seed = load, draw, count, seed
@@ -222,11 +225,9 @@ class _Drawn:
     def __call__(self, i: int, random: np.random.Generator) -> Pair:
         copy = int(random.integers(COPIES))
         if (i, copy) not in self.kept:
-            number = (self.seed * self.count + i) * COPIES + copy
-            own = np.random.default_rng(generator("segmentation utility", "moved", number).initial_seed())
-            shares = moved(self.load(i), own)[1]
-            self.kept[i, copy] = self.draw(i, shares[1:], number), shares
-        return self.kept[i, copy]
+            shares = self.load(i)[1]
+            self.kept[i, copy] = self.draw(i, shares[1:], (self.seed * self.count + i) * COPIES + copy), shares
+        return moved(self.kept[i, copy], random)
 
 
 def moved(pair: Pair, random: np.random.Generator) -> Pair:

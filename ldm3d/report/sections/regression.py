@@ -91,8 +91,8 @@ def segmentation_section(found: SegmentationUtility) -> Section:
         "Downstream utility: segmentation after training with volumes that the model draws of label maps",
         f"The same small network trained on few people's scans and label maps, and tested on {len(found.people)} others: mean "
         f"Dice over {', '.join(map(in_words, found.groups))}. Every second volume is what the table names: a real scan, the "
-        "same mirrored and shifted, or one that the model drew of a label map that was. The model itself was trained on "
-        "everybody, as the last row's network is.",
+        "same mirrored and shifted, or one that the model drew of a label map, mirrored and shifted with it. The model itself "
+        "was trained on everybody, as the last row's network is.",
         {"columns": ["people", "every second volume", "Dice", f"minus {REAL}", f"minus {MOVED}"], "rows": rows},
         labels=2,
         note=f"Means over {seeds} trainings on other people; intervals are over trainings and tested people. Where a network "
