@@ -108,7 +108,7 @@ def test_all_kinds_of_a_size_see_the_same_people_and_their_volumes():
                 assert number // COPIES % 30 == people[3][n // 8] and number // COPIES // 30 == seed
                 assert shares.shape == (3, *SHAPE) and np.allclose(shares.sum(axis=0), 1)
                 np.testing.assert_array_equal(asked[number], person(0)[1][1:])  # drawn of the label map as it is
-        assert len({float(volume.max()) for volume, _ in drawn[1]}) == COPIES * 10
+        assert 10 < len({float(volume.max()) for volume, _ in drawn[1]}) <= COPIES * 10  # kept, and drawn again of nobody
         assert len({shares.tobytes() for _, shares in drawn[1]}) > 30  # and moved anew each time
     assert seen[0][1] != seen[7][1]  # other people with another seed
 
@@ -156,7 +156,8 @@ def test_of_a_model(of_labels):
         assert shares[1:, volume[0] > 0.9].sum(axis=0).min() > 0.5  # the labels are those of the scan
     own_sums = [shares.sum(axis=(1, 2, 3)) for _, shares in own]
     for i, (volume, shares) in enumerate(drawn):
-        np.testing.assert_allclose(shares.sum(axis=(1, 2, 3)), own_sums[i % 3], atol=0.02 * shares[1:].sum())
+        np.testing.assert_allclose(shares[1].sum(), own_sums[i % 3][1], rtol=1e-3)
+        np.testing.assert_allclose(shares.sum(axis=(1, 2, 3)), own_sums[i % 3], rtol=0.08)  # the rest reaches to the border
         assert np.std(volume) > 0 and all(np.abs(volume - each).mean() > 1e-3 for each, _ in own)
     assert labels_of(pipe).name == "labels"
     pipe.conditions = ()
