@@ -18,7 +18,7 @@ from ldm3d.models.segmentation import SegmentationUNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.shipped import SEGMENTER, model_folder, segmenter_folder
 
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 CARD = "README.md"
 METRICS = "metrics.json"  # of an evaluation
 

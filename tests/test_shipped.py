@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import command_line
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ldm3d
 from ldm3d import demo, demo_clock, precision
@@ -28,6 +28,7 @@ from ldm3d.export import export
 from ldm3d.models.autoencoder import Autoencoder
 from ldm3d.models.pretrained import EIGHT_BITS, weights_hash
 from ldm3d.models.segmentation import SegmentationUNet
+from ldm3d.models.unet import UNet
 from ldm3d.pipeline import Pipeline
 from ldm3d.rulers.volumetry import load_measure
 from ldm3d.shipped import model_folder, shipped
@@ -171,6 +172,39 @@ def test_weights_beyond_the_range_of_half_precision(tmp_path):
     with pytest.raises(InputError, match=r"to_voxels\.weight holds values beyond the range of torch\.float16"):
         network.save_pretrained(tmp_path, torch.float16)
     network.save_pretrained(tmp_path, torch.bfloat16)
+
+
+def test_kernels_of_a_unet_in_bytes(tmp_path):
+    """Each row in 127ths of its largest weight; vectors exactly; the autoencoder, of which detail is asked, in half."""
+    network = UNet(2, 2, [0], (16, 16), 1, (False, True), head_channels=16, context_dim=16)
+    network.save_pretrained(tmp_path / "unet", torch.int8)
+    network.save_pretrained(tmp_path / "half", torch.float16)
+    size, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("unet", "half"))
+    assert size < 0.7 * half
+    read = UNet.from_pretrained(tmp_path / "unet", dtype=torch.float32)
+    for name, value in network.state_dict().items():
+        found = read.state_dict()[name]
+        if name.endswith("weight") and value.ndim > 1:
+            step = value.flatten(1).abs().amax(dim=1) / 127
+            assert ((found - value).flatten(1).abs() <= 0.501 * step[:, None]).all(), name
+        else:
+            assert torch.equal(found, value.half().float() if value.ndim > 1 else value), name
+
+    autoencoder = Autoencoder(latent_channels=2, downsampling=2, channels=[4], blocks=1)
+    autoencoder.save_pretrained(tmp_path / "autoencoder", torch.int8)
+    kernel = Autoencoder.from_pretrained(tmp_path / "autoencoder", dtype=torch.float32).to_voxels.weight
+    assert torch.equal(kernel, autoencoder.to_voxels.weight.half().float())
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(3)])
+def test_bytes_without_their_scale_are_no_weights(tmp_path, scale):
+    network = UNet(2, 2, [0], (16, 16), 1, (False, True), head_channels=16, context_dim=16)
+    network.save_pretrained(tmp_path, torch.int8)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["conv_in.weight.scale"]
+    save_file(stored | ({} if scale is None else {"conv_in.weight.scale": scale}), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"conv_in\.weight is of type torch\.int8"):
+        UNet.from_pretrained(tmp_path)
 
 
 def test_rounding_leaves_the_pipeline_itself_alone(model, tmp_path):
@@ -359,7 +393,7 @@ def test_what_ships_with_this_version(monkeypatch):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < MAX_MB * 1e6, name
         assert {path.suffix for path in files} == {".json", ".safetensors", ".md"} and not list(folder.rglob("experiment*"))
-        allowed = {torch.float16, torch.bfloat16, EIGHT_BITS}
+        allowed = {torch.float16, torch.bfloat16, EIGHT_BITS, torch.int8}
         assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= allowed
         card = (folder / "README.md").read_text()
         assert front_matter(folder / "README.md")["license"] == "apache-2.0" and "Not described" not in card

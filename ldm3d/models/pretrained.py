@@ -26,6 +26,7 @@ from ldm3d.errors import InputError, shown
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_JSON_BYTES = 2**25
 EIGHT_BITS = torch.float8_e4m3fn  # four of the exponent, three of the mantissa
+SCALE = ".scale"  # behind a weight's name: of each of its rows, where the file holds it in whole numbers
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where each class of network is; imported on demand, because some import slow libraries
@@ -47,6 +48,7 @@ class Pretrained(nn.Module):
 
     arguments: dict[str, Any]
     later_arguments: ClassVar[tuple[str, ...]] = ()  # not recorded where they have their defaults, as in older folders
+    in_bytes: ClassVar[bool] = False  # whether int8 is fine enough for its kernels
     of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors whose values were rounded to `EIGHT_BITS` when they were made
 
     def __init_subclass__(cls, **options: Any):
@@ -76,13 +78,17 @@ class Pretrained(nn.Module):
         Args:
             folder: where.
             dtype: of matrices and kernels in the file. Vectors (biases, norms, statistics of latents), a small share of all,
-                keep their precision; tensors `of_eight_bits` take a byte a number if that changes none. None: all keep it.
+                keep their precision; tensors `of_eight_bits` take a byte a number if that changes none. torch.int8: kernels
+                of classes `in_bytes` as whole numbers of a byte, each row with a scale, all else as torch.float16. None: all
+                keep it.
 
         Raises:
             InputError: a weight is beyond the range of `dtype`.
         """
         folder = Path(folder)
-        weights = {name: _rounded(name, value, dtype).contiguous() for name, value in self.state_dict().items()}
+        rounded = _in_bytes(self.state_dict()) if dtype is torch.int8 and self.in_bytes else self.state_dict()
+        kind = torch.float16 if dtype is torch.int8 else dtype
+        weights = {name: _rounded(name, value, kind).contiguous() for name, value in rounded.items()}
         for name in (name for name in self.of_eight_bits if dtype and name in weights):
             short = self.get_buffer(name).to(EIGHT_BITS)
             weights[name] = short if torch.equal(short.float(), self.get_buffer(name).float()) else weights[name]
@@ -120,7 +126,9 @@ class Pretrained(nn.Module):
             raise InputError(f"{folder} holds weights of {shown(found)[1:-1]}, not of {cls.__name__}")
         try:
             with safe_open(folder / WEIGHTS, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                scales = {f"{name}{SCALE}" for name, each in slices.items() if each.get_dtype() == "I8"}
+                shapes = {name: tuple(each.get_shape()) for name, each in slices.items() if name not in scales}
             with torch.device("meta"), _at_most(len(shapes), folder / CONFIG):
                 sketch = network_class(**arguments)
             _compare({name: tuple(own.shape) for name, own in sketch.state_dict().items()}, shapes, folder / WEIGHTS)
@@ -142,12 +150,31 @@ class Pretrained(nn.Module):
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a file; those of eight bits as float32, in which they can be computed with."""
-    return {name: value.float() if value.dtype == EIGHT_BITS else value for name, value in load_file(path).items()}
+    stored = load_file(path)
+    for name in [name for name, value in stored.items() if value.dtype == torch.int8]:
+        scale = stored.get(f"{name}{SCALE}")
+        if scale is not None and scale.shape == stored[name].shape[:1]:
+            rows = stored[name].float() * stored.pop(f"{name}{SCALE}").float().reshape(-1, *[1] * (stored[name].ndim - 1))
+            stored[name] = rows
+    return {name: value.float() if value.dtype == EIGHT_BITS else value for name, value in stored.items()}
+
+
+def _in_bytes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with kernels as int8, and the scale of each of their rows: the largest of a row is 127 of it."""
+    packed = {}
+    for name, value in weights.items():
+        if name.endswith("weight") and value.ndim > 1:
+            scale = value.float().flatten(1).abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            rows = value.float() / scale.reshape(-1, *[1] * (value.ndim - 1))
+            packed[name], packed[f"{name}{SCALE}"] = rows.round().to(torch.int8), scale
+        else:
+            packed[name] = value
+    return packed
 
 
 def _rounded(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A tensor as it is saved, see `Pretrained.save_pretrained`."""
-    if dtype is None or value.ndim < 2:
+    if dtype is None or value.ndim < 2 or value.dtype == torch.int8:
         return value
     rounded = value.to(dtype)
     if not torch.isfinite(rounded).all():

@@ -71,6 +71,8 @@ class LatentUNet(Pretrained):
         image_channels: of the images among its conditions; 0 for none.
     """
 
+    in_bytes = True
+
     def __init__(self, in_channels: int, out_channels: int, image_channels: int = 0):
         super().__init__()
         self.in_channels, self.out_channels, self.image_channels = in_channels, out_channels, image_channels
