@@ -83,7 +83,7 @@ def trained(held: HeldOut, labels: LabelsCondition, minutes: float) -> nn.Module
             optimizer.param_groups[0]["lr"] = RATE * (1 - passed / seconds)
             chosen = rng.choice(rows, BATCH, replace=False)
             with torch.no_grad():
-                x = autoencoder.normalise(autoencoder.sample(torch.from_numpy(moments[chosen])))
+                x = autoencoder.normalise(autoencoder.sample(torch.from_numpy(moments[chosen]))) / scale_of(held)
             noise, times = torch.randn_like(x), torch.randint(0, 1000, (BATCH,))
             noisy = scheduler.add_noise(x, noise, times)
             with torch.autocast("cpu", dtype("auto", "cpu")):
@@ -115,7 +115,12 @@ def drawn(held: HeldOut, network: nn.Module, labels: LabelsCondition, i: int) ->
     z = torch.randn(shape, generator=random)
     for t in scheduler.timesteps:
         z, _ = scheduler.step(network(z, t[None], channels), t, z)
-    return pipeline.cropped(pipeline.decode(z)[0].float().cpu().numpy())
+    return pipeline.cropped(pipeline.decode(z * scale_of(held))[0].float().cpu().numpy())
+
+
+def scale_of(held: HeldOut) -> Tensor:
+    """Standard deviations of the channels of normalised latents, (c, 1, 1, 1): DDPM expects about one."""
+    return torch.tensor(held.pipeline.scales or [1.0])[:, None, None, None]
 
 
 if __name__ == "__main__":
