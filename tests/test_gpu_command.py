@@ -95,7 +95,7 @@ def test_without_a_gpu_it_says_what_can_be_done():
     assert done.returncode == 1 and "make gpu DRY=1" in done.stderr
 
 
-@pytest.mark.parametrize("number, first", [(2, "matrix rate"), (3, "data"), (4, "data")])
+@pytest.mark.parametrize("number, first", [pytest.param(2, "matrix rate", marks=pytest.mark.slow), (3, "data"), (4, "data")])
 def test_a_part_without_time_leaves_out_all(parts, tmp_path, number, first):
     gpu = importlib.import_module("gpu")
     out = tmp_path / "results"

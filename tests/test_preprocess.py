@@ -299,6 +299,7 @@ def die_over_even_numbers(number, *_):
     return {"key": number}
 
 
+@pytest.mark.slow
 def test_dying_workers_are_found_out(monkeypatch):
     monkeypatch.setattr(preprocess, "prepare_scan", die_over_even_numbers)
     results = dict(preprocess._run([(i,) for i in range(1, 6)], workers=2))

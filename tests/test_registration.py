@@ -134,6 +134,7 @@ def test_unregistered_heads_do_not_lie_on_the_template(dataset):
     assert np.mean(alike) < 0.9
 
 
+@pytest.mark.slow
 def test_another_template_prepares_anew_and_the_same_one_does_not(dataset, capsys):
     command_line("prepare", dataset / "config.yaml", "--workers", 1)
     command_line("prepare", dataset / "config.yaml", "--workers", 1)
@@ -145,6 +146,7 @@ def test_another_template_prepares_anew_and_the_same_one_does_not(dataset, capsy
     assert "3 scans prepared" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_does_not_resemble_the_template_is_named(dataset, capsys):
     noise = np.random.default_rng(0).uniform(0, 500, SHAPE).astype(np.float32)
     path = dataset / "data/sub-01/anat/sub-01_T1w.nii.gz"

@@ -15,7 +15,7 @@ from torture.generation import make_pipeline
 from ldm3d.pipeline import Pipeline
 from ldm3d.serve.studio import Studio
 
-pytestmark = NEEDED
+pytestmark = [NEEDED, pytest.mark.slow]
 CAPTION = "return document.querySelector('figure[data-name=current] figcaption').textContent"
 
 

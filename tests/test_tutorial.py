@@ -59,6 +59,7 @@ def ixi(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_first_steps_work_as_they_are_written(ixi, capsys):
     exec(compile(blocks("python")[0], "ixi_table.py", "exec"), {})
     table = pd.read_csv("ixi/scans.csv")

@@ -33,6 +33,7 @@ def trained(tmp_path, train_here):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command(trained, tmp_path, capsys, fails):
     model, data = trained / "run/model", ["--data", trained / "data"]
     fast = ["--steps", 1]
