@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py MODEL [--num 12] [--seed 0]
 
-The first continuous covariate rises from the lowest to the highest value that training saw, the first categorical one
-alternates, and all others are left open.
+Each row is drawn from the same noise. Along it the first continuous covariate rises from the lowest to the highest value that
+training saw; the first categorical one alternates from row to row, and all others are left open.
 """
 
 import argparse
@@ -29,8 +29,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = model_folder(arguments.model)
     pipeline = Pipeline.from_pretrained(folder)
-    rows = pipeline.parse(requests(pipeline.schema, arguments.num))
-    volumes = [volume.copy() for volume in pipeline.volumes(rows, pipeline.sampling.replace(seed=arguments.seed))]
+    rows = pipeline.parse(requests(pipeline.schema, arguments.num, arguments.columns))
+    numbers, sampling = [i // arguments.columns for i in range(len(rows))], pipeline.sampling.replace(seed=arguments.seed)
+    volumes = [volume.copy() for volume in pipeline.volumes(rows, sampling, numbers=numbers)]
     out = arguments.out or IMAGES / f"{folder.resolve().name}.png"
     mosaic = figures.mosaic(
         volumes, [describe(row) for row in rows], pipeline.output_grid.spacing_mm, arguments.columns, "synthetic"
@@ -39,16 +40,16 @@ def main() -> None:
     print(f"written to {out}")
 
 
-def requests(schema: CovariateSchema, count: int) -> list[dict[str, float | str]]:
+def requests(schema: CovariateSchema, count: int, columns: int) -> list[dict[str, float | str]]:
     """Requests that show the range of a model, see the top of this file."""
     rows: list[dict[str, float | str]] = [{} for _ in range(count)]
     continuous = next((c for c in schema if c.kind == "continuous" and c.seen), None)
     categorical = next((c for c in schema if c.kind == "categorical"), None)
     for i, row in enumerate(rows):
         if continuous and continuous.seen:
-            row[continuous.name] = float(f"{np.linspace(*continuous.seen, count)[i]:.3g}")
+            row[continuous.name] = float(f"{np.linspace(*continuous.seen, columns)[i % columns]:.3g}")
         if categorical:
-            row[categorical.name] = categorical.categories[i % len(categorical.categories)]
+            row[categorical.name] = categorical.categories[i // columns % len(categorical.categories)]
     return rows
 
 
