@@ -140,7 +140,7 @@ def own_files(experiment: Path) -> None:
     Path("about.md").write_text("Whose data it was trained on.\n")
     settings = tiny_settings(Path.cwd() / "trained")
     settings["data"]["bids"] = str(experiment / "data")
-    for name in ("CONFIG", "mine.yaml", "ixi.yaml", "configs/toy.yaml", "configs/brains-3mm.yaml"):
+    for name in ("CONFIG", "mine.yaml", "ixi.yaml", "ds.yaml", "configs/toy.yaml", "configs/brains-3mm.yaml"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(yaml.safe_dump(settings))
     hidden = {"name": "holed", "kind": "degraded", "degradations": [{"operator": "hole", "strength": [40, 80]}]}
