@@ -31,6 +31,7 @@ APART = {
     r"(pip|uv|head|docker|apptainer|conda|srun|make|scontrol|export|hf|\.|\[|tar|mkdir|pre-commit) ": "not ldm3d",
     r"python -m venv": "not ldm3d",
     r"python benchmarks/": "benchmarks run for long, and have tests of their own",
+    r"python -m ldm3d.training.(autoencoder|diffusion) ds.yaml": "other settings of a run that is there, for real scans",
     r"accelerate launch --dynamo_backend": "compiles for minutes",
     r"ldm3d import-monai|ldm3d generate models/brain": "needs MONAI's published weights; tests/test_published.py makes some",
     r"ldm3d import-dicom": "needs DICOM of a scanner; tests/test_from_dicom.py makes some",
