@@ -80,7 +80,7 @@ def here(experiment, tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     one_step(ROOT / "models", tmp_path / "shipped", monkeypatch)
-    for name in ("toy", "brains-3mm", "ixi", "age-and-sex"):
+    for name in ("toy", "brains-3mm", "ixi", "ds002748", "age-and-sex"):
         shutil.copytree(experiment / "run", f"runs/{name}")
     Path("runs/t1w-to-t2w").symlink_to("inpaint")  # one model with the images of both, which the page trains
     shutil.copytree(experiment / "run", "parts")
@@ -88,7 +88,7 @@ def here(experiment, tmp_path, monkeypatch) -> Iterator[Path]:
         Path(name).symlink_to("parts/model")
     for name in ("trained/run", "alone", "residual", "muon"):
         shutil.copytree(experiment / "run", name, ignore=shutil.ignore_patterns("diffusion-training", "model"))
-    for name in ("DIR", "data/toy", "data/brains", "data/clinic", "path/to/bids"):
+    for name in ("DIR", "data/toy", "data/brains", "data/clinic", "ds002748", "path/to/bids"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(experiment / "data")
     own_files(experiment)
