@@ -7,10 +7,10 @@ TABLE or BIDS folder is as `ldm3d evaluate` takes it, with scans of the training
 held-out people one brain each is generated. Printed are
 
 - Fréchet distances to reconstructions of the people themselves, by the segmenter's features and by random ones,
-- r and slope of each continuous covariate, asked and measured by a ruler that is learned from the segmenter's features of up to
-  200 training scans,
-- the deviation of generated latents about the mean that the model's Gaussian has under the covariates, as a share of that of the
-  people's own latents, mean over channels. With --spread generated latents are first spread about that mean by a factor.
+- r and slope of each continuous covariate, asked and measured by a ruler that is learned from the segmenter's features of up
+  to 200 training scans,
+- the deviation of generated latents about the mean that the model's Gaussian has under the covariates, as a share of that of
+  the people's own latents, mean over channels. With --spread generated latents are first spread about that mean by a factor.
 """
 
 import argparse

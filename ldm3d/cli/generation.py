@@ -24,6 +24,8 @@ from ldm3d.cli.options import (
 from ldm3d.cli.placing import Stripped
 from ldm3d.errors import InputError, shown
 
+OfFiles = Annotated[str, typer.Option(help="Of the weights in the files: float16, bfloat16, float32 or int8.")]
+
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def generate(
@@ -182,9 +184,7 @@ def info(
 def export(
     model: ModelPath,
     out: Annotated[Path, typer.Option(help="Folder to write, named like the model; must be empty or absent.")],
-    precision: Annotated[
-        str, typer.Option(help="Of the weights in the files: float16, bfloat16, float32 or int8.")
-    ] = "float16",
+    precision: OfFiles = "float16",
     about: Annotated[Path | None, typer.Option(help="Markdown for the card: whose data, approval, further limits.")] = None,
     segmenter: Annotated[Path | None, typer.Option(help="Folder of `ldm3d segmenter`, to lie beside the networks.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Folder of `ldm3d evaluate`: its figures go into the card.")] = None,
@@ -201,9 +201,7 @@ def export(
 def push(
     model: ModelPath,
     name: Annotated[str, typer.Argument(help="user/name at the hub.", show_default=False)],
-    precision: Annotated[
-        str, typer.Option(help="Of the weights in the files: float16, bfloat16, float32 or int8.")
-    ] = "float16",
+    precision: OfFiles = "float16",
     about: Annotated[Path | None, typer.Option(help="Markdown: whose data, training, figures, limits; for the card.")] = None,
     licence: Annotated[str, typer.Option("--license", help="Of the weights, as Hugging Face calls it.")] = "apache-2.0",
     private: Annotated[bool, typer.Option("--private", help="For its owner alone, if it is new.")] = False,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm3d.config.conditions import Condition, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.sections import Config
 from ldm3d.data.bids import read_scans
-from ldm3d.data.degrade import Degraded, degraded
+from ldm3d.data.degrade import WorseVolume, degraded
 from ldm3d.data.keys import file_key, scan_of
 from ldm3d.data.labels import LabelMaps, read_labels, shares_on_grid
 from ldm3d.data.nifti import read_volume
@@ -200,7 +200,7 @@ class ScanImages:
                 return self._degraded(each, self.keys[i], cubic=True).volume.clamp(0, 1).numpy()
         return None
 
-    def _degraded(self, condition: DegradedCondition, key: str, cubic: bool = False) -> Degraded:
+    def _degraded(self, condition: DegradedCondition, key: str, cubic: bool = False) -> WorseVolume:
         scan = torch.from_numpy(load_prepared(self.config, key))
         drawn = generator("image of a scan", condition.name, scan_of(key))
         return degraded(scan, self.config.data.grid.spacing_mm, condition.degradations, drawn, cubic)

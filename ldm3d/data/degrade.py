@@ -19,7 +19,7 @@ BIAS_WAVES = 3  # cosines of a bias field along each axis
 ROUGHNESS = 0.35  # of a hole's surface, as a share of its radius
 
 
-class Degraded(NamedTuple):
+class WorseVolume(NamedTuple):
     """A volume that was made worse.
 
     Attributes:
@@ -35,7 +35,7 @@ class Degraded(NamedTuple):
 
 def degraded(
     volume: Tensor, spacing_mm: Sequence[float], degradations: Sequence[Degradation], rng: Generator, cubic: bool = False
-) -> Degraded:
+) -> WorseVolume:
     """A volume after some degradations, one after the other.
 
     Args:
@@ -58,7 +58,7 @@ def degraded(
         else:
             operators.append(_linear(each, volume.shape[1:], spacing_mm, strength, rng, cubic))
             volume = operators[-1](volume)
-    return Degraded(volume * known, known, Chain(*operators))
+    return WorseVolume(volume * known, known, Chain(*operators))
 
 
 def rician(volume: Tensor, deviation: float, rng: Generator) -> Tensor:

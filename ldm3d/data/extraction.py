@@ -101,9 +101,8 @@ def extract(tool: Tool, path: Path, volume: NDArray, affine: NDArray) -> tuple[N
     with tempfile.TemporaryDirectory(prefix="ldm3d-brain-") as name:
         folder = Path(name)
         scan = path.absolute()
-        if not scan.name.endswith(
-            ".nii.gz" if tool.words[0] == "hd-bet" else (".nii", ".nii.gz")
-        ):  # it reads packed files only
+        readable = (".nii.gz",) if tool.words[0] == "hd-bet" else (".nii", ".nii.gz")
+        if not scan.name.endswith(readable):
             scan = folder / "scan.nii.gz"
             write_atomic(scan, pack_volume(volume, affine))
         places = {"{scan}": scan, "{mask}": folder / "mask.nii.gz", "{brain}": folder / "brain.nii.gz", "{folder}": folder}

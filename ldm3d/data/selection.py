@@ -155,16 +155,16 @@ def _not_used(files: Sequence[Candidate], why: Mapping[str, str], scanless: Sequ
         lines.append(f"  {len(scanless)} sessions have no other scan and are left out: {names}")
     example = next((file for file in files if not why[file.path].startswith(_TWIN)), files[0])
     entity, _, value = why[example.path].partition(":")[0].removeprefix("no ").partition("-")
-    others = (
+    way = (
         f"set data.filter, such as {{{entity}: {value or 'null'}}}; null asks for files without an entity, and a list for a "
+        "scan of each value"
     )
-    others = f"to use others, {others}scan of each value"
     if why[example.path].startswith(_TWIN):
-        others = "to use others, name these in data.exclude"
+        way = "name these in data.exclude"
     return (
         f"{len(files)} {suffix} files are left aside, because each session gives one scan:\n"
         + "\n".join(lines)
-        + f"\n  such as {example.path}\n{others}"
+        + f"\n  such as {example.path}\nto use others, {way}"
     )
 
 
