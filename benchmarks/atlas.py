@@ -99,10 +99,10 @@ def main() -> None:
     if arguments.picture:
         shown, titles = [], []
         for k, age in enumerate(arguments.ages):
-            for name in ("generated", "real"):
+            for name, words in (("generated", "generated"), ("real", "held out")):
                 volumes, found, _ = sets[name][k]
                 shown += [volumes[0][None], found.mean[None], found.best[None]]
-                titles += [f"{age:g} years, {name}: one", f"mean of {len(volumes)}", "mean shape"]
+                titles += [f"{age:g} years, {words}: one", f"mean of {len(volumes)}", "mean shape"]
         figures.save(figures.mosaic(shown, titles, spacing, columns=3), arguments.picture)
 
 
