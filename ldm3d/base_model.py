@@ -51,18 +51,22 @@ def take_autoencoder(config: Config) -> bool:
 
 
 def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSchema, dict[str, Any]]:
-    """The U-Net of `diffusion.init_from`, with inputs for images whose weights are zero; what its model was fitted to.
+    """The U-Net of `diffusion.init_from`, grown to what the config asks for; what its model was fitted to.
+
+    It may get more blocks, and inputs for images: they change none of its answers before they are trained.
 
     Returns:
         (U-Net, covariates with the model's normalisation, the model's description as `read_description` has it).
 
     Raises:
-        InputError: no such model; covariates that it has not, another target or process, or another network than the config's.
+        InputError: no such model; covariates that it has not, another target or process, or a network that cannot grow to the
+            config's.
     """
     folder = model_folder(str(config.diffusion.init_from))
     parts = read_description(folder / DESCRIPTION)
     _check_covariates(config.schema(), parts["schema"], folder)
-    _check_network(config.diffusion.network.model_dump(mode="json", exclude={"kind"}), folder / "unet", "diffusion.network")
+    network = config.diffusion.network
+    _check_network(network.model_dump(mode="json", exclude={"kind", "blocks"}), folder / "unet", "diffusion.network")
     if (parts["target"], parts["process"].kind) != (config.diffusion.target, config.diffusion.process.kind):
         raise InputError(
             f"diffusion.init_from {folder}: it predicts {parts['target']} of process {parts['process'].kind}; the config says "
@@ -80,6 +84,10 @@ def first_unet(config: Config, image_channels: int) -> tuple[UNet, CovariateSche
             f"diffusion.init_from {folder}: its network takes images of {unet.image_channels} channels; start from a model "
             f"without images, or with the {image_channels} channels of this config's conditions"
         )
+    try:
+        unet = unet.with_blocks(network.blocks)
+    except InputError as error:
+        raise InputError(f"diffusion.init_from {folder}: {error}") from None
     unet = unet if unet.image_channels == image_channels else unet.with_images(image_channels)
     return unet.train().requires_grad_(True), parts["schema"], parts
 

@@ -10,6 +10,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import command_line, tiny_settings
 
+from ldm3d.base_model import first_unet, take_autoencoder
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.conditions import Degradation, DegradedCondition, ImageCondition, LabelsCondition
 from ldm3d.config.read import load_config
@@ -100,8 +101,6 @@ def test_a_stopped_training_goes_on_to_the_same_bits(conditioned, train_here):
 def test_the_base_model_has_to_fit(conditioned, tmp_path):
     def wrong(*changes):
         with pytest.raises(InputError) as error:
-            from ldm3d.base_model import first_unet, take_autoencoder
-
             config = load_config(conditioned / "config.yaml", changes)
             take_autoencoder(config)
             first_unet(config, 69)
@@ -112,6 +111,19 @@ def test_the_base_model_has_to_fit(conditioned, tmp_path):
     assert "predicts v" in wrong("diffusion.target=noise")
     assert "latent_channels 3" in wrong("autoencoder.network.latent_channels=4")
     assert "shipped are" in wrong("diffusion.init_from=nothing-here")
+
+
+def test_training_can_start_with_a_network_of_fewer_blocks(conditioned, experiment, tmp_path):
+    deeper, small = "diffusion.network.blocks=[1, 2]", LatentUNet.from_pretrained(experiment / "run/model/unet")
+    unet, _, _ = first_unet(load_config(conditioned / "config.yaml", [deeper]), 69)
+    assert (len(unet.down[0]), len(unet.down[1]), len(unet.up[1]), unet.image_channels) == (1, 2, 2, 69)
+    assert torch.equal(unet.up[1][0].residual.conv1.weight, small.up[1][0].residual.conv1.weight)
+
+    shutil.copytree(experiment / "run/model", tmp_path / "model")
+    small.with_blocks([1, 2]).save_pretrained(tmp_path / "model/unet")
+    config = load_config(conditioned / "config.yaml", [f"diffusion.init_from={tmp_path / 'model'}"])
+    with pytest.raises(InputError, match=r"of \[1, 2\] blocks cannot start one of \[1, 1\]: blocks can be added"):
+        first_unet(config, 69)
 
 
 @pytest.mark.parametrize(

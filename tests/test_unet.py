@@ -103,6 +103,20 @@ def test_images_of_many_channels_are_mixed_before_neighbours_are_looked_at():
     assert wide.mix_images.weight.grad.abs().amax(dim=(0, 2, 3, 4)).min() > 0
 
 
+@pytest.mark.parametrize("blocks", [[1, 3], 2])
+def test_blocks_change_nothing_at_first_and_are_learned(blocks):
+    old = network(blocks=1, attention=[True, True])
+    new = old.with_blocks(blocks)
+    out = new(latent(), TIME, GIVEN)
+    torch.testing.assert_close(out, old(latent(), TIME, GIVEN), rtol=1e-12, atol=1e-12)
+    out.square().mean().backward()
+    assert new.down[1][1].residual.conv2.weight.grad.abs().min() > 0
+    assert new.up[1][1].transformer.cross_attention.out.weight.grad.abs().max() > 0
+    assert new.arguments["blocks"] == blocks and old.arguments["blocks"] == 1 and old.with_blocks([1, 1]) is old
+    with pytest.raises(InputError, match="blocks can be added, not taken away"):
+        new.with_blocks(1)
+
+
 def test_images_are_stacked_behind_the_latent():
     """One convolution over all channels has the same answer."""
     net = network(image_channels=3)

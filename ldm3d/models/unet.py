@@ -7,6 +7,7 @@ Conditions are `ldm3d.models.conditioning.Conditions`, or covariates alone: (N, 
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from ldm3d.models.conditioning import Conditions
 from ldm3d.models.pretrained import Pretrained, load_weights
 
 IMAGE_WIDTH = 32  # channels that images of more than as many are mixed into
-OF_IMAGES = ("conv_images.", "mix_images.")  # weights of a network that sees images
 # Standardised covariates lie within about +-3: from half a period over all of it to details of a tenth
 FOURIER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 
@@ -168,9 +168,7 @@ class UNet(LatentUNet):
         self.fourier_features = tuple(fourier_features or ())
         if len(attention) != len(channels):
             raise InputError(f"attention {list(attention)} needs one flag for each of the channels {list(channels)}")
-        counts = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
-        if len(counts) != len(channels):
-            raise InputError(f"blocks {counts} needs one number for each of the channels {list(channels)}")
+        counts = blocks_of_levels(blocks, len(channels))
         self.num_covariates = len(num_categories)
         self.time_dim, embedding_dim = channels[0], 4 * channels[0]
         self.time_mlp = nn.Sequential(
@@ -246,10 +244,25 @@ class UNet(LatentUNet):
 
     def with_images(self, image_channels: int) -> "UNet":
         """A network that takes images, too, and starts with the answers of this one, whatever they show."""
-        network = UNet(**{**self.arguments, "image_channels": image_channels, "image_width": width_of_images(image_channels)})
-        network.to(self.conv_in.weight)
-        weights = {name: value for name, value in self.state_dict().items() if not name.startswith(OF_IMAGES)}
-        load_weights(network, network.state_dict() | weights, "this network")
+        return self._grown(image_channels=image_channels, image_width=width_of_images(image_channels))
+
+    def with_blocks(self, blocks: int | Sequence[int]) -> "UNet":
+        """A network of at least as many blocks at each level, which starts with the answers of this one.
+
+        New blocks stand behind those of their level and start as the identity (Chen et al. 2016, Net2DeeperNet).
+
+        Raises:
+            InputError: fewer blocks than this network has at a level, or not one number for each level.
+        """
+        own, wanted = (blocks_of_levels(each, len(self.down)) for each in (self.arguments["blocks"], blocks))
+        if any(few < many for few, many in zip(wanted, own)):
+            raise InputError(f"a network of {own} blocks cannot start one of {wanted}: blocks can be added, not taken away")
+        return self if own == wanted else self._grown(blocks=blocks)
+
+    def _grown(self, **larger: Any) -> "UNet":
+        """A network with some other arguments; weights of this one wherever they fit, those of a new network elsewhere."""
+        network = UNet(**{**self.arguments, **larger}).to(self.conv_in.weight)
+        load_weights(network, network.state_dict() | self.state_dict(), "this network")
         return network
 
     def _stacked_images(self, conditions: Conditions, x: Tensor) -> Tensor:
@@ -265,6 +278,14 @@ class UNet(LatentUNet):
         """(N, in_channels, X, Y, Z) -> (N, in_channels (1 + 2 F), X, Y, Z)."""
         angles = [2.0**n * math.pi * x.float() for n in self.fourier_features]  # half precision would lose the angle
         return torch.cat([x, *(wave.to(x.dtype) for a in angles for wave in (a.sin(), a.cos()))], dim=1) if angles else x
+
+
+def blocks_of_levels(blocks: int | Sequence[int], levels: int) -> list[int]:
+    """How many blocks each level has, where `blocks` is one number for all levels, or one for each."""
+    counts = [blocks] * levels if isinstance(blocks, int) else list(blocks)
+    if len(counts) != levels:
+        raise InputError(f"blocks {counts} needs one number for each of the {levels} levels")
+    return counts
 
 
 def width_of_images(channels: int) -> int | None:
