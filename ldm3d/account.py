@@ -22,6 +22,7 @@ from ldm3d.data.table_one import extra_columns, table_1
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
 from ldm3d.models.pretrained import read_json
+from ldm3d.shipped import model_folder
 
 ACCOUNT = "training.json"
 FORMAT = 1
@@ -40,7 +41,10 @@ def account_of(config: Config) -> dict[str, Any]:
     with contextlib.suppress(InputError, OSError):  # the tables may have moved since: then without what no covariate names
         columns = extra_columns(config, table)
     data, stages = config.data, {"autoencoder": config.autoencoder, "diffusion": config.diffusion}
-    network = config.autoencoder.network
+    network, base = config.autoencoder.network, _account_of_base(config)
+    trained = {
+        name: {key: getattr(stage.training, key) for key in _TRAINING} | _of_stage(stage) for name, stage in stages.items()
+    }
     return {
         "format": FORMAT,
         "versions": {"ldm3d": ldm3d.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -62,14 +66,31 @@ def account_of(config: Config) -> dict[str, Any]:
             "registration": data.registration and data.registration.model_dump(),
             **_tools(config, table),
         },
-        "stages": {
-            name: {key: getattr(stage.training, key) for key in _TRAINING} | _of_stage(stage) for name, stage in stages.items()
-        },
+        "stages": trained | {"autoencoder": base["stages"]["autoencoder"] if base else trained["autoencoder"]},
         "latents": {"channels": network.latent_channels, "downsampling": network.downsampling},
         "started_with": {"autoencoder": config.base_model is not None, "diffusion": config.diffusion.init_from is not None},
+        "earlier": _earlier(config, base),
         "sharpened": config.decoder_folder.is_dir(),
         "seed": config.seed,
     }
+
+
+def _account_of_base(config: Config) -> dict[str, Any] | None:
+    """The account of the model that this one started with; None where it has none, or is no longer there."""
+    if config.base_model is None:
+        return None
+    with contextlib.suppress(InputError):
+        return read_account(model_folder(config.base_model))
+    return None
+
+
+def _earlier(config: Config, base: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Trainings of the U-Net before the one in `stages`, the first one first; None in the place of what is not known."""
+    if config.diffusion.init_from is None:
+        return []
+    if base is None:
+        return [None]
+    return [*base.get("earlier", [None] * base["started_with"]["diffusion"]), base["stages"]["diffusion"]]
 
 
 def write_account(account: dict[str, Any], model: Path) -> None:

@@ -1,5 +1,6 @@
 """The model card: what a model is, made of, trained on and found to do, from its files alone."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from ldm3d.methods import MOST_SITES
 from ldm3d.pipeline import Pipeline
 
 FEW, MANY = 20, 100  # training subjects of a category; of a model
-TRAINING = {
+DATA, TRAINING, FIGURES, LIMITS = "Data", "Training", "Figures", "Limits"  # sections
+SETTINGS = {
     "steps": "steps",
     "batch_size": "batch",
     "learning_rate": "learning rate",
@@ -44,7 +46,8 @@ def card(
         precision: of its files.
         account: of `ldm3d.account`; None where the model has none.
         metrics: of an evaluation of this model; None without one.
-        about: Markdown text of the model's makers.
+        about: Markdown text of the model's makers. What it says under a heading of the card (`## Data`, `## Training`,
+            `## Figures`, `## Limits`) becomes a part of that section; its other sections come before the limits.
         structures: what the segmenter beside it measures; empty for none.
         licence: of the weights.
     """
@@ -124,16 +127,32 @@ def _networks(pipeline: Pipeline) -> str:
 
 
 def _known(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, about: str) -> str:
-    """Data, training, figures and limits, as far as files say."""
-    parts = [*(_data_and_training(account) if account else []), *([_figures(metrics)] if metrics else []), about]
-    if not account and not about:
-        parts.append(NOT_DESCRIBED)
+    """Data, training, figures and limits, as far as files and the makers' text say."""
+    first, said = _sections(about)
+    known = {DATA: "", TRAINING: "", FIGURES: _figures(metrics) if metrics else ""}
+    if account:
+        known |= {DATA: _data(account), TRAINING: _training(account)}
+    elif not about:
+        first = NOT_DESCRIBED
+    found = [(title, [text, said.pop(title, "")]) for title, text in known.items()]
+    limits = [said.pop(LIMITS, "")]
     if account or metrics:
-        parts.append("## Limits that follow from these figures\n\n" + "\n".join(_limits(pipeline, account, metrics)))
-    return "\n\n".join(part for part in parts if part)
+        limits.append("What follows from the figures above:\n\n" + "\n".join(_limits(pipeline, account, metrics)))
+    found += [*((title, [text]) for title, text in said.items()), (LIMITS, limits)]
+    texts = [(title, "\n\n".join(part for part in parts if part)) for title, parts in found]
+    return "\n\n".join([*[first] * bool(first), *(f"## {title}\n\n{text}" for title, text in texts if text)])
 
 
-def _data_and_training(account: Mapping[str, Any]) -> list[str]:
+def _sections(about: str) -> tuple[str, dict[str, str]]:
+    """What stands before the first heading of the second level, and each section by its title; one of two parts is joined."""
+    first, *pieces = re.split(r"^## +(.*\S)[ \t]*$", about, flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    for title, text in zip(pieces[::2], pieces[1::2]):
+        found[title] = "\n\n".join(part for part in (found.get(title, ""), text.strip()) if part)
+    return first.strip(), found
+
+
+def _data(account: Mapping[str, Any]) -> str:
     data, table = account["data"], account["data"]["table"]
     lines = [
         *_dataset(data.get("source", {})),
@@ -145,21 +164,35 @@ def _data_and_training(account: Mapping[str, Any]) -> list[str]:
     more = len(data["sites"]) - MOST_SITES
     if sites:
         lines.append(f"\nSites of the training subjects: {sites}{f' and {more} more' if more > 0 else ''}.")
-    training = ["| |" + " | ".join(account["stages"]) + " |", "|---" * (1 + len(account["stages"])) + "|"]
-    for key, label in TRAINING.items():
-        training.append(
-            f"| {label} | "
-            + " | ".join(
-                f"{stage[key]:,}" if isinstance(stage[key], int) else str(stage[key]) for stage in account["stages"].values()
-            )
-            + " |"
+    return "\n".join(lines)
+
+
+def _training(account: Mapping[str, Any]) -> str:
+    """The settings of each network's training, the U-Net's earlier parts too, with versions."""
+    last, earlier = account["stages"], _earlier(account)
+    stages: dict[str, Mapping[str, Any]] = {"autoencoder": last["autoencoder"]}
+    stages |= {f"U-Net, part {number}": stage for number, stage in enumerate(filter(None, earlier), 1)}
+    stages["U-Net, last part" if earlier else "U-Net"] = last["diffusion"]
+    lines = ["| |" + " | ".join(stages) + " |", "|---" * (1 + len(stages)) + "|"]
+    for key, label in SETTINGS.items():
+        cells = (f"{stage[key]:,}" if isinstance(stage[key], int) else str(stage[key]) for stage in stages.values())
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    texts = ["\n".join(lines)]
+    if account["started_with"]["autoencoder"]:
+        texts.append("The autoencoder is that of the model which this training began with, and was not trained further.")
+    if None in earlier:
+        texts.append(
+            "The U-Net began with the weights of a trained one, of whose training these files do not tell: it had more steps "
+            "than the table shows."
         )
     versions = ", ".join(f"{package} {version}" for package, version in account["versions"].items())
-    return [
-        "## Data\n\n" + "\n".join(lines),
-        "## Training\n\n" + "\n".join(training) + f"\n\nVersions: {versions}. `methods.md` has it as text for a paper, with "
-        "citations in `references.bib`.",
-    ]
+    texts.append(f"Versions: {versions}. `methods.md` has it as text for a paper, with citations in `references.bib`.")
+    return "\n\n".join(texts)
+
+
+def _earlier(account: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
+    """Parts of the U-Net's training before the last; None for what no file tells. Older accounts tell of none."""
+    return account.get("earlier", [None] * account["started_with"]["diffusion"])
 
 
 def _dataset(source: Mapping[str, Any]) -> list[str]:
@@ -213,7 +246,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
         interval = "" if low is None or high is None else f"{_number(low)} to {_number(high)}"
         lines.append(f"| {_cell(name)} | {value} | {interval} | {volumes} |")
     made = metrics["provenance"]
-    return "## Figures\n\n" + "\n".join(lines) + f"\n\nOf {made['made'][:10]}, with sampling: {made['sampling']}."
+    return "\n".join(lines) + f"\n\nOf {made['made'][:10]}, with sampling: {made['sampling']}."
 
 
 def _limits(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> list[str]:

@@ -8,6 +8,7 @@ import yaml
 from conftest import command_line, tiny_settings
 from in_process import train
 
+from ldm3d.account import account_of, read_account, write_account
 from ldm3d.config.read import load_config
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
@@ -54,6 +55,29 @@ def test_the_model_is_evaluated_on_data_without_them(fewer, tmp_path, capsys):
     options = "--num", 3, "--no-classifier", "--steps", 1
     command_line("evaluate", fewer / "run/model", "--data", fewer / "data", "--out", tmp_path / "evaluation", *options)
     assert "page written" in capsys.readouterr().out
+
+
+def test_its_account_tells_of_the_first_training_too(experiment, fewer):
+    first, base = read_account(experiment / "run/model"), str(experiment / "run/model")
+    config = load_config(fewer / "config.yaml", ["diffusion.training.steps=3", "autoencoder.training.steps=99"])
+    account = account_of(config)
+    assert account["started_with"] == {"autoencoder": True, "diffusion": True} and account["stages"]["diffusion"]["steps"] == 3
+    assert account["earlier"] == [first["stages"]["diffusion"]] and first["earlier"] == []
+    assert account["stages"]["autoencoder"] == first["stages"]["autoencoder"]  # it was not trained again
+    assert base not in str(account)
+
+
+def test_an_account_says_what_it_does_not_know(experiment, fewer, tmp_path):
+    """A model without an account, and one whose own account tells of no earlier part."""
+    shutil.copytree(experiment / "run/model", tmp_path / "model")
+    config = load_config(fewer / "config.yaml", [f"diffusion.init_from={tmp_path / 'model'}"])
+    first = read_account(tmp_path / "model")
+    first["started_with"]["diffusion"] = True
+    del first["earlier"]
+    write_account(first, tmp_path / "model")
+    assert account_of(config)["earlier"] == [None, first["stages"]["diffusion"]]
+    (tmp_path / "model/training.json").unlink()
+    assert account_of(config)["earlier"] == [None]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import SHAPE, command_line, tiny_settings
 
 from ldm3d import methods
 from ldm3d.account import account_of, read_account, write_account
-from ldm3d.card import _data_and_training
+from ldm3d.card import _data
 from ldm3d.config.read import load_config
 from ldm3d.data.phantom_dataset import write_dataset
 from ldm3d.data.source import source_of
@@ -121,7 +121,7 @@ def test_the_dataset_is_named_with_its_licence_and_how_it_is_cited(prepared, tmp
         and "{Licence: CC0}" in entry
     )
     assert entry.count("{") == entry.count("}") and "@misc{dataset" not in bibtex(text)
-    told = "\n".join(_data_and_training(account))
+    told = _data(account)
     for line in (
         "- Dataset: Rest with eyes closed",
         "- Licence: CC0",

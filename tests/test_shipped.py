@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import ldm3d
 from ldm3d import demo, demo_clock, precision
 from ldm3d import shipped as registry
+from ldm3d.account import read_account
+from ldm3d.card import card as card_of
 from ldm3d.config.read import load_config
 from ldm3d.demo_clock import Clock
 from ldm3d.description import hash_of_model
@@ -35,6 +37,7 @@ from ldm3d.shipped import model_folder, shipped
 
 ROOT = Path(__file__).parents[1]
 MAX_MB = 12  # of a shipped model
+BESIDE = ("methods.md", "references.bib")  # of which a card tells
 KINDS = (".py", ".html", ".typed", ".js", ".css", ".txt")  # of the package's files
 
 
@@ -262,6 +265,45 @@ def test_card(tiny, model, tmp_path, capsys):
     assert "--measure segmenter:tiny" in other and "ball_ml" in other
 
 
+def titles(card: str) -> list[str]:
+    return re.findall(r"^## (.*)$", card, re.MULTILINE)
+
+
+def test_what_the_makers_say_stands_in_the_sections_of_the_card(model, tmp_path):
+    """Each section once, in the card's order, with the text before the first heading above them."""
+    about = (
+        "Of toys.\n\n## Limits\n\nToys are no people.\n\n## Data\n\nDrawn.\n\n## Thanks\n\nTo all.\n\n## Data\n\nBy ldm3d.\n"
+    )
+    (tmp_path / "about.md").write_text(about, encoding="utf-8")
+    export(model, tmp_path / "out", about=tmp_path / "about.md")
+    text = (tmp_path / "out/README.md").read_text()
+    sections = ["Data", "Training", "Thanks", "Limits", "Licence"]
+    assert titles(text) == ["What it can be asked for", "Networks and volumes", *sections]
+    assert "Of toys.\n\n## Data\n\n" in text and "|\n\nDrawn.\n\nBy ldm3d.\n\n## Training" in text
+    assert "## Limits\n\nToys are no people.\n\nWhat follows from the figures above:\n\n- " in text
+
+
+def test_a_card_tells_each_part_of_a_training(model, tmp_path):
+    """Where the U-Net began with the weights of another one: what the files do not tell, they say that they do not."""
+    account = read_account(model)
+    unet = account["stages"]["diffusion"]
+    pipeline = Pipeline.from_pretrained(model)
+
+    def training(earlier: list | None) -> str:
+        changed = account | {"started_with": {"autoencoder": True, "diffusion": earlier != []}}
+        changed = {key: value for key, value in changed.items() if key != "earlier"}
+        changed |= {} if earlier is None else {"earlier": earlier}
+        return card_of("toys", pipeline, "float16", account=changed).split("## Training")[1].split("##")[0]
+
+    assert "| |autoencoder | U-Net |\n" in training([]) and "| steps | 8 | 8 |" in training([])
+    two = training([unet | {"steps": 1234}])
+    assert "| |autoencoder | U-Net, part 1 | U-Net, last part |\n" in two and "| steps | 8 | 1,234 | 8 |" in two
+    assert "was not trained further" in two and "of whose training" not in two
+    for unknown in ([None], None):  # of today's accounts, and of those that tell of no earlier part
+        text = training(unknown)
+        assert "| |autoencoder | U-Net, last part |\n" in text and "of whose training" in text
+
+
 def test_what_is_known_of_the_training_is_in_the_card_and_the_methods(experiment, model, tmp_path, fails):
     """And figures of an evaluation, with their intervals, if it is of this model."""
     likeness = {
@@ -392,11 +434,13 @@ def test_what_ships_with_this_version(monkeypatch):
     for name, folder in shipped().items():
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < MAX_MB * 1e6, name
-        assert {path.suffix for path in files} == {".json", ".safetensors", ".md"} and not list(folder.rglob("experiment*"))
+        assert {path.suffix for path in files} - {".bib"} == {".json", ".safetensors", ".md"}
+        assert not list(folder.rglob("experiment*"))
         allowed = {torch.float16, torch.bfloat16, EIGHT_BITS, torch.int8}
         assert {value.dtype for value in tensors(folder).values() if value.ndim > 1} <= allowed
         card = (folder / "README.md").read_text()
         assert front_matter(folder / "README.md")["license"] == "apache-2.0" and "Not described" not in card
+        assert len(set(titles(card))) == len(titles(card)) and all((folder / f).is_file() for f in BESIDE if f"`{f}`" in card)
         for path in files:
             text = path.read_bytes() if path.suffix != ".safetensors" else b""
             assert not re.search(rb"/(home|root|tmp|work|Users)/|\bsub-\d", text), path
