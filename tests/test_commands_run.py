@@ -41,6 +41,7 @@ APART = {
     r"ldm3d evaluate MODEL --data other": "columns of a foreign table; tests/test_other_data.py has one",
     r"ldm3d evaluate MODEL --data DIR --measure package": "a function of the reader's own",
     r"ldm3d measure mine.yaml --out volumes.tsv --labels": "FreeSurfer's label maps; tests/test_measure.py has some",
+    r"ldm3d generate runs/masks-to-brain": "needs a model that draws of label maps; tests/test_given.py has one",
     r"ldm3d segmenter|.*--measure segmenter:segmenter": "brain labels; tests/test_segmenter.py has some",
 }
 TINY = {
@@ -131,6 +132,7 @@ def own_files(experiment: Path) -> None:
     table.to_csv("healthy.tsv", sep="\t", index=False)
     table[["age", "sex"]].to_csv("training.csv", index=False)
     paths = sorted(map(str, Path("dataset").glob("sub-*/anat/*.nii.gz")))
+    table[:3].to_csv("three.csv", index=False)
     table[:2].assign(path=paths, hole="lesion.nii.gz").to_csv("scans.tsv", sep="\t", index=False)
     shutil.copytree(data, "ixi/T1")
     table["path"] = [f"T1/{path.relative_to(data)}" for path in scans]

@@ -3,10 +3,12 @@
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 
 from ldm3d.applications.anomaly import ANOMALY
 from ldm3d.applications.atlas_files import ATLAS
+from ldm3d.applications.calibration import Calibration
 from ldm3d.applications.edit_files import EDIT
 from ldm3d.applications.restore_files import RESTORE
 from ldm3d.applications.segment import SEGMENT
@@ -30,8 +32,8 @@ SAID = {
             "covariates": {},
             "HealthyPeople": 45,
             "Clusters": [
-                {"centre_mm": [9.4, -3.2, 1.0], "ml": 0.4, "peak": 4.5, "p": 0.5},
-                {"centre_mm": [-20.2, 8.0, 31.0], "ml": 3.25, "peak": -9.5, "p": 0.022},
+                {"centre_mm": [9.4, -3.2, 1.0], "ml": 0.4, "peak_z": 4.5, "p": 0.5},
+                {"centre_mm": [-20.2, 8.0, 31.0], "ml": 3.25, "peak_z": -9.5, "p": 0.022},
             ],
         }
     },
@@ -89,6 +91,18 @@ def test_figures_of_scans(tmp_path):
     assert ["ventricles", "30.50", "28.00", "33.00"] in cells(pages["segment"])
     # pictures come before tables
     assert pages["anomaly"].index("<img") < pages["anomaly"].index("<details>") < pages["anomaly"].index("0.022")
+
+
+def test_clusters_as_a_calibration_tells_them(tmp_path, monkeypatch):
+    """Its own rows, under its own keys: one voxel of 5 deviations in a brain of 8^3."""
+    zeros = np.zeros((8, 8, 8))
+    calibration = Calibration(zeros, zeros + 1, zeros == 0, np.array([1e-4, 1]), np.array([4.0, 0]), np.zeros(19), {})
+    zeros[2, 3, 4] = -5
+    (row,) = calibration.clusters(zeros)[1]
+    found = {**row, "centre_mm": row["centre"], "ml": 0.1}  # which the files add
+    monkeypatch.setitem(SAID["anomaly"]["Anomaly"], "Clusters", [found])
+    page = unescape(write_derived(folder_of(tmp_path, ANOMALY, ["01"]), ANOMALY).read_text())
+    assert ["2, 3, 4", "0.100", "-5.000", "0.050"] in cells(page)
 
 
 def test_page_of_an_atlas(tmp_path):

@@ -117,7 +117,7 @@ def _anomaly(said: Mapping[str, Any]) -> About:
         f"{len(found)} clusters beyond p = 0.001, of which {unusual} are larger than in healthy people (corrected p at most "
         f"{UNUSUAL}); by {of['HealthyPeople']} healthy people, {describe(of['covariates'])}."
     )
-    rows = [[_place(row["centre_mm"]), _ml(row["ml"]), number(row["peak"]), number(row["p"])] for row in found]
+    rows = [[_place(row["centre_mm"]), _ml(row["ml"]), number(row["peak_z"]), number(row["p"])] for row in found]
     table = {"columns": ["centre, mm", "volume, ml", "largest z", "corrected p"], "rows": rows}
     return text, "Clusters", table if rows else None, 1
 
