@@ -3,6 +3,8 @@
 Legend: as in `ldm3d.applications.counterpart` and `ldm3d.applications.calibration`.
 """
 
+import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,11 @@ def anomaly(
         calibration: of the same model and options.
         covariates: see `counterpart`; those that were given in the calibration.
         options: of `counterpart`.
+
+    Raises:
+        InputError: what `counterpart` raises; the calibration is of another model or of other options.
     """
+    calibration.check(about_of(pipe, options))
     found = counterpart(pipe, image, covariates, **options)
     score = calibration.score(residual_of(found))
     return Anomaly(found, score, calibration.p_values(score), *calibration.clusters(score))
@@ -106,11 +112,12 @@ def calibrate(
 
 
 def about_of(pipe: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What residuals follow from beside a scan, for files of calibrations."""
-    return {
-        "model": pipe.model_hash,
-        **{name: options[name] for name in sorted(options) if name not in ("progress", "register", "stripped")},
-    }
+    """What residuals follow from beside a scan, with what `counterpart` has by default; as JSON has it."""
+    arguments = inspect.signature(counterpart).parameters.values()
+    told = {each.name: options.get(each.name, each.default) for each in arguments if each.kind is each.KEYWORD_ONLY}
+    told = {name: told[name] for name in sorted(told) if name not in ("progress", "register", "stripped")}
+    about: dict[str, Any] = json.loads(json.dumps({"model": pipe.model_hash, **told}))
+    return about
 
 
 def residual_of(found: Counterpart) -> NDArray:

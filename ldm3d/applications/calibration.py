@@ -125,21 +125,22 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> "Calibration":
-        """Read a file of `save`.
-
-        Raises:
-            InputError: no such file, or one for another model or other settings than `about`.
-        """
+        """Read a file of `save`; InputError where there is none, or it is not of `about`, see `check`."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 found = {name: stored[name] for name in _ARRAYS}
                 own = json.loads(str(stored["about"]))
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: is no calibration ({error}); write one with ldm3d calibrate") from None
-        wrong = [f"{name}: {own.get(name)}, not {value}" for name, value in about.items() if own.get(name) != value]
-        if wrong:
-            raise InputError(f"{path} is of another procedure ({'; '.join(wrong)}); calibrate again, or ask for the same")
-        return cls(**found, about=own)
+        calibration = cls(**found, about=own)
+        calibration.check(about, str(path))
+        return calibration
+
+    def check(self, about: Mapping[str, Any], name: str = "the calibration") -> None:
+        """Raise InputError where residuals are made by another model or otherwise than those of the healthy people."""
+        own = self.about
+        if wrong := [f"{key}: {own.get(key)}, not {value}" for key, value in about.items() if own.get(key) != value]:
+            raise InputError(f"{name} is of another procedure ({'; '.join(wrong)}); calibrate again, or ask for the same")
 
     @property
     def identity(self) -> str:
