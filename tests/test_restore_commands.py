@@ -49,6 +49,19 @@ def test_restore(model, people, tmp_path, capsys, fails):
     assert "no such file" in fails("restore", model, tmp_path / "none.nii.gz", "--operator", "noise")
 
 
+def test_a_hole_that_was_drawn_again_is_another_hole(model, people, tmp_path, capsys, fails):
+    scan, hole = people / "sub-1_T1w.nii.gz", tmp_path / "hole.nii.gz"
+    marked = np.zeros((1, 40, 46, 38), np.float32)
+    marked[:, 15:20, 15:20, 15:20] = 1
+    write_volume(hole, marked, AFFINE)
+    asked = ["restore", model, scan, "--samples", 1, "--levels", 1, "--operator", f"hole={hole}", "--out", tmp_path / "out"]
+    command_line(*asked)
+    command_line(*asked)
+    assert "is there already" in capsys.readouterr().out
+    write_volume(hole, np.roll(marked, 6, axis=1), AFFINE)
+    assert "of another scan, file or model" in fails(*asked)
+
+
 def test_calibrate_and_anomaly(model, people, tmp_path, capsys, fails):
     options = ["--samples", 1, "--levels", 1]
     command_line("calibrate", model, people / "healthy.csv", "--out", tmp_path / "healthy.npz", *options)

@@ -79,17 +79,28 @@ class Derived:
         pipe: the model.
         scan: its file.
         asked: all that the result follows from beside the two.
+        files: that the result follows from as well, by their content; missing ones are not counted.
 
     Raises:
         InputError: the folder holds something else, or there is no such scan.
     """
 
-    def __init__(self, folder: Path, kind: Kind, pipe: Pipeline, scan: Path, asked: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        kind: Kind,
+        pipe: Pipeline,
+        scan: Path,
+        asked: Mapping[str, Any],
+        files: Sequence[Path] = (),
+    ):
         self.folder, self.kind, self.pipe, self.scan = folder, kind, pipe, scan
         if not scan.is_file():
             raise InputError(f"{scan}: no such file")
-        content = hashlib.sha256(scan.read_bytes()).hexdigest()
-        follows_from = json.dumps([content, pipe.model_hash, dict(asked)], default=str)
+        content, *others = (
+            hashlib.sha256(each.read_bytes()).hexdigest() for each in (scan, *files) if each.is_file()
+        )
+        follows_from = json.dumps([content, pipe.model_hash, dict(asked), *others], default=str)
         self.identity = hashlib.sha256(follows_from.encode()).hexdigest()[:16]
         kind.check(folder)
 
@@ -119,7 +130,7 @@ class Derived:
                 continue
             if found != self.identity:
                 raise InputError(
-                    f"{path} was asked for otherwise, or is of another scan or model; choose another --out, or delete it"
+                    f"{path} was asked for otherwise, or is of another scan, file or model; choose another --out, or delete it"
                 )
             return True
         return False

@@ -8,7 +8,7 @@ The files:
     figures/                         a picture
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,12 @@ def operators_of(cells: Mapping[str, str], folder: Path) -> list[str]:
     """
     told = {name: cells[name] for name in KINDS if cells.get(name, "") not in ("", "n/a")}
     return [f"{name}={folder / value if name in FILES else value}" for name, value in told.items()]
+
+
+def files_of(words: Sequence[str]) -> list[Path]:
+    """The files that operators name: ["hole=lesion.nii.gz", "blur=8"] -> [Path("lesion.nii.gz")]."""
+    pairs = (word.partition("=") for word in words)
+    return [Path(value) for name, _, value in pairs if name in FILES and value]
 
 
 def write_restored(files: Derived, restored: Restored) -> Path:

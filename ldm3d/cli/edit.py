@@ -62,7 +62,8 @@ def edit(
     ruler = load_measure(measure, str(pipe.device))
 
     def files_of(each) -> Derived:
-        return Derived(out, EDIT, pipe, each.scan, {"from": {**each.covariates, **given}, "to": changes, **options})
+        asked = {"from": {**each.covariates, **given}, "to": changes, **options}
+        return Derived(out, EDIT, pipe, each.scan, asked, [Path(template)])
 
     def work(each, files, show) -> str:
         done = apply(pipe, each.scan, {**each.covariates, **given}, changes, progress=show, **options)

@@ -52,6 +52,7 @@ def restore(
     from ldm3d.applications.derived import Derived
     from ldm3d.applications.restore import restore as apply
     from ldm3d.applications.restore_files import RESTORE, operators_of, write_restored
+    from ldm3d.applications.restore_files import files_of as named
 
     pipe, placing = ready(model, device, precision, register, template, stripped)
     given = parse_pairs(source, "--from")
@@ -64,8 +65,10 @@ def restore(
         return words
 
     def files_of(each) -> Derived:
-        asked = {"operator": happened(each), "noise": noise, "from": {**each.covariates, **given}, **options}
-        return Derived(out, RESTORE, pipe, each.scan, {**asked, "register": [register, template], **_told(stripped)})
+        words = happened(each)
+        asked = {"operator": words, "noise": noise, "from": {**each.covariates, **given}, **options}
+        asked |= {"register": [register, template], **_told(stripped)}
+        return Derived(out, RESTORE, pipe, each.scan, asked, [*named(words), Path(template)])
 
     def work(each, files, show) -> str:
         own = {**each.covariates, **given}
@@ -151,7 +154,8 @@ def anomaly(
 
     def files_of(each) -> Derived:
         asked = {**options, "from": {**each.covariates, **given}, "register": [register, template]}
-        return Derived(out, ANOMALY, pipe, each.scan, {**asked, "calibration": healthy.identity, **_told(stripped)})
+        asked |= {"calibration": healthy.identity, **_told(stripped)}
+        return Derived(out, ANOMALY, pipe, each.scan, asked, [Path(template)])
 
     def work(each, files, show) -> str:
         found = apply(pipe, each.scan, healthy, {**each.covariates, **given}, **placing, progress=show, **options)
