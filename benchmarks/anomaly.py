@@ -48,7 +48,7 @@ from ldm3d.applications.counterpart import counterpart
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.data.nifti import read_volume
 from ldm3d.environment import processor
-from ldm3d.geometry import resample
+from ldm3d.geometry import resample, slices_through
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import NAMES, dtype
 
@@ -195,12 +195,16 @@ def _lesion(placed: PlacedScan, path: str | None) -> NDArray:
 
 
 def _show(patients: list[Person], pipe: Pipeline, path: Path) -> None:
-    shown, titles = [], []
+    """Slices through the largest lesion of each."""
+    shown, titles, where = [], [], []
     for person in patients:
+        labels, _ = ndimage.label(person["lesion"])
+        where += [slices_through(labels == np.bincount(labels.ravel())[1:].argmax() + 1)] * 4
         shown += [person["volume"][None], person["mean"][None], np.abs(person["score_counterpart"])[None] / 8]
         shown.append(person["lesion"][None].astype(np.float32))
-        titles += ["scan", "healthy counterpart", "|z| / 8", "lesions"]
-    figures.save(figures.mosaic(shown, titles, pipe.grid.spacing_mm, columns=4), path)
+        titles += ["scan", "healthy counterpart", "|z|, white: 8", "lesions"]
+    heading = "scans with lesions, and healthy counterparts: derived, synthetic in part"
+    figures.save(figures.mosaic(shown, titles, pipe.grid.spacing_mm, 4, heading, where), path)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,29 @@ from PIL import Image
 from ldm3d.geometry import SCALE_MM, planes_of, slices
 
 INK, ACCENT, MUTED = "#1c2733", "#c1440e", "#7a8794"
+Slices = tuple[int, int, int] | None
 FARTHEST = 4  # of what plots of intervals show, in units of their band
 
 
 def mosaic(
-    volumes: Sequence[NDArray], titles: Sequence[str], spacing_mm: Sequence[float], columns: int = 4, heading: str = ""
+    volumes: Sequence[NDArray],
+    titles: Sequence[str],
+    spacing_mm: Sequence[float],
+    columns: int = 4,
+    heading: str = "",
+    where: Sequence[Slices] = (None,),
 ) -> Figure:
-    """Three slices of every volume, at most `columns` volumes a row, each under its title; with sides and a scale in mm."""
+    """Three slices of every volume, at most `columns` volumes a row, each under its title; with sides and a scale in mm.
+
+    `where` says which, see `ldm3d.geometry.slices`: of every volume, or the same of all.
+    """
     columns = min(columns, len(volumes))  # no empty places beside a few
     rows = -(-len(volumes) // columns)
-    images = [np.clip(np.nan_to_num(slices(np.asarray(v, np.float32), spacing_mm)), 0, 1) for v in volumes]
+    places = list(where) * (1 if len(where) > 1 else len(volumes))
+    images = [
+        np.clip(np.nan_to_num(slices(np.asarray(volume, np.float32), spacing_mm, place)), 0, 1)
+        for volume, place in zip(volumes, places, strict=True)
+    ]
     height, width = images[0].shape
     titles = ["\n".join(textwrap.wrap(title, 48)) for title in titles]
     cell = 3.6  # inches across
@@ -271,6 +284,7 @@ def overlay(
     label: str,
     signed: bool = False,
     outline: NDArray | None = None,
+    where: Slices = None,
 ) -> Figure:
     """Values in colour on the three slices of a grey volume, with their colour bar.
 
@@ -281,8 +295,9 @@ def overlay(
         signed: colours from blue over transparent to red, symmetric about 0, more opaque for larger values; else from the
             least value to the largest, all half transparent.
         outline: (C, X, Y, Z) bool, drawn with a thin line; None for none.
+        where: which slices, see `ldm3d.geometry.slices`.
     """
-    grey, shown = (slices(np.asarray(v, np.float32), spacing_mm) for v in (np.clip(volume, 0, 1), values))
+    grey, shown = (slices(np.asarray(v, np.float32), spacing_mm, where) for v in (np.clip(volume, 0, 1), values))
     # The range of the slices without the last thousandth, so that one odd voxel does not set the scale
     inside = slices(np.ones(volume.shape, np.float32), spacing_mm) > 0
     low, high = np.quantile(np.abs(shown[inside]) if signed else shown[inside], [0.001, 0.999])
@@ -299,7 +314,7 @@ def overlay(
         alpha = 0.55 * inside
     colour = "RdBu_r" if signed else "viridis"
     axis.imshow(shown, cmap=colour, vmin=low, vmax=high, alpha=alpha, interpolation="nearest")
-    if outline is not None and (edge := slices(outline.astype(np.float32), spacing_mm)).any():
+    if outline is not None and (edge := slices(outline.astype(np.float32), spacing_mm, where)).any():
         axis.contour(edge, levels=[0.5], colors=[INK], linewidths=0.8)
     bar = figure.colorbar(ScalarMappable(Normalize(low, high), colour), ax=axis, fraction=0.025, pad=0.01)
     bar.set_label(label, fontsize=8, color=INK)

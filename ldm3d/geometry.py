@@ -209,17 +209,16 @@ def _closest_axes(directions: NDArray) -> tuple[NDArray, NDArray]:
     return np.array(axes), np.array([1.0 if directions[i, a] >= 0 else -1.0 for i, a in enumerate(axes)])
 
 
-def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
-    """Middle axial, coronal and sagittal slice of a volume (C, X, Y, Z) side by side, as one image (rows, columns).
+def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1), where: tuple[int, int, int] | None = None) -> NDArray:
+    """An axial, a coronal and a sagittal slice of a volume (C, X, Y, Z) side by side, as one image (rows, columns).
 
     In true proportions, of the first channel, and in neurological orientation: the patient's left on the left, front and top
-    up.
+    up. They are the slices x, y and z of `where`; None: about the middle.
     """
     volume = volume[0]
-    x, y, z = (n // 2 for n in volume.shape)
+    x, y, z = where or _middle(volume.shape)
     sx, sy, sz = spacing_mm
-    # In the order of `planes_of`. The sagittal slice is a little off the middle, where only the fissure would be
-    planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x - max(1, x // 6), :, :], sy, sz)]
+    planes = [(volume[:, :, z], sx, sy), (volume[:, y, :], sx, sz), (volume[x, :, :], sy, sz)]  # as in `planes_of`
     fine = min(spacing_mm)
     images = [np.flipud(_stretch(plane, across / fine, up / fine).T) for plane, across, up in planes]
     height = max(image.shape[0] for image in images)
@@ -228,6 +227,24 @@ def slices(volume: NDArray, spacing_mm: Sequence[float] = (1, 1, 1)) -> NDArray:
         missing = height - image.shape[0]
         padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
     return np.concatenate(padded, axis=1)
+
+
+def slices_through(marked: NDArray) -> tuple[int, int, int]:
+    """x, y and z of the slices that show what is marked, (X, Y, Z) bool: those in the middle where they show enough of it.
+
+    A slice away from the middle is taken where it cuts more than twice as many marked voxels.
+    """
+    found = []
+    for axis, middle in enumerate(_middle(marked.shape)):
+        cut = np.moveaxis(marked, axis, 0).reshape(marked.shape[axis], -1).sum(axis=1)
+        found.append(int(cut.argmax()) if cut.max() > 2 * cut[middle] else middle)
+    return found[0], found[1], found[2]
+
+
+def _middle(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The sagittal slice is a little off the middle, where only the fissure would be."""
+    x, y, z = (count // 2 for count in shape)
+    return x - max(1, x // 6), y, z
 
 
 def planes_of(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[list[tuple[float, float, str, str]], float]:

@@ -82,12 +82,12 @@ def test_a_calibration_belongs_to_a_procedure(pipe, calibration, tmp_path):
     calibration.save(tmp_path / "healthy.npz")
     Calibration.load(tmp_path / "healthy.npz", about_of(pipe, OPTIONS))
     Calibration.load(tmp_path / "healthy.npz", about_of(pipe, {**OPTIONS, "doubted": 0.1}))  # what it is by default
-    with pytest.raises(InputError, match="healthy.npz is of another procedure .steps: 2, not 3"):
+    with pytest.raises(InputError, match=r"healthy\.npz is of another procedure .steps: 2, not 3"):
         Calibration.load(tmp_path / "healthy.npz", about_of(pipe, {**OPTIONS, "steps": 3}))
     # One that was never written to a file, and one that was made with other options than those by default
-    with pytest.raises(InputError, match="the calibration is of another procedure .*samples: 2, not 4"):
+    with pytest.raises(InputError, match=r"the calibration is of another procedure .*samples: 2, not 4"):
         anomaly(pipe, scan(20), calibration, {"age": 50})
-    with pytest.raises(InputError, match="doubted: 0.1, not 0.2"):
+    with pytest.raises(InputError, match=r"doubted: 0\.1, not 0\.2"):
         anomaly(pipe, scan(20), calibration, {"age": 50}, doubted=0.2, **OPTIONS)
 
 

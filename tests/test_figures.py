@@ -6,7 +6,7 @@ from PIL import Image
 
 from ldm3d import figures
 from ldm3d.films import save_film
-from ldm3d.geometry import planes_of, slices
+from ldm3d.geometry import planes_of, slices, slices_through
 
 
 def test_a_mosaic_has_no_empty_places_beside_a_few_volumes():
@@ -28,6 +28,25 @@ def test_slices_have_sides_and_a_scale():
     (bar,) = axis.lines
     left, right = bar.get_transform().transform([bar.get_xydata()[0], bar.get_xydata()[1]])[:, 0]
     assert np.isclose((right - left) / axis.get_window_extent().width * wide, 50)
+
+
+def test_pictures_go_through_what_is_marked():
+    """A lesion away from the middle: in all three slices, which stay where they are for what they show as well."""
+    lesion = np.zeros((20, 24, 16), bool)
+    lesion[2:5, 18:22, 1:4] = True
+    x, y, z = slices_through(lesion)
+    assert x in range(2, 5) and y in range(18, 22) and z in range(1, 4)
+    image = slices(lesion[None].astype(np.float32), where=(x, y, z))
+    assert [image[:, start:end].sum() for start, end in ((0, 20), (20, 40), (40, 64))] == [12, 9, 12]
+    assert not slices(lesion[None].astype(np.float32)).any()
+    slab = np.zeros((20, 24, 16), bool)
+    slab[:, :, 2:5] = True  # missing slices
+    assert slices_through(slab) == (9, 12, 2)
+    assert slices_through(~slab) == slices_through(np.zeros_like(slab)) == (9, 12, 8)
+    shades = [figures.mosaic([lesion[None]] * 2, ["a", "b"], (1, 1, 1), where=[None, (x, y, z)]).axes[k] for k in (0, 1)]
+    assert [axis.images[0].get_array().any() for axis in shades] == [False, True]
+    coloured = figures.overlay(0.5 * lesion[None], lesion[None], (1, 1, 1), "", "", where=(x, y, z)).axes[0]
+    assert coloured.images[1].get_array().max() == 1
 
 
 def test_a_film_has_sides_too(tmp_path):

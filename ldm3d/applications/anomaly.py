@@ -19,7 +19,7 @@ from ldm3d.applications.counterpart import Counterpart, counterpart
 from ldm3d.applications.derived import Derived, Kind
 from ldm3d.data.placing import restore
 from ldm3d.errors import InputError, itemised
-from ldm3d.geometry import resample
+from ldm3d.geometry import resample, slices_through
 from ldm3d.pipeline import Pipeline
 
 README = (
@@ -155,13 +155,15 @@ def write_anomaly(files: Derived, found: Anomaly, calibration: Calibration) -> P
         }
         for row in found.clusters
     ]
+    title = "difference from the healthy counterpart, p < 0.01 (not corrected)"
     picture = figures.overlay(
         placed.volume[0].cpu().numpy(),
         found.score[None] * (found.p[None] < 0.01),
         files.pipe.grid.spacing_mm,
-        "difference from the healthy counterpart, p < 0.01 (not corrected)",
+        title + (", through the largest cluster" if found.clusters else ""),
         "z",
         signed=True,
+        where=slices_through(found.labels == 1) if found.clusters else None,
     )
     figures.save(picture, files.figure("zscore"))
     sidecar = {

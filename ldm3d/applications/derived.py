@@ -97,9 +97,7 @@ class Derived:
         self.folder, self.kind, self.pipe, self.scan = folder, kind, pipe, scan
         if not scan.is_file():
             raise InputError(f"{scan}: no such file")
-        content, *others = (
-            hashlib.sha256(each.read_bytes()).hexdigest() for each in (scan, *files) if each.is_file()
-        )
+        content, *others = (hashlib.sha256(each.read_bytes()).hexdigest() for each in (scan, *files) if each.is_file())
         follows_from = json.dumps([content, pipe.model_hash, dict(asked), *others], default=str)
         self.identity = hashlib.sha256(follows_from.encode()).hexdigest()[:16]
         kind.check(folder)

@@ -18,6 +18,7 @@ from ldm3d import figures
 from ldm3d.applications.degraded import KINDS
 from ldm3d.applications.derived import Derived, Kind
 from ldm3d.applications.restore import Restored
+from ldm3d.geometry import slices_through
 
 README = (
     "Restored brain scans: what was there, given how each scan was degraded, by a latent diffusion model (ldm3d). They are "
@@ -50,22 +51,24 @@ def write_restored(files: Derived, restored: Restored) -> Path:
         "restored": degraded.back(placed, restored.mean),
         "samples": np.concatenate([degraded.back(placed, sample[None]) for sample in restored.samples]),
     }
-    masked = degraded.known is not None
+    masked, place = degraded.known is not None, None
+    if masked:
+        unknown = 1 - degraded.linear(torch.ones_like(placed.volume))
+        place = slices_through(unknown[0, 0].cpu().numpy() > 0.5)
     shown = [degraded.linear(placed.volume) if masked else placed.volume, restored.mean, restored.samples[:1]]
     titles = ["what is known" if masked else "scan", f"mean of {len(restored.samples)}", "a sample"]
     if len(restored.samples) > 1:
         images["deviation"] = degraded.deviation_back(placed, restored.deviation)
         deviation = restored.deviation
         if masked:
-            deviation = deviation * (1 - degraded.linear(torch.ones_like(deviation)))
+            deviation = deviation * unknown
         most = float(deviation.max())
         shown.append(deviation / max(most, 1e-6))
         titles.append(f"deviation, white: {100 * most:.0f}% of the range")
     volumes = [volume[0].cpu().numpy() for volume in shown]
     heading = "derived, synthetic in part"
-    figures.save(
-        figures.mosaic(volumes, titles, files.pipe.grid.spacing_mm, columns=2, heading=heading), files.figure("restored")
-    )
+    picture = figures.mosaic(volumes, titles, files.pipe.grid.spacing_mm, columns=2, heading=heading, where=[place])
+    figures.save(picture, files.figure("restored"))
     sidecar = {
         "Description": f"A {files.pipe.suffix} scan restored by ldm3d: derived, and synthetic in part",
         "Restoration": {**restored.settings, "Registration": placed.info.get("registration")},
