@@ -91,6 +91,31 @@ def test_a_calibration_belongs_to_a_procedure(pipe, calibration, tmp_path):
         anomaly(pipe, scan(20), calibration, {"age": 50}, doubted=0.2, **OPTIONS)
 
 
+def test_a_calibration_that_was_stopped_goes_on(pipe, calibration, tmp_path, monkeypatch):
+    people = []
+    for seed in range(LEAST_PEOPLE):
+        people.append((tmp_path / f"sub-{seed}_T1w.nii.gz", {"age": 50}))
+        write_volume(people[-1][0], np.asarray(scan(seed).dataobj)[None], AFFINE)
+    seen = []
+
+    def counted(pipe, scan, covariates, **options):
+        seen.append(scan)
+        return counterpart(pipe, scan, covariates, **options)
+
+    def stopped(_outcome):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm3d.applications.anomaly.counterpart", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, people, stopped, tmp_path / "kept", **OPTIONS)
+    found = calibrate(pipe, people, None, tmp_path / "kept", **OPTIONS)
+    assert seen == [path for path, _ in people]  # nobody twice
+    assert found.identity == calibration.identity
+    calibrate(pipe, [(people[0][0], {"age": 51}), *people[1:]], None, tmp_path / "kept", **OPTIONS)
+    assert seen[LEAST_PEOPLE:] == [people[0][0]]  # who is asked for otherwise is looked at again
+
+
 @pytest.mark.parametrize("wrong", [{"strengths": ()}, {"strengths": (0.01,)}, {"doubted": 1.0}, {"samples": 0}])
 def test_settings_out_of_range(pipe, wrong):
     with pytest.raises(InputError, match="doubted between 0 and 1"):

@@ -3,7 +3,9 @@
 Legend: as in `ldm3d.applications.counterpart` and `ldm3d.applications.calibration`.
 """
 
+import hashlib
 import inspect
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from ldm3d.applications.counterpart import Counterpart, counterpart
 from ldm3d.applications.derived import Derived, Kind
 from ldm3d.data.placing import restore
 from ldm3d.errors import InputError, itemised
+from ldm3d.files import write_atomic
 from ldm3d.geometry import resample, slices_through
 from ldm3d.pipeline import Pipeline
 
@@ -80,6 +83,7 @@ def calibrate(
     pipe: Pipeline,
     people: Iterable[tuple[Any, Mapping[str, Any]]],
     progress: Callable[[str], None] | None = None,
+    folder: Path | None = None,
     **options: Any,
 ) -> Calibration:
     """What is usual in healthy people whom the model has not seen.
@@ -88,6 +92,8 @@ def calibrate(
         pipe: the model.
         people: (scan, covariates) of each, as for `anomaly`.
         progress: called after each with what became of it.
+        folder: what is found of each person (whose scan is a file) is kept there, so that a call that was stopped goes on;
+            None: it starts anew.
         options: of `counterpart`.
 
     Raises:
@@ -96,19 +102,41 @@ def calibrate(
     residuals, volumes, failed = [], [], {}
     for scan, covariates in people:
         try:
-            found = counterpart(pipe, scan, covariates, **options)
+            residual, volume = _of_healthy(pipe, scan, covariates, options, folder)
         except InputError as error:
             failed[str(scan)] = str(error)
             outcome = f"left out: {error}"
         else:
-            residuals.append(residual_of(found))
-            volumes.append(found.placed.volume[0, 0].cpu().numpy())
+            residuals.append(residual)
+            volumes.append(volume)
             outcome = str(scan)
         if progress:
             progress(outcome)
     if failed and len(residuals) < 2:
         raise InputError(f"no healthy scan could be used:\n{itemised(failed)}")
     return Calibration.fit(residuals, volumes, about_of(pipe, options))
+
+
+def _of_healthy(
+    pipe: Pipeline, scan: Any, covariates: Mapping[str, Any], options: Mapping[str, Any], folder: Path | None
+) -> tuple[NDArray, NDArray]:
+    """Residual and volume of a healthy person, (X, Y, Z); from the folder if they are there."""
+    kept = None
+    if folder is not None and isinstance(scan, str | Path) and Path(scan).is_file():
+        content = hashlib.sha256(Path(scan).read_bytes()).hexdigest()
+        told = [content, about_of(pipe, options), dict(covariates), options.get("register"), options.get("stripped")]
+        kept = folder / f"{hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]}.npz"
+        if kept.is_file():
+            with np.load(kept, allow_pickle=False) as stored:
+                return stored["residual"], stored["volume"]
+    found = counterpart(pipe, scan, covariates, **options)
+    residual, volume = residual_of(found), found.placed.volume[0, 0].cpu().numpy()
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        content_of = io.BytesIO()
+        np.savez(content_of, residual=residual, volume=volume)
+        write_atomic(kept, content_of.getvalue())
+    return residual, volume
 
 
 def about_of(pipe: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:

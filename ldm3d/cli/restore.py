@@ -93,7 +93,12 @@ def calibrate(
     device: Device = None,
     precision: Precision = "auto",
 ) -> None:
-    """What differs from the healthy counterpart in healthy people, which `ldm3d anomaly` needs to judge a scan."""
+    """What differs from the healthy counterpart in healthy people, which `ldm3d anomaly` needs to judge a scan.
+
+    Stopped and run again, the same command goes on: what it found of each person lies in OUT.people until OUT is there.
+    """
+    import shutil
+
     from ldm3d.applications.anomaly import calibrate as apply
     from ldm3d.data.tables import check_column, read_table
 
@@ -113,8 +118,10 @@ def calibrate(
             show(done, len(people))
 
         options = {"samples": samples, "levels": levels, "doubted": doubted, "seed": seed}
-        found = apply(pipe, people, count, **placing, **options)
+        kept = out.with_name(f"{out.name}.people")
+        found = apply(pipe, people, count, kept, **placing, **options)
     found.save(out)
+    shutil.rmtree(kept, ignore_errors=True)
     print(
         f"{found.people} of {len(people)} healthy people written to {out}; use it with the same --samples, --levels, --doubted"
     )
