@@ -1,7 +1,7 @@
 """How true an edit is: the change that it shows against the change that happened.
 
     python benchmarks/edit.py MODEL DATA [--known sex] [--changed age] [--num 40] [--methods ode noise linear] [--open]
-        [--follows NAME=A,B ... --training TABLE] [--name NAME]
+        [--follows NAME=A,B ... --training TABLE] [--round-trip 20] [--name NAME]
 
 DATA is a BIDS folder with two or more sessions a subject, or a table with participant_id, session_id, path and the covariates:
 phantom twins (`ldm3d phantoms --twins age=15`), or visits years apart. The first session is edited to the last one's
@@ -16,6 +16,8 @@ model's linear direction ("linear"):
 - voxels: squared error of the change in the brain, relative to "no change".
 - sharpness: power of the gradient of the decoded edit relative to the scan's reconstruction.
 - cycle: there and back, distance to the start relative to the distance there.
+- round trip: of the first pair's scan, with --round-trip so many steps of the sampler: inverted and sampled again, root mean
+  square and largest error, relative to the latent's standard deviation, and calls of the denoiser by the inversion.
 - own: share of edits (without residual) that are nearer to their own scan's volume than to any other's.
 """
 
@@ -33,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm3d.applications.edit import Edit, edit
+from ldm3d.applications.edit import SAMPLER, Edit, edit
 from ldm3d.applications.placed import PlacedScan, place
 from ldm3d.config.data import CovariateConfig, DataConfig
 from ldm3d.covariates import CovariateSchema
@@ -41,6 +43,9 @@ from ldm3d.data.bids import read_scans
 from ldm3d.data.nifti import read_volume
 from ldm3d.data.placing import to_grid
 from ldm3d.description import Preparation
+from ldm3d.diffusion.inversion import invert_steps
+from ldm3d.diffusion.samplers import follow, recommended_spacing
+from ldm3d.models.unet import pad_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.precision import NAMES, dtype
 from ldm3d.rulers.volumetry import apply_measure, load_measure
@@ -90,6 +95,7 @@ def main() -> None:
         "--follows", nargs="*", metavar="NAME=A,B", help="what follows from what, in place of the model's rules"
     )
     parser.add_argument("--training", type=Path, help="table of the training's people, to whom --follows is fitted")
+    parser.add_argument("--round-trip", type=int, metavar="STEPS", help="of one scan, first")
     parser.add_argument("--name", help="of the data: writes results/edit-NAME-DEVICE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,6 +115,9 @@ def main() -> None:
         "steps": arguments.steps,
     }
     asked["open"] = arguments.open
+    if arguments.round_trip:
+        own = {name: pairs[0].rows[0][name] for name in names} | fixed
+        print("round trip", json.dumps(round_trip(pairs[0].placed, own, arguments.round_trip)), flush=True)
     shown = baselines(pairs, by, measure, pipe.grid.spacing_mm)
     methods = {name: summary(pairs, by, *shown[name]) for name in BASELINES}
     for name in arguments.methods:
@@ -211,6 +220,25 @@ def cycle(done: Edit, own: Mapping, changed: str, options: Mapping) -> float:
     back = edit(placed.pipe, placed, target, {changed: own[changed]}, **options)
     start = done.placed.z
     return float((back.latents[0].mean(dim=0, keepdim=True) - start).norm() / (there - start).norm())
+
+
+def round_trip(placed: PlacedScan, own: Mapping, steps: int) -> dict[str, float]:
+    """A scan's latent inverted, and sampled again from there, under its own covariates: no edit."""
+    pipe, process, calls = placed.pipe, placed.pipe.process, 0
+    plain = pipe.denoiser(pipe.parse([dict(own)]))
+
+    def denoise(z: torch.Tensor, t: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(z, t)
+
+    x = pad_to(placed.z, pipe.unet.padded_shape(placed.z.shape[2:]))
+    times = process.times(steps, recommended_spacing(SAMPLER, process))
+    with torch.no_grad():
+        z = invert_steps(denoise, x, process, times, name=SAMPLER)
+        asked = calls
+        error = (follow(SAMPLER, denoise, z, times, process) - x) / x.std()
+    return {"rms": float(error.square().mean().sqrt()), "largest": float(error.abs().max()), "calls": asked, "steps": steps}
 
 
 def roughness(volume: NDArray) -> float:
