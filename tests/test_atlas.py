@@ -15,6 +15,7 @@ from ldm3d.applications.atlas import cells_of, film, film_weights, template_of
 from ldm3d.applications.shape import inverse, mean_shape, warped
 from ldm3d.data.tables import read_table
 from ldm3d.errors import InputError
+from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
 
 
@@ -112,6 +113,22 @@ def test_the_folder(model, tmp_path, fails, capsys):
     assert "holds another series" in fails(*asked, "--seed", 5)
     assert "is not of ldm3d atlas" in fails(*asked[:-1], model)
     assert "letters and digits" in fails(*asked, "--name", "a/b")
+
+
+def once(volume, spacing_mm):
+    return {"brightness": 1.0}
+
+
+def twice(volume, spacing_mm):
+    return {"brightness": 2.0}
+
+
+def test_another_measure_measures_again(model, tmp_path):
+    pipe = Pipeline.from_pretrained(model, "cpu")
+    pipe.sampling = pipe.sampling.replace(steps=1)
+    for measure, expected in ((once, 1), (twice, 2), (once, 1)):
+        assert pipe.atlas(tmp_path / "out", {"age": 30}, volumes=2, rounds=0, measure=measure)
+        assert [float(cell) for cell in read_table(tmp_path / "out/cohorts.tsv")["brightness_mean"]] == [expected]
 
 
 def test_a_stop_leaves_the_rest(tmp_path):

@@ -95,7 +95,8 @@ def atlas(
     ATLAS.check(folder)
     ruler = load_measure(measure, str(pipe.device)) if isinstance(measure, str) else measure
     total = volumes * (2 + rounds)  # drawn once, averaged once, registered in each round
-    found = [CellFiles(folder, name, pipe, cell, volumes, rounds, sampling) for cell in cells]
+    ruled = measure if isinstance(measure, str) else f"{measure.__module__}:{getattr(measure, '__qualname__', measure)}"
+    found = [CellFiles(folder, name, pipe, cell, volumes, rounds, sampling, ruled) for cell in cells]
     for files in found:
         if files.is_done:
             continue
@@ -118,13 +119,25 @@ class CellFiles:
         folder, name, volumes, rounds, sampling: see `atlas`.
         pipe: the model.
         cell: which.
+        ruled: name of the measure.
     """
 
-    def __init__(self, folder: Path, name: str, pipe: Pipeline, cell: Cell, volumes: int, rounds: int, sampling: Sampling):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        pipe: Pipeline,
+        cell: Cell,
+        volumes: int,
+        rounds: int,
+        sampling: Sampling,
+        ruled: str = VOLUMETRY,
+    ):
         self.folder, self.name, self.pipe, self.cell = folder, name, pipe, cell
         self.volumes, self.rounds, self.sampling = volumes, rounds, sampling
         self.drawn = folder / "sourcedata" / cell.label
         follows_from = [pipe.model_hash, dict(cell.row), volumes, rounds, sampling.to_dict()]
+        follows_from += [ruled] if ruled != VOLUMETRY else []  # atlases of before measures were told apart stay done
         self.identity = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()[:16]
 
     def path(self, desc: str, ending: str = ".nii.gz") -> Path:
