@@ -102,7 +102,7 @@ def _draw(files: Derived, done: Edit, before: NDArray, volumes: Sequence[NDArray
     titles = ["scan: " + describe(done.source), *(describe(_changed(done.source, row)) for row in done.targets)]
     spacing = files.pipe.grid.spacing_mm
     strip = figures.mosaic(
-        [before, *volumes], titles, spacing, columns=min(len(titles), 5), heading="derived, synthetic in part"
+        [before, *volumes], titles, spacing, columns=min(len(titles), 3), heading="derived, synthetic in part"
     )
     figures.save(strip, files.figure("edited"))
     difference = figures.overlay(
