@@ -38,6 +38,7 @@ PARTS = (
 ROUNDED_FROM = "rounded_from"  # key of the hash of the weights before they were rounded to half precision
 START = "start"  # folder of what sampling starts with
 NO_CROP = ((0, 0), (0, 0), (0, 0))
+WIDEST = 2.0  # spread, beyond which no volume looks like a brain
 MAX_STEPS = 100_000  # of a sampler, or of the chain that a process was made from
 Scales = tuple[Annotated[float, Field(gt=0, lt=1e6)], ...]
 # sigma / alpha -> errors of the model and of the best Gaussian
@@ -61,6 +62,8 @@ class Sampling:
         guidance_rescale: 0 to 1, see `ldm3d.diffusion.guidance`.
         guidance_interval: times between which guidance acts.
         image_guidance: scale of the guidance by images, apart from covariates; see `ldm3d.diffusion.guidance.apart`.
+        spread: factor by which a sampled latent is drawn away from the mean that the Gaussian of `ldm3d.start` has under the
+            covariates. A network's error takes from the variance of what is sampled; this gives it back. 1 changes nothing.
         spacing: of the times; None for the sampler's own.
         seed: sample i of a seed is the same volume in any batch.
     """
@@ -71,6 +74,7 @@ class Sampling:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     image_guidance: float = 1.0
+    spread: float = 1.0
     spacing: str | None = None
     seed: int = 0
 
@@ -83,14 +87,16 @@ class Sampling:
             raise InputError(
                 f"steps {self.steps}, guidance {self.guidance}, seed {self.seed}: steps must be at least 1, the others >= 0"
             )
+        if not 0 < self.spread <= WIDEST:
+            raise InputError(f"spread {self.spread:g} must be above 0, and {WIDEST:g} at most")
 
     def replace(self, **changes: Any) -> "Sampling":
         """A copy with every change that is not None."""
         return Sampling(**{**self.to_dict(), **{key: value for key, value in changes.items() if value is not None}})
 
     def to_dict(self) -> dict[str, Any]:
-        # Without the default, as in series and models that were made before there was another
-        return {name: value for name, value in vars(self).items() if name != "image_guidance" or value != 1}
+        # Without these defaults, as in series and models that were made before there was another value
+        return {name: value for name, value in vars(self).items() if name not in ("image_guidance", "spread") or value != 1}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,11 @@ class Networks:
         padded = channels, *self.unet.padded_shape(shape)
         guided = sampling.guidance, sampling.guidance_rescale, sampling.guidance_interval, sampling.image_guidance
         denoise = self.denoiser(requests, *guided, numbers)
-        return cut_to(sample_latents(denoise, self.process, padded, sampling, numbers, self.device, progress), shape)
+        z = sample_latents(denoise, self.process, padded, sampling, numbers, self.device, progress)
+        if sampling.spread != 1 and self.start is not None:
+            expected = self.start.expected(self.schema.encode(requests).to(self.device))  # (N, c, *padded)
+            z = expected + sampling.spread * (z - expected)
+        return cut_to(z, shape)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents to volumes (N, C, X, Y, Z), float32, clipped to [0, 1]; whole or streamed, see `ldm3d.memory`."""

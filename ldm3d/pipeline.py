@@ -199,6 +199,7 @@ class Pipeline(Networks, Applied):
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         image_guidance: float | None = None,
+        spread: float | None = None,
         spacing: str | None = None,
         seed: int | None = None,
         batch_size: int = 8,
@@ -215,8 +216,8 @@ class Pipeline(Networks, Applied):
                 measured, where the condition hides voxels. The same for all volumes.
             like: name of a condition on whose own voxels the answers lie; None: on the Grid.
             stripped: scans of `conditions` have no skull any more, so no brain is extracted where the training's were.
-            sampler, steps, guidance, guidance_rescale, guidance_interval, image_guidance, spacing, seed: see `Sampling`;
-                None takes the pipeline's own.
+            sampler, steps, guidance, guidance_rescale, guidance_interval, image_guidance, spread, spacing, seed: see
+                `Sampling`; None takes the pipeline's own.
             batch_size: volumes sampled before they are decoded; of no influence on what they are.
             progress: called with the number of volumes done.
             covariates: by name; those left out are left open.
@@ -233,7 +234,7 @@ class Pipeline(Networks, Applied):
             raise InputError(f"num_volumes is {num_volumes}; ask for at least 1")
         requests = self.parse(rows if rows is not None else [covariates] * num_volumes)
         guided = {"guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
-        guided["image_guidance"] = image_guidance
+        guided |= {"image_guidance": image_guidance, "spread": spread}
         sampling = self.sampling.replace(sampler=sampler, steps=steps, spacing=spacing, seed=seed, **guided)
         if not conditions and self.images is None:
             check_needed(self.conditions)
@@ -276,8 +277,8 @@ class Pipeline(Networks, Applied):
             numbers: of the requests in their series; None for 0, 1, 2, ...
 
         Raises:
-            InputError: guidance of a model that was trained with no covariate left open, or a spacing that does not fit;
-                at once, before the first volume is asked for.
+            InputError: guidance of a model that was trained with no covariate left open, a spread that it has no mean for, or
+                a spacing that does not fit; at once, before the first volume is asked for.
         """
         self.check_sampling(sampling)
         numbers = range(len(requests)) if numbers is None else numbers
@@ -293,6 +294,11 @@ class Pipeline(Networks, Applied):
             raise InputError(
                 f"guidance {sampling.guidance:g}: this model was trained with no covariate left open, so there is no "
                 "unconditional answer to guide away from; use guidance 1"
+            )
+        if sampling.spread != 1 and (self.start is None or self.conditions):
+            raise InputError(
+                f"spread {sampling.spread:g}: only a model with a Gaussian (`diffusion.start`) and without images knows the "
+                "mean that volumes would be drawn away from; use spread 1"
             )
         if sampling.spacing is not None:
             self.process.times(sampling.steps, sampling.spacing)

@@ -18,6 +18,7 @@ from ldm3d.diffusion.process import quantile_of_time, time_of_ratio, times_from_
 from ldm3d.diffusion.samplers import sample
 from ldm3d.diffusion.schedules import make_process
 from ldm3d.errors import InputError
+from ldm3d.models.unet import cut_to
 from ldm3d.pipeline import Pipeline
 from ldm3d.preemption import Stop
 from ldm3d.start import GaussianStart, features
@@ -188,6 +189,25 @@ def test_the_start_denoises_above_and_the_network_below(pipeline):
     assert torch.equal(denoise(z, t + 0.01), own(z, t + 0.01))
     pipeline.start, below = None, denoise(z, t - 0.01)
     assert torch.equal(pipeline.denoiser(requests, guidance=2.0)(z, t - 0.01), below)
+
+
+def test_a_spread_draws_away_from_the_mean_under_the_covariates(pipeline, tmp_path):
+    name = pipeline.schema.names[0]
+    requests = pipeline.parse([{name: 20}, {name: 70}, {}])
+    once, twice = (pipeline.latents(requests, pipeline.sampling.replace(steps=3, spread=s), range(3)) for s in (1.0, 1.5))
+    mean = cut_to(pipeline.start.expected(pipeline.schema.encode(requests)), once.shape[2:])
+    torch.testing.assert_close(twice - mean, 1.5 * (once - mean))
+    assert (mean[0] - mean[1]).abs().min() > 0.1  # so that the mean of all would not do
+
+    pipeline.sampling = pipeline.sampling.replace(steps=2, spread=1.1)
+    pipeline.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(tmp_path / "model", "cpu", torch.float32)
+    assert again.sampling.spread == 1.1 and "spread" not in again.sampling.replace(spread=1.0).to_dict()
+    pipeline.start = None
+    with pytest.raises(InputError, match="only a model with a Gaussian"):
+        pipeline()
+    with pytest.raises(InputError, match="spread 0 must be above 0"):
+        pipeline(spread=0)
 
 
 def test_a_pipeline_keeps_its_start_and_what_it_draws(pipeline, tmp_path):

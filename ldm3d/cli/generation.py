@@ -54,6 +54,7 @@ def generate(
     bids: Annotated[Path | None, typer.Option(help="Dataset with the images: --num volumes for each session.")] = None,
     like: Annotated[str | None, typer.Option(help="Condition on whose own voxels the volumes are written.")] = None,
     image_guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the images.")] = None,
+    spread: Annotated[float | None, typer.Option(help="Draws volumes away from their mean; by default the model's.")] = None,
     stripped: Stripped = False,
 ) -> None:
     """Generate volumes for given covariates, and images where the model takes some, as a BIDS derivative.
@@ -77,7 +78,7 @@ def generate(
         pipeline.compile()
     if table is not None and (asked or num is not None):
         raise InputError("give either --table, with one row a volume, or covariates and --num")
-    sampling = sampling.replace(image_guidance=image_guidance)
+    sampling = sampling.replace(image_guidance=image_guidance, spread=spread)
     if bids is not None or condition:
         if table is not None or audit is not None or (bids is not None and condition):
             raise InputError("--bids and --condition go with covariates and --num, and with neither --table nor --audit")

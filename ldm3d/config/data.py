@@ -35,7 +35,7 @@ RESERVED_NAMES = frozenset(
         ),
         *("precision", "sampler", "seed", "steps", "table", "threads", "volumes"),
         *("guidance_interval", "guidance_rescale", "num_volumes", "progress", "rows", "self", "spacing"),
-        *("bids", "condition", "conditions", "image_guidance", "like", "measured", "stripped", "told"),
+        *("bids", "condition", "conditions", "image_guidance", "like", "measured", "spread", "stripped", "told"),
     }
 )
 

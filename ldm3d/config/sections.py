@@ -186,6 +186,7 @@ class GenerationConfig(Section):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     image_guidance: Annotated[float, Field(ge=0, exclude_if=lambda scale: scale == 1)] = 1.0
+    spread: Annotated[float, Field(gt=0, le=2, exclude_if=lambda factor: factor == 1)] = 1.0
     # Of the times; None: the sampler's own
     spacing: Literal["uniform", "quadratic", "lambda", "karras", "share", "leading"] | None = None
 
