@@ -38,8 +38,7 @@ STRUCTURES = {
     "Right-Inf-Lat-Vent": (44,),
     "Right-Hippocampus": (53,),
 }
-FLUID = (4, 5, 14, 15, 43, 44)
-CSF = 24  # brain extraction keeps it in the sulci
+FLUID = (4, 5, 14, 15, 24, 43, 44)
 PROGRAM = """#!{python}
 import shutil, sys
 from pathlib import Path
@@ -80,7 +79,7 @@ def main() -> None:
 def write_head(folder: Path, name: str, path: Path, labels_path: Path, site: str, rng: np.random.Generator) -> None:
     """The moved head and its mask."""
     (head, affine), (labels, labels_affine) = read_volume(path), read_volume(labels_path)
-    brain = (~np.isin(np.rint(labels), [label for label in NO_BRAIN if label != CSF])).astype(np.float32)
+    brain = (~np.isin(np.rint(labels), NO_BRAIN)).astype(np.float32)
     middle = (np.argwhere(brain[0]) @ labels_affine[:3, :3].T + labels_affine[:3, 3]).mean(axis=0)
     motion, oblique = moved(rng, DEGREES, SHIFT_MM, middle), moved(rng, OBLIQUE_DEGREES, 0, middle)
     for kind, (volume, place) in {

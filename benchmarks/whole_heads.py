@@ -32,8 +32,9 @@ from ldm3d.data.registration import _template, register
 from ldm3d.geometry import resample
 
 DEGREES, SHIFT_MM, OBLIQUE_DEGREES = 20.0, 25.0, 10.0
-# FreeSurfer's labels that are no brain: outside of it, and the head around the brain
-NO_BRAIN = (0, 24, *range(165, 200), *range(258, 264), *range(500, 540))
+# FreeSurfer's labels that are no brain: outside of it, and the head around the brain. Its fluid (24) stays, as what extracts
+# brains leaves it in the sulci, and as the rendered brains of the shipped models have it
+NO_BRAIN = (0, *range(165, 200), *range(258, 264), *range(500, 540))
 
 
 def main() -> None:
