@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import ldm3d
-from ldm3d.config.sections import Config
+from ldm3d.config.sections import AutoencoderConfig, Config, DiffusionConfig
 from ldm3d.data.bands import people_by_band
 from ldm3d.data.preparing import load_info, read_scan_table
 from ldm3d.data.source import source_of
@@ -21,7 +21,8 @@ from ldm3d.data.splits import TRAIN
 from ldm3d.data.table_one import extra_columns, table_1
 from ldm3d.errors import InputError
 from ldm3d.files import write_atomic
-from ldm3d.models.pretrained import read_json
+from ldm3d.models.pretrained import read_json, weights_hash
+from ldm3d.seen import seen_by
 from ldm3d.shipped import model_folder
 
 ACCOUNT = "training.json"
@@ -40,11 +41,7 @@ def account_of(config: Config) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {}
     with contextlib.suppress(InputError, OSError):  # the tables may have moved since: then without what no covariate names
         columns = extra_columns(config, table)
-    data, stages = config.data, {"autoencoder": config.autoencoder, "diffusion": config.diffusion}
-    network, base = config.autoencoder.network, _account_of_base(config)
-    trained = {
-        name: {key: getattr(stage.training, key) for key in _TRAINING} | _of_stage(stage) for name, stage in stages.items()
-    }
+    data, network, base = config.data, config.autoencoder.network, _account_of_base(config)
     return {
         "format": FORMAT,
         "versions": {"ldm3d": ldm3d.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -66,13 +63,28 @@ def account_of(config: Config) -> dict[str, Any]:
             "registration": data.registration and data.registration.model_dump(),
             **_tools(config, table),
         },
-        "stages": trained | {"autoencoder": base["stages"]["autoencoder"] if base else trained["autoencoder"]},
+        "stages": {"autoencoder": _of_autoencoder(config, base), "diffusion": stage_of(config.diffusion)},
         "latents": {"channels": network.latent_channels, "downsampling": network.downsampling},
         "started_with": {"autoencoder": config.base_model is not None, "diffusion": config.diffusion.init_from is not None},
         "earlier": _earlier(config, base),
         "sharpened": config.decoder_folder.is_dir(),
         "seed": config.seed,
     }
+
+
+def stage_of(stage: AutoencoderConfig | DiffusionConfig) -> dict[str, Any]:
+    """What an account says of a stage: settings of its training and its losses."""
+    return {key: getattr(stage.training, key) for key in _TRAINING} | _of_stage(stage)
+
+
+def _of_autoencoder(config: Config, base: dict[str, Any] | None) -> dict[str, Any]:
+    """Of its own run, whose settings may have stood on that command line alone, or of the model that it was taken from."""
+    if base:
+        return base["stages"]["autoencoder"]
+    seen = seen_by(config.autoencoder_run)
+    if seen and seen.stage and config.autoencoder_folder.is_dir() and seen.network == weights_hash(config.autoencoder_folder):
+        return dict(seen.stage)
+    return stage_of(config.autoencoder)
 
 
 def _account_of_base(config: Config) -> dict[str, Any] | None:

@@ -4,8 +4,10 @@ A run goes on only with the scans that it began with. If the user allows others,
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -28,12 +30,14 @@ class Seen:
         validation: scans that chose its checkpoint.
         subjects: labels of both.
         network: `weights_hash` of the network that it exported; None before that.
+        stage: settings that it was exported with, as `ldm3d.account.stage_of` has them; None where the record has none.
     """
 
     train: frozenset[str]
     validation: frozenset[str]
     subjects: frozenset[str]
     network: str | None = None
+    stage: Mapping[str, Any] | None = None
 
 
 def record_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> str:
@@ -75,9 +79,10 @@ def record_scans(run: Path, scans: pd.DataFrame, go_on: bool, begun: bool) -> st
     return message
 
 
-def record_export(run: Path, network: str) -> None:
-    """Record the hash of the exported network, so that another one is not taken for it."""
-    write_atomic(run / RECORD, json.dumps({**(_read(run) or {"before": {}, "now": {}}), "network": network}, indent=1) + "\n")
+def record_export(run: Path, network: str, stage: Mapping[str, Any] | None = None) -> None:
+    """Record the hash of the exported network, so that another one is not taken for it, and the settings of its training."""
+    record = {**(_read(run) or {"before": {}, "now": {}}), "network": network, **({"stage": stage} if stage else {})}
+    write_atomic(run / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def seen_by(run: Path) -> Seen | None:
@@ -88,7 +93,7 @@ def seen_by(run: Path) -> Seen | None:
     rows = [(scan_of(key), *row) for key, row in _union(record["before"], record["now"]).items()]
     train = frozenset(scan for scan, _, split in rows if split == TRAIN)
     subjects = frozenset(subject for _, subject, _ in rows)
-    return Seen(train, frozenset(scan for scan, *_ in rows) - train, subjects, record.get("network"))
+    return Seen(train, frozenset(scan for scan, *_ in rows) - train, subjects, record.get("network"), record.get("stage"))
 
 
 def _read(run: Path) -> dict | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ldm3d.data.source import source_of
 from ldm3d.description import Sampling
 from ldm3d.diffusion.samplers import SAMPLERS
 from ldm3d.methods import bibtex, methods_text
+from ldm3d.seen import record_export
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,18 @@ def test_the_account_says_what_was_done_and_names_nobody(prepared, tmp_path):
     assert sum(data["sites"].values()) == data["subjects"]["train"] and set(data["sites"]) <= {"A", "B", "C"}
     assert sum(count for name, count in data["few"].items() if name.startswith("sex")) == data["subjects"]["train"]
     assert not re.search(r"sub-|\.nii|/", json.dumps(account))
+
+
+def test_a_training_is_told_as_it_ran(experiment, tmp_path):
+    """Settings of stage 1 may stand on its own command line alone: what its run recorded counts, if it is of this network."""
+    config = load_config(experiment / "config.yaml", ["autoencoder.training.steps=99", "diffusion.training.steps=77"])
+    stages = account_of(config)["stages"]
+    assert (stages["autoencoder"]["steps"], stages["diffusion"]["steps"]) == (8, 77)
+    output = tmp_path / "run"
+    shutil.copytree(experiment / "run", output, ignore=shutil.ignore_patterns("checkpoints", "model", "latents"))
+    record_export(output / "autoencoder-training", "the hash of another network")
+    moved = load_config(experiment / "config.yaml", ["autoencoder.training.steps=99", f"output={output}"])
+    assert account_of(moved)["stages"]["autoencoder"]["steps"] == 99
 
 
 def test_the_text_has_the_figures_and_cites_what_it_names(prepared):

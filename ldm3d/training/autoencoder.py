@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ldm3d.account import stage_of
 from ldm3d.base_model import take_autoencoder
 from ldm3d.config.sections import Config
 from ldm3d.data.batches import evenly
@@ -121,7 +122,8 @@ class AutoencoderTask(VolumeTask):
                 average.latent_std.div_(voxel_scales(average, volumes).to(accelerator.device))
         if accelerator.is_main_process:
             average.save_pretrained(config.autoencoder_folder)
-            record_export(config.autoencoder_run, weights_hash(config.autoencoder_folder))
+            exported = weights_hash(config.autoencoder_folder)
+            record_export(config.autoencoder_run, exported, stage_of(config.autoencoder))
             print(f"autoencoder written to {config.autoencoder_folder} ({which})")
 
 
