@@ -5,6 +5,7 @@ A U-Net goes on with the latents that it was trained on, so `diffusion.init_from
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,18 @@ def first_start(config: Config) -> GaussianStart:
     return start
 
 
-def seen_ranges(of_model: CovariateSchema, fitted: CovariateSchema) -> CovariateSchema:
-    """A model's covariates, normalised as it was trained, with the ranges that this training sees of those that it has."""
-    seen = {new.name: new.seen for new in fitted}
-    return CovariateSchema(tuple(replace(old, seen=seen.get(old.name, old.seen)) for old in of_model))
+def first_schema(of_model: CovariateSchema, fitted: CovariateSchema, rows: Sequence[Mapping[str, Any]]) -> CovariateSchema:
+    """A model's covariates, normalised as it was trained, for those of this training, which were fitted to its `rows`.
+
+    Of those that this training has, the ranges are what it sees. What follows from others does so as its config says; as in
+    the model where the config says nothing.
+    """
+    new = {covariate.name: covariate for covariate in fitted}
+    told = [
+        replace(old, seen=new[old.name].seen, follows=new[old.name].follows or old.follows) if old.name in new else old
+        for old in of_model
+    ]
+    return CovariateSchema(tuple(told)).following_in(rows, [c.name for c in fitted if c.follows])
 
 
 def _check_network(wanted: dict[str, Any], folder: Path, section: str) -> None:

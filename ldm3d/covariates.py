@@ -260,10 +260,14 @@ class CovariateSchema:
                     covariate, mean=float(numbers.mean()), std=std, seen=(float(numbers.min()), float(numbers.max()))
                 )
             fitted.append(covariate)
-        schema = CovariateSchema(tuple(fitted))
-        known = schema.parse_all([{name: row.get(name) for name in schema.names} for row in rows])
-        following = {c.name: schema._following(c, known) for c in fitted if c.follows}
-        return CovariateSchema(tuple(replace(c, following=following.get(c.name)) for c in fitted))
+        return CovariateSchema(tuple(fitted)).following_in(rows, [c.name for c in fitted if c.follows])
+
+    def following_in(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "CovariateSchema":
+        """The same fitted schema, in which these covariates follow from others as they do in `rows`."""
+        known = self.parse_all([{name: row.get(name) for name in self.names} for row in rows])
+        return CovariateSchema(
+            tuple(replace(c, following=self._following(c, known)) if c.name in names else c for c in self.covariates)
+        )
 
     def _following(self, covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> Following | None:
         """Of a covariate that follows from others, over the rows in which all of them are known; None where these are few."""

@@ -9,7 +9,9 @@ from conftest import command_line, tiny_settings
 from in_process import train
 
 from ldm3d.account import account_of, read_account, write_account
+from ldm3d.base_model import first_schema
 from ldm3d.config.read import load_config
+from ldm3d.covariates import Covariate, CovariateSchema
 from ldm3d.errors import InputError
 from ldm3d.pipeline import Pipeline
 from ldm3d.training.diffusion import DiffusionTask
@@ -55,6 +57,25 @@ def test_the_model_is_evaluated_on_data_without_them(fewer, tmp_path, capsys):
     options = "--num", 3, "--no-classifier", "--steps", 1
     command_line("evaluate", fewer / "run/model", "--data", fewer / "data", "--out", tmp_path / "evaluation", *options)
     assert "page written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before, now, found", [((), ("age",), 0.5), (("age",), (), 2.0), (("age",), ("age",), 0.5)])
+def test_what_follows_from_others_does_so_as_the_config_says(before, now, found):
+    """Or as in the model where the config says nothing. Of the model's people ventricles grow by 2 a year, of these by 0.5."""
+
+    def fitted(follows, slope, ages):
+        rows = [{"age": age, "ventricles": slope * age} for age in ages]
+        covariates = Covariate("age", "continuous"), Covariate("ventricles", "continuous", follows=follows)
+        return CovariateSchema(covariates).fit(rows), rows
+
+    model, _ = fitted(before, 2.0, range(20, 80))
+    own, rows = fitted(now, 0.5, range(50, 90))
+    schema = first_schema(model, own, rows)
+    assert [c.mean for c in schema] == [c.mean for c in model] and [c.seen for c in schema] == [c.seen for c in own]
+    rule = schema["ventricles"]
+    assert rule.follows == ("age",) and rule.following is not None
+    older = [rule.following.moved(0.0, *(schema.numbers(("age",), {"age": age}) for age in (60, after))) for after in (60, 61)]
+    assert older[1] - older[0] == pytest.approx(found, rel=0.05)
 
 
 def test_its_account_tells_of_the_first_training_too(experiment, fewer):

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm3d import figures
-from ldm3d.base_model import first_start, first_unet, seen_ranges
+from ldm3d.base_model import first_schema, first_start, first_unet
 from ldm3d.conditions import ImageChannels
 from ldm3d.config.sections import Config
 from ldm3d.contrast import Contrast
@@ -98,10 +99,11 @@ class DiffusionTask(Task):
         whole = ~self.autoencoder.lacking(torch.from_numpy(np.array(moments[:, :, :1, :1, :1]))).any(dim=1)
         self.complete = {name: [i for i in rows if whole[i]] for name, rows in self.split.items()}  # which lack no contrast
         rows = scans[[c.name for c in config.covariates]].to_dict("records")
-        self.schema = config.schema().fit([rows[i] for i in self.split["train"]])
+        trained = [rows[i] for i in self.split["train"]]
+        self.schema = config.schema().fit(trained)
         by_channel = config.autoencoder.latent_scaling == "voxels" or settings.learns_residual
         self.scales = deviations(self.autoencoder, moments, self.complete["train"]) if by_channel else ()
-        model = self.first_network().to(accelerator.device)
+        model = self.first_network(trained).to(accelerator.device)
         self.contexts = self.schema.encode(rows)  # (scans, K, 2)
         self.images = TrainingImages(config, self.autoencoder, scans, self.contexts, self.schema.names)
         self.padded = model.padded_shape(moments.shape[2:])
@@ -126,12 +128,15 @@ class DiffusionTask(Task):
         samples = LatentSamples(config.latents_folder, tuple(self.split["train"]), *numbers, settings.mirror)
         self.batches = batches_of(samples, training, config, accelerator, scans.iloc[self.split["train"]])
 
-    def first_network(self) -> LatentUNet:
-        """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too."""
+    def first_network(self, rows: Sequence[Mapping[str, Any]]) -> LatentUNet:
+        """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too.
+
+        `rows` are the covariates of the training scans.
+        """
         settings, images = self.config.diffusion, ImageChannels(self.config.given_conditions, self.autoencoder).count
         if settings.init_from:
             model, schema, parts = first_unet(self.config, images)
-            self.schema, self.scales = seen_ranges(schema, self.schema), parts["scales"]
+            self.schema, self.scales = first_schema(schema, self.schema, rows), parts["scales"]
             return model
         channels = self.autoencoder.latent_channels
         of_data = {**settings.channels(channels), "num_categories": self.schema.num_categories}
