@@ -17,7 +17,7 @@ from ldm3d.pipeline import Pipeline
 from ldm3d.start import features
 
 LOWEST = 0.05  # sigma / alpha of the last level: what is below is less than the remainder
-HIGHEST = 10.0  # of the first level after pure noise, for a model without a Gaussian to start with
+HIGHEST = 10.0  # of the first level after pure noise
 
 
 class Prior(NamedTuple):
@@ -44,7 +44,7 @@ def latent_shape(pipe: Pipeline) -> tuple[int, ...]:
 
 
 def level_times(pipe: Pipeline, levels: int) -> list[float]:
-    """Times of the levels: pure noise; then even in log(sigma / alpha), from where the network takes over; and 0."""
+    """Times of the levels: pure noise; then even in log(sigma / alpha), from HIGHEST or where a network takes over; and 0."""
     first = min(pipe.start.until, HIGHEST) if pipe.start is not None else HIGHEST
     ratios = np.geomspace(first, LOWEST, levels - 1).tolist() if levels > 1 else []
     # Just below the first: there the network denoises, not what starts
