@@ -66,7 +66,7 @@ def export(
     if segmenter is not None or beside.is_dir():
         measured = SegmentationUNet.from_pretrained(beside, "cpu", torch.float32)
 
-    pipeline.save_pretrained(out, kind)
+    pipeline.save_pretrained(out, kind, read_json(model / DESCRIPTION).get(ROUNDED_FROM))
     if measured is not None:
         measured.save_pretrained(out / SEGMENTER, kind)
     exported = Pipeline.from_pretrained(out, "cpu", torch.float32)

@@ -15,7 +15,7 @@ from ldm3d.shipped import model_folder
 from ldm3d.start import GaussianStart
 
 
-def write_folder(pipeline: Any, folder: Path, dtype: torch.dtype | None) -> str:
+def write_folder(pipeline: Any, folder: Path, dtype: torch.dtype | None, rounded_from: str | None = None) -> str:
     """Write a pipeline; see `Pipeline.save_pretrained`. Returns the hash of the weights as they are in the files."""
     pipeline.autoencoder.save_pretrained(folder / "autoencoder", dtype)
     pipeline.unet.save_pretrained(folder / "unet", dtype)
@@ -24,7 +24,8 @@ def write_folder(pipeline: Any, folder: Path, dtype: torch.dtype | None) -> str:
     else:
         shutil.rmtree(folder / START, ignore_errors=True)  # an earlier model's
     saved = hash_of_model(folder)
-    rounded_from = pipeline.model_hash if dtype and pipeline.model_hash not in (saved, "unsaved") else None
+    if rounded_from is None and dtype and pipeline.model_hash not in (saved, "unsaved"):
+        rounded_from = pipeline.model_hash
     parts = {name: getattr(pipeline, name) for name in PARTS} | {"starts": pipeline.start is not None}
     write_description(folder / DESCRIPTION, parts, rounded_from)
     return saved

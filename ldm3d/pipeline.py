@@ -151,14 +151,15 @@ class Pipeline(Networks, Applied):
     def __repr__(self) -> str:
         return summary(self)
 
-    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None, rounded_from: str | None = None) -> None:
         """Write the pipeline as a folder of safetensors and JSON.
 
         Args:
             folder: where.
             dtype: of the weights in the files, see `Pretrained.save_pretrained`; the pipeline itself does not change.
+            rounded_from: `model_hash` of the weights before an earlier rounding; None where there was none.
         """
-        saved = write_folder(self, Path(folder), dtype)
+        saved = write_folder(self, Path(folder), dtype, rounded_from)
         if dtype is None:
             self.model_hash = saved
 

@@ -371,6 +371,13 @@ def test_a_segmenter_is_exported_again(tiny, tmp_path):
     assert (tmp_path / "again/segmenter/model.safetensors").read_bytes() == (tiny / "segmenter/model.safetensors").read_bytes()
 
 
+def test_an_export_of_an_export_is_still_known_by_the_weights_that_were_trained(tiny, model, tmp_path):
+    """So an evaluation of the trained model, and its experiment.json, go with it."""
+    export("tiny", tmp_path / "again", "int8")
+    rounded = [json.loads((folder / "pipeline.json").read_text())["rounded_from"] for folder in (tiny, tmp_path / "again")]
+    assert rounded == [hash_of_model(model)] * 2
+
+
 # Where they lie
 
 
