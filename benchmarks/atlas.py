@@ -1,7 +1,7 @@
 """Templates of generated brains against means of real ones of the same age, and how sharp they are.
 
     python benchmarks/atlas.py MODEL TABLE [--ages 30 55 80] [--volumes 24] [--within 6] [--ask source=rendered]
-        [--rounds 2] [--name NAME] [--picture FILE]
+        [--rounds 2] [--spread 1] [--name NAME] [--picture FILE]
 
 TABLE has path, age and covariates of people. Those within so many years of an age, as many as volumes at most, are placed on
 the model's Grid. Reported for each age:
@@ -44,11 +44,13 @@ def main() -> None:
     parser.add_argument("--within", type=float, default=6.0)
     parser.add_argument("--ask", nargs="*", default=[], metavar="NAME=VALUE", help="of all generated volumes")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--spread", type=float, help="of sampling; by default the model's")
     parser.add_argument("--name", help="writes results/atlas-NAME-DEVICE.json")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(arguments.model, "cpu", dtype(arguments.precision, "cpu"))
+    sampling = pipe.sampling.replace(spread=arguments.spread)
     measure = load_measure("ldm3d.rulers.volumetry:measure_volumes")
     spacing, fixed = pipe.grid.spacing_mm, dict(pair.split("=", 1) for pair in arguments.ask)
     frame = pd.read_csv(arguments.table)
@@ -61,7 +63,7 @@ def main() -> None:
         # The ages of the people, so that both sets have the same; the same noise at all ages, as atlases have it
         rows = pipe.parse([{**fixed, "age": float(near["age"].iloc[i % len(near)])} for i in range(arguments.volumes)])
         start = time.process_time()
-        made = [volume[0] for volume in pipe.volumes(rows, pipe.sampling)]
+        made = [volume[0] for volume in pipe.volumes(rows, sampling)]
         drawn = time.process_time() - start
         for name, volumes in (("real", real), ("generated", made)):
             start = time.process_time()
@@ -92,9 +94,10 @@ def main() -> None:
         rows_out.append(row)
         print(json.dumps(row), flush=True)
     if arguments.name:
+        about = {"model": pipe.model_hash, "precision": str(pipe.dtype), "rounds": arguments.rounds, "spread": sampling.spread}
         protocol.write(
             f"atlas-{arguments.name}",
-            [{"model": pipe.model_hash, "precision": str(pipe.dtype), "rounds": arguments.rounds, **r} for r in rows_out],
+            [{**about, **row} for row in rows_out],
         )
     if arguments.picture:
         shown, titles = [], []

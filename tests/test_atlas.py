@@ -113,6 +113,7 @@ def test_the_folder(model, tmp_path, fails, capsys):
     assert "holds another series" in fails(*asked, "--seed", 5)
     assert "is not of ldm3d atlas" in fails(*asked[:-1], model)
     assert "letters and digits" in fails(*asked, "--name", "a/b")
+    assert "only a model with a Gaussian" in fails(*asked[:-1], tmp_path / "other", "--spread", 1.2)
 
 
 def once(volume, spacing_mm):

@@ -16,6 +16,7 @@ from ldm3d.cli.options import (
     SamplerName,
     Seed,
     SeriesFolder,
+    Spread,
     Steps,
     Threads,
     app,
@@ -54,7 +55,7 @@ def generate(
     bids: Annotated[Path | None, typer.Option(help="Dataset with the images: --num volumes for each session.")] = None,
     like: Annotated[str | None, typer.Option(help="Condition on whose own voxels the volumes are written.")] = None,
     image_guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the images.")] = None,
-    spread: Annotated[float | None, typer.Option(help="Draws volumes away from their mean; by default the model's.")] = None,
+    spread: Spread = None,
     stripped: Stripped = False,
 ) -> None:
     """Generate volumes for given covariates, and images where the model takes some, as a BIDS derivative.

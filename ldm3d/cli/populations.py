@@ -16,6 +16,7 @@ from ldm3d.cli.options import (
     SamplerName,
     Seed,
     SeriesFolder,
+    Spread,
     Steps,
     Threads,
     app,
@@ -38,6 +39,7 @@ def atlas(
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: SamplerName = None,
+    spread: Spread = None,
     batch_size: BatchSize = 8,
     threads: Threads = 1,
     device: Device = None,
@@ -58,6 +60,7 @@ def atlas(
     if not name.isascii() or not name.isalnum():
         raise InputError(f"--name {name!r}: a template's name has letters and digits only")
     pipe, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
+    sampling = sampling.replace(spread=spread)
     pipe.threads = threads
     groups = [each.strip() for each in by.split(",") if each.strip()]
     with preemption() as stop, tqdm(desc="atlas", unit="volume", mininterval=often(), delay=1e-3) as bar:
@@ -90,6 +93,7 @@ def augment(
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: SamplerName = None,
+    spread: Spread = None,
     batch_size: BatchSize = 8,
     threads: Threads = 1,
     audit: Audit = None,
@@ -108,6 +112,7 @@ def augment(
     from ldm3d.report.derived import write_augmented
 
     pipe, sampling = load_model(model, device, precision, seed, steps, guidance, sampler)
+    sampling = sampling.replace(spread=spread)
     pipe.threads = threads
     rows = read_table(table).to_dict("records")
     names = [each.strip() for each in by.split(",") if each.strip()]
