@@ -140,6 +140,7 @@ class Autoencoder(LatentSpace):
     """
 
     later_arguments = ("contrasts",)
+    in_bytes = r"\.conv[12]\.weight$"  # of residual blocks; what carries the voxels themselves is left finer
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -48,7 +49,7 @@ class Pretrained(nn.Module):
 
     arguments: dict[str, Any]
     later_arguments: ClassVar[tuple[str, ...]] = ()  # not recorded where they have their defaults, as in older folders
-    in_bytes: ClassVar[bool] = False  # whether int8 is fine enough for its kernels
+    in_bytes: ClassVar[str | None] = None  # pattern of the names of kernels for which int8 is fine enough
     of_eight_bits: ClassVar[tuple[str, ...]] = ()  # tensors whose values were rounded to `EIGHT_BITS` when they were made
 
     def __init_subclass__(cls, **options: Any):
@@ -79,14 +80,14 @@ class Pretrained(nn.Module):
             folder: where.
             dtype: of matrices and kernels in the file. Vectors (biases, norms, statistics of latents), a small share of all,
                 keep their precision; tensors `of_eight_bits` take a byte a number if that changes none. torch.int8: kernels
-                of classes `in_bytes` as whole numbers of a byte, each row with a scale, all else as torch.float16. None: all
-                keep it.
+                `in_bytes` as whole numbers of a byte, each row with a scale, all else as torch.float16. None: all keep it.
 
         Raises:
             InputError: a weight is beyond the range of `dtype`.
         """
         folder = Path(folder)
-        rounded = _in_bytes(self.state_dict()) if dtype is torch.int8 and self.in_bytes else self.state_dict()
+        weights = self.state_dict()
+        rounded = _in_bytes(weights, self.in_bytes) if dtype is torch.int8 and self.in_bytes else weights
         kind = torch.float16 if dtype is torch.int8 else dtype
         weights = {name: _rounded(name, value, kind).contiguous() for name, value in rounded.items()}
         for name in (name for name in self.of_eight_bits if dtype and name in weights):
@@ -159,11 +160,11 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return {name: value.float() if value.dtype == EIGHT_BITS else value for name, value in stored.items()}
 
 
-def _in_bytes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with kernels as int8, and the scale of each of their rows: the largest of a row is 127 of it."""
+def _in_bytes(weights: dict[str, torch.Tensor], pattern: str) -> dict[str, torch.Tensor]:
+    """The same with kernels of that pattern as int8, and the scale of each of their rows: a row's largest is 127 of it."""
     packed = {}
     for name, value in weights.items():
-        if name.endswith("weight") and value.ndim > 1:
+        if re.search(pattern, name) and value.ndim > 1:
             scale = value.float().flatten(1).abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             rows = value.float() / scale.reshape(-1, *[1] * (value.ndim - 1))
             packed[name], packed[f"{name}{SCALE}"] = rows.round().to(torch.int8), scale

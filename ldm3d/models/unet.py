@@ -71,7 +71,7 @@ class LatentUNet(Pretrained):
         image_channels: of the images among its conditions; 0 for none.
     """
 
-    in_bytes = True
+    in_bytes = r"weight$"
 
     def __init__(self, in_channels: int, out_channels: int, image_channels: int = 0):
         super().__init__()
