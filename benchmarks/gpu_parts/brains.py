@@ -27,7 +27,7 @@ QUIET = {"log_every": 50, "validate_every": 500, "preview_every": 10**6, "checkp
 WIDER = {
     "autoencoder": {"network": {"channels": [64, 128]}, "training": {**QUIET, "steps": 3750, "batch_size": 16, "workers": 4}},
     "diffusion": {
-        "network": {"channels": [64, 128, 256], "attention": [False, True, True]},
+        "network": {"channels": [64, 128, 256], "blocks": [1, 2, 3], "attention": [False, True, True]},
         "start": {"components": 48},
         "training": {**QUIET, "steps": 10000, "batch_size": 64, "learning_rate": 2e-3, "ema": 0.999, "workers": 4},
     },
@@ -39,7 +39,7 @@ TINY = {
     "data": {"grid": {"shape": [16, 20, 16], "spacing_mm": 12}, "splits": {"validation": 0.2, "test": 0.3}},
     "autoencoder": {"network": {"channels": [4, 8]}, "linear_path_steps": 2, "training": FEW},
     "diffusion": {
-        "network": {"channels": [8, 16, 16], "attention": [False, False, True], "head_channels": 8},
+        "network": {"channels": [8, 16, 16], "blocks": 1, "attention": [False, False, True], "head_channels": 8},
         "training": FEW,
     },
     "generation": {"sampler": "unipc", "steps": 2, "guidance": 1.5},
