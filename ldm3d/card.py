@@ -123,7 +123,7 @@ def _networks(pipeline: Pipeline) -> str:
     return f"""- volumes: {" x ".join(map(str, grid.shape))} voxels of {" x ".join(f"{s:g}" for s in grid.spacing_mm)} mm
 - autoencoder: {millions[0]:.2f} M parameters; U-Net: {millions[1]:.2f} M
 - diffusion: {pipeline.process.kind}, the U-Net predicts {pipeline.target}
-- sampling by default: {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"""
+- sampling by default: {sampling}"""
 
 
 def _known(pipeline: Pipeline, account: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, about: str) -> str:

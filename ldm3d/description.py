@@ -90,6 +90,9 @@ class Sampling:
         if not 0 < self.spread <= WIDEST:
             raise InputError(f"spread {self.spread:g} must be above 0, and {WIDEST:g} at most")
 
+    def __str__(self) -> str:
+        return f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}, spread {self.spread:g}"
+
     def replace(self, **changes: Any) -> "Sampling":
         """A copy with every change that is not None."""
         return Sampling(**{**self.to_dict(), **{key: value for key, value in changes.items() if value is not None}})
@@ -220,7 +223,7 @@ def summary(pipeline: Any) -> str:
             *([] if len(pipeline.schema) else ["  asks for  nothing: a model without covariates"]),
             f"  diffusion {pipeline.process.kind}, predicts {pipeline.target}" + _of_start(pipeline),
             *(f"  {'takes' if i == 0 else '':9} {c.name}: {in_words(c)}" for i, c in enumerate(pipeline.conditions)),
-            f"  sampling  {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+            f"  sampling  {sampling}",
             f"  networks  {sizes[0]:.2f} M parameters (autoencoder), {sizes[1]:.2f} M (U-Net), on {pipeline.device.type}",
         ]
     )

@@ -51,7 +51,7 @@ Experiment = Annotated[
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all noise; by default the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the model's.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: no guidance; by default the model's.")]
-Spread = Annotated[float | None, typer.Option(help="Draws volumes away from their mean; by default the model's.")]
+Spread = Annotated[float | None, typer.Option(help="Draws volumes away from their mean, 1: no; by default the model's.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Volumes sampled before they are decoded; does not change them.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each process; changes the last bits of volumes.")]
 SeriesFolder = Annotated[Path, typer.Option(help="Folder: empty, absent, or of the same command before.", show_default=False)]
