@@ -129,10 +129,7 @@ class DiffusionTask(Task):
         self.batches = batches_of(samples, training, config, accelerator, scans.iloc[self.split["train"]])
 
     def first_network(self, rows: Sequence[Mapping[str, Any]]) -> LatentUNet:
-        """A new U-Net; or that of `diffusion.init_from`, whose normalisations of covariates and latents are then kept, too.
-
-        `rows` are the covariates of the training scans.
-        """
+        """A new U-Net; or that of `diffusion.init_from`, whose normalisations are then kept. rows: of the training scans."""
         settings, images = self.config.diffusion, ImageChannels(self.config.given_conditions, self.autoencoder).count
         if settings.init_from:
             model, schema, parts = first_unet(self.config, images)
